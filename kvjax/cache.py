@@ -1,0 +1,139 @@
+"""Buffers of a cache: allocate, write, gather. Positions out of range write nothing."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.interface import CacheSpec
+from kvjax.partials import Partial
+from pallas_kernels.decode_attention import decode_attention
+
+# What a new floating-point buffer holds. Tests set a huge finite number, so that any
+# weight on a slot that was never written shows in the output. Not NaN: attention reads
+# unwritten values with a weight of exactly 0, and masking them would copy the cache.
+fill_value: float = 0.0
+
+
+def allocate(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
+    """A new buffer. The only place where a state's memory comes from."""
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.full(shape, fill_value, dtype)
+    return jnp.zeros(shape, dtype)
+
+
+def lengths(spec: CacheSpec) -> Int[Array, "B"]:
+    """The clock of an empty state: no tokens in any row."""
+    return jnp.zeros((spec.batch,), jnp.int32)
+
+
+def chunk_positions(
+    length: Int[Array, "B"], lengths: Int[Array, "B"] | None, size: int
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Absolute positions of a right-padded chunk of `size`, and which are real."""
+    offset = jnp.arange(size, dtype=jnp.int32)
+    fresh = jnp.full_like(length, size) if lengths is None else lengths
+    return length[:, None] + offset, offset < fresh[:, None]
+
+
+def write(
+    buffer: Array, rows: Array, slots: Int[Array, "B T"], valid: Bool[Array, "B T"]
+) -> Array:
+    """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
+
+    A row that is not valid, or whose slot lies past the end, is dropped: never clamped
+    onto a slot that holds something else. `slots` may also be `(B, H, T)`.
+    """
+    slots = jnp.where(valid & (slots >= 0), slots, buffer.shape[2])
+    rows = rows.astype(buffer.dtype)
+
+    if slots.ndim == 2:
+
+        def one_row(buffer, rows, slots):  # (H, S, ...), (H, T, ...), (T,)
+            return buffer.at[:, slots].set(rows, mode="drop")
+
+        return jax.vmap(one_row)(buffer, rows, slots)
+
+    def one_head(buffer, rows, slots):  # (S, ...), (T, ...), (T,)
+        return buffer.at[slots].set(rows, mode="drop")
+
+    return jax.vmap(jax.vmap(one_head))(buffer, rows, slots)
+
+
+def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
+    """Reads `slots` of `buffer (B, H, S, ...)`; negative slots read slot 0: mask them."""
+
+    def one_head(buffer, slots):
+        return buffer.at[jnp.maximum(slots, 0)].get(mode="clip")
+
+    return jax.vmap(jax.vmap(one_head))(buffer, slots)
+
+
+def num_bytes(state: Any) -> int:
+    """Bytes a state (or its `jax.eval_shape`) holds."""
+    leaves = jax.tree.leaves(state)
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+class Contiguous(NamedTuple):
+    """Every token of a row in the slot of its absolute position."""
+
+    spec: CacheSpec
+    k: Float[Array, "B Hkv S D"]  # rotated at absolute positions
+    v: Float[Array, "B Hkv S D"]
+    length: Int[Array, "B"]
+
+
+def contiguous(spec: CacheSpec) -> Contiguous:
+    """An empty store of `spec.capacity` slots a row."""
+    shape = (spec.batch, spec.num_kv_heads, spec.capacity, spec.head_dim)
+    k, v = allocate(shape, spec.dtype), allocate(shape, spec.dtype)
+    return Contiguous(spec, k, v, lengths(spec))
+
+
+def extend(
+    store: Contiguous,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"] | None = None,
+) -> Contiguous:
+    """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
+    positions, valid = chunk_positions(store.length, lengths, k.shape[2])
+    length = store.length + valid.sum(-1, dtype=jnp.int32)
+    k = store.spec.rope(k, positions, length)
+    return store._replace(
+        k=write(store.k, k, positions, valid),
+        v=write(store.v, v, positions, valid),
+        length=length,
+    )
+
+
+def rotate_queries(
+    spec: CacheSpec,
+    q: Float[Array, "B Hq T D"],
+    length: Int[Array, "B"],
+    lengths: Int[Array, "B"] | None = None,
+) -> tuple[Float[Array, "B Hq T D"], Int[Array, "B T"]]:
+    """Queries of the newest tokens (`length` counts them in) and their positions."""
+    rows = q.shape[2]
+    fresh = rows if lengths is None else lengths
+    positions = (length - fresh)[:, None] + jnp.arange(rows, dtype=jnp.int32)
+    return spec.rope(q, positions, length), positions
+
+
+def attend(
+    store: Contiguous, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
+) -> Partial:
+    """Causal attention of rotated queries at `positions` over the whole store."""
+    return Partial(
+        *decode_attention(
+            q, store.k, store.v, positions, sm_scale=store.spec.sm_scale
+        )
+    )
+
+
+def kv_bytes(spec: CacheSpec, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens, all rows and KV heads."""
+    itemsize = jnp.dtype(spec.dtype).itemsize
+    return 2 * spec.batch * spec.num_kv_heads * tokens * spec.head_dim * itemsize

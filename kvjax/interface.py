@@ -1,0 +1,199 @@
+"""What a method, a model and the decode loop know of each other. Read this first.
+
+Axes, one alphabet for the whole repository:
+
+    B    sequences                      Hq   query heads
+    T    query tokens in this call      Hkv  key/value heads
+    S    cache slots (capacity)         G    query heads per KV head, Hq // Hkv
+    N    slots a method keeps           D    head dim
+    NP   pages    P  tokens per page    E    model width, V vocabulary, L layers
+
+Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)``.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+State = Any  # a pytree of arrays: one layer's NamedTuple
+Params = Any  # a pytree of arrays: a model's weights
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class CacheSpec:
+    """All a method may know of a model: static, hashable, one layer.
+
+    A pytree without leaves: a state may carry its spec, and every leaf of the state is
+    still an array.
+
+    Attributes:
+        batch: rows.
+        num_q_heads: query heads, a multiple of `num_kv_heads`.
+        num_kv_heads: key/value heads.
+        head_dim: elements per head.
+        capacity: most tokens a row ever holds, prompt and generated.
+        dtype: of the cached keys and values.
+        rope: `rope(x, positions, length)` rotates un-rotated queries or keys; see
+            :class:`kvjax.rope.Rope`.
+        max_new_tokens: most tokens appended after the prompt. Methods that shrink
+            the prompt's cache but keep every generated token size their buffers by it.
+        sm_scale: factor on the logits; None means ``head_dim ** -0.5``.
+        layer: index of the layer, for transforms that treat layers differently.
+    """
+
+    batch: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    capacity: int
+    dtype: jax.typing.DTypeLike
+    rope: Callable[..., Array]
+    max_new_tokens: int = 0
+    sm_scale: float | None = None
+    layer: int = 0
+
+    def __post_init__(self):
+        for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):
+            value = getattr(self, name)
+            if value < 1:
+                raise ValueError(f"CacheSpec.{name}={value} must be at least 1.")
+        if self.num_q_heads % self.num_kv_heads:
+            raise ValueError(
+                f"num_q_heads={self.num_q_heads} must be a multiple of "
+                f"num_kv_heads={self.num_kv_heads}."
+            )
+        if not 0 <= self.max_new_tokens <= self.capacity:
+            raise ValueError(
+                f"max_new_tokens={self.max_new_tokens} must be in "
+                f"[0, capacity={self.capacity}]."
+            )
+        if self.sm_scale is None:
+            object.__setattr__(self, "sm_scale", self.head_dim**-0.5)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head, G."""
+        return self.num_q_heads // self.num_kv_heads
+
+
+class Diagnostics(NamedTuple):
+    """What one decode step attended to. Every method fills every field.
+
+    Under `jax.jit` an unused field costs nothing: XLA removes its computation.
+    """
+
+    attended: Int[Array, "B H N"]  # absolute positions, -1 = none; H is Hkv or Hq
+    lse: Float[Array, "B Hq T"]  # log-sum-exp of the attended logits
+    refreshed: Bool[Array, "B"]  # this step read the whole cache
+
+
+class Traffic(NamedTuple):
+    """Bytes of cache one decode step of one layer reads, all rows together."""
+
+    kv: int  # keys and values that enter attention
+    metadata: int  # summaries, scores and keys read only to choose
+
+    @property
+    def total(self) -> int:
+        return self.kv + self.metadata
+
+
+class Method(NamedTuple):
+    """A KV-cache method: pure functions over one layer's state.
+
+    Made by a factory whose keyword-only arguments are the hyperparameters. The order
+    of calls is `init`, `prefill` once per chunk of the prompt, `finish` once, then
+    `append` and `decode_step` for every token. `q` and `k` arrive un-rotated: a method
+    owns its positions. A row's result never depends on the other rows.
+
+    Fields:
+        init: `init(spec, weights=None) -> state`, empty. `weights` are a method's own
+            learned weights, if it has any.
+        prefill: `prefill(state, q, k, v, lengths) -> (state, out)`: a chunk of the
+            prompt, right-padded to T; row b has `lengths[b]` tokens in it (0 allowed).
+            Exact attention over the prompt unless the method says otherwise. Splitting
+            a prompt into chunks changes nothing.
+        finish: `finish(state) -> state` after the last chunk. Evicting methods choose
+            here what to keep, and the state takes its final, smaller shape.
+        append: `append(state, k, v) -> state` writes the KV of this step's rows.
+        inspect_step: `inspect_step(state, q) -> (state, out, diagnostics)`.
+        traffic: `traffic(spec, length) -> Traffic` when `length` tokens are cached.
+        rows: query rows per decode step.
+
+    Shapes: q `(B, Hq, T, D)`; k, v `(B, Hkv, T, D)`; out as q, in q's dtype; T is the
+    chunk in prefill and `rows` in decode.
+    """
+
+    init: Callable[..., State]
+    prefill: Callable[..., tuple[State, Array]]
+    finish: Callable[[State], State]
+    append: Callable[..., State]
+    inspect_step: Callable[..., tuple[State, Array, Diagnostics]]
+    traffic: Callable[[CacheSpec, int], Traffic]
+    rows: int = 1
+
+    def decode_step(
+        self, state: State, q: Float[Array, "B Hq T D"]
+    ) -> tuple[State, Float[Array, "B Hq T D"]]:
+        """Attends for the tokens just appended: the transform of this library."""
+        state, out, _ = self.inspect_step(state, q)
+        return state, out
+
+
+class DecoderLM(Protocol):
+    """What the decode loop needs of a model: pure functions, static and hashable.
+
+    `states` is a tuple, one method state per layer. Hidden states go through `logits`
+    separately so that a prompt's logits are computed only where they are wanted.
+    """
+
+    num_layers: int
+    context: int  # longest sequence the model was made for, tokens
+    vocab_size: int
+
+    def cache_spec(
+        self, batch: int, capacity: int, max_new_tokens: int = 0
+    ) -> CacheSpec: ...
+
+    def prefill(
+        self,
+        params: Params,
+        states: tuple[State, ...],
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        method: Method,
+    ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]: ...
+
+    def decode_step(
+        self,
+        params: Params,
+        states: tuple[State, ...],
+        tokens: Int[Array, "B T"],
+        method: Method,
+    ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]: ...
+
+    def logits(
+        self, params: Params, hidden: Float[Array, "*B E"]
+    ) -> Float[Array, "*B V"]: ...
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: list[int]) -> str: ...
+
+
+class LanguageModel(NamedTuple):
+    """A decoder, its weights, and how to talk to it."""
+
+    decoder: DecoderLM
+    params: Params
+    tokenizer: Tokenizer
+    eos_ids: tuple[int, ...] = ()
+    name: str = ""

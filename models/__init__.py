@@ -1,0 +1,1 @@
+"""Flax decoders. They know `kvjax.interface` and `kvjax.rope`, and no method."""

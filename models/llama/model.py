@@ -1,0 +1,244 @@
+"""The Llama family as a pure function of its parameters, over any KV method.
+
+    b t   row, token             h k   query head, KV head
+    e     model width            d     head dim
+    f     MLP width              v     vocabulary
+
+Flax NNX modules define the parameters; they are split once, and everything below runs on
+plain nested dicts of arrays under `jax.jit`. Prefill, decode and training are one pass
+over the layers that differ only in the attention they are given.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from kvjax.interface import CacheSpec, Method, Params, State
+from models.llama.config import LlamaConfig
+
+# attention(layer, q, k, v) -> out, all head-major, q and k not yet rotated
+Attention = Callable[[int, Array, Array, Array], Array]
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square, in float32."""
+
+    def __init__(self, size: int, config: LlamaConfig):
+        self.weight = nnx.Param(jnp.ones((size,), config.dtype))
+        self.epsilon = config.norm_epsilon
+
+    def __call__(self, x: Float[Array, "*B E"]) -> Float[Array, "*B E"]:
+        wide = x.astype(jnp.float32)
+        scale = jax.lax.rsqrt(jnp.mean(wide**2, -1, keepdims=True) + self.epsilon)
+        return self.weight[...] * (wide * scale).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """`einsum(equation, x, kernel) + bias`, so that a projection is head-major at once."""
+
+    def __init__(self, equation, shape, bias_shape, config, rngs):
+        self.equation = equation
+        normal = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+        self.kernel = nnx.Param(normal.astype(config.dtype))
+        self.bias = None
+        if bias_shape is not None:
+            self.bias = nnx.Param(jnp.zeros(bias_shape, config.dtype))
+
+    def __call__(self, x: Array) -> Array:
+        out = jnp.einsum(self.equation, x, self.kernel[...])
+        return out if self.bias is None else out + self.bias[...]
+
+
+class SelfAttention(nnx.Module):
+    """Projections around an attention that is given from outside."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        width, head_dim = config.width, config.head_dim
+
+        def project(heads):
+            bias = (heads, 1, head_dim) if config.qkv_bias else None
+            shape = (width, heads, head_dim)
+            return Linear("bte,ehd->bhtd", shape, bias, config, rngs)
+
+        self.q = project(config.num_q_heads)
+        self.k = project(config.num_kv_heads)
+        self.v = project(config.num_kv_heads)
+        self.o = Linear(
+            "bhtd,hde->bte",
+            (config.num_q_heads, head_dim, width),
+            (width,) if config.output_bias else None,
+            config,
+            rngs,
+        )
+        self.q_norm = RMSNorm(head_dim, config) if config.qk_norm else None
+        self.k_norm = RMSNorm(head_dim, config) if config.qk_norm else None
+
+    def __call__(self, x, attend):
+        q, k, v = self.q(x), self.k(x), self.v(x)
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        return self.o(attend(q, k, v))
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        def linear(inputs, outputs):
+            bias = (outputs,) if config.mlp_bias else None
+            return Linear("bte,ef->btf", (inputs, outputs), bias, config, rngs)
+
+        self.gate = linear(config.width, config.mlp_width)
+        self.up = linear(config.width, config.mlp_width)
+        self.down = linear(config.mlp_width, config.width)
+
+    def __call__(self, x):
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class Layer(nnx.Module):
+    """One pre-norm transformer layer."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.width, config)
+        self.attention = SelfAttention(config, rngs)
+        self.mlp_norm = RMSNorm(config.width, config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x, attend):
+        x = x + self.attention(self.attention_norm(x), attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """The parameters of the whole model."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        shape = (config.vocab_size, config.width)
+        normal = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+        self.embedding = nnx.Param(normal.astype(config.dtype))
+        self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(config.width, config)
+        self.output = None
+        if not config.tied_embeddings:
+            self.output = Linear("...e,ev->...v", shape[::-1], None, config, rngs)
+
+    def hidden(
+        self, tokens: Int[Array, "B T"], attention: Attention
+    ) -> Float[Array, "B T E"]:
+        # Layers are unrolled: a cache carried through a scan over layers is copied.
+        x = self.embedding[...][tokens]
+        for index, layer in enumerate(self.layers):
+            with jax.named_scope(f"layer{index}"):
+                x = layer(x, functools.partial(attention, index))
+        return self.norm(x)
+
+    def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
+        if self.output is None:
+            logits = jnp.einsum("...e,ve->...v", hidden, self.embedding[...])
+        else:
+            logits = self.output(hidden)
+        return logits.astype(jnp.float32)
+
+
+@functools.cache
+def _graph(config: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaDecoder:
+    """A :class:`kvjax.interface.DecoderLM`: pure functions of `params`, hashable."""
+
+    config: LlamaConfig
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_layers
+
+    @property
+    def context(self) -> int:
+        return self.config.context
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    def init(self, seed: int = 0) -> Params:
+        """Random parameters: normal, deviation 0.02, as a nested dict of arrays."""
+        return nnx.to_pure_dict(nnx.split(Llama(self.config, nnx.Rngs(seed)))[1])
+
+    def param_shapes(self) -> Params:
+        """`jax.ShapeDtypeStruct` of every parameter, in the structure of `init`."""
+        return nnx.to_pure_dict(_graph(self.config)[1])
+
+    def cache_spec(
+        self, batch: int, capacity: int, max_new_tokens: int = 0
+    ) -> CacheSpec:
+        """What a method may know of this model."""
+        return CacheSpec(
+            batch=batch,
+            num_q_heads=self.config.num_q_heads,
+            num_kv_heads=self.config.num_kv_heads,
+            head_dim=self.config.head_dim,
+            capacity=capacity,
+            dtype=self.config.dtype,
+            rope=self.config.rope,
+            max_new_tokens=max_new_tokens,
+        )
+
+    def hidden(
+        self, params: Params, tokens: Int[Array, "B T"], attention: Attention
+    ) -> Float[Array, "B T E"]:
+        """Final hidden states under any attention, `attention(layer, q, k, v) -> out`."""
+        return self._module(params).hidden(tokens, attention)
+
+    def prefill(
+        self,
+        params: Params,
+        states: tuple[State, ...],
+        tokens: Int[Array, "B T"],
+        lengths: Int[Array, "B"],
+        method: Method,
+    ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
+        """Runs a right-padded chunk of the prompt; rows have `lengths` tokens in it."""
+        states = list(states)
+
+        def attention(layer, q, k, v):
+            states[layer], out = method.prefill(states[layer], q, k, v, lengths)
+            return out
+
+        hidden = self._module(params).hidden(tokens, attention)
+        return tuple(states), hidden
+
+    def decode_step(
+        self,
+        params: Params,
+        states: tuple[State, ...],
+        tokens: Int[Array, "B T"],
+        method: Method,
+    ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
+        """Appends `tokens` and attends: one step of the decode loop."""
+        states = list(states)
+
+        def attention(layer, q, k, v):
+            appended = method.append(states[layer], k, v)
+            states[layer], out = method.decode_step(appended, q)
+            return out
+
+        hidden = self._module(params).hidden(tokens, attention)
+        return tuple(states), hidden
+
+    def logits(
+        self, params: Params, hidden: Float[Array, "*B E"]
+    ) -> Float[Array, "*B V"]:
+        """Next-token logits in float32."""
+        return self._module(params).logits(hidden)
+
+    def _module(self, params: Params) -> Llama:
+        return nnx.merge(_graph(self.config)[0], params)
