@@ -16,8 +16,12 @@ from pallas_kernels.decode_attention import decode_attention
 fill_value: float = 0.0
 
 
-def allocate(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> Array:
-    """A new buffer. The only place where a state's memory comes from."""
+def allocate(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, fill: float | None = None
+) -> Array:
+    """A new buffer, of `fill` if given. The only place where a state's memory comes from."""
+    if fill is not None:
+        return jnp.full(shape, fill, dtype)
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.full(shape, fill_value, dtype)
     return jnp.zeros(shape, dtype)
@@ -38,7 +42,7 @@ def chunk_positions(
 
 
 def write(
-    buffer: Array, rows: Array, slots: Int[Array, "B T"], valid: Bool[Array, "B T"]
+    buffer: Array, rows: Array, slots: Int[Array, "B *H T"], valid: Bool[Array, "B *H T"]
 ) -> Array:
     """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
 
@@ -62,7 +66,11 @@ def write(
 
 
 def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
-    """Reads `slots` of `buffer (B, H, S, ...)`; negative slots read slot 0: mask them."""
+    """Reads `slots` of `buffer (B, Hkv, S, ...)`; negative slots read slot 0: mask them.
+
+    H is Hkv, or 1 where all heads read the same slots.
+    """
+    slots = jnp.broadcast_to(slots, (*buffer.shape[:2], slots.shape[2]))
 
     def one_head(buffer, slots):
         return buffer.at[jnp.maximum(slots, 0)].get(mode="clip")
@@ -130,6 +138,62 @@ def attend(
         *decode_attention(
             q, store.k, store.v, positions, sm_scale=store.spec.sm_scale
         )
+    )
+
+
+class Kept(NamedTuple):
+    """A chosen few tokens of a row, each with the position it came from."""
+
+    spec: CacheSpec
+    k: Float[Array, "B Hkv N D"]  # rotated at absolute positions
+    v: Float[Array, "B Hkv N D"]
+    positions: Int[Array, "B H N"]  # -1 = empty; H is Hkv, or 1 if all heads agree
+    length: Int[Array, "B"]  # tokens seen, not slots used
+
+
+def keep(store: Contiguous, positions: Int[Array, "B H N"], spare: int = 0) -> Kept:
+    """Copies the tokens at `positions` (-1 = none) out of `store`.
+
+    `spare` empty slots follow for tokens to come.
+    """
+
+    def take(buffer):
+        taken = gather(buffer, positions)
+        if not spare:
+            return taken
+        free = allocate((*taken.shape[:2], spare, taken.shape[3]), taken.dtype)
+        return jnp.concatenate([taken, free], axis=2)
+
+    padding = ((0, 0), (0, 0), (0, spare))
+    padded = jnp.pad(positions, padding, constant_values=-1)
+    return Kept(store.spec, take(store.k), take(store.v), padded, store.length)
+
+
+def num_kept(kept: Kept) -> Int[Array, "B"]:
+    """Slots in use, the same for every head."""
+    return (kept.positions[:, 0] >= 0).sum(-1, dtype=jnp.int32)
+
+
+def put(
+    kept: Kept,
+    slots: Int[Array, "B H"],
+    k: Float[Array, "B Hkv 1 D"],
+    v: Float[Array, "B Hkv 1 D"],
+) -> Kept:
+    """Writes the next token of each row into `slots`, over whatever was there."""
+    length = kept.length + 1
+    position = kept.length[:, None]
+    k = kept.spec.rope(k, position, length)
+    heads = k.shape[1]
+    where = jnp.broadcast_to(slots[..., None], (*slots.shape[:1], heads, 1))
+    valid = jnp.ones_like(where, bool)
+    held = slots.shape[1]
+    fresh = jnp.broadcast_to(position[..., None], (*slots.shape, 1))
+    return kept._replace(
+        k=write(kept.k, k, where, valid),
+        v=write(kept.v, v, where, valid),
+        positions=write(kept.positions, fresh, slots[..., None], valid[:, :held]),
+        length=length,
     )
 
 

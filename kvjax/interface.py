@@ -13,7 +13,7 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
@@ -144,6 +144,7 @@ class Method(NamedTuple):
         return state, out
 
 
+@runtime_checkable
 class DecoderLM(Protocol):
     """What the decode loop needs of a model: pure functions, static and hashable.
 
@@ -181,6 +182,7 @@ class DecoderLM(Protocol):
     ) -> Float[Array, "*B V"]: ...
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """Text to token ids and back."""
 
@@ -190,10 +192,15 @@ class Tokenizer(Protocol):
 
 
 class LanguageModel(NamedTuple):
-    """A decoder, its weights, and how to talk to it."""
+    """A decoder, its weights, and how to talk to it.
+
+    `generation` are the checkpoint's own sampling defaults, as its
+    `generation_config.json` names them.
+    """
 
     decoder: DecoderLM
     params: Params
     tokenizer: Tokenizer
     eos_ids: tuple[int, ...] = ()
     name: str = ""
+    generation: dict[str, Any] | None = None

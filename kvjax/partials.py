@@ -3,8 +3,11 @@
 from functools import reduce
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.decode_attention import decode_logits
 
 
 class Partial(NamedTuple):
@@ -25,3 +28,30 @@ def _merge_two(a: Partial, b: Partial) -> Partial:
     safe = jnp.where(lse == -jnp.inf, 0.0, lse)
     weight_a, weight_b = jnp.exp(a.lse - safe), jnp.exp(b.lse - safe)
     return Partial(weight_a[..., None] * a.out + weight_b[..., None] * b.out, lse)
+
+
+def weighted_attention(
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv N D"],
+    v: Float[Array, "B Hkv N D"],
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B H N"],
+    *,
+    sm_scale: float,
+) -> tuple[Partial, Float[Array, "B Hq T N"]]:
+    """Attention and the softmax weights behind it, from one read of the keys.
+
+    For methods that score tokens by the attention they receive. Every row must see a
+    key; arguments as in :func:`pallas_kernels.decode_attention.decode_attention`.
+    """
+    logits = decode_logits(q, k, query_positions, key_positions, sm_scale=sm_scale)
+    lse = jax.nn.logsumexp(logits, axis=-1)
+    weights = jnp.exp(logits - lse[..., None])
+    batch, num_q_heads, rows, slots = weights.shape
+    out = jnp.einsum(
+        "bkrs,bksd->bkrd",
+        weights.reshape(batch, k.shape[1], -1, slots).astype(v.dtype),
+        v,
+        preferred_element_type=jnp.float32,
+    )
+    return Partial(out.reshape(q.shape), lse), weights

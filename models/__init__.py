@@ -1,1 +1,175 @@
-"""Flax decoders. They know `kvjax.interface` and `kvjax.rope`, and no method."""
+"""Flax decoders. They know `kvjax.interface` and `kvjax.rope`, and no method.
+
+:func:`load` reads a checkpoint in the Hugging Face layout and :func:`save_pretrained`
+writes one. Adding a model is a folder, and an entry per `model_type` in `FAMILIES`.
+"""
+
+import json
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvjax.interface import LanguageModel
+from models import llama
+
+FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
+
+_HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_NOT_NEEDED = ["original/*", "consolidated*", "onnx/*"]
+
+
+def load(
+    name: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    device: Any = None,
+) -> LanguageModel:
+    """A model from a directory in the Hugging Face layout, or from the hub.
+
+    Args:
+        name: a directory, or a hub id `owner/model`, optionally with `@revision`.
+        dtype: of weights, activations and cache; None keeps the checkpoint's.
+        device: a `jax.Device`, a `jax.sharding.Sharding`, a pytree of shardings in the
+            structure of the decoder's `param_shapes()`, or None for JAX's default.
+
+    Returns:
+        A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
+        `generation_config.json`, else of `config.json`, else the tokenizer's.
+
+    Raises:
+        FileNotFoundError: if the directory, or a file in it, is missing.
+        ValueError: if a file is damaged, the model is not supported, or weights and
+            `config.json` disagree.
+        ImportError: if a hub id is given and `huggingface_hub` is not installed.
+    """
+    directory = _resolve(name)
+    if not (directory / "config.json").is_file():
+        raise FileNotFoundError(
+            f"{directory} has no config.json; give the directory of a checkpoint in "
+            "the Hugging Face layout."
+        )
+    config = _read_json(directory / "config.json")
+    family = config.get("model_type")
+    if family not in FAMILIES:
+        raise ValueError(
+            f"{directory}: model_type={family!r} is not supported; supported: "
+            f"{', '.join(FAMILIES)}."
+        )
+    generation = _read_json(directory / "generation_config.json")
+    tokenizer = llama.tokenizer.load(directory)
+    decoder, params = FAMILIES[family].load(directory, config, dtype, device)
+    candidates = (
+        generation.get("eos_token_id"),
+        config.get("eos_token_id"),
+        tokenizer.eos_id,
+    )
+    eos = next((ids for ids in candidates if ids is not None), ())
+    return LanguageModel(
+        decoder=decoder,
+        params=params,
+        tokenizer=tokenizer,
+        eos_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+        name=str(name).rstrip("/"),
+        generation=generation,
+    )
+
+
+def save_pretrained(
+    model: LanguageModel,
+    directory: str | Path,
+    *,
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `model` in the Hugging Face layout; :func:`load` gives it back bit for bit.
+
+    Everything is written beside `directory` first and renamed at the end, so that
+    `directory` either is complete or does not exist.
+
+    Raises:
+        FileExistsError: if `directory` exists and is not empty.
+        ValueError: if the parameters do not fit the configuration.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists; remove it or choose another directory."
+        )
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        decoder = model.decoder
+        config = llama.to_hf(decoder.config)
+        generation = dict(model.generation or {})
+        if model.eos_ids:
+            eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
+            config["eos_token_id"] = generation["eos_token_id"] = eos
+        if (bos := model.tokenizer.bos_id) is not None:
+            config["bos_token_id"] = bos
+            generation.setdefault("bos_token_id", bos)
+        _write_json(partial / "config.json", config)
+        _write_json(partial / "generation_config.json", generation)
+        llama.tokenizer.save(model.tokenizer, partial)
+        llama.weights.save(model.params, decoder.config, partial, max_shard_bytes)
+        partial.rename(directory)
+    except BaseException:  # an interrupt too leaves nothing behind
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}; download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again.")
+    return content
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _resolve(name: str | Path) -> Path:
+    directory = Path(name).expanduser()
+    if directory.is_dir():
+        return directory
+    hub_id, _, revision = str(name).partition("@")
+    if directory.exists() or not _is_hub_id(hub_id):
+        raise FileNotFoundError(
+            f"{name} is no directory, and no hub id of the form owner/model."
+        )
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError(
+            f"{name} is no directory; to fetch it from the hub, run "
+            "`pip install huggingface_hub`, or give a directory."
+        ) from error
+    try:
+        return Path(
+            snapshot_download(
+                hub_id,
+                revision=revision or None,
+                allow_patterns=_HUB_FILES,
+                ignore_patterns=_NOT_NEEDED,
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise FileNotFoundError(
+            f"{name} is no directory and could not be fetched from the hub "
+            f"({type(error).__name__}: {reason}); download it and give its directory."
+        ) from error
+
+
+def _is_hub_id(name: str) -> bool:
+    owner, _, model = name.partition("/")
+    plain = all(part and part.strip("-_.") == part for part in (owner, model))
+    return plain and "/" not in model and not any(c.isspace() for c in name)

@@ -1,0 +1,35 @@
+"""Llama and its near relatives (Mistral, Qwen2, Qwen3)."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvjax.interface import Params
+from models.llama import tokenizer, weights
+from models.llama.config import ARCHITECTURES, LlamaConfig, from_hf, to_hf
+from models.llama.model import LlamaDecoder
+
+MODEL_TYPES = tuple(ARCHITECTURES)
+
+__all__ = [
+    "MODEL_TYPES",
+    "LlamaConfig",
+    "LlamaDecoder",
+    "from_hf",
+    "load",
+    "to_hf",
+    "tokenizer",
+    "weights",
+]
+
+
+def load(
+    directory: Path,
+    config: dict[str, Any],
+    dtype: jax.typing.DTypeLike | None = None,
+    device: Any = None,
+) -> tuple[LlamaDecoder, Params]:
+    """Decoder and weights of a checkpoint directory; see :func:`models.load`."""
+    decoder = LlamaDecoder(from_hf(config, dtype=dtype))
+    return decoder, weights.load(directory, decoder.config, device)

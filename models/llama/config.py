@@ -1,9 +1,15 @@
-"""What a Llama-family model is made of: static sizes, hashable."""
+"""What a Llama-family model is made of: static sizes, hashable, to and from Hugging Face.
+
+`from_hf` accepts only keys it handles or knows to be harmless: a `config.json` that asks
+for something else is an error naming it, never a model that is silently wrong.
+"""
 
 import dataclasses
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.rope import Rope
 
@@ -15,7 +21,8 @@ class LlamaConfig:
     Attributes:
         vocab_size, width, num_layers, num_q_heads, num_kv_heads, head_dim, mlp_width:
             sizes; the axes V, E, L, Hq, Hkv, D, F.
-        context: longest sequence the weights were made for, tokens.
+        context: longest sequence the weights were made for, tokens, rope scaling
+            included and never beyond `sliding_window`.
         rope: positions, with their scaling.
         norm_epsilon: of every RMSNorm.
         qkv_bias, output_bias, mlp_bias: biases of the projections (Qwen2 has the first).
@@ -23,6 +30,8 @@ class LlamaConfig:
         tied_embeddings: the output matrix is the input embedding.
         family: the `model_type` this configuration is written back as.
         dtype: of weights, activations and cache.
+        sliding_window: window of the checkpoint, tokens, None if it has none. Attention
+            here is always over everything: up to `context` tokens that is the same.
     """
 
     vocab_size: int
@@ -42,3 +51,331 @@ class LlamaConfig:
     tied_embeddings: bool = False
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     dtype: jax.typing.DTypeLike = "float32"
+    sliding_window: int | None = None
+
+
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+}
+_DTYPES = ("float32", "bfloat16", "float16")
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
+_REQUIRED = (*_SIZES, "rms_norm_eps")
+_HANDLED = {
+    *_REQUIRED,
+    "model_type",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "attention_bias",
+    "mlp_bias",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "dtype",
+    "torch_dtype",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",  # with a window in force, `context` keeps every layer inside it
+    "layer_types",
+}
+# Keys that change nothing here whatever they say: bookkeeping, training, sampling.
+_HARMLESS = {
+    *("_name_or_path", "architectures", "transformers_version", "_commit_hash"),
+    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
+    *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("initializer_range", "attention_dropout", "max_sequence_length"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
+    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
+    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
+    *("unsloth_version", "unsloth_fixed", "tokenizer_class", "torchscript"),
+}
+# Keys that are harmless at one value only.
+_FIXED = {
+    "hidden_act": "silu",
+    "pretraining_tp": 1,
+    "partial_rotary_factor": 1.0,
+    "chunk_size_feed_forward": 0,
+    "is_encoder_decoder": False,
+    "add_cross_attention": False,
+    "is_decoder": False,
+    "use_mrope": False,
+    "pruned_heads": {},
+}
+# What each kind of rope scaling reads: our name -> key of the dict.
+_STRETCH = {"factor": "factor"}
+_ROPE_KEYS = {
+    "default": {},
+    "linear": _STRETCH,
+    "dynamic": _STRETCH,
+    "llama3": {
+        **_STRETCH,
+        "low_freq_factor": "low_freq_factor",
+        "high_freq_factor": "high_freq_factor",
+        "original_context": "original_max_position_embeddings",
+    },
+    "yarn": {
+        **_STRETCH,
+        "original_context": "original_max_position_embeddings",
+        "attention_factor": "attention_factor",
+        "beta_fast": "beta_fast",
+        "beta_slow": "beta_slow",
+        "mscale": "mscale",
+        "mscale_all_dim": "mscale_all_dim",
+        "truncate": "truncate",
+    },
+}
+
+
+def from_hf(
+    config: Mapping[str, Any], *, dtype: jax.typing.DTypeLike | None = None
+) -> LlamaConfig:
+    """The configuration that a Hugging Face `config.json` describes.
+
+    Both spellings are read: `rope_theta`/`rope_scaling`/`torch_dtype`, and the
+    `rope_parameters`/`dtype` of transformers 5.
+
+    `context` is `max_position_embeddings`, which for `llama3` counts the stretched
+    context already; for `linear` and `dynamic` it is `factor` times that, and for
+    `yarn` at least `factor * original_max_position_embeddings`. A sliding window in
+    force (Mistral, or `use_sliding_window` in Qwen) cuts it to the window, where
+    windowed and full attention are still the same.
+
+    Args:
+        config: the decoded JSON object.
+        dtype: overrides the checkpoint's; a checkpoint that names none is float32.
+
+    Raises:
+        ValueError: if the family or rope scaling is unknown, a required key is missing,
+            or a key asks for something this model does not do.
+    """
+    family = config.get("model_type")
+    if family not in ARCHITECTURES:
+        raise ValueError(
+            f"model_type={family!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    missing = [key for key in _REQUIRED if config.get(key) is None]
+    if family != "llama" and "num_key_value_heads" not in config:
+        missing.append("num_key_value_heads")
+    if missing:
+        raise ValueError(f"config.json lacks {', '.join(missing)}; add the missing keys.")
+    _reject_unknown(config)
+    for key in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
+        value = config.get(key)
+        if value is not None and (type(value) is not int or value < 1):
+            raise ValueError(f"config.json key {key}={value!r} must be an integer >= 1.")
+
+    heads = config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(
+            f"num_attention_heads={heads} must be a multiple of "
+            f"num_key_value_heads={kv_heads}."
+        )
+    attention_bias = bool(config.get("attention_bias", family == "qwen2"))
+    mlp_bias = bool(config.get("mlp_bias", False))
+    if family in ("mistral", "qwen2") and attention_bias != (family == "qwen2"):
+        raise _unsupported("attention_bias", config["attention_bias"], family)
+    if family != "llama" and mlp_bias:
+        raise _unsupported("mlp_bias", mlp_bias, family)
+
+    head_dim = config.get("head_dim")
+    if head_dim is None:  # Qwen3 is the one family whose default is not width / heads
+        head_dim = 128 if family == "qwen3" else config["hidden_size"] // heads
+    positions = config["max_position_embeddings"]
+    rope = _rope_from_hf(config, head_dim, positions)
+    context = positions
+    if rope.kind in ("linear", "dynamic"):
+        context = int(rope.factor * positions)
+    elif rope.kind == "yarn":
+        context = max(positions, int(rope.factor * rope.original_context))
+    window = _window_in_force(config, family)
+
+    return LlamaConfig(
+        vocab_size=config["vocab_size"],
+        width=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_q_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        mlp_width=config["intermediate_size"],
+        context=context if window is None else min(context, window),
+        rope=rope,
+        norm_epsilon=float(config["rms_norm_eps"]),
+        qkv_bias=attention_bias,
+        output_bias=attention_bias and family != "qwen2",
+        mlp_bias=mlp_bias,
+        qk_norm=family == "qwen3",
+        tied_embeddings=bool(config.get("tie_word_embeddings") or False),
+        family=family,
+        dtype=_dtype_from_hf(config, dtype),
+        sliding_window=window,
+    )
+
+
+def to_hf(config: LlamaConfig) -> dict[str, Any]:
+    """The `config.json` of `config`, in the spelling every transformers release reads.
+
+    Raises:
+        ValueError: if `config.family` cannot express it.
+    """
+    family, rope = config.family, config.rope
+    written = {
+        "architectures": [ARCHITECTURES[family]],
+        "model_type": family,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_q_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_embeddings,
+        "rope_theta": rope.theta,
+        "rope_scaling": None,
+        "torch_dtype": jnp.dtype(config.dtype).name,
+        "use_cache": True,
+    }
+    if rope.kind in ("linear", "dynamic"):
+        written["max_position_embeddings"] = rope.original_context
+    if rope.kind != "default":
+        keys = _ROPE_KEYS[rope.kind]
+        values = {key: getattr(rope, name) for name, key in keys.items()}
+        written["rope_scaling"] = {"rope_type": rope.kind, "type": rope.kind} | {
+            key: value for key, value in values.items() if value is not None
+        }
+    if family in ("llama", "qwen3"):
+        written["attention_bias"] = config.qkv_bias
+    if family == "llama":
+        written["mlp_bias"] = config.mlp_bias
+    if family == "mistral":
+        written["sliding_window"] = config.sliding_window
+    if family.startswith("qwen"):
+        windowed = config.sliding_window is not None
+        written["use_sliding_window"] = windowed
+        written["sliding_window"] = config.sliding_window
+        written["max_window_layers"] = 0 if windowed else config.num_layers
+    read_back = from_hf(written)
+    differing = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name != "dtype"
+        and getattr(read_back, field.name) != getattr(config, field.name)
+    ]
+    if differing:
+        raise ValueError(
+            f"a {family} config.json cannot express {', '.join(differing)}; "
+            "choose another family or value."
+        )
+    return written
+
+
+def _reject_unknown(config: Mapping[str, Any]) -> None:
+    for key, value in config.items():
+        if key in _HANDLED or key in _HARMLESS or value is None:
+            continue
+        if key == "quantization_config":
+            raise ValueError(
+                f"quantization_config={value!r} is not supported; use the "
+                "unquantized checkpoint."
+            )
+        if key not in _FIXED:
+            raise ValueError(
+                f"config.json key {key}={value!r} is not known to this model; remove "
+                "it if it changes nothing."
+            )
+        if value != _FIXED[key]:
+            raise ValueError(
+                f"config.json key {key}={value!r} is not supported; only "
+                f"{_FIXED[key]!r} is."
+            )
+
+
+def _unsupported(key: str, value: Any, family: str) -> ValueError:
+    return ValueError(f"config.json key {key}={value!r} is not supported for {family}.")
+
+
+def _window_in_force(config: Mapping[str, Any], family: str) -> int | None:
+    window = config.get("sliding_window")
+    if family == "llama" and window is not None:
+        raise _unsupported("sliding_window", window, family)
+    if family.startswith("qwen") and not config.get("use_sliding_window"):
+        window = None
+    allowed = ("full_attention", "sliding_attention")[: 1 if window is None else 2]
+    strange = {kind for kind in config.get("layer_types") or () if kind not in allowed}
+    if strange:
+        raise ValueError(
+            f"config.json key layer_types holds {', '.join(sorted(strange))} with "
+            f"sliding_window={window}; only {', '.join(allowed)} is supported."
+        )
+    return window
+
+
+def _dtype_from_hf(config: Mapping[str, Any], dtype) -> str:
+    if dtype is None:
+        dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
+    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    if name not in _DTYPES:
+        raise ValueError(f"dtype={name!r} is not supported; use {', '.join(_DTYPES)}.")
+    return name
+
+
+def _rope_from_hf(config: Mapping[str, Any], head_dim: int, positions: int) -> Rope:
+    theta = config.get("rope_theta")
+    ropes = {
+        key: _rope_from_dict(key, config[key], theta, head_dim, positions)
+        for key in ("rope_parameters", "rope_scaling")
+        if config.get(key)
+    } or {"": _rope_from_dict("", {}, theta, head_dim, positions)}
+    if len(set(ropes.values())) > 1:
+        raise ValueError(
+            f"config.json keys rope_parameters={config['rope_parameters']!r} and "
+            f"rope_scaling={config['rope_scaling']!r} disagree; remove one."
+        )
+    return next(iter(ropes.values()))
+
+
+def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
+    kind = given.get("rope_type") or given.get("type") or "default"
+    if kind not in _ROPE_KEYS:
+        raise ValueError(
+            f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
+        )
+    given = {key: value for key, value in given.items() if value is not None}
+    theta = given.pop("rope_theta", theta)
+    for key in ("rope_type", "type", "finetuned"):
+        given.pop(key, None)
+    # Harmless at these values: the whole head turns, and what HF falls back to anyway.
+    harmless = {"partial_rotary_factor": 1.0}
+    if kind in ("linear", "dynamic"):
+        harmless["original_max_position_embeddings"] = positions
+    keys = _ROPE_KEYS[kind]
+    for key, value in given.items():
+        if key not in keys.values() and (key not in harmless or value != harmless[key]):
+            raise ValueError(
+                f"{name} key {key}={value!r} is not supported for rope type {kind!r}."
+            )
+    read = {ours: given[key] for ours, key in keys.items() if key in given}
+    if kind in ("llama3", "yarn", "linear", "dynamic"):
+        read.setdefault("original_context", positions)
+    if kind == "yarn":
+        read.setdefault("factor", positions / read["original_context"])
+    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    stretched = () if kind == "default" else ("factor",)
+    missing = [key for key in needed.get(kind, stretched) if key not in read]
+    if missing:
+        raise ValueError(f"{name} of rope type {kind!r} lacks {', '.join(missing)}.")
+    return Rope(head_dim, theta=float(theta or 10_000.0), kind=kind, **read)

@@ -45,9 +45,8 @@ class Linear(nnx.Module):
         self.equation = equation
         normal = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
         self.kernel = nnx.Param(normal.astype(config.dtype))
-        self.bias = None
-        if bias_shape is not None:
-            self.bias = nnx.Param(jnp.zeros(bias_shape, config.dtype))
+        bias = None if bias_shape is None else jnp.zeros(bias_shape, config.dtype)
+        self.bias = None if bias is None else nnx.Param(bias)
 
     def __call__(self, x: Array) -> Array:
         out = jnp.einsum(self.equation, x, self.kernel[...])
@@ -124,9 +123,11 @@ class Llama(nnx.Module):
         self.embedding = nnx.Param(normal.astype(config.dtype))
         self.layers = nnx.List([Layer(config, rngs) for _ in range(config.num_layers)])
         self.norm = RMSNorm(config.width, config)
-        self.output = None
-        if not config.tied_embeddings:
-            self.output = Linear("...e,ev->...v", shape[::-1], None, config, rngs)
+        self.output = (
+            None
+            if config.tied_embeddings
+            else Linear("...e,ev->...v", shape[::-1], None, config, rngs)
+        )
 
     def hidden(
         self, tokens: Int[Array, "B T"], attention: Attention

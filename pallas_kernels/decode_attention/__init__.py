@@ -13,6 +13,7 @@ def decode_attention(
     key_positions: Int[Array, "B H S"] | None = None,
     *,
     sm_scale: float,
+    window: int | None = None,
 ) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
     """Softmax attention; key s is visible to row t iff 0 <= key position <= its own.
 
@@ -22,6 +23,7 @@ def decode_attention(
         key_positions: position each slot holds, -1 = empty; H is Hkv or 1. None means
             slot s holds position s. Values in slots that no row sees must be finite.
         sm_scale: factor on the logits.
+        window: if given, keys `window` or more positions back are not visible either.
 
     Returns:
         `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf.
@@ -29,12 +31,31 @@ def decode_attention(
     Raises:
         ValueError: if the shapes disagree.
     """
+    _check(q, k, v)
+    return reference.decode_attention(
+        q, k, v, query_positions, key_positions, sm_scale=sm_scale, window=window
+    )
+
+
+def decode_logits(
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv S D"],
+    query_positions: Int[Array, "B T"],
+    key_positions: Int[Array, "B H S"] | None = None,
+    *,
+    sm_scale: float,
+) -> Float[Array, "B Hq T S"]:
+    """Scaled logits in float32, -inf where :func:`decode_attention` sees no key."""
+    _check(q, k, k)
+    return reference.decode_logits(
+        q, k, query_positions, key_positions, sm_scale=sm_scale
+    )
+
+
+def _check(q, k, v):
     if q.shape[1] % k.shape[1]:
         raise ValueError(
             f"query heads {q.shape[1]} must be a multiple of KV heads {k.shape[1]}."
         )
-    if k.shape != v.shape or q.shape[3] != k.shape[3] or q.shape[0] != k.shape[0]:
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"shapes disagree: q {q.shape}, k {k.shape}, v {v.shape}.")
-    return reference.decode_attention(
-        q, k, v, query_positions, key_positions, sm_scale=sm_scale
-    )

@@ -12,28 +12,51 @@ DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than 
 BLOCK = 1024  # keys per block: 1024 x 128 x f32 = 512 KB a head, inside an L2 cache
 
 
-def decode_attention(q, k, v, query_positions, key_positions, *, sm_scale):
+def decode_attention(
+    q, k, v, query_positions, key_positions, *, sm_scale, window=None
+):
     """See :func:`pallas_kernels.decode_attention.decode_attention`."""
     batch, num_q_heads, rows, head_dim = q.shape
-    num_kv_heads, slots = k.shape[1], k.shape[2]
-    group = num_q_heads // num_kv_heads
-    # The G query heads of a KV head and their T rows share its keys: one matmul.
-    grouped = q.reshape(batch, num_kv_heads, group * rows, head_dim)
-    row_positions = jnp.tile(query_positions, (1, group))[:, None, :, None]
-    if group * rows <= DENSE_ROWS or slots <= BLOCK:
-        out, lse = _dense(grouped, k, v, row_positions, key_positions, sm_scale)
-    else:
-        out, lse = _blocked(grouped, k, v, row_positions, key_positions, sm_scale)
+    grouped, row_positions = _group(q, k, query_positions)
+    attend = _dense
+    if grouped.shape[2] > DENSE_ROWS and k.shape[2] > BLOCK:
+        attend = _blocked
+    out, lse = attend(grouped, k, v, row_positions, key_positions, sm_scale, window)
     shape = (batch, num_q_heads, rows)
     return out.reshape(*shape, head_dim), lse.reshape(shape)
 
 
-def _logits(grouped, keys, row_positions, held, sm_scale):
+def decode_logits(q, k, query_positions, key_positions, *, sm_scale):
+    """See :func:`pallas_kernels.decode_attention.decode_logits`."""
+    grouped, row_positions = _group(q, k, query_positions)
+    held = _held(k, key_positions)
+    logits = _logits(grouped, k, row_positions, held, sm_scale, None)
+    return logits.reshape(*q.shape[:3], k.shape[2])
+
+
+def _group(q, k, query_positions):
+    # The G query heads of a KV head and their T rows share its keys: one matmul.
+    batch, num_q_heads, rows, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_q_heads // num_kv_heads
+    grouped = q.reshape(batch, num_kv_heads, group * rows, head_dim)
+    return grouped, jnp.tile(query_positions, (1, group))[:, None, :, None]
+
+
+def _held(k, key_positions):
+    if key_positions is None:
+        return jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, :]
+    return key_positions
+
+
+def _logits(grouped, keys, row_positions, held, sm_scale, window):
     logits = jnp.einsum(
         "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=jnp.float32
     )
     held = held[:, :, None, :]
     visible = (held >= 0) & (held <= row_positions)
+    if window is not None:
+        visible &= held > row_positions - window
     return jnp.where(visible, logits * sm_scale, -jnp.inf)
 
 
@@ -58,17 +81,15 @@ def _finish(m, l, acc):
     return acc / positive[..., None], lse
 
 
-def _dense(grouped, k, v, row_positions, key_positions, sm_scale):
-    held = key_positions
-    if held is None:
-        held = jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, :]
-    logits = _logits(grouped, k, row_positions, held, sm_scale)
+def _dense(grouped, k, v, row_positions, key_positions, sm_scale, window):
+    held = _held(k, key_positions)
+    logits = _logits(grouped, k, row_positions, held, sm_scale, window)
     m = logits.max(-1)
     weights = _softmax_parts(logits, m)
     return _finish(m, weights.sum(-1), _weighted_values(weights, v))
 
 
-def _blocked(grouped, k, v, row_positions, key_positions, sm_scale):
+def _blocked(grouped, k, v, row_positions, key_positions, sm_scale, window):
     slots = k.shape[2]
 
     def block(start, size, carry):
@@ -78,7 +99,7 @@ def _blocked(grouped, k, v, row_positions, key_positions, sm_scale):
             held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
         else:
             held = lax.dynamic_slice_in_dim(key_positions, start, size, 2)
-        logits = _logits(grouped, keys, row_positions, held, sm_scale)
+        logits = _logits(grouped, keys, row_positions, held, sm_scale, window)
         m_new = jnp.maximum(m, logits.max(-1))
         weights = _softmax_parts(logits, m_new)
         decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))

@@ -1,0 +1,5 @@
+"""`python -m kvjax` is the command line."""
+
+from kvjax.cli import main
+
+main()

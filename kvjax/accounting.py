@@ -1,0 +1,47 @@
+"""Bytes a method reads per token and holds, from shapes alone. One accounting for all."""
+
+import dataclasses
+
+import jax
+
+from kvjax.cache import num_bytes
+from kvjax.interface import CacheSpec, DecoderLM, Method, Traffic
+
+
+def state_bytes(method: Method, spec: CacheSpec) -> int:
+    """Bytes one layer holds while decoding, every row, metadata included."""
+    return num_bytes(jax.eval_shape(lambda: method.finish(method.init(spec))))
+
+
+def prompt_bytes(method: Method, spec: CacheSpec) -> int:
+    """Bytes one layer holds while the prompt is read, every row."""
+    return num_bytes(jax.eval_shape(lambda: method.init(spec)))
+
+
+def bytes_held(
+    method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
+) -> int:
+    """Bytes all layers hold while decoding, every row."""
+    specs = _layers(decoder, batch, capacity, max_new_tokens)
+    return sum(state_bytes(method, spec) for spec in specs)
+
+
+def traffic(
+    method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
+) -> Traffic:
+    """Bytes of cache all layers read for one token of one row at `length` tokens."""
+    layers = _layers(decoder, 1, length, min(max_new_tokens, length))
+    parts = [method.traffic(spec, length) for spec in layers]
+    return Traffic(sum(p.kv for p in parts), sum(p.metadata for p in parts))
+
+
+def bytes_read(
+    method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
+) -> int:
+    """The total of :func:`traffic`."""
+    return traffic(method, decoder, length, max_new_tokens).total
+
+
+def _layers(decoder, batch, capacity, max_new_tokens):
+    spec = decoder.cache_spec(batch, capacity, max_new_tokens)
+    return [dataclasses.replace(spec, layer=i) for i in range(decoder.num_layers)]

@@ -1,0 +1,129 @@
+"""One task under one method: what `kvjax eval` runs, as plain numbers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvjax.evaluation import compare, fidelity, statistics, tasks
+from kvjax.interface import LanguageModel, Method
+
+TASKS = ("passkey", "multikey", "perplexity", "fidelity")
+
+
+def check_task(task: str) -> None:
+    """Raises ValueError unless the task exists."""
+    if task not in TASKS:
+        raise ValueError(f"unknown {task=}: choose one of {', '.join(TASKS)}.")
+
+
+def run(
+    task: str,
+    model: LanguageModel,
+    method: Method,
+    reference: Method,
+    text: str,
+    *,
+    context: int = 1024,
+    n: int = 20,
+    seed: int = 0,
+    new_tokens: int = 64,
+    batch: int = 8,
+    chunk_size: int = 1024,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Runs a task and returns its numbers, ready for JSON.
+
+    Args:
+        task: `passkey` and `multikey` ask for something said earlier, `perplexity`
+            predicts held-out text by decode steps, `fidelity` compares with `reference`.
+        model: decoder, weights and tokenizer.
+        method: under test.
+        reference: what `fidelity` compares with; other tasks do not run it.
+        text: what the inputs are made of.
+        context: tokens of an input, what follows the prompt included.
+        n: examples, or windows of text.
+        seed: of the inputs.
+        new_tokens: tokens fed through the decode path (not for retrieval).
+        batch: rows decoded together.
+        chunk_size: most prompt tokens processed at once.
+        progress: called with the fraction that is done.
+
+    Raises:
+        ValueError: if the task is unknown, or the sizes do not fit model or text.
+    """
+    check_task(task)
+    compare.check_context(model, context)
+    shapes = {"batch": min(batch, n), "chunk_size": chunk_size}
+    if task in ("passkey", "multikey"):
+        make = tasks.passkey if task == "passkey" else tasks.multikey
+        examples = make(model.tokenizer, text, context=context, n=n, seed=seed)
+        return _retrieval(model, method, examples, shapes, progress)
+    if not 2 <= new_tokens < context:
+        raise ValueError(f"{new_tokens=} must be in [2, {context=}).")
+    windows = tasks.windows(model.tokenizer, text, context=context, n=n, seed=seed)
+    shapes["new_tokens"] = new_tokens
+    if task == "perplexity":
+        return _perplexity(model, method, windows, shapes, progress)
+    return _fidelity(model, method, reference, windows, shapes, progress)
+
+
+def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
+    longest = max(example.answer_tokens for example in examples)
+    answers = compare.retrieve(
+        model, method, examples, new_tokens=longest, progress=progress, **shapes
+    )
+    found = zip(examples, answers.answers, answers.correct, strict=True)
+    return {
+        "accuracy": statistics.wilson(sum(answers.correct), len(examples))._asdict(),
+        "by_depth": [
+            {"depth": depth, "correct": correct, "asked": asked}
+            for depth, correct, asked in compare.by_depth(examples, answers.correct)
+        ],
+        "examples": [
+            {
+                "depth": example.depth,
+                "prompt_tokens": len(example.prompt),
+                "expected": example.answer,
+                "answer": answer,
+                "correct": right,
+            }
+            for example, answer, right in found
+        ],
+    }
+
+
+def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
+    predicted = compare.predict(model, method, windows, progress=progress, **shapes)
+    means = predicted.log_probs.mean(1)
+    return {
+        "perplexity": statistics.perplexity(means)._asdict(),
+        "log_prob": statistics.mean_interval(means)._asdict(),
+        "tokens_per_window": int(predicted.log_probs.shape[1]),
+    }
+
+
+def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, Any]:
+    expected = compare.predict(model, reference, windows, **shapes)
+    progress(1 / 3)
+    predicted = compare.predict(model, method, windows, **shapes)
+    progress(2 / 3)
+    agreement = fidelity.agreement(expected.logits, predicted.logits)
+    layers = compare.layer_fidelity(model, reference, method, windows, **shapes)
+    progress(1.0)
+    lost = expected.log_probs.mean(1), predicted.log_probs.mean(1)
+    return {
+        "top1_agreement": _mean(agreement.top1.mean(1)),
+        "kl": _mean(agreement.kl.mean(1)),
+        "nats_lost": statistics.paired_difference(*lost)._asdict(),
+        "layers": [
+            {"layer": layer, "error": _mean(error), "mass": _mean(mass)}
+            for layer, (error, mass) in enumerate(
+                zip(layers.error.mean(-1), layers.mass.mean(-1), strict=True)
+            )
+        ],
+    }
+
+
+def _mean(samples: Sequence[float]) -> dict[str, float]:
+    return statistics.mean_interval(np.asarray(samples))._asdict()

@@ -1,0 +1,92 @@
+"""Intervals: how sure a number is, given how few times it was measured."""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy import stats
+
+
+class Interval(NamedTuple):
+    """An estimate, the interval around it, and the number of independent samples."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
+    """Wilson's score interval of a proportion: honest at 0 and n successes too.
+
+    Raises:
+        ValueError: if `successes` is not in [0, n], `n` < 1 or `confidence` not in (0, 1).
+    """
+    if n < 1:
+        raise ValueError(f"{n=} must be at least 1 to estimate a proportion.")
+    if not 0 <= successes <= n:
+        raise ValueError(f"{successes=} must be in [0, {n=}].")
+    z = float(stats.norm.ppf(_upper_tail(confidence)))
+    rate = successes / n
+    centre = (rate + z * z / (2 * n)) / (1 + z * z / n)
+    spread = z * math.sqrt(rate * (1 - rate) / n + z * z / (4 * n * n))
+    half = spread / (1 + z * z / n)
+    # Rounding must not exclude the estimate itself at 0 and at 1.
+    low, high = max(min(centre - half, rate), 0.0), min(max(centre + half, rate), 1.0)
+    return Interval(rate, low, high, n)
+
+
+def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Student's interval of a mean. Samples must be independent: windows, not tokens.
+
+    One sample has no spread: its interval is infinite.
+
+    Raises:
+        ValueError: if `samples` is empty or `confidence` not in (0, 1).
+    """
+    samples = np.asarray(samples, np.float64)
+    if samples.ndim != 1 or samples.size < 1:
+        raise ValueError(
+            f"samples of shape {samples.shape} must be a non-empty vector."
+        )
+    n, mean = samples.size, float(samples.mean())
+    quantile = _upper_tail(confidence)
+    if n == 1:
+        return Interval(mean, -math.inf, math.inf, 1)
+    half = float(stats.t.ppf(quantile, n - 1) * samples.std(ddof=1) / math.sqrt(n))
+    return Interval(mean, mean - half, mean + half, n)
+
+
+def paired_difference(
+    samples: Sequence[float], reference: Sequence[float], confidence: float = 0.95
+) -> Interval:
+    """Interval of the mean of `samples - reference`, measured on the same inputs.
+
+    Narrower than two separate intervals: what makes an input hard is hard for both.
+
+    Raises:
+        ValueError: if the two differ in length or are empty.
+    """
+    if len(samples) != len(reference):
+        raise ValueError(
+            f"{len(samples)} samples cannot be paired with {len(reference)} references."
+        )
+    difference = np.asarray(samples, np.float64) - np.asarray(reference, np.float64)
+    return mean_interval(difference, confidence)
+
+
+def perplexity(log_probs: Sequence[float], confidence: float = 0.95) -> Interval:
+    """Perplexity from the mean log-probability (nats per token) of each window."""
+    mean, low, high, n = mean_interval(log_probs, confidence)
+    return Interval(_exp(-mean), _exp(-high), _exp(-low), n)
+
+
+def _upper_tail(confidence: float) -> float:
+    if not 0 < confidence < 1:
+        raise ValueError(f"{confidence=} must be in (0, 1).")
+    return 0.5 + confidence / 2
+
+
+def _exp(x: float) -> float:
+    return math.exp(x) if x < 700 else math.inf

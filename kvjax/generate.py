@@ -1,0 +1,519 @@
+"""Prompt to text: a prefill in chunks, then one jitted loop whose states stay in place.
+
+The loop runs up to `stream_every` steps on the device before the host looks at the
+tokens, so text streams and no step waits for the host. A model and a method are
+arguments here; nothing below knows either.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax.interface import DecoderLM, LanguageModel, Method, State, Tokenizer
+from kvjax.sampling import Sampling, active, row_keys, sample, validate
+
+PAD = 0  # what a finished row feeds and emits; any valid token does
+
+_PARTIAL = "\N{REPLACEMENT CHARACTER}"  # what decoding part of a character gives
+_LONGEST_WAIT = 64  # tokens; no character is made of that many
+
+
+class Generation(NamedTuple):
+    """What one row produced."""
+
+    tokens: list[int]  # generated, with the EOS token if there was one
+    text: str  # without the EOS token, cut before a stop string
+    finish_reason: str  # "eos", "stop" or "length"
+
+
+class Prefilled(NamedTuple):
+    """A prompt in the caches, ready to decode."""
+
+    states: tuple[State, ...]  # one a layer, `finish` applied
+    hidden: Float[Array, "B E"]  # of each row's last prompt token
+    recent: Int[Array, "B R"]  # the newest `method.rows` tokens of each row
+
+
+def generate(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    chunk_size: int = 512,
+    stream_every: int = 16,
+    on_text: Callable[[int, str], None] | None = None,
+) -> list[Generation]:
+    """Continues each prompt under a KV-cache method.
+
+    A row's tokens do not depend on the other rows, only on its prompt, `seed` and its
+    index in the batch (which enters the random key).
+
+    Args:
+        model: decoder, weights and tokenizer.
+        method: any :class:`kvjax.Method`. Use one object for many calls: compiled code
+            is kept per object.
+        prompts: texts, or token ids; of any lengths.
+        max_new_tokens: most tokens a row generates, its EOS token included.
+        sampling: greedy by default.
+        stop: a row ends at the first token whose text completes one of these.
+        eos_ids: tokens that end a row; None means the model's.
+        seed: of the random keys.
+        chunk_size: most prompt tokens processed at once.
+        stream_every: decode steps between two looks of the host.
+        on_text: called with `(row, new text)` while generating.
+
+    Returns:
+        One :class:`Generation` a prompt, in order.
+
+    Raises:
+        ValueError: if a prompt is empty, holds an id outside the vocabulary or is too
+            long for the model's context, or if an option is out of its range.
+    """
+    events = _start(
+        model,
+        method,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        eos_ids=eos_ids,
+        seed=seed,
+        chunk_size=chunk_size,
+        stream_every=stream_every,
+    )
+    while True:
+        try:
+            row, text = next(events)
+        except StopIteration as end:
+            return end.value
+        if on_text is not None:
+            on_text(row, text)
+
+
+def stream(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    chunk_size: int = 512,
+    stream_every: int = 16,
+) -> Iterator[tuple[int, str]]:
+    """:func:`generate` as an iterator of `(row, new text)`.
+
+    What it yields for a row adds up to that row's text: nothing past a stop string, no
+    beginning of one, and no part of a character.
+    """
+    return _start(
+        model,
+        method,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        eos_ids=eos_ids,
+        seed=seed,
+        chunk_size=chunk_size,
+        stream_every=stream_every,
+    )
+
+
+def prefill(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    chunk_size: int = 512,
+) -> Prefilled:
+    """Runs the prompts through the model, leaving room for `max_new_tokens` each.
+
+    Raises:
+        ValueError: as :func:`generate`.
+    """
+    check_prompts(model.decoder, prompts, max_new_tokens, chunk_size)
+    longest = max(map(len, prompts))
+    decoder, params = model.decoder, model.params
+    states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
+    hidden = None
+    for tokens, lengths in chunks(decoder, prompts, chunk_size):
+        states, hidden = _prefill_chunk(
+            decoder, method, params, states, tokens, lengths, hidden
+        )
+    return Prefilled(
+        finish(method, states), hidden, jnp.asarray(recent(prompts, method.rows))
+    )
+
+
+def bucket(tokens: int) -> int:
+    """The capacity to allocate for `tokens`: at most 1/8 above, in eight steps an octave.
+
+    Prompts of nearby lengths share their shapes, and so their compiled code.
+    """
+    step = 1 << max(0, int(tokens).bit_length() - 4)
+    return -(-tokens // step) * step
+
+
+def check_prompts(
+    decoder: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    chunk_size: int,
+) -> None:
+    """Raises ValueError unless the prompts fit the model. See :func:`generate`."""
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one.")
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1.")
+    if chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be at least 1.")
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} has no tokens: give it at least one.")
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= decoder.vocab_size:
+            raise ValueError(
+                f"prompt {row} holds token id {low if low < 0 else high}, outside "
+                f"the model's vocabulary of {decoder.vocab_size}: use its tokenizer."
+            )
+        if len(prompt) + max_new_tokens > decoder.context:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens=} that "
+                f"exceeds the model's context of {decoder.context}: shorten either."
+            )
+
+
+def empty_states(
+    decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
+) -> tuple[State, ...]:
+    """States of every layer for prompts up to `longest` tokens, in bucketed sizes."""
+    new_tokens = bucket(max_new_tokens)
+    spec = decoder.cache_spec(batch, bucket(longest + new_tokens), new_tokens)
+    return _init(method, spec, decoder.num_layers)
+
+
+def chunks(
+    decoder: DecoderLM, prompts: Sequence[Sequence[int]], chunk_size: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Right-padded chunks `(B, T)` of the prompts, with the real tokens of each row."""
+    longest = max(map(len, prompts))
+    size = _chunk(decoder, longest, chunk_size)
+    for start in range(0, longest, size):
+        pieces = [prompt[start : start + size] for prompt in prompts]
+        tokens = np.full((len(prompts), size), PAD, np.int32)
+        for row, piece in enumerate(pieces):
+            tokens[row, : len(piece)] = piece
+        yield tokens, np.array([len(piece) for piece in pieces], np.int32)
+
+
+def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
+    padded = bucket(longest)
+    rope = decoder.cache_spec(1, padded).rope
+    if getattr(rope, "kind", None) == "dynamic" and longest > rope.original_context:
+        # Its frequencies depend on the whole prompt's length: all keys rotate at once.
+        return padded
+    # Chunks of one size, so that the last one is not mostly padding.
+    return min(chunk_size, bucket(-(-padded // -(-padded // chunk_size))))
+
+
+def recent(prompts: Sequence[Sequence[int]], rows: int) -> np.ndarray:
+    """The last `rows` tokens of each prompt, `(B, rows)`, left-padded."""
+    out = np.full((len(prompts), rows), PAD, np.int32)
+    for row, prompt in enumerate(prompts):
+        newest = prompt[-rows:]
+        out[row, rows - len(newest) :] = newest
+    return out
+
+
+def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
+    """Ends the prompt. Layer by layer: at most one layer is held in both shapes."""
+    states = list(states)
+    for layer in range(len(states)):
+        # Not donated: shapes may change, and a buffer passed through is not copied.
+        states[layer] = _finish(method, states[layer])
+    return tuple(states)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _init(method, spec, num_layers):
+    return tuple(
+        method.init(dataclasses.replace(spec, layer=layer))
+        for layer in range(num_layers)
+    )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(method, state):
+    return method.finish(state)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _prefill_chunk(decoder, method, params, states, tokens, lengths, previous):
+    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
+    return states, last_hidden(hidden, lengths, previous)
+
+
+def last_hidden(
+    hidden: Float[Array, "B T E"],
+    lengths: Int[Array, "B"],
+    previous: Float[Array, "B E"] | None,
+) -> Float[Array, "B E"]:
+    """Of each row's newest token; `previous` where this chunk has none of the row."""
+    index = jnp.maximum(lengths - 1, 0)[:, None, None]
+    newest = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
+    if previous is None:
+        return newest
+    return jnp.where((lengths > 0)[:, None], newest, previous)
+
+
+class _Tail(NamedTuple):
+    """Of the loop's carry, all but the states: small."""
+
+    window: Int[Array, "B R"]  # newest tokens of each row, what the next step feeds
+    done: Array  # (B,) bool
+    seen: Array | None  # (B, V) bool, only under a repetition penalty
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _first_token(decoder, params, hidden, tail, keys, sampling, eos_ids):
+    return _choose(decoder, params, hidden, tail, keys, 0, sampling, eos_ids)
+
+
+def _choose(decoder, params, hidden, tail, keys, step, sampling, eos_ids):
+    """Next tokens `(B,)` from the hidden state `(B, E)`, and the tail with them in."""
+    window, done, seen = tail
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+    tokens = sample(keys, decoder.logits(params, hidden), seen, sampling)
+    tokens = jnp.where(done, PAD, tokens)
+    done = done | (tokens[:, None] == eos_ids).any(-1)
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
+    window = jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
+    return tokens, _Tail(window, done, seen)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _decode(
+    decoder,
+    method,
+    size,
+    params,
+    states,
+    tail,
+    keys,
+    first_step,
+    limit,
+    sampling,
+    eos_ids,
+):
+    """Up to `limit <= size` steps; ends early once every row is done.
+
+    Returns the states, the tail, tokens `(B, size)` and how many columns are filled.
+    """
+
+    def running(carry):
+        count, _, tail, _ = carry
+        return (count < limit) & ~tail.done.all()
+
+    def step(carry):
+        count, states, tail, tokens = carry
+        states, hidden = decoder.decode_step(params, states, tail.window, method)
+        newest, tail = _choose(
+            decoder,
+            params,
+            hidden[:, -1],
+            tail,
+            keys,
+            first_step + count,
+            sampling,
+            eos_ids,
+        )
+        tokens = tokens.at[:, count].set(newest)
+        return count + 1, states, tail, tokens
+
+    tokens = jnp.full((tail.done.size, size), PAD, jnp.int32)
+    carry = (jnp.int32(0), states, tail, tokens)
+    count, states, tail, tokens = jax.lax.while_loop(running, step, carry)
+    return states, tail, tokens, count
+
+
+def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
+    """Checks every argument now; the work begins with the first `next`."""
+    if isinstance(prompts, str):
+        raise TypeError("prompts is one text: put it in a list.")
+    validate(sampling)
+    if stream_every < 1:
+        raise ValueError(f"{stream_every=} must be at least 1.")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"{stop=} must be a sequence of non-empty strings.")
+    prompts = [
+        model.tokenizer.encode(prompt)
+        if isinstance(prompt, str)
+        else [int(token) for token in prompt]
+        for prompt in prompts
+    ]
+    check_prompts(
+        model.decoder, prompts, options["max_new_tokens"], options["chunk_size"]
+    )
+    return _events(
+        model,
+        method,
+        prompts,
+        stop=tuple(stop),
+        stream_every=stream_every,
+        sampling=sampling,
+        **options,
+    )
+
+
+def _events(
+    model: LanguageModel,
+    method: Method,
+    prompts: list[list[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: tuple[str, ...],
+    eos_ids: Sequence[int] | None,
+    seed: int,
+    chunk_size: int,
+    stream_every: int,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    decoder, params = model.decoder, model.params
+    eos_ids = frozenset(model.eos_ids if eos_ids is None else eos_ids)
+    eos_array = np.array(sorted(eos_ids), np.int32)
+    sampling = active(sampling)
+    keys = None if sampling.temperature is None else row_keys(seed, len(prompts))
+    seen = None
+    if sampling.repetition_penalty is not None:
+        seen = np.zeros((len(prompts), decoder.vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+
+    states, hidden, window = prefill(
+        model, method, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
+    )
+    tail = _Tail(window, np.zeros(len(prompts), bool), seen)
+    newest, tail = _first_token(
+        decoder, params, hidden, tail, keys, sampling, eos_array
+    )
+    rows = [_Row(model.tokenizer, stop, eos_ids, max_new_tokens) for _ in prompts]
+    block, produced = np.asarray(newest)[:, None], 1
+    while True:
+        for index, row in enumerate(rows):
+            if row.finish_reason is None and (text := row.push(block[index].tolist())):
+                yield index, text
+        done = np.array([row.finish_reason is not None for row in rows])
+        if done.all():
+            return [Generation(row.tokens, row.text, row.finish_reason) for row in rows]
+        states, tail, block, count = _decode(
+            decoder,
+            method,
+            stream_every,
+            params,
+            states,
+            tail._replace(done=done),
+            keys,
+            np.int32(produced),
+            np.int32(min(stream_every, max_new_tokens - produced)),
+            sampling,
+            eos_array,
+        )
+        block = np.asarray(block)[:, : int(count)]
+        produced += int(count)
+
+
+@dataclasses.dataclass
+class _Row:
+    """The host's side of one row: its tokens become text, piece by piece."""
+
+    tokenizer: Tokenizer
+    stop: tuple[str, ...]
+    eos_ids: frozenset[int]
+    max_new_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    text: str = ""  # given out so far
+    held: str = ""  # decoded, but may be the beginning of a stop string
+    finish_reason: str | None = None
+    # Decoding starts at the previous token boundary known to be clean, not at the
+    # beginning: tokenizers treat the first token of a text differently.
+    anchor: int = 0
+    clean: int = 0
+    given: int = 0  # characters of the text since `clean` that were handed on
+
+    def push(self, tokens: list[int]) -> str:
+        """Takes new tokens up to the one that ends the row; returns the new text."""
+        text = ""
+        # With stop strings token by token: a row ends at the token completing one,
+        # wherever the chunks of the loop happen to end.
+        size = 1 if self.stop else len(tokens)
+        for start in range(0, len(tokens), size):
+            text += self._push(tokens[start : start + size])
+            if self.finish_reason is not None:
+                break
+        self.text += text
+        return text
+
+    def _push(self, tokens: list[int]) -> str:
+        for token in tokens:
+            self.tokens.append(token)
+            if token in self.eos_ids:
+                self.finish_reason = "eos"
+            elif len(self.tokens) == self.max_new_tokens:
+                self.finish_reason = "length"
+            if self.finish_reason is not None:
+                break
+        self.held += self._decode()
+        starts = [self.held.find(stop) for stop in self.stop]
+        if any(start >= 0 for start in starts):
+            self.finish_reason = "stop"
+            return self.held[: min(start for start in starts if start >= 0)]
+        waiting = 0 if self.finish_reason else _unresolved(self.held, self.stop)
+        text = self.held[: len(self.held) - waiting]
+        self.held = self.held[len(text) :]
+        return text
+
+    def _decode(self) -> str:
+        """Text that has become certain since the last call."""
+        end = len(self.tokens) - (self.finish_reason == "eos")
+        before = len(self.tokenizer.decode(self.tokens[self.anchor : self.clean]))
+        whole = self.tokenizer.decode(self.tokens[self.anchor : end])
+        fresh = whole[before:]
+        certain = fresh if self.finish_reason else fresh.rstrip(_PARTIAL)
+        if len(certain) < len(fresh) and end - self.clean > _LONGEST_WAIT:
+            # Not the beginning of a character but many broken ones: move on, to where
+            # no character is in two halves.
+            for end in range(end - 8, end):
+                certain = self.tokenizer.decode(self.tokens[self.anchor : end])[before:]
+                if fresh.startswith(certain):
+                    fresh = certain
+                    break
+        text, self.given = certain[self.given :], max(self.given, len(certain))
+        if len(certain) == len(fresh):
+            self.given -= len(certain)
+            self.anchor, self.clean = self.clean, end
+        return text
+
+
+def _unresolved(text: str, stop: tuple[str, ...]) -> int:
+    """Length of the longest end of `text` that a stop string begins with."""
+    for size in range(min(len(text), max(map(len, stop), default=1) - 1), 0, -1):
+        if any(candidate.startswith(text[-size:]) for candidate in stop):
+            return size
+    return 0

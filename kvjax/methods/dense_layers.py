@@ -1,0 +1,79 @@
+"""A transform: the first layers attend in full, the others by another method."""
+
+from typing import Any, NamedTuple
+
+from kvjax.interface import Method
+
+
+class Dense(NamedTuple):
+    """State of a layer that :func:`dense_layers` leaves dense."""
+
+    state: Any
+
+
+class Sparse(NamedTuple):
+    """State of a layer that :func:`dense_layers` gives to the method."""
+
+    state: Any
+
+
+def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
+    """Uses `dense` in the first layers and `method` in the rest.
+
+    Attention of the first layers is spread over the whole context, so that selecting
+    there costs most; Quest leaves two of them dense.
+
+    Args:
+        method: for the layers from `first` on.
+        dense: for the layers before; spec strings give :func:`kvjax.full`.
+        first: number of dense layers. Quest: 2.
+
+    Returns:
+        A :class:`kvjax.Method` over :class:`Dense` or :class:`Sparse`, by layer.
+
+    State: that of the method in charge of the layer.
+    Reads per step and layer: as the method in charge of the layer.
+    Exact when: `method` is, or all layers are dense.
+
+    Raises:
+        ValueError: if `first` is negative or the methods disagree in `rows`.
+
+    Source:
+        Tang et al., "Quest", ICML 2024, arXiv:2406.10774, Sec. 3.4.
+    Deviations:
+        none known.
+
+    Example:
+        >>> method = kvjax.dense_layers(kvjax.quest(budget=256), kvjax.full(), first=2)
+    """
+    if first < 0:
+        raise ValueError(f"{first=} must be at least 0 layers.")
+    if method.rows != dense.rows:
+        raise ValueError(f"{method.rows=} must equal {dense.rows=}.")
+
+    def init(spec, weights=None):
+        if spec.layer < first:
+            return Dense(dense.init(spec))
+        return Sparse(method.init(spec, weights))
+
+    def in_charge(wrapped):
+        return dense if isinstance(wrapped, Dense) else method
+
+    def prefill(state, q, k, v, lengths):
+        inner, out = in_charge(state).prefill(state.state, q, k, v, lengths)
+        return state._replace(state=inner), out
+
+    def finish(state):
+        return state._replace(state=in_charge(state).finish(state.state))
+
+    def append(state, k, v):
+        return state._replace(state=in_charge(state).append(state.state, k, v))
+
+    def inspect_step(state, q):
+        inner, out, diagnostics = in_charge(state).inspect_step(state.state, q)
+        return state._replace(state=inner), out, diagnostics
+
+    def traffic(spec, length):
+        return (dense if spec.layer < first else method).traffic(spec, length)
+
+    return Method(init, prefill, finish, append, inspect_step, traffic, method.rows)

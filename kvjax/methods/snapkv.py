@@ -1,0 +1,146 @@
+"""SnapKV: the end of the prompt votes, once, on which of its tokens to keep."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax import cache, selection
+from kvjax.interface import Diagnostics, Method, Traffic
+from pallas_kernels.decode_attention import decode_attention
+
+
+class SnapKVPrompt(NamedTuple):
+    """State of :func:`snapkv` until the prompt ends, one layer."""
+
+    store: cache.Contiguous
+    queries: Float[Array, "B Hq W D"]  # the newest W = window, rotated, a ring
+
+
+def snapkv(
+    *,
+    budget: int = 1024,
+    window: int = 32,
+    kernel: int = 7,
+    pooling: selection.Reduce = "max",
+    group_reduce: selection.Reduce = "max",
+) -> Method:
+    """Keeps the prompt tokens that its last queries attend to, and all later tokens.
+
+    The prompt is attended to in full. At its end the weights of the last `window`
+    queries are summed, reduced over the query heads of a KV head, pooled over
+    neighbours; the best `budget - window` tokens and the window itself stay.
+
+    Args:
+        budget: prompt tokens kept per KV head. Generated tokens come on top.
+        window: queries that vote, and newest tokens always kept. Official: 32 (64).
+        kernel: width of the pooling, odd; 1 switches it off. Official: 7 (5).
+        pooling: `max` or `mean` over the neighbours.
+        group_reduce: `max` or `mean` over the query heads that share a KV head.
+
+    Returns:
+        A :class:`kvjax.Method`; its state is :class:`kvjax.cache.Kept` after `finish`.
+
+    State: k, v `(B, Hkv, budget + max_new_tokens, D)` cache dtype; positions int32.
+        While the prompt runs: the whole cache and `window` queries.
+    Reads per step and layer: 2*(budget + generated)*D*Hkv elements of KV, per row.
+    Exact when: budget >= prompt length.
+
+    Raises:
+        ValueError: unless 1 <= window < budget and kernel is odd.
+
+    Source:
+        Li et al., "SnapKV: LLM Knows What You are Looking for Before Generation",
+        NeurIPS 2024, arXiv:2404.14469, Sec. 4. RefreshKV, arXiv:2411.05787, for the
+        max over the group.
+    Deviations:
+        One selection per KV head; the official code repeats the KV heads first and so
+        stores one cache per query head.
+
+    Example:
+        >>> method = kvjax.snapkv(budget=256, window=16)
+        >>> state = method.init(spec)
+    """
+    if window < 1:
+        raise ValueError(f"{window=} must be at least 1 query.")
+    if budget <= window:
+        raise ValueError(f"{budget=} must exceed {window=}; raise the budget.")
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"{kernel=} must be odd and at least 1.")
+    selection.check_reduce(pooling=pooling, group_reduce=group_reduce)
+
+    def init(spec, weights=None):
+        del weights
+        shape = (spec.batch, spec.num_q_heads, window, spec.head_dim)
+        return SnapKVPrompt(cache.contiguous(spec), cache.allocate(shape, spec.dtype))
+
+    def prefill(state, q, k, v, lengths):
+        store = cache.extend(state.store, k, v, lengths)
+        rotated, positions = cache.rotate_queries(store.spec, q, store.length, lengths)
+        out = cache.attend(store, rotated, positions).out
+        # The ring holds each slot's newest query: older ones must not overwrite it.
+        length = store.length[:, None]
+        is_newest = (positions < length) & (positions >= length - window)
+        queries = cache.write(state.queries, rotated, positions % window, is_newest)
+        return SnapKVPrompt(store, queries), out.astype(q.dtype)
+
+    def finish(state):
+        store, spec = state.store, state.store.spec
+        last = store.length[:, None] - 1
+        slots = jnp.arange(window, dtype=jnp.int32)
+        voters = last - (last - slots) % window  # negative: the prompt is shorter
+        # Values are not needed, only each voter's normaliser.
+        _, lse = decode_attention(
+            state.queries, store.k, store.v, voters, sm_scale=spec.sm_scale
+        )
+        votes = selection.attention_mass(
+            state.queries,
+            store.k,
+            lse,
+            voters,
+            lambda weights: weights.sum(2),
+            sm_scale=spec.sm_scale,
+        )
+        votes = selection.reduce_group(votes, spec.num_kv_heads, group_reduce)
+        prefix = jnp.arange(spec.capacity, dtype=jnp.int32)
+        prefix = prefix < (store.length - window)[:, None, None]
+        prefix = jnp.broadcast_to(prefix, votes.shape)
+        votes = selection.pool(votes, kernel, pooling, prefix)
+        chosen = selection.top_k(votes, budget - window, prefix)
+        newest = jnp.where(voters >= 0, voters, -1)[:, None, :]
+        newest = jnp.broadcast_to(newest, (*chosen.shape[:2], window))
+        kept = selection.in_order(jnp.concatenate([chosen, newest], axis=-1))
+        return cache.keep(store, kept, spare=spec.max_new_tokens)
+
+    def append(state, k, v):
+        slot = cache.num_kept(state)[:, None]
+        slots = jnp.broadcast_to(slot, (slot.shape[0], state.positions.shape[1]))
+        return cache.put(state, slots, k, v)
+
+    def inspect_step(state, q):
+        rotated, positions = cache.rotate_queries(state.spec, q, state.length)
+        out, lse = decode_attention(
+            rotated,
+            state.k,
+            state.v,
+            positions,
+            state.positions,
+            sm_scale=state.spec.sm_scale,
+        )
+        refreshed = cache.num_kept(state) == state.length
+        diagnostics = Diagnostics(state.positions, lse, refreshed)
+        return state, out.astype(q.dtype), diagnostics
+
+    def traffic(spec, length):
+        # As at the end of the run, when every generated token is there.
+        kept = min(length, budget + spec.max_new_tokens)
+        return Traffic(kv=cache.kv_bytes(spec, kept), metadata=0)
+
+    return Method(
+        init=init,
+        prefill=prefill,
+        finish=finish,
+        append=append,
+        inspect_step=inspect_step,
+        traffic=traffic,
+    )

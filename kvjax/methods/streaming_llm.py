@@ -1,0 +1,178 @@
+"""StreamingLLM: attention sinks plus a sliding window, in one ring buffer."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax import cache
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.partials import Partial, merge
+from pallas_kernels.decode_attention import decode_attention
+
+
+class StreamingState(NamedTuple):
+    """State of :func:`streaming_llm`, one layer."""
+
+    spec: CacheSpec
+    sink_k: Float[Array, "B Hkv M D"]  # the first M = num_sinks tokens
+    sink_v: Float[Array, "B Hkv M D"]
+    k: Float[Array, "B Hkv R D"]  # the newest R = budget - num_sinks others, a ring
+    v: Float[Array, "B Hkv R D"]
+    length: Int[Array, "B"]  # tokens seen, not slots used
+
+
+def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
+    """Keeps the first few tokens and the newest ones; forgets what lies between.
+
+    Positions are re-numbered inside the cache (Sec. 3.2): kept tokens sit at 0, 1, 2,
+    ... in order. Inside the window that changes no distance, so keys stay rotated at
+    their absolute position and only the query that meets the sinks is rotated anew, at
+    its place in the cache.
+
+    Prompts obey the same rule, token by token: a token attends to the sinks and to the
+    window that ends in it, so prefill takes constant memory.
+
+    Args:
+        budget: tokens attended to per step, sinks and the current token included.
+        num_sinks: first tokens of the sequence that always stay. Paper: 4.
+
+    Returns:
+        A :class:`kvjax.Method` over :class:`StreamingState`.
+
+    State: sinks and ring, together k, v `(B, Hkv, budget, D)` cache dtype; length.
+    Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, per row.
+    Exact when: budget >= length.
+
+    Raises:
+        ValueError: unless 0 <= num_sinks < budget.
+
+    Source:
+        Xiao et al., "Efficient Streaming Language Models with Attention Sinks",
+        ICLR 2024, arXiv:2309.17453, Sec. 3.2.
+    Deviations:
+        The current token counts in the budget; the official code evicts after
+        attending, so that one token more is attended to.
+
+    Example:
+        >>> method = kvjax.streaming_llm(budget=256)
+        >>> state = method.init(spec)
+    """
+    if budget < 1:
+        raise ValueError(f"{budget=} must be at least 1 token.")
+    if not 0 <= num_sinks < budget:
+        raise ValueError(f"{num_sinks=} must be in [0, {budget=}); raise the budget.")
+    ring = budget - num_sinks
+
+    def ring_positions(length):
+        # The newest position p < length with p >= num_sinks and (p - num_sinks) = slot
+        # modulo the ring; -1 while the slot has none.
+        slots = num_sinks + jnp.arange(ring, dtype=jnp.int32)
+        last = length[:, None] - 1
+        newest = last - (last - slots) % ring
+        return jnp.where(newest >= num_sinks, newest, -1)[:, None, :]
+
+    def write(state, k, v, lengths):
+        positions, valid = cache.chunk_positions(state.length, lengths, k.shape[2])
+        length = state.length + valid.sum(-1, dtype=jnp.int32)
+        is_sink = positions < num_sinks
+        # Of the tokens that share a slot only the newest may be written.
+        is_newest = positions >= (length - ring)[:, None]
+        slots = (positions - num_sinks) % ring
+        k = state.spec.rope(k, positions)
+        state = state._replace(
+            k=cache.write(state.k, k, slots, valid & ~is_sink & is_newest),
+            v=cache.write(state.v, v, slots, valid & ~is_sink & is_newest),
+            length=length,
+        )
+        if num_sinks:
+            state = state._replace(
+                sink_k=cache.write(state.sink_k, k, positions, valid & is_sink),
+                sink_v=cache.write(state.sink_v, v, positions, valid & is_sink),
+            )
+        return state, k, jnp.where(valid, positions, -1)
+
+    def attend(state, q, positions, k, v, key_positions):
+        """Sinks in `state`, and the given keys of the window."""
+        spec = state.spec
+        in_window = decode_attention(
+            spec.rope(q, positions),
+            k,
+            v,
+            positions,
+            key_positions,
+            sm_scale=spec.sm_scale,
+            window=ring,
+        )
+        if not num_sinks:
+            return Partial(*in_window)
+        # In the cache the query is the last of at most `budget` tokens.
+        place = jnp.minimum(positions, budget - 1)
+        sinks = decode_attention(
+            spec.rope(q, place),
+            state.sink_k,
+            state.sink_v,
+            positions,
+            sm_scale=spec.sm_scale,
+        )
+        return merge(Partial(*sinks), Partial(*in_window))
+
+    def init(spec, weights=None):
+        del weights
+
+        def buffer(slots):
+            shape = (spec.batch, spec.num_kv_heads, slots, spec.head_dim)
+            return cache.allocate(shape, spec.dtype)
+
+        return StreamingState(
+            spec,
+            buffer(num_sinks),
+            buffer(num_sinks),
+            buffer(ring),
+            buffer(ring),
+            cache.lengths(spec),
+        )
+
+    def prefill(state, q, k, v, lengths):
+        before = ring_positions(state.length)
+        start = state.length[:, None]
+        new, rotated, fresh = write(state, k, v, lengths)
+        in_ring = jnp.where(fresh >= num_sinks, fresh, -1)[:, None, :]
+        positions = start + jnp.arange(q.shape[2], dtype=jnp.int32)
+        out, _ = attend(
+            new,
+            q,
+            positions,
+            jnp.concatenate([state.k, rotated.astype(state.k.dtype)], axis=2),
+            jnp.concatenate([state.v, v.astype(state.v.dtype)], axis=2),
+            jnp.concatenate([before, in_ring], axis=2),
+        )
+        return new, out.astype(q.dtype)
+
+    def append(state, k, v):
+        return write(state, k, v, None)[0]
+
+    def inspect_step(state, q):
+        held = ring_positions(state.length)
+        positions = (state.length - 1)[:, None]
+        out, lse = attend(state, q, positions, state.k, state.v, held)
+        sinks = jnp.arange(num_sinks, dtype=jnp.int32)
+        sinks = jnp.where(sinks < state.length[:, None, None], sinks, -1)
+        attended = jnp.concatenate([sinks, held], axis=2)
+        attended = jnp.broadcast_to(
+            attended, (attended.shape[0], state.k.shape[1], budget)
+        )
+        diagnostics = Diagnostics(attended, lse, state.length <= budget)
+        return state, out.astype(q.dtype), diagnostics
+
+    def traffic(spec, length):
+        return Traffic(kv=cache.kv_bytes(spec, min(budget, length)), metadata=0)
+
+    return Method(
+        init=init,
+        prefill=prefill,
+        finish=lambda state: state,
+        append=append,
+        inspect_step=inspect_step,
+        traffic=traffic,
+    )

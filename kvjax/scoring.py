@@ -1,0 +1,172 @@
+"""Log-probabilities of given texts under a method, prefill and decode told apart.
+
+The first tokens go through the prompt's path, the rest are fed one by one as if they
+had been generated: only there does a method that forgets show what it forgot.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from kvjax.generate import (
+    PAD,
+    check_prompts,
+    chunks,
+    empty_states,
+    finish,
+    last_hidden,
+    recent,
+)
+from kvjax.interface import LanguageModel, Method
+
+STEPS = 64  # teacher-forced tokens between two looks of the host
+POSITIONS = 64  # prompt positions whose logits exist at once
+
+
+class Scores(NamedTuple):
+    """Of a batch of rows whose longest has n tokens."""
+
+    # Natural log-probability of token i + 1 given those before; NaN past a row's end.
+    log_probs: Float[np.ndarray, "B n-1"]
+    # `logits[:, i]` chose token prefill + i, so `[:, 0]` is the prompt's last and the
+    # others are decode steps; None unless asked for. Undefined past a row's end.
+    logits: Float[np.ndarray, "B n-prefill V"] | None
+
+
+def score(
+    model: LanguageModel,
+    method: Method,
+    tokens: Sequence[Sequence[int]],
+    *,
+    prefill: int,
+    chunk_size: int = 512,
+    return_logits: bool = False,
+) -> Scores:
+    """How likely each token is, with the first `prefill` of every row as the prompt.
+
+    Args:
+        tokens: one list of token ids a row, each longer than `prefill`.
+        prefill: tokens in the prompt.
+        chunk_size: most prompt tokens processed at once.
+        return_logits: also return the logits of what follows the prompt.
+
+    Raises:
+        ValueError: if `prefill` is not in [1, length) of every row, an id is outside
+            the vocabulary, or a row is too long for the model's context.
+    """
+    tokens = [[int(token) for token in row] for row in tokens]
+    lengths = np.array([len(row) for row in tokens], np.int32)
+    if not tokens or not 1 <= prefill < lengths.min():
+        shortest = lengths.min() if tokens else 0
+        raise ValueError(
+            f"{prefill=} must be at least 1 and below the length of every row; the "
+            f"shortest has {shortest} tokens."
+        )
+    decoder, params = model.decoder, model.params
+    check_prompts(decoder, [row[:-1] for row in tokens], 1, chunk_size)
+    longest = int(lengths.max())
+    padded = np.full((len(tokens), longest + 1), PAD, np.int32)
+    for row, line in enumerate(tokens):
+        padded[row, : len(line)] = line
+
+    prompts = [row[:prefill] for row in tokens]
+    states = empty_states(decoder, method, len(tokens), prefill, longest - prefill)
+    hidden, log_probs, start = None, [], 0
+    for chunk, fresh in chunks(decoder, prompts, chunk_size):
+        targets = np.full_like(chunk, PAD)
+        ahead = padded[:, start + 1 : start + 1 + chunk.shape[1]]
+        targets[:, : ahead.shape[1]] = ahead
+        states, hidden, likely = _score_chunk(
+            decoder, method, params, states, chunk, targets, fresh, hidden
+        )
+        log_probs.append(np.asarray(likely)[:, : int(fresh.max())])
+        start += chunk.shape[1]
+    states = finish(method, states)
+    logits = []
+    if return_logits:
+        logits.append(np.asarray(_logits(decoder, params, hidden))[:, None])
+
+    window = recent(prompts, method.rows)
+    steps = longest - 1 - prefill  # the last token is never fed
+    for start in range(prefill, prefill + steps, STEPS):
+        ahead = np.full((len(tokens), STEPS + 1), PAD, np.int32)
+        piece = padded[:, start : start + STEPS + 1]
+        ahead[:, : piece.shape[1]] = piece
+        limit = min(STEPS, prefill + steps - start)
+        states, window, likely, chosen = _score_steps(
+            decoder,
+            method,
+            return_logits,
+            params,
+            states,
+            window,
+            ahead,
+            np.int32(limit),
+        )
+        log_probs.append(np.asarray(likely)[:, :limit])
+        if return_logits:
+            logits.append(np.asarray(chosen)[:, :limit])
+
+    result = np.concatenate(log_probs, axis=1)
+    result[np.arange(longest - 1) >= lengths[:, None] - 1] = np.nan
+    return Scores(result, np.concatenate(logits, axis=1) if return_logits else None)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(decoder, params, hidden):
+    return decoder.logits(params, hidden)
+
+
+def _log_prob(logits, targets):
+    """Log-probabilities `(...)` of `targets (...)` under `logits (..., V)`."""
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _score_chunk(
+    decoder, method, params, states, tokens, targets, lengths, previous
+):
+    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
+
+    def one_position(args):  # (B, E), (B,): all logits of a chunk may not fit
+        hidden, targets = args
+        return _log_prob(decoder.logits(params, hidden), targets)
+
+    by_position = hidden.swapaxes(0, 1), targets.T
+    likely = jax.lax.map(one_position, by_position, batch_size=POSITIONS)
+    return states, last_hidden(hidden, lengths, previous), likely.T
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
+def _score_steps(
+    decoder, method, return_logits, params, states, window, tokens, limit
+):
+    """Feeds `tokens[:, :limit]`; log-probabilities `(B, STEPS)` of those one later."""
+    batch = tokens.shape[0]
+
+    def running(carry):
+        return carry[0] < limit
+
+    def step(carry):
+        index, states, window, likely, kept = carry
+        window = jnp.concatenate([window[:, 1:], tokens[:, index][:, None]], axis=1)
+        states, hidden = decoder.decode_step(params, states, window, method)
+        logits = decoder.logits(params, hidden[:, -1])
+        likely = likely.at[:, index].set(_log_prob(logits, tokens[:, index + 1]))
+        if return_logits:
+            kept = kept.at[:, index].set(logits)
+        return index + 1, states, window, likely, kept
+
+    likely = jnp.zeros((batch, STEPS), jnp.float32)
+    kept = None
+    if return_logits:
+        kept = jnp.zeros((batch, STEPS, decoder.vocab_size), jnp.float32)
+    carry = (jnp.int32(0), states, window, likely, kept)
+    _, states, window, likely, kept = jax.lax.while_loop(running, step, carry)
+    return states, window, likely, kept

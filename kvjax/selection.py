@@ -1,0 +1,112 @@
+"""From scores to kept slots: reductions over heads and queries, pooling, top-k."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from pallas_kernels.decode_attention import decode_logits
+
+Reduce = Literal["mean", "max"]
+BLOCK = 1024  # keys per step of `attention_mass`
+
+_REDUCE = {"mean": jnp.mean, "max": jnp.max}
+
+
+def check_reduce(**options: str) -> None:
+    """Raises unless every option is a :data:`Reduce`."""
+    for name, value in options.items():
+        if value not in _REDUCE:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(_REDUCE)}.")
+
+
+def reduce_group(scores: Array, num_kv_heads: int, how: Reduce) -> Array:
+    """`(B, Hq, ...)` to `(B, Hkv, ...)`: one score for the heads that share keys."""
+    batch, num_q_heads, *rest = scores.shape
+    group = num_q_heads // num_kv_heads
+    return _REDUCE[how](scores.reshape(batch, num_kv_heads, group, *rest), axis=2)
+
+
+def top_k(
+    scores: Float[Array, "*B S"], k: int, valid: Bool[Array, "*#B S"]
+) -> Int[Array, "*B k"]:
+    """Slots of the k highest valid scores, best first, -1 where there are fewer.
+
+    Ties go to the lower slot.
+    """
+    k = min(k, scores.shape[-1])
+    valid = jnp.broadcast_to(valid, scores.shape)
+    _, slots = lax.top_k(jnp.where(valid, scores, -jnp.inf), k)
+    return jnp.where(jnp.take_along_axis(valid, slots, -1), slots, -1)
+
+
+def in_order(positions: Int[Array, "*B N"]) -> Int[Array, "*B N"]:
+    """Ascending, the empty ones (-1) last."""
+    last = jnp.iinfo(jnp.int32).max
+    ordered = jnp.sort(jnp.where(positions < 0, last, positions), axis=-1)
+    return jnp.where(ordered == last, -1, ordered)
+
+
+def pool(
+    scores: Float[Array, "B H S"], kernel: int, how: Reduce, valid: Bool[Array, "B H S"]
+) -> Float[Array, "B H S"]:
+    """Centred pooling along the slots, stride 1, over the valid ones.
+
+    `max` ignores what is not valid; `mean` counts it as 0 and always divides by kernel.
+    """
+    pad = kernel // 2
+    window, strides = (1, 1, kernel), (1, 1, 1)
+    padding = ((0, 0), (0, 0), (pad, pad))
+    if how == "max":
+        scores = jnp.where(valid, scores, -jnp.inf)
+        return lax.reduce_window(scores, -jnp.inf, lax.max, window, strides, padding)
+    scores = jnp.where(valid, scores, 0.0)
+    return lax.reduce_window(scores, 0.0, lax.add, window, strides, padding) / kernel
+
+
+def attention_mass(
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv S D"],
+    lse: Float[Array, "B Hq T"],
+    query_positions: Int[Array, "B T"],
+    combine: Callable[[Float[Array, "B Hq T s"]], Float[Array, "B H s"]],
+    *,
+    sm_scale: float,
+) -> Float[Array, "B H S"]:
+    """What each key received: `combine` of the softmax weights, block by block.
+
+    The weights of all T rows over all S keys never exist at once. A row whose position
+    is -1 gives nothing.
+    """
+    slots = k.shape[2]
+    safe = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
+
+    def block(start, size):
+        keys = lax.dynamic_slice_in_dim(k, start, size, 2)
+        held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
+        logits = decode_logits(q, keys, query_positions, held, sm_scale=sm_scale)
+        return combine(jnp.exp(logits - safe))
+
+    size = min(BLOCK, slots)
+    whole = slots // size
+    starts = jnp.arange(whole, dtype=jnp.int32) * size
+    mass = lax.map(lambda start: block(start, size), starts)  # (blocks, B, H, size)
+    mass = jnp.moveaxis(mass, 0, 2).reshape(*mass.shape[1:3], whole * size)
+    if slots % size:
+        rest = block(whole * size, slots % size)
+        mass = jnp.concatenate([mass, rest], axis=-1)
+    return mass
+
+
+def lowest(
+    scores: Float[Array, "B H N"],
+    positions: Int[Array, "B H N"],
+    candidates: Bool[Array, "B H N"],
+) -> Int[Array, "B H"]:
+    """Slot of the candidate with the lowest score; ties go to the lower position."""
+    scores = jnp.where(candidates, scores, jnp.inf)
+    is_lowest = candidates & (scores == scores.min(-1, keepdims=True))
+    last = jnp.iinfo(jnp.int32).max
+    return jnp.where(is_lowest, positions, last).argmin(-1).astype(jnp.int32)

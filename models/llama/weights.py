@@ -1,0 +1,356 @@
+"""Weights of the Llama family in safetensors files of the Hugging Face layout, in and out.
+
+Reading streams: one tensor at a time goes from its file to the device and into our layout
+there, so that the host never holds more than one. torch is not needed, for bfloat16 either.
+"""
+
+import functools
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax.interface import Params
+from models.llama.config import LlamaConfig
+from models.llama.model import LlamaDecoder
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+_SHOWN = 4  # names listed in an error before it is cut
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+class Entry(NamedTuple):
+    """One parameter: where it is in our tree, and what a checkpoint calls it."""
+
+    path: tuple[str | int, ...]
+    name: str
+    shape: tuple[int, ...]  # in the checkpoint
+    target: jax.ShapeDtypeStruct
+
+    @property
+    def transposed(self) -> bool:
+        # Checkpoints keep (out, in); ours is (in..., out...), head-major: every kernel
+        # is the transpose, reshaped.
+        return self.path[-1] == "kernel"
+
+
+_MODULES = {
+    "attention_norm": "input_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "attention": "self_attn",
+    "mlp": "mlp",
+    **{part: f"{part}_proj" for part in ("q", "k", "v", "o", "gate", "up", "down")},
+}
+
+
+def layout(config: LlamaConfig) -> list[Entry]:
+    """Every parameter of the model, in the order of a checkpoint."""
+    shapes = LlamaDecoder(config).param_shapes()
+    entries = [
+        _entry(tuple(key.key for key in path), target)
+        for path, target in jax.tree_util.tree_leaves_with_path(shapes)
+    ]
+    return sorted(entries, key=lambda entry: _order(entry.path))
+
+
+def _order(path):
+    place = ("embedding", "layers", "norm", "output").index(path[0])
+    return place, path[1] if path[0] == "layers" else 0, str(path)
+
+
+def _entry(path: tuple[str | int, ...], target: jax.ShapeDtypeStruct) -> Entry:
+    if path[0] == "embedding":
+        return Entry(path, "model.embed_tokens.weight", target.shape, target)
+    kind = "bias" if path[-1] == "bias" else "weight"
+    if path[0] == "output":
+        name = "lm_head.weight"
+    elif path[0] == "norm":
+        name = "model.norm.weight"
+    else:
+        inside = [_MODULES.get(part, part) for part in path[2:-1]]
+        name = ".".join(["model", "layers", str(path[1]), *inside, kind])
+    shape = (math.prod(target.shape),)
+    if path[-1] == "kernel":
+        inputs = 2 if path[-2] == "o" else 1  # axes of `target` that are summed over
+        rows = math.prod(target.shape[inputs:])
+        shape = (rows, math.prod(target.shape[:inputs]))
+    return Entry(path, name, shape, target)
+
+
+def load(
+    directory: Path, config: LlamaConfig, device: Any = None
+) -> Params:
+    """Reads the weights of a checkpoint directory into the structure of `param_shapes`.
+
+    Args:
+        directory: holds `model.safetensors`, or shards and their index.
+        config: sizes, and the dtype to cast to.
+        device: a `jax.Device`, a `Sharding`, a pytree of shardings in the structure of
+            `param_shapes`, or None for the default device.
+
+    Raises:
+        FileNotFoundError: if there are no weights or a shard is missing.
+        ValueError: if a file is damaged, tensors are missing, unknown or of the wrong
+            shape, or a weight is not finite.
+    """
+    entries = layout(config)
+    files = _find_files(directory)
+    where = _locate(files)
+    tied = config.tied_embeddings and "lm_head.weight" in where
+    _check_names({entry.name for entry in entries}, set(where), directory, tied)
+    placement = _placement(device, config)
+
+    params: dict = {}
+    for entry, raw in _stream(entries, where):
+        if raw.shape != entry.shape:
+            raise ValueError(
+                f"{where[entry.name].name}: tensor {entry.name} has shape {raw.shape}, "
+                f"config.json asks for {entry.shape}; one of the two is wrong."
+            )
+        convert = _converter(placement(entry.path), entry.transposed)
+        value, finite = convert(raw, entry.target)
+        if not finite:
+            raise ValueError(
+                f"{where[entry.name].name}: tensor {entry.name} holds NaN or infinite "
+                f"values as {value.dtype.name}; the checkpoint is damaged, or its "
+                "numbers need a wider dtype."
+            )
+        node = params
+        for key in entry.path[:-1]:
+            node = node.setdefault(key, {})
+        node[entry.path[-1]] = value
+    if tied:
+        _check_tied(params["embedding"], where["lm_head.weight"])
+    return params
+
+
+def save(
+    params: Params, config: LlamaConfig, directory: Path, max_shard_bytes: int
+) -> None:
+    """Writes `params` as shards of at most `max_shard_bytes`, or one file if they fit.
+
+    Peak host memory is one shard. A tensor larger than a shard has one for itself.
+
+    Raises:
+        ValueError: if `params` are not those of `config`, or `max_shard_bytes < 1`.
+    """
+    from safetensors.numpy import save_file
+
+    if max_shard_bytes < 1:
+        raise ValueError(f"{max_shard_bytes=} must be at least 1.")
+    entries = layout(config)
+    given = {
+        tuple(key.key for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    for entry in entries:
+        shape = getattr(given.pop(entry.path, None), "shape", None)
+        if shape != entry.target.shape:
+            raise ValueError(
+                f"parameter {'/'.join(map(str, entry.path))} has shape {shape}, the "
+                f"configuration asks for {entry.target.shape}."
+            )
+    if given:
+        names = ["/".join(map(str, path)) for path in given]
+        raise ValueError(f"the configuration has no parameters {_few(names)}.")
+
+    shards = _split(entries, max_shard_bytes)
+    for number, shard in enumerate(shards, 1):
+        tensors = {entry.name: _export(entry, params) for entry in shard}
+        save_file(
+            tensors, directory / _shard_name(number, len(shards)), {"format": "pt"}
+        )
+    if len(shards) > 1:
+        weight_map = {
+            entry.name: _shard_name(number, len(shards))
+            for number, shard in enumerate(shards, 1)
+            for entry in shard
+        }
+        total = sum(_num_bytes(entry) for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _num_bytes(entry: Entry) -> int:
+    return entry.target.size * entry.target.dtype.itemsize
+
+
+def _split(entries: list[Entry], max_shard_bytes: int) -> list[list[Entry]]:
+    shards, room = [], 0
+    for entry in entries:
+        if not shards or _num_bytes(entry) > room:
+            shards.append([])
+            room = max_shard_bytes
+        shards[-1].append(entry)
+        room -= _num_bytes(entry)
+    return shards
+
+
+def _shard_name(number: int, count: int) -> str:
+    return SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _export(entry: Entry, params: Params) -> np.ndarray:
+    value = functools.reduce(lambda node, key: node[key], entry.path, params)
+    host = np.asarray(value).astype(entry.target.dtype, copy=False)
+    if entry.transposed:
+        return np.ascontiguousarray(host.reshape(entry.shape[::-1]).T)
+    return np.ascontiguousarray(host.reshape(entry.shape))
+
+
+def _few(names) -> str:
+    names = sorted(names)
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
+
+
+def _find_files(directory: Path) -> dict[Path, set[str] | None]:
+    """The weight files, each with the tensors its index expects in it."""
+    if (directory / SINGLE).is_file():
+        return {directory / SINGLE: None}
+    index = directory / INDEX
+    if not index.is_file():
+        if list(directory.glob("pytorch_model*.bin")):
+            raise FileNotFoundError(
+                f"{directory} has only pytorch_model.bin, which is not read because "
+                "unpickling runs code; convert it to safetensors, for example with "
+                "transformers' save_pretrained."
+            )
+        raise FileNotFoundError(
+            f"{directory} has no weights: neither {SINGLE} nor {INDEX}."
+        )
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        files: dict[Path, set[str]] = {}
+        for name, file in weight_map.items():
+            if Path(file).name != file:
+                raise ValueError(f"shard {file!r} is no file name")
+            files.setdefault(directory / file, set()).add(name)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{index} is damaged ({type(error).__name__}: {error}); download it again."
+        ) from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"{directory} lacks {len(missing)} of {len(files)} shards: "
+            f"{_few(missing)}; download them again."
+        )
+    return files
+
+
+def _open(file: Path):
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, framework="np")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{file} ({file.stat().st_size} bytes) is damaged or truncated: {error}; "
+            "download it again."
+        ) from error
+
+
+def _locate(files: Mapping[Path, set[str] | None]) -> dict[str, Path]:
+    where = {}
+    for file, expected in files.items():
+        with _open(file) as tensors:
+            names = set(tensors.keys())
+        absent = (expected or set()) - names
+        if absent:
+            raise ValueError(
+                f"{file} lacks tensors its index names: {_few(absent)}; download it "
+                "again."
+            )
+        where |= dict.fromkeys(names, file)
+    return where
+
+
+def _check_names(
+    expected: set[str], found: set[str], directory: Path, tied: bool
+) -> None:
+    # Old checkpoints carry the rotary frequencies, which are recomputed.
+    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    missing = expected - found
+    extra = found - expected - ({"lm_head.weight"} if tied else set())
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} tensors are missing: {_few(missing)}")
+    if extra:
+        problems.append(f"{len(extra)} tensors are unknown: {_few(extra)}")
+    if problems:
+        raise ValueError(
+            f"{directory}: {'; '.join(problems)}. The weights do not fit config.json."
+        )
+
+
+def _stream(
+    entries: list[Entry], where: Mapping[str, Path]
+) -> Iterator[tuple[Entry, np.ndarray]]:
+    by_file: dict[Path, list[Entry]] = {}
+    for entry in entries:
+        by_file.setdefault(where[entry.name], []).append(entry)
+    for file, inside in by_file.items():
+        with _open(file) as tensors:
+            for entry in inside:
+                stored = tensors.get_slice(entry.name).get_dtype()
+                if stored not in _FLOATS:
+                    raise ValueError(
+                        f"{file.name}: tensor {entry.name} is {stored}, which is not a "
+                        f"plain float ({', '.join(_FLOATS)}); use the unquantized "
+                        "checkpoint."
+                    )
+                yield entry, tensors.get_tensor(entry.name)
+
+
+def _placement(device: Any, config: LlamaConfig):
+    if device is None:
+        return lambda path: None
+    if isinstance(device, jax.Device):
+        device = jax.sharding.SingleDeviceSharding(device)
+    if isinstance(device, jax.sharding.Sharding):
+        return lambda path: device
+    shapes = LlamaDecoder(config).param_shapes()
+    if jax.tree.structure(device) != jax.tree.structure(shapes):
+        raise ValueError(
+            "device must be a jax.Device, a Sharding, or shardings in the structure of "
+            f"param_shapes(); got {jax.tree.structure(device)}."
+        )
+    return lambda path: functools.reduce(lambda node, key: node[key], path, device)
+
+
+@functools.cache
+def _converter(sharding: jax.sharding.Sharding | None, transposed: bool):
+    """Checkpoint layout to ours, on the device: one compilation per shape."""
+
+    def convert(raw, shape, dtype):
+        value = (raw.T if transposed else raw).reshape(shape).astype(dtype)
+        return value, jnp.isfinite(value).all()
+
+    placed = {} if sharding is None else {"out_shardings": (sharding, None)}
+    jitted = jax.jit(convert, static_argnums=(1, 2), **placed)
+
+    def on_device(raw: np.ndarray, target: jax.ShapeDtypeStruct):
+        if raw.dtype == np.float64:  # wider than JAX's default
+            raw = raw.astype(np.float32)
+        value, finite = jitted(raw, target.shape, target.dtype)
+        # Waits for the device, so that no second tensor is read meanwhile.
+        return value, bool(finite)
+
+    return on_device
+
+
+def _check_tied(embedding: jax.Array, file: Path) -> None:
+    with _open(file) as tensors:
+        output = jnp.asarray(tensors.get_tensor("lm_head.weight"), embedding.dtype)
+    if output.shape != embedding.shape or not bool((output == embedding).all()):
+        raise ValueError(
+            f"{file.name}: lm_head.weight differs from model.embed_tokens.weight, but "
+            "config.json says tie_word_embeddings=true; set it to false."
+        )

@@ -1,0 +1,44 @@
+"""Attention over a list of pages per KV head or per query head."""
+
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.page_attention import reference
+
+
+def page_attention(
+    q: Float[Array, "B Hq T D"],
+    pages: Float[Array, "B Hkv NP P D2"],
+    page_ids: Int[Array, "B H K"],
+    query_positions: Int[Array, "B T"],
+    *,
+    sm_scale: float,
+) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
+    """Softmax attention over the listed pages, causal by position.
+
+    Args:
+        q: rotated queries; query head h reads KV head h // G.
+        pages: keys and values fused along the last axis (D2 = 2 D); page p holds the
+            positions p * P ... p * P + P - 1.
+        page_ids: distinct pages to read, -1 = none; H is Hkv or Hq.
+        query_positions: position of each query row.
+        sm_scale: factor on the logits.
+
+    Returns:
+        `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf.
+
+    Raises:
+        ValueError: if the shapes disagree.
+    """
+    if pages.shape[4] != 2 * q.shape[3]:
+        raise ValueError(
+            f"pages {pages.shape} must hold keys and values of q {q.shape}: "
+            f"{pages.shape[4]=} must be 2 * {q.shape[3]}."
+        )
+    if page_ids.shape[1] not in (pages.shape[1], q.shape[1]):
+        raise ValueError(
+            f"page_ids {page_ids.shape} must list pages for {pages.shape[1]} KV heads "
+            f"or {q.shape[1]} query heads."
+        )
+    return reference.page_attention(
+        q, pages, page_ids, query_positions, sm_scale=sm_scale
+    )

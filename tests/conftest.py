@@ -1,0 +1,34 @@
+"""What holds in every test: strict dtypes, checked shapes, two devices, poisoned buffers."""
+
+import os
+
+# Before jax is imported: the CPU alone, and no probing for a TPU that is not there.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+
+import jax
+import jaxtyping
+import pytest
+
+jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Compiling is most of the time of these tiny programs; LLVM's optimiser most of that.
+jax.config.update("jax_disable_most_optimizations", True)
+
+# Shapes and dtypes in signatures are checked in tests only: users pay nothing.
+jaxtyping.install_import_hook(
+    ["kvjax", "pallas_kernels"], "beartype.beartype"
+).__enter__()
+
+from kvjax import cache
+
+# Finite (see `cache.fill_value`), and so large that the smallest weight on it shows.
+POISON = 1e30
+
+
+@pytest.fixture(autouse=True)
+def poisoned_buffers(monkeypatch):
+    """Every slot that was never written holds a huge number."""
+    monkeypatch.setattr(cache, "fill_value", POISON)

@@ -1,0 +1,245 @@
+"""`config.json` in and out: every spelling, and an error for what is not understood."""
+
+import dataclasses
+
+import pytest
+
+from kvjax.rope import Rope
+from models.llama import from_hf, to_hf
+from tests.models.checkpoints import BASE, CONFIGS, LLAMA3, YARN
+
+LLAMA_31_8B = {
+    "architectures": ["LlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": [128001, 128008, 128009],
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 131072,
+    "mlp_bias": False,
+    "model_type": "llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": {
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+        "rope_type": "llama3",
+    },
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.42.3",
+    "use_cache": True,
+    "vocab_size": 128256,
+}
+QWEN = BASE | {"model_type": "qwen2", "sliding_window": 32, "max_window_layers": 1}
+
+
+def test_llama_31_8b():
+    config = from_hf(LLAMA_31_8B)
+    assert (config.num_layers, config.width, config.mlp_width) == (32, 4096, 14336)
+    assert (config.num_q_heads, config.num_kv_heads, config.head_dim) == (32, 8, 128)
+    assert (config.context, config.vocab_size) == (131072, 128256)
+    assert (config.dtype, config.norm_epsilon) == ("bfloat16", 1e-5)
+    assert config.rope == Rope(
+        128, 500000.0, "llama3", factor=8.0, original_context=8192
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_written_and_read_back(name):
+    config = from_hf(CONFIGS[name])
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "llama3", "yarn"])
+def test_both_spellings_are_one(kind):
+    plain = "gqa" if kind == "default" else kind
+    old, new = from_hf(CONFIGS[plain]), from_hf(CONFIGS[f"unified_{kind}"])
+    assert old == new
+    assert old.rope.kind == kind
+    assert old.rope.theta == 100.0
+
+
+def test_type_and_rope_type_are_one():
+    scaling = {key: value for key, value in YARN.items() if key != "rope_type"}
+    assert from_hf(BASE | {"rope_scaling": scaling | {"type": "yarn"}}) == from_hf(
+        BASE | {"rope_scaling": YARN}
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "context"),
+    [
+        ({}, 64),
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.5}}, 160),
+        ({"rope_scaling": LLAMA3}, 64),
+        ({"rope_scaling": YARN}, 64),
+        ({"rope_scaling": YARN | {"factor": 8.0}}, 128),
+        # HF falls back to max_position_embeddings, and derives a missing factor.
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 256),
+        ({"rope_scaling": YARN | {"factor": None}}, 64),
+        ({"model_type": "mistral", "sliding_window": 48}, 48),
+        ({"model_type": "mistral", "sliding_window": 4096}, 64),
+        ({"model_type": "mistral", "sliding_window": None}, 64),
+        (QWEN | {"use_sliding_window": False}, 64),
+        (QWEN | {"use_sliding_window": True}, 32),
+        (QWEN | {"use_sliding_window": True, "layer_types": ["sliding_attention"]}, 32),
+    ],
+)
+def test_context(change, context):
+    assert from_hf(BASE | change).context == context
+
+
+def test_window_survives_a_round_trip_of_stretched_rope():
+    scaled = {"rope_scaling": {"type": "dynamic", "factor": 4.0}}
+    config = from_hf(BASE | scaled | {"model_type": "mistral", "sliding_window": 100})
+    assert config.context == 100
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    ("family", "given", "biases"),
+    [
+        ("llama", {}, (False, False, False)),
+        ("llama", {"attention_bias": True}, (True, True, False)),
+        ("llama", {"mlp_bias": True}, (False, False, True)),
+        ("mistral", {}, (False, False, False)),
+        ("qwen2", {}, (True, False, False)),
+        ("qwen3", {}, (False, False, False)),
+        ("qwen3", {"attention_bias": True}, (True, True, False)),
+    ],
+)
+def test_biases(family, given, biases):
+    config = from_hf(BASE | {"model_type": family} | given)
+    assert (config.qkv_bias, config.output_bias, config.mlp_bias) == biases
+    assert config.qk_norm == (family == "qwen3")
+
+
+def test_defaults_of_absent_keys():
+    absent = ("num_key_value_heads", "rope_theta", "tie_word_embeddings")
+    config = from_hf({k: v for k, v in BASE.items() if k not in absent})
+    assert config.num_kv_heads == config.num_q_heads == 4
+    assert config.rope == Rope(8, 10_000.0)
+    assert (config.head_dim, config.tied_embeddings, config.dtype) == (8, False, "float32")
+    assert from_hf(BASE | {"model_type": "qwen3"}).head_dim == 128
+
+
+def test_dtype_in_either_spelling_and_overridden():
+    for key in ("dtype", "torch_dtype"):
+        config = BASE | {key: "bfloat16"}
+        assert from_hf(config).dtype == "bfloat16"
+        assert from_hf(config, dtype="float32").dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    "harmless",
+    [
+        {"hidden_act": "silu", "pretraining_tp": 1, "attention_dropout": 0.1},
+        {"eos_token_id": [1, 2], "transformers_version": "9", "use_mrope": False},
+        {"layer_types": ["full_attention", "full_attention"], "rope_scaling": None},
+        {"foo": None, "partial_rotary_factor": 1.0, "head_dim": None},
+    ],
+)
+def test_harmless_keys(harmless):
+    assert from_hf(BASE | harmless) == from_hf(BASE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported: llama"),
+        ({"foo": 3}, "key foo=3 is not known"),
+        ({"foo": False}, "key foo=False is not known"),
+        ({"hidden_act": "gelu"}, "key hidden_act='gelu' is not supported; only 'silu'"),
+        ({"pretraining_tp": 2}, "key pretraining_tp=2 is not supported; only 1 is"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
+        ({"quantization_config": {"bits": 4}}, "unquantized checkpoint"),
+        ({"layer_types": ["full_attention", "mamba"]}, "layer_types holds mamba"),
+        ({"layer_types": ["sliding_attention"]}, "holds sliding_attention with"),
+        ({"vocab_size": None, "rms_norm_eps": None}, "lacks vocab_size, rms_norm_eps"),
+        ({"hidden_size": "32"}, "hidden_size='32' must be an integer"),
+        ({"num_key_value_heads": 3}, "=4 must be a multiple of num_key_value_heads=3"),
+        ({"sliding_window": 8}, "sliding_window=8 is not supported for llama"),
+        ({"torch_dtype": "int8"}, "dtype='int8' is not supported; use float32"),
+        (
+            {"model_type": "mistral", "attention_bias": True},
+            "attention_bias=True is not supported for mistral",
+        ),
+        (
+            {"model_type": "qwen2", "attention_bias": False},
+            "attention_bias=False is not supported for qwen2",
+        ),
+        (
+            {"model_type": "qwen3", "mlp_bias": True},
+            "mlp_bias=True is not supported for qwen3",
+        ),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
+            "'longrope' is not supported; supported: default, linear, dynamic, llama3",
+        ),
+        ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' lacks factor"),
+        (
+            {"rope_scaling": {"type": "llama3", "factor": 2.0, "low_freq_factor": 1}},
+            "rope type 'llama3' lacks high_freq_factor",
+        ),
+        (
+            {"rope_scaling": {"type": "linear", "factor": 2.0, "mrope_section": [1]}},
+            r"rope_scaling key mrope_section=\[1\] is not supported for rope type",
+        ),
+        (
+            {"rope_parameters": YARN | {"partial_rotary_factor": 0.5}},
+            "rope_parameters key partial_rotary_factor=0.5",
+        ),
+        (
+            {
+                "rope_parameters": {"rope_type": "default"},
+                "rope_scaling": {"type": "linear", "factor": 2.0},
+            },
+            "disagree; remove one",
+        ),
+    ],
+)
+def test_errors(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(BASE | change)
+
+
+def test_family_that_cannot_say_it_is_an_error():
+    config = dataclasses.replace(from_hf(BASE), qk_norm=True)
+    with pytest.raises(ValueError, match="llama config.json cannot express qk_norm=True"):
+        to_hf(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_transformers_agrees_with_what_is_written(name):
+    transformers = pytest.importorskip("transformers")
+    given = CONFIGS[name]
+    ours = to_hf(from_hf(given))
+    theirs = [
+        transformers.AutoConfig.for_model(c["model_type"], **_rest(c))
+        for c in (given, ours)
+    ]
+    keys = (
+        *("hidden_size", "num_key_value_heads", "rms_norm_eps", "vocab_size"),
+        *("tie_word_embeddings", "intermediate_size", "num_hidden_layers"),
+    )
+    assert [getattr(theirs[0], k) for k in keys] == [getattr(theirs[1], k) for k in keys]
+    ropes = [
+        {k: v for k, v in c.rope_parameters.items() if v is not None and k != "type"}
+        for c in theirs
+    ]
+    assert ropes[0].items() <= ropes[1].items()
+
+
+def _rest(config):
+    return {key: value for key, value in config.items() if key != "model_type"}

@@ -1,0 +1,349 @@
+"""Every method again, in float64 NumPy, one row and one token at a time.
+
+Written from the definitions and importing nothing of ours: a mistake has to be made
+twice, in two ways, to go unnoticed. Speed does not matter here, being obvious does.
+"""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Row(NamedTuple):
+    """The un-rotated heads of one sequence: tokens [0, prompt) are its prompt."""
+
+    q: np.ndarray  # (Hq, T, D)
+    k: np.ndarray  # (Hkv, T, D)
+    v: np.ndarray  # (Hkv, T, D)
+    prompt: int
+    theta: float = 10_000.0
+    sm_scale: float | None = None
+
+    @property
+    def group(self) -> int:
+        return self.q.shape[0] // self.k.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        return self.q.shape[1]
+
+
+class Trace(NamedTuple):
+    """What happened at every token, prompt and generated."""
+
+    out: np.ndarray  # (T, Hq, D)
+    lse: np.ndarray  # (T, Hq)
+    attended: list[list[list[int]]]  # token, query head -> sorted absolute positions
+
+
+# --- attention and positions -----------------------------------------------------------
+
+
+def rotate(x, position, theta=10_000.0):
+    """One vector, turned: element i pairs with element i + D/2."""
+    x = np.asarray(x, np.float64)
+    half = x.shape[-1] // 2
+    turned = np.empty_like(x)
+    for i in range(half):
+        angle = position * theta ** (-2.0 * i / x.shape[-1])
+        a, b = x[i], x[i + half]
+        turned[i] = a * math.cos(angle) - b * math.sin(angle)
+        turned[i + half] = b * math.cos(angle) + a * math.sin(angle)
+    return turned
+
+
+def softmax_attention(query, keys, values, sm_scale=None):
+    """One query over a list of keys: `(out, lse, weights)`; no keys give zeros."""
+    query = np.asarray(query, np.float64)
+    if len(keys) == 0:
+        return np.zeros_like(query), -math.inf, np.zeros(0)
+    scale = query.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    logits = np.array([scale * float(np.dot(query, key)) for key in keys])
+    top = logits.max()
+    terms = np.exp(logits - top)
+    weights = terms / terms.sum()
+    out = sum(w * np.asarray(x, np.float64) for w, x in zip(weights, values))
+    return out, top + math.log(terms.sum()), weights
+
+
+class _Attention:
+    """Attention of a row's tokens, keys and queries at their absolute positions."""
+
+    def __init__(self, row: Row):
+        self.row = row
+        self.q = self._rotated(row.q)
+        self.k = self._rotated(row.k)
+
+    def _rotated(self, x):
+        x = np.asarray(x, np.float64)
+        turned = [
+            [rotate(x[h, t], t, self.row.theta) for t in range(x.shape[1])]
+            for h in range(x.shape[0])
+        ]
+        return np.array(turned).reshape(x.shape)
+
+    def __call__(self, t, h, kept):
+        """Query head `h` of token `t` over the positions `kept`."""
+        kv = h // self.row.group
+        return softmax_attention(
+            self.q[h, t],
+            [self.k[kv, j] for j in kept],
+            [self.row.v[kv, j] for j in kept],
+            self.row.sm_scale,
+        )
+
+
+class _Recorder:
+    def __init__(self, row: Row):
+        self.outs, self.lses, self.attended = [], [], []
+        self.num_q_heads = row.q.shape[0]
+        self.head_dim = row.q.shape[2]
+
+    def add(self, outs, lses, attended):
+        self.outs.append(outs)
+        self.lses.append(lses)
+        self.attended.append([sorted(kept) for kept in attended])
+
+    def trace(self):
+        shape = (-1, self.num_q_heads, self.head_dim)
+        out = np.array(self.outs, np.float64).reshape(shape)
+        return Trace(out, np.array(self.lses).reshape(shape[:2]), self.attended)
+
+
+def _step(attention, record, t, kept_of_head):
+    """Attends at token t, records it, and returns the weights as dicts by position."""
+    outs, lses, attended, weights = [], [], [], []
+    for h in range(attention.row.q.shape[0]):
+        kept = sorted(kept_of_head[h])
+        out, lse, weight = attention(t, h, kept)
+        outs.append(out)
+        lses.append(lse)
+        attended.append(kept)
+        weights.append(dict(zip(kept, weight)))
+    record.add(outs, lses, attended)
+    return weights
+
+
+def _everything(row, t):
+    return [list(range(t + 1)) for _ in range(row.q.shape[0])]
+
+
+def _best(scores: dict[int, float], count: int) -> set[int]:
+    """The `count` highest-scored positions; the lower position wins a tie."""
+    order = sorted(scores, key=lambda position: (-scores[position], position))
+    return set(order[: max(count, 0)])
+
+
+def _reduce(values, how):
+    return max(values) if how == "max" else sum(values) / len(values)
+
+
+def _heads_of(row, kv):
+    return range(kv * row.group, (kv + 1) * row.group)
+
+
+def _by_query_head(row, kept_of_kv):
+    return [kept_of_kv[h // row.group] for h in range(row.q.shape[0])]
+
+
+# --- methods ---------------------------------------------------------------------------
+
+
+def full(row: Row) -> Trace:
+    """Every token sees all tokens up to itself."""
+    attention, record = _Attention(row), _Recorder(row)
+    for t in range(row.num_tokens):
+        _step(attention, record, t, _everything(row, t))
+    return record.trace()
+
+
+def streaming_llm(row: Row, *, budget: int, num_sinks: int) -> Trace:
+    """Sinks and the newest tokens, numbered 0, 1, 2, ... inside the cache."""
+    record = _Recorder(row)
+    for t in range(row.num_tokens):
+        kept = [j for j in range(t + 1) if j < num_sinks or j > t - budget + num_sinks]
+        outs, lses = [], []
+        for h in range(row.q.shape[0]):
+            kv = h // row.group
+            keys = [
+                rotate(row.k[kv, j], rank, row.theta) for rank, j in enumerate(kept)
+            ]
+            query = rotate(row.q[h, t], len(kept) - 1, row.theta)
+            values = [row.v[kv, j] for j in kept]
+            out, lse, _ = softmax_attention(query, keys, values, row.sm_scale)
+            outs.append(out)
+            lses.append(lse)
+        record.add(outs, lses, [kept] * row.q.shape[0])
+    return record.trace()
+
+
+def snapkv_pool(scores, kernel: int, pooling: str) -> list[float]:
+    """A centred window over a list; outside it there is -inf (max) or 0 (mean)."""
+    pooled = []
+    for j in range(len(scores)):
+        inside = [
+            scores[i]
+            for i in range(j - kernel // 2, j + kernel // 2 + 1)
+            if 0 <= i < len(scores)
+        ]
+        pooled.append(max(inside) if pooling == "max" else sum(inside) / kernel)
+    return pooled
+
+
+def snapkv(
+    row: Row, *, budget: int, window: int, kernel: int, pooling: str, group_reduce: str
+) -> Trace:
+    """After the prompt: what its last queries looked at, and the last queries."""
+    attention, record = _Attention(row), _Recorder(row)
+    num_kv_heads, length = row.k.shape[0], row.prompt
+    prompt_weights = [
+        _step(attention, record, t, _everything(row, t)) for t in range(length)
+    ]
+    kept_of_kv = [set(range(length)) for _ in range(num_kv_heads)]
+    if length > budget:
+        prefix = length - window
+        for kv in range(num_kv_heads):
+            votes = []
+            for j in range(prefix):
+                per_head = [
+                    sum(prompt_weights[t][h][j] for t in range(prefix, length))
+                    for h in _heads_of(row, kv)
+                ]
+                votes.append(_reduce(per_head, group_reduce))
+            pooled = dict(enumerate(snapkv_pool(votes, kernel, pooling)))
+            kept_of_kv[kv] = _best(pooled, budget - window) | set(range(prefix, length))
+    for t in range(length, row.num_tokens):
+        for kept in kept_of_kv:
+            kept.add(t)
+        _step(attention, record, t, _by_query_head(row, kept_of_kv))
+    return record.trace()
+
+
+def h2o(row: Row, *, budget: int, recent: int, group_reduce: str) -> Trace:
+    """The newest tokens, and those that were attended to most so far."""
+    attention, record = _Attention(row), _Recorder(row)
+    num_kv_heads, length = row.k.shape[0], row.prompt
+    scores = [{} for _ in range(num_kv_heads)]
+
+    def accumulate(weights):
+        for kv in range(num_kv_heads):
+            for j in weights[kv * row.group]:
+                seen = [weights[h][j] for h in _heads_of(row, kv)]
+                scores[kv][j] = scores[kv].get(j, 0.0) + _reduce(seen, group_reduce)
+
+    for t in range(length):
+        accumulate(_step(attention, record, t, _everything(row, t)))
+    kept_of_kv = [set(range(length)) for _ in range(num_kv_heads)]
+    if length > budget:
+        newest = set(range(length - recent, length))
+        for kv in range(num_kv_heads):
+            others = {j: s for j, s in scores[kv].items() if j not in newest}
+            kept_of_kv[kv] = _best(others, budget - recent) | newest
+    for t in range(length, row.num_tokens):
+        for kv in range(num_kv_heads):
+            kept = kept_of_kv[kv]
+            kept.add(t)
+            if len(kept) > budget:
+                newest = sorted(kept)[-recent:]
+                others = [j for j in sorted(kept) if j not in newest]
+                kept.remove(min(others, key=lambda j: (scores[kv][j], j)))
+        accumulate(_step(attention, record, t, _by_query_head(row, kept_of_kv)))
+    return record.trace()
+
+
+def tova(row: Row, *, budget: int) -> Trace:
+    """The token the last query looked at least leaves, in all heads of the layer."""
+    attention, record = _Attention(row), _Recorder(row)
+    num_q_heads, length = row.q.shape[0], row.prompt
+    kept, mean = set(range(length)), {}
+
+    def head_mean(weights, kept):
+        return {j: sum(w[j] for w in weights) / num_q_heads for j in kept}
+
+    for t in range(length):
+        weights = _step(attention, record, t, _everything(row, t))
+        mean = head_mean(weights, range(t + 1))
+    if length > budget:
+        kept = _best(mean, budget)
+    for t in range(length, row.num_tokens):
+        if len(kept) == budget:
+            kept.remove(min(kept, key=lambda j: (mean[j], j)))
+        kept.add(t)
+        weights = _step(attention, record, t, [kept] * num_q_heads)
+        mean = head_mean(weights, kept)
+    return record.trace()
+
+
+def page_bound(query, keys) -> float:
+    """An upper bound of query . key over a page, from its element-wise extremes."""
+    total = 0.0
+    for d in range(len(query)):
+        column = [key[d] for key in keys]
+        total += max(query[d] * max(column), query[d] * min(column))
+    return total
+
+
+def quest_pages(attention, t, kv, heads, *, budget, page_size, group_reduce, recent):
+    """The pages that the query heads `heads` of KV head `kv` read at token t."""
+    current = t // page_size
+    pages = {j: [] for j in range(current + 1)}
+    for position in range(t + 1):
+        pages[position // page_size].append(attention.k[kv, position])
+    newest = set(range(max(current - recent + 1, 0), current + 1))
+    bounds = {}
+    for page, keys in pages.items():
+        if page not in newest:
+            each = [page_bound(attention.q[h, t], keys) for h in heads]
+            bounds[page] = _reduce(each, group_reduce)
+    return newest | _best(bounds, budget // page_size - recent)
+
+
+def quest(
+    row: Row,
+    *,
+    budget: int,
+    page_size: int,
+    per: str = "kv",
+    group_reduce: str = "mean",
+    recent: int = 1,
+) -> Trace:
+    """The newest pages, and those whose keys could score highest."""
+    attention, record = _Attention(row), _Recorder(row)
+    for t in range(row.num_tokens):
+        if t < row.prompt:
+            _step(attention, record, t, _everything(row, t))
+            continue
+        kept_of_head = []
+        for h in range(row.q.shape[0]):
+            kv = h // row.group
+            pages = quest_pages(
+                attention,
+                t,
+                kv,
+                _heads_of(row, kv) if per == "kv" else [h],
+                budget=budget,
+                page_size=page_size,
+                group_reduce=group_reduce,
+                recent=recent,
+            )
+            kept_of_head.append([j for j in range(t + 1) if j // page_size in pages])
+        _step(attention, record, t, kept_of_head)
+    return record.trace()
+
+
+def oracle_topk(row: Row, *, budget: int, per: str = "kv") -> Trace:
+    """The tokens with the largest true weights, found by looking at all of them."""
+    attention, record = _Attention(row), _Recorder(row)
+    for t in range(row.num_tokens):
+        if t < row.prompt:
+            _step(attention, record, t, _everything(row, t))
+            continue
+        kept_of_head = []
+        for h in range(row.q.shape[0]):
+            heads = _heads_of(row, h // row.group) if per == "kv" else [h]
+            true = [attention(t, g, range(t + 1))[2] for g in heads]
+            total = {j: sum(w[j] for w in true) for j in range(t + 1)}
+            kept_of_head.append(_best(total, budget))
+        _step(attention, record, t, kept_of_head)
+    return record.trace()
