@@ -184,7 +184,9 @@ def main():
     transformers.logging.set_verbosity_error()
 
     results = []
-    print(f"prompt {PROMPT}, {NEW} new tokens, greedy, float32, median of {args.repeats}")
+    print(
+        f"prompt {PROMPT}, {NEW} new tokens, greedy, float32, median of {args.repeats}"
+    )
     print("size   batch   kvjax tok/s   transformers tok/s   speedup   same tokens")
     for size in args.sizes:
         for batch in args.batches:

@@ -1,9 +1,10 @@
 """Buffers of a cache: allocate, write, gather. Positions out of range write nothing."""
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.interface import CacheSpec
@@ -42,27 +43,100 @@ def chunk_positions(
 
 
 def write(
-    buffer: Array, rows: Array, slots: Int[Array, "B *H T"], valid: Bool[Array, "B *H T"]
+    buffer: Array,
+    rows: Array,
+    slots: Int[Array, "B *H T"],
+    valid: Bool[Array, "B *H T"],
+    update: Literal["set", "min", "max"] = "set",
 ) -> Array:
     """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
 
     A row that is not valid, or whose slot lies past the end, is dropped: never clamped
-    onto a slot that holds something else. `slots` may also be `(B, H, T)`.
+    onto a slot that holds something else. `slots` may also be `(B, H, T)`. With `min` or
+    `max` a slot keeps the extreme of what it holds and what is written.
     """
-    slots = jnp.where(valid & (slots >= 0), slots, buffer.shape[2])
+    valid = valid & (slots >= 0)
+    if slots.ndim == 2 and rows.shape[2] == 1:
+        count = valid[:, 0].astype(jnp.int32)
+        return write_run(buffer, rows, slots[:, 0], count, update)
+    return _scatter(buffer, rows, slots, valid, update)
+
+
+def write_run(
+    buffer: Array,
+    rows: Array,
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+    update: Literal["set", "min", "max"] = "set",
+) -> Array:
+    """Writes the first `count` of `rows (B, H, T, ...)` from slot `start >= 0` on.
+
+    As :func:`write`, in place. A scatter is in place where XLA keeps it; on CPU it makes
+    one into a slice update, fuses that into every reader of the buffer, and each such
+    fusion writes into a copy of its own. So there it goes row by row.
+    """
+    run = jnp.arange(rows.shape[2], dtype=jnp.int32)
+    slots, valid = start[:, None] + run, run < count[:, None]
+    return lax.platform_dependent(
+        cpu=lambda: _write_slices(buffer, rows, start, count, update),
+        default=lambda: _scatter(buffer, rows, slots, valid, update),
+    )
+
+
+def _scatter(buffer, rows, slots, valid, update):
+    slots = jnp.where(valid, slots, buffer.shape[2])
     rows = rows.astype(buffer.dtype)
 
     if slots.ndim == 2:
 
         def one_row(buffer, rows, slots):  # (H, S, ...), (H, T, ...), (T,)
-            return buffer.at[:, slots].set(rows, mode="drop")
+            return getattr(buffer.at[:, slots], update)(rows, mode="drop")
 
         return jax.vmap(one_row)(buffer, rows, slots)
 
     def one_head(buffer, rows, slots):  # (S, ...), (T, ...), (T,)
-        return buffer.at[slots].set(rows, mode="drop")
+        return getattr(buffer.at[slots], update)(rows, mode="drop")
 
     return jax.vmap(jax.vmap(one_head))(buffer, rows, slots)
+
+
+_UPDATES = {
+    "set": lambda old, new: new,
+    "min": jnp.minimum,
+    "max": jnp.maximum,
+}
+
+
+def _write_slices(buffer, rows, start, count, update):
+    batch, heads, size, *rest = rows.shape
+    slots = buffer.shape[2]
+    rows = rows.astype(buffer.dtype)
+    zeros = (0,) * len(rest)
+    if size > slots:  # more than fits: what does not is dropped before
+        rows, size = rows[:, :, :slots], slots
+
+    def one_row(b, buffer):
+        fresh = lax.dynamic_slice(rows, (b, 0, 0, *zeros), (1, heads, size, *rest))
+        # A slice that would pass the end is moved back, and its rows up, by `over`.
+        first = jnp.minimum(start[b], slots - size)
+        over = start[b] - first
+        where = (b, 0, first, *zeros)
+
+        def put(buffer):
+            if size == 1 and update == "set":
+                return lax.dynamic_update_slice(buffer, fresh, where)
+            old = lax.dynamic_slice(buffer, where, fresh.shape)
+            index = jnp.arange(size, dtype=jnp.int32) - over
+            is_new = (index >= 0) & (index < count[b])
+            is_new = is_new.reshape(1, 1, size, *(1 for _ in rest))
+            new = _UPDATES[update](old, jnp.roll(fresh, over, axis=2))
+            blended = jnp.where(is_new, new, old)
+            return lax.dynamic_update_slice(buffer, blended, where)
+
+        is_due = (count[b] > 0) & (over < size)
+        return lax.cond(is_due, put, lambda buffer: buffer, buffer)
+
+    return lax.fori_loop(0, batch, one_row, buffer)
 
 
 def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
@@ -108,11 +182,12 @@ def extend(
 ) -> Contiguous:
     """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
     positions, valid = chunk_positions(store.length, lengths, k.shape[2])
-    length = store.length + valid.sum(-1, dtype=jnp.int32)
+    count = valid.sum(-1, dtype=jnp.int32)
+    length = store.length + count
     k = store.spec.rope(k, positions, length)
     return store._replace(
-        k=write(store.k, k, positions, valid),
-        v=write(store.v, v, positions, valid),
+        k=write_run(store.k, k, store.length, count),
+        v=write_run(store.v, v, store.length, count),
         length=length,
     )
 

@@ -1,13 +1,12 @@
 """The command line: the one place where methods and models meet. stdout is the result.
 
-Progress goes to stderr. What a user can put right is one line on stderr and exit code 2;
-anything else is a fault of ours and keeps its traceback.
+Progress goes to stderr. What a user can put right is one line on stderr and exit code
+2; anything else is a fault of ours and keeps its traceback.
 """
 
 import contextlib
-import inspect
+import dataclasses
 import json
-import math
 import os
 import pathlib
 import sys
@@ -18,13 +17,13 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import registry
+from kvjax import registry, report
+from kvjax.describe import describe
 
 app = typer.Typer(
     name="kvjax",
     help="Decoding with long contexts in JAX, without drowning in KV-cache traffic.",
     epilog="Example: kvjax compare --budget 256",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -99,6 +98,7 @@ def _complain(message: object, code: int = 2) -> int:
 
 @app.callback(invoke_without_command=True)
 def _global(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", help="Print the version and exit.")
     ] = False,
@@ -106,20 +106,23 @@ def _global(
     if version:
         print(f"kvjax {kvjax.__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
 
 
 @app.command(epilog="Example: kvjax methods")
 def methods(as_json: JsonOption = False) -> None:
     """Every method and transform: what it does, its options, what a step reads."""
-    known = [_describe(name) for name in (*registry.names(), *registry.transforms())]
+    names = (*registry.names(), *registry.transforms())
+    known = [describe(registry.get(name)) for name in names]
     if as_json:
-        print(json.dumps(known, indent=2))
+        print(json.dumps([entry._asdict() for entry in known], indent=2))
         return
     for entry in known:
-        print(f"{entry['name']:<15}{entry['summary']}")
-        options = [f"{name}={value}" for name, value in entry["options"].items()]
+        options = [f"{name}={value}" for name, value in entry.options.items()]
+        print(f"{entry.name:<15}{entry.summary}")
         print(f"{'':<15}options: {', '.join(options) or 'none'}")
-        print(f"{'':<15}reads per step and layer: {entry['reads']}")
+        print(f"{'':<15}reads per step and layer: {entry.reads}")
 
 
 @app.command(epilog="Example: kvjax cite quest")
@@ -128,13 +131,13 @@ def cite(
     as_json: JsonOption = False,
 ) -> None:
     """The paper a method comes from, and where the method deviates from it."""
-    entry = _describe(name)
+    entry = describe(registry.get(name))
     if as_json:
         keys = ("name", "source", "deviations")
-        print(json.dumps({key: entry[key] for key in keys}, indent=2))
+        print(json.dumps({key: getattr(entry, key) for key in keys}, indent=2))
         return
-    print(entry["source"])
-    print(f"Deviations: {entry['deviations']}")
+    print(entry.source)
+    print(f"Deviations: {entry.deviations}")
 
 
 @app.command(
@@ -207,7 +210,9 @@ def generate(
 
 @app.command(epilog="Example: kvjax score --method snapkv:budget=256 --text book.txt")
 def score(
-    text: Annotated[pathlib.Path, typer.Option("--text", help="UTF-8 file; - is stdin.")],
+    text: Annotated[
+        pathlib.Path, typer.Option("--text", help="UTF-8 file; - is stdin.")
+    ],
     model: ModelOption = None,
     method: MethodOption = "full",
     prefill: Annotated[
@@ -229,8 +234,8 @@ def score(
     tokens = _tokenize(language_model, content)
     if len(tokens) < 3:
         raise ValueError(
-            f"{text} has {len(tokens)} tokens, but a prompt, a token to feed and a token "
-            "to predict take 3: give a longer text."
+            f"{text} has {len(tokens)} tokens, but a prompt, a token to feed and a "
+            "token to predict take 3: give a longer text."
         )
     if prefill is None:
         prefill = len(tokens) - min(256, len(tokens) // 2)
@@ -255,7 +260,7 @@ def score(
     }
     if as_json:
         listed = {"token_ids": tokens, "log_probs": log_probs.tolist()}
-        print(json.dumps(_finite(summary | listed), indent=2))
+        print(json.dumps(report.json_ready(summary | listed), indent=2))
         return
     print(
         f"perplexity {summary['perplexity']:.4f} over {len(decoded)} tokens decoded "
@@ -268,7 +273,9 @@ def score(
     epilog="Example: kvjax eval --task passkey --method quest:budget=256 --n 20",
 )
 def evaluate(
-    task: Annotated[str, typer.Option(help="passkey, multikey, perplexity or fidelity.")],
+    task: Annotated[
+        str, typer.Option(help="passkey, multikey, perplexity or fidelity.")
+    ],
     method: MethodOption = "full",
     model: ModelOption = None,
     context: ContextOption = 1024,
@@ -282,7 +289,6 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """One task under one method, with its interval."""
-    from kvjax import report
     from kvjax.evaluation import single
 
     single.check_task(task)
@@ -308,12 +314,14 @@ def evaluate(
     arguments = {"context": context, "n": n, "seed": seed, "model": language_model.name}
     document = {"task": task, "method": method, **arguments, **result}
     if as_json:
-        print(json.dumps(_finite(document), indent=2))
+        print(json.dumps(report.json_ready(document), indent=2))
     else:
         report.print_task(document)
 
 
-@app.command(epilog="Example: kvjax compare --method quest --method snapkv --budget 256")
+@app.command(
+    epilog="Example: kvjax compare --method quest --method snapkv --budget 256"
+)
 def compare(
     model: ModelOption = None,
     method: Annotated[
@@ -338,7 +346,6 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Decodes the same inputs under each method: what is read, what is lost."""
-    from kvjax import report
     from kvjax.evaluation import compare as comparison
 
     settings = comparison.Settings(
@@ -359,43 +366,15 @@ def compare(
         rows = comparison.compare(
             language_model, parsed, inputs, settings, progress=progress
         )
-    results = report.results(language_model, rows, settings, arguments=sys.argv[1:])
+    arguments = dataclasses.asdict(settings) | {"budget": budget, "dtype": dtype}
+    about = report.manifest(language_model.name, sys.argv[1:], arguments)
+    results = report.results(rows, about)
     page, data = report.write(out, results)
     if as_json:
         print(data.read_text(encoding="utf-8"), end="")
     else:
         report.print_table(results)
     print(f"wrote {page} and {data}", file=sys.stderr)
-
-
-def _describe(name: str) -> dict:
-    """What a factory's signature and docstring say of it."""
-    documentation = inspect.getdoc(registry.get(name)) or ""
-    lines = documentation.splitlines() or [""]
-    options = registry.options(name)
-    return {
-        "name": name,
-        "kind": "transform" if registry.is_transform(name) else "method",
-        "summary": lines[0],
-        "options": {key: option.default for key, option in options.items()},
-        "reads": _section(lines, "Reads per step and layer:"),
-        "exact_when": _section(lines, "Exact when:"),
-        "source": _section(lines, "Source:"),
-        "deviations": _section(lines, "Deviations:"),
-    }
-
-
-def _section(lines: list[str], title: str) -> str:
-    """What a docstring says after `title`, up to the next line without indentation."""
-    starts = [index for index, line in enumerate(lines) if line.startswith(title)]
-    if not starts:
-        return "not said"
-    found = [lines[starts[0]].removeprefix(title)]
-    for line in lines[starts[0] + 1 :]:
-        if line and not line.startswith(" "):
-            break
-        found.append(line)
-    return " ".join(" ".join(found).split()).rstrip(".")
 
 
 def _methods(
@@ -411,10 +390,12 @@ def _methods(
     parsed = {"full": registry.parse("full")}
     for spec in given or registry.names():
         outer, plus, innermost = spec.rpartition("+")
-        name, colon, options = innermost.partition(":")
+        name, _, options = innermost.partition(":")
         takes_budget = "budget" in registry.options(name.strip())
         if takes_budget and "budget=" not in options:
-            innermost = f"{name}:" + ",".join(filter(None, [f"budget={budget}", options]))
+            innermost = f"{name}:" + ",".join(
+                filter(None, [f"budget={budget}", options])
+            )
         spec = outer + plus + innermost
         try:
             parsed[spec] = registry.parse(spec)
@@ -425,9 +406,6 @@ def _methods(
 
 def _load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     """The model, with compiled code kept between runs."""
-    import jax
-    import jax.numpy as jnp
-
     import models
     from models import embedded
 
@@ -438,13 +416,6 @@ def _load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     loaded = models.load(path, dtype=dtype)
     if model is None:
         loaded = loaded._replace(name="embedded softmax")
-    finite = jax.jit(lambda leaf: jnp.isfinite(leaf).all())
-    for name, leaf in jax.tree_util.tree_leaves_with_path(loaded.params):
-        if not finite(leaf):
-            raise ValueError(
-                f"{path}: {jax.tree_util.keystr(name)} holds NaN or infinity: the "
-                "weights are damaged, download or convert them again."
-            )
     return loaded
 
 
@@ -472,7 +443,8 @@ def _prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:
     text = prompt if prompt_file is None else _read(prompt_file)
     if not text:
         raise ValueError(
-            "the prompt is empty: give --prompt a text or --prompt-file a file with one."
+            "the prompt is empty: give --prompt some text, or --prompt-file a file "
+            "with some."
         )
     return text
 
@@ -483,14 +455,12 @@ def _read(path: pathlib.Path) -> str:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(
-            f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset {error.start}; "
-            "convert it to UTF-8 first."
+            f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset "
+            f"{error.start}; convert it to UTF-8 first."
         ) from error
 
 
-def _tokenize(
-    model: kvjax.LanguageModel, text: str, chat: bool = False
-) -> list[int]:
+def _tokenize(model: kvjax.LanguageModel, text: str, chat: bool = False) -> list[int]:
     if not chat:
         return model.tokenizer.encode(text)
     return model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
@@ -500,17 +470,6 @@ def _positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-
-
-def _finite(value):
-    """JSON knows no infinity and no NaN: they become null."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ arguments here; nothing below knows either.
 import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -161,7 +161,7 @@ def prefill(
 
 
 def bucket(tokens: int) -> int:
-    """The capacity to allocate for `tokens`: at most 1/8 above, in eight steps an octave.
+    """The capacity to allocate for `tokens`: at most 1/8 above, eight steps an octave.
 
     Prompts of nearby lengths share their shapes, and so their compiled code.
     """
@@ -185,16 +185,22 @@ def check_prompts(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} has no tokens: give it at least one.")
-        low, high = min(prompt), max(prompt)
-        if low < 0 or high >= decoder.vocab_size:
-            raise ValueError(
-                f"prompt {row} holds token id {low if low < 0 else high}, outside "
-                f"the model's vocabulary of {decoder.vocab_size}: use its tokenizer."
-            )
         if len(prompt) + max_new_tokens > decoder.context:
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens=} that "
                 f"exceeds the model's context of {decoder.context}: shorten either."
+            )
+    check_vocabulary(decoder, prompts)
+
+
+def check_vocabulary(decoder: DecoderLM, rows: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError if a row, none of them empty, holds an unknown token id."""
+    for index, row in enumerate(rows):
+        low, high = min(row), max(row)
+        if low < 0 or high >= decoder.vocab_size:
+            raise ValueError(
+                f"row {index} holds token id {low if low < 0 else high}, outside the "
+                f"model's vocabulary of {decoder.vocab_size}: use its own tokenizer."
             )
 
 
@@ -499,10 +505,11 @@ class _Row:
         if len(certain) < len(fresh) and end - self.clean > _LONGEST_WAIT:
             # Not the beginning of a character but many broken ones: move on, to where
             # no character is in two halves.
-            for end in range(end - 8, end):
-                certain = self.tokenizer.decode(self.tokens[self.anchor : end])[before:]
-                if fresh.startswith(certain):
-                    fresh = certain
+            for cut in range(end - 8, end):
+                part = self.tokenizer.decode(self.tokens[self.anchor : cut])[before:]
+                if fresh.startswith(part):
+                    fresh = certain = part
+                    end = cut
                     break
         text, self.given = certain[self.given :], max(self.given, len(certain))
         if len(certain) == len(fresh):

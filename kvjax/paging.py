@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import cache
@@ -40,27 +41,28 @@ def extend(
 ) -> Paged:
     """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
     positions, valid = cache.chunk_positions(store.length, lengths, k.shape[2])
-    length = store.length + valid.sum(-1, dtype=jnp.int32)
+    count = valid.sum(-1, dtype=jnp.int32)
+    length = store.length + count
     k = store.spec.rope(k, positions, length).astype(store.spec.dtype)
     fused = jnp.concatenate([k, v.astype(store.spec.dtype)], axis=-1)
-    num_pages, page_size = store.pages.shape[2:4]
+    num_pages, page_size, width = store.pages.shape[2:]
     page = jnp.where(valid, positions // page_size, num_pages)
 
-    def one_row(pages, low, high, fused, k, page, slot):
-        pages = pages.at[:, page, slot].set(fused, mode="drop")
-        low = low.at[:, page].min(k, mode="drop")
-        return pages, low, high.at[:, page].max(k, mode="drop")
+    def by_page():  # in place where a scatter is; flat pages would be copied on TPU
+        def one_row(pages, fused, page, slot):
+            return pages.at[:, page, slot].set(fused, mode="drop")
 
-    pages, low, high = jax.vmap(one_row)(
-        store.pages,
-        store.page_min,
-        store.page_max,
-        fused,
-        k,
-        page,
-        positions % page_size,
-    )
-    return Paged(store.spec, pages, low, high, length)
+        return jax.vmap(one_row)(store.pages, fused, page, positions % page_size)
+
+    def by_token():
+        flat = store.pages.reshape(*store.pages.shape[:2], -1, width)
+        written = cache.write_run(flat, fused, store.length, count)
+        return written.reshape(store.pages.shape)
+
+    pages = lax.platform_dependent(cpu=by_token, default=by_page)
+    page_min = cache.write(store.page_min, k, page, valid, "min")
+    page_max = cache.write(store.page_max, k, page, valid, "max")
+    return Paged(store.spec, pages, page_min, page_max, length)
 
 
 def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from kvjax.generate import (
     PAD,
-    check_prompts,
+    check_vocabulary,
     chunks,
     empty_states,
     finish,
@@ -68,8 +68,15 @@ def score(
             f"shortest has {shortest} tokens."
         )
     decoder, params = model.decoder, model.params
-    check_prompts(decoder, [row[:-1] for row in tokens], 1, chunk_size)
     longest = int(lengths.max())
+    if longest > decoder.context:
+        raise ValueError(
+            f"a row has {longest} tokens, more than the model's context of "
+            f"{decoder.context}: shorten it."
+        )
+    if chunk_size < 1:
+        raise ValueError(f"{chunk_size=} must be at least 1.")
+    check_vocabulary(decoder, tokens)
     padded = np.full((len(tokens), longest + 1), PAD, np.int32)
     for row, line in enumerate(tokens):
         padded[row, : len(line)] = line
@@ -91,7 +98,7 @@ def score(
     if return_logits:
         logits.append(np.asarray(_logits(decoder, params, hidden))[:, None])
 
-    window = recent(prompts, method.rows)
+    window = jnp.asarray(recent(prompts, method.rows))
     steps = longest - 1 - prefill  # the last token is never fed
     for start in range(prefill, prefill + steps, STEPS):
         ahead = np.full((len(tokens), STEPS + 1), PAD, np.int32)
@@ -129,9 +136,7 @@ def _log_prob(logits, targets):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _score_chunk(
-    decoder, method, params, states, tokens, targets, lengths, previous
-):
+def _score_chunk(decoder, method, params, states, tokens, targets, lengths, previous):
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
 
     def one_position(args):  # (B, E), (B,): all logits of a chunk may not fit
@@ -144,9 +149,7 @@ def _score_chunk(
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _score_steps(
-    decoder, method, return_logits, params, states, window, tokens, limit
-):
+def _score_steps(decoder, method, return_logits, params, states, window, tokens, limit):
     """Feeds `tokens[:, :limit]`; log-probabilities `(B, STEPS)` of those one later."""
     batch = tokens.shape[0]
 

@@ -83,7 +83,7 @@ def save_pretrained(
     *,
     max_shard_bytes: int = 5_000_000_000,
 ) -> None:
-    """Writes `model` in the Hugging Face layout; :func:`load` gives it back bit for bit.
+    """Writes `model` in the Hugging Face layout; :func:`load` reads the same bits.
 
     Everything is written beside `directory` first and renamed at the end, so that
     `directory` either is complete or does not exist.
@@ -115,9 +115,8 @@ def save_pretrained(
         llama.tokenizer.save(model.tokenizer, partial)
         llama.weights.save(model.params, decoder.config, partial, max_shard_bytes)
         partial.rename(directory)
-    except BaseException:  # an interrupt too leaves nothing behind
+    finally:  # an interrupt too leaves nothing behind
         shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What holds in every test: strict dtypes, checked shapes, two devices, poisoned buffers."""
+"""In every test: strict dtypes, checked shapes, two devices, poisoned buffers."""
 
 import os
 
@@ -7,6 +7,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_LOG_DIR", "disabled")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one per pytest worker
 
 import jax
 import jaxtyping
@@ -22,7 +24,7 @@ jaxtyping.install_import_hook(
     ["kvjax", "pallas_kernels"], "beartype.beartype"
 ).__enter__()
 
-from kvjax import cache
+from kvjax import cache  # noqa: E402
 
 # Finite (see `cache.fill_value`), and so large that the smallest weight on it shows.
 POISON = 1e30
@@ -32,3 +34,11 @@ POISON = 1e30
 def poisoned_buffers(monkeypatch):
     """Every slot that was never written holds a huge number."""
     monkeypatch.setattr(cache, "fill_value", POISON)
+
+
+@pytest.fixture
+def unchecked_shapes():
+    """As users run it: a wrong argument reaches our own error message."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

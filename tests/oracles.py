@@ -37,7 +37,7 @@ class Trace(NamedTuple):
     attended: list[list[list[int]]]  # token, query head -> sorted absolute positions
 
 
-# --- attention and positions -----------------------------------------------------------
+# --- attention and positions
 
 
 def rotate(x, position, theta=10_000.0):
@@ -63,7 +63,8 @@ def softmax_attention(query, keys, values, sm_scale=None):
     top = logits.max()
     terms = np.exp(logits - top)
     weights = terms / terms.sum()
-    out = sum(w * np.asarray(x, np.float64) for w, x in zip(weights, values))
+    values = np.asarray(values, np.float64)
+    out = sum(w * x for w, x in zip(weights, values, strict=True))
     return out, top + math.log(terms.sum()), weights
 
 
@@ -120,7 +121,7 @@ def _step(attention, record, t, kept_of_head):
         outs.append(out)
         lses.append(lse)
         attended.append(kept)
-        weights.append(dict(zip(kept, weight)))
+        weights.append(dict(zip(kept, weight, strict=True)))
     record.add(outs, lses, attended)
     return weights
 
@@ -147,7 +148,7 @@ def _by_query_head(row, kept_of_kv):
     return [kept_of_kv[h // row.group] for h in range(row.q.shape[0])]
 
 
-# --- methods ---------------------------------------------------------------------------
+# --- methods
 
 
 def full(row: Row) -> Trace:

@@ -24,7 +24,7 @@ class ByteTokenizer:
 
 
 def tiny_config(**overrides) -> LlamaConfig:
-    """Two layers, width 32, two query heads on each of two KV heads, bytes plus four."""
+    """Two layers, width 32, two KV heads of two query heads, bytes plus four."""
     head_dim = overrides.pop("head_dim", 8)
     sizes = {
         "vocab_size": 260,

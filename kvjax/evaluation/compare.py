@@ -1,7 +1,7 @@
 """The same inputs decoded under each method, and what it cost: one row a method.
 
-Every method sees equal shapes, so its compiled code serves retrieval, prediction and the
-clock alike; the first batch compiles and is never timed.
+Every method sees equal shapes, so its compiled code serves retrieval, prediction and
+the clock alike; the first batch compiles and is never timed.
 """
 
 import dataclasses
@@ -384,8 +384,7 @@ def layer_fidelity(
             model.decoder, both, model.params, states, tokens
         )
         parts.append(jax.tree.map(np.asarray, fidelity.layers(states)))
-    joined = jax.tree.map(lambda *x: np.concatenate(x, 1)[:, : len(windows)], *parts)
-    return joined
+    return jax.tree.map(lambda *x: np.concatenate(x, 1)[:, : len(windows)], *parts)
 
 
 def _batches(items: Sequence, size: int):

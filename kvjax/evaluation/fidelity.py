@@ -155,8 +155,11 @@ class LayerFidelity(NamedTuple):
 
 def layers(states: tuple[State, ...]) -> LayerFidelity:
     """Reads the accumulators of :func:`side_by_side` out of a model's states."""
+
     def mean(name):
-        totals = [getattr(s, name) / s.steps[:, None].astype(jnp.float32) for s in states]
+        totals = [
+            getattr(s, name) / s.steps[:, None].astype(jnp.float32) for s in states
+        ]
         return np.stack([np.asarray(total) for total in totals])
 
     return LayerFidelity(error=mean("error"), mass=mean("mass"))

@@ -36,7 +36,8 @@ def run(
 
     Args:
         task: `passkey` and `multikey` ask for something said earlier, `perplexity`
-            predicts held-out text by decode steps, `fidelity` compares with `reference`.
+            predicts held-out text by decode steps, `fidelity` compares with the
+            reference.
         model: decoder, weights and tokenizer.
         method: under test.
         reference: what `fidelity` compares with; other tasks do not run it.

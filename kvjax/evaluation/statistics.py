@@ -21,7 +21,8 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     """Wilson's score interval of a proportion: honest at 0 and n successes too.
 
     Raises:
-        ValueError: if `successes` is not in [0, n], `n` < 1 or `confidence` not in (0, 1).
+        ValueError: if `successes` is not in [0, n], `n` < 1, or `confidence` is not in
+            (0, 1).
     """
     if n < 1:
         raise ValueError(f"{n=} must be at least 1 to estimate a proportion.")

@@ -40,6 +40,7 @@ def full() -> Method:
         out, lse = cache.attend(state, rotated, positions)
         slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
         attended = jnp.where(slots < state.length[:, None, None], slots, -1)
+        attended = jnp.broadcast_to(attended, state.k.shape[:3])
         refreshed = jnp.ones_like(state.length, bool)
         return state, out.astype(q.dtype), Diagnostics(attended, lse, refreshed)
 

@@ -32,8 +32,11 @@ HELD_OUT_FILE = pathlib.Path(__file__).parent / "heldout.txt"
 # Tests repeat themselves, tables of code points teach nothing, vendored code is not
 # under the PSF licence.
 EXCLUDED_FOLDERS = frozenset(
-    "site-packages dist-packages test tests idle_test encodings ensurepip "
-    "lib2to3 __pycache__ __phello__ turtledemo lib-dynload".split()
+    {
+        *("site-packages", "dist-packages", "lib-dynload", "__pycache__"),
+        *("test", "tests", "idle_test", "turtledemo", "__phello__"),
+        *("encodings", "ensurepip", "lib2to3"),
+    }
 )
 EXCLUDED_FILES = re.compile(r"_sysconfigdata.*|entities\.py|stringprep\.py|this\.py")
 
@@ -53,7 +56,7 @@ VARIANTS = (
 class Row(NamedTuple):
     """One training sequence of T targets.
 
-    tokens (T + 1,) int32; weights (T,) float32, of the loss at each target, summing to 1;
+    tokens (T + 1,) int32; weights (T,) float32, of the loss at each target, sum 1;
     answers (T,) bool, the targets that can be known only from earlier in the row.
     """
 
@@ -76,7 +79,8 @@ class Corpus(NamedTuple):
     lines: Sequence[str]  # with their line ends
     tokens: np.ndarray  # (N,) uint16, the same text
     words: Sequence[str]  # names for keys
-    encode: Callable  # text -> tokenizers.Encoding
+    encode: Callable  # text -> tokenizers.Encoding, no special tokens
+    decode: Callable  # ids -> text
     chars_per_token: float
 
 
@@ -86,9 +90,9 @@ def stdlib_files() -> list[pathlib.Path]:
     found = []
     for path in root.rglob("*.py"):
         inside = path.relative_to(root)
-        if EXCLUDED_FOLDERS.isdisjoint(inside.parts[:-1]):
-            if not EXCLUDED_FILES.fullmatch(path.name):
-                found.append(inside)
+        wanted = EXCLUDED_FOLDERS.isdisjoint(inside.parts[:-1])
+        if wanted and not EXCLUDED_FILES.fullmatch(path.name):
+            found.append(inside)
     return [root / inside for inside in sorted(found, key=lambda p: p.as_posix())]
 
 
@@ -144,6 +148,7 @@ def make_corpus(texts: Sequence[str], tokenizer) -> Corpus:
         tokens=tokens,
         words=words_of(texts),
         encode=functools.partial(tokenizer.encode, add_special_tokens=False),
+        decode=tokenizer.decode,
         chars_per_token=sum(map(len, texts)) / len(tokens),
     )
 
@@ -174,7 +179,7 @@ def repeat_row(rng: np.random.Generator, vocab_size: int, length: int) -> Row:
 
 
 def recall_row(rng: np.random.Generator, vocab_size: int, length: int) -> Row:
-    """Pairs (key, value) of tokens, then keys again in any order; values are answers."""
+    """Pairs (key, value) of tokens, then keys again in any order; values are asked."""
     num_pairs = int(rng.integers(2, min(length // 4, vocab_size // 8) + 1))
     alphabet = rng.permutation(np.arange(len(SPECIAL_TOKENS), vocab_size))
     keys = alphabet[:num_pairs]
@@ -197,6 +202,7 @@ def fact_text(
     num_mentions: int,
     num_keys: int,
     passkey: bool = False,
+    variants: float = 0.25,
 ) -> tuple[str, list[Fact]]:
     """Lines of the corpus with facts between them, ending in a question and its answer.
 
@@ -205,11 +211,12 @@ def fact_text(
         num_mentions: statements in the text, the last one the question.
         num_keys: different facts among them; every one is said before it is asked.
         passkey: use the pass key's template rather than named keys.
+        variants: chance that both give way to one of the `VARIANTS`.
 
     Returns:
         The text, which ends right after the last digit, and every mention in order.
     """
-    template, names, values = _facts(rng, corpus, num_keys, passkey)
+    template, names, values = _facts(rng, corpus, num_keys, passkey, variants)
     # Any order in which the last mention is not the first of its key.
     order = [*range(num_keys), *rng.integers(num_keys, size=num_mentions - num_keys)]
     order = [int(key) for key in rng.permutation(order[:-1])] + [int(order[-1])]
@@ -219,12 +226,14 @@ def fact_text(
         before, after = template.replace("{name}", names[key]).split("{value}")
         # A question begins with an empty line, a statement does not; both are trained.
         repeated = key in order[:index]
-        gap = "\n" if index + 1 == len(order) or (repeated and rng.random() < 0.5) else ""
+        gap = (
+            "\n" if index + 1 == len(order) or (repeated and rng.random() < 0.5) else ""
+        )
         statements.append((gap + before, values[key], after, key))
 
     room = num_chars - sum(len(b) + len(v) + len(a) for b, v, a, _ in statements)
     hay = _hay(rng, corpus, max(room, 0))
-    places = sorted(rng.integers(len(hay) + 1, size=len(order) - 1)) + [len(hay)]
+    places = [*sorted(rng.integers(len(hay) + 1, size=len(order) - 1)), len(hay)]
     pieces, facts, size, done = [], [], 0, 0
     for place, (before, value, after, key) in zip(places, statements, strict=True):
         text = "".join(hay[done:place]) + before
@@ -236,9 +245,21 @@ def fact_text(
 
 
 def fact_row(
-    rng: np.random.Generator, corpus: Corpus, length: int, *, passkey: bool, dense: bool
+    rng: np.random.Generator,
+    corpus: Corpus,
+    length: int,
+    *,
+    passkey: bool,
+    dense: bool,
+    variants: float = 0.25,
 ) -> Row:
-    """A text of `fact_text` as a row: half the loss on the answers, half on the rest."""
+    """A text of `fact_text` as a row: half the loss on the answers, half on the rest.
+
+    Args:
+        length: targets in the row; what does not fit is cut off at the front.
+        dense: many questions along the row rather than one at its end.
+        passkey, variants: as in :func:`fact_text`.
+    """
     most = max(2, length // 24)
     if dense:
         num_mentions = int(rng.integers(2, most + 1))
@@ -247,7 +268,6 @@ def fact_row(
     else:
         num_keys = 1 if passkey else int(rng.integers(1, min(most, 9)))
         num_mentions = num_keys + 1
-    # A little too long on average: what does not fit is cut off at the front.
     num_chars = int(length * corpus.chars_per_token * rng.uniform(0.75, 1.0))
     text, facts = fact_text(
         rng,
@@ -256,6 +276,7 @@ def fact_row(
         num_mentions=num_mentions,
         num_keys=num_keys,
         passkey=passkey,
+        variants=variants,
     )
     encoding = corpus.encode(text)
     return _masked(np.array(encoding.ids), encoding.offsets, facts, length)
@@ -284,12 +305,12 @@ def _masked(ids, offsets, facts, length) -> Row:
     return Row(tokens, weights / max(weights.sum(), 1e-9), answers)
 
 
-def _facts(rng, corpus, num_keys, passkey):
+def _facts(rng, corpus, num_keys, passkey, variants):
     names = [corpus.words[i] for i in rng.permutation(len(corpus.words))[:num_keys]]
     values = [f"{value:05d}" for value in rng.integers(100_000, size=num_keys)]
     canonical = PASSKEY if passkey else KEY
     variant = VARIANTS[rng.integers(len(VARIANTS))]
-    return (variant if rng.random() < 0.25 else canonical), names, values
+    return (variant if rng.random() < variants else canonical), names, values
 
 
 def _hay(rng, corpus, num_chars) -> list[str]:

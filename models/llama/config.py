@@ -1,7 +1,7 @@
-"""What a Llama-family model is made of: static sizes, hashable, to and from Hugging Face.
+"""What a Llama-family model is made of: static sizes, to and from `config.json`.
 
-`from_hf` accepts only keys it handles or knows to be harmless: a `config.json` that asks
-for something else is an error naming it, never a model that is silently wrong.
+`from_hf` accepts only keys it handles or knows to be harmless: a `config.json` that
+asks for something else is an error naming it, never a model that is silently wrong.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ class LlamaConfig:
             included and never beyond `sliding_window`.
         rope: positions, with their scaling.
         norm_epsilon: of every RMSNorm.
-        qkv_bias, output_bias, mlp_bias: biases of the projections (Qwen2 has the first).
+        qkv_bias, output_bias, mlp_bias: biases of the projections (Qwen2: the first).
         qk_norm: RMSNorm on each query and key head before rotation (Qwen3).
         tied_embeddings: the output matrix is the input embedding.
         family: the `model_type` this configuration is written back as.
@@ -85,7 +85,7 @@ _HANDLED = {
     "torch_dtype",
     "sliding_window",
     "use_sliding_window",
-    "max_window_layers",  # with a window in force, `context` keeps every layer inside it
+    "max_window_layers",  # `context` keeps every layer inside a window
     "layer_types",
 }
 # Keys that change nothing here whatever they say: bookkeeping, training, sampling.
@@ -96,7 +96,13 @@ _HARMLESS = {
     *("initializer_range", "attention_dropout", "max_sequence_length"),
     *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
     *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
-    *("id2label", "label2id", "problem_type", "finetuning_task", "task_specific_params"),
+    *(
+        "id2label",
+        "label2id",
+        "problem_type",
+        "finetuning_task",
+        "task_specific_params",
+    ),
     *("unsloth_version", "unsloth_fixed", "tokenizer_class", "torchscript"),
 }
 # Keys that are harmless at one value only.
@@ -168,12 +174,16 @@ def from_hf(
     if family != "llama" and "num_key_value_heads" not in config:
         missing.append("num_key_value_heads")
     if missing:
-        raise ValueError(f"config.json lacks {', '.join(missing)}; add the missing keys.")
+        raise ValueError(
+            f"config.json lacks {', '.join(missing)}; add the missing keys."
+        )
     _reject_unknown(config)
     for key in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
         value = config.get(key)
         if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(f"config.json key {key}={value!r} must be an integer >= 1.")
+            raise ValueError(
+                f"config.json key {key}={value!r} must be an integer >= 1."
+            )
 
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads

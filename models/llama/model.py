@@ -11,6 +11,7 @@ over the layers that differ only in the attention they are given.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -39,18 +40,27 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`einsum(equation, x, kernel) + bias`, so that a projection is head-major at once."""
+    """`x @ kernel + bias`, with the axes on either side of the kernel folded.
 
-    def __init__(self, equation, shape, bias_shape, config, rngs):
-        self.equation = equation
+    The kernel `(inputs..., outputs...)` and the bias keep their heads
+    apart; the product is of two matrices. As an einsum over three axes, XLA on CPU
+    would transpose the kernel anew at every decode step.
+    """
+
+    def __init__(self, shape, num_inputs, bias, config, rngs):
+        self.num_inputs = num_inputs
         normal = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
         self.kernel = nnx.Param(normal.astype(config.dtype))
-        bias = None if bias_shape is None else jnp.zeros(bias_shape, config.dtype)
+        *heads, size = shape[num_inputs:]
+        bias_shape = (*heads, *[1] * len(heads), size)  # head-major, as an activation
+        bias = jnp.zeros(bias_shape, config.dtype) if bias else None
         self.bias = None if bias is None else nnx.Param(bias)
 
-    def __call__(self, x: Array) -> Array:
-        out = jnp.einsum(self.equation, x, self.kernel[...])
-        return out if self.bias is None else out + self.bias[...]
+    def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
+        kernel = self.kernel[...]
+        inputs = math.prod(kernel.shape[: self.num_inputs])
+        out = x @ kernel.reshape(inputs, -1)
+        return out if self.bias is None else out + self.bias[...].reshape(-1)
 
 
 class SelfAttention(nnx.Module):
@@ -60,28 +70,28 @@ class SelfAttention(nnx.Module):
         width, head_dim = config.width, config.head_dim
 
         def project(heads):
-            bias = (heads, 1, head_dim) if config.qkv_bias else None
-            shape = (width, heads, head_dim)
-            return Linear("bte,ehd->bhtd", shape, bias, config, rngs)
+            return Linear((width, heads, head_dim), 1, config.qkv_bias, config, rngs)
 
         self.q = project(config.num_q_heads)
         self.k = project(config.num_kv_heads)
         self.v = project(config.num_kv_heads)
-        self.o = Linear(
-            "bhtd,hde->bte",
-            (config.num_q_heads, head_dim, width),
-            (width,) if config.output_bias else None,
-            config,
-            rngs,
-        )
+        shape = (config.num_q_heads, head_dim, width)
+        self.o = Linear(shape, 2, config.output_bias, config, rngs)
         self.q_norm = RMSNorm(head_dim, config) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config) if config.qk_norm else None
+        self.head_dim = head_dim
 
     def __call__(self, x, attend):
-        q, k, v = self.q(x), self.k(x), self.v(x)
+        batch, rows, _ = x.shape
+
+        def heads(flat):  # bt(hd) -> bhtd: no work in decode, where t = 1
+            return flat.reshape(batch, rows, -1, self.head_dim).swapaxes(1, 2)
+
+        q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
-        return self.o(attend(q, k, v))
+        out = attend(q, k, v)
+        return self.o(out.swapaxes(1, 2).reshape(batch, rows, -1))
 
 
 class MLP(nnx.Module):
@@ -89,8 +99,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         def linear(inputs, outputs):
-            bias = (outputs,) if config.mlp_bias else None
-            return Linear("bte,ef->btf", (inputs, outputs), bias, config, rngs)
+            return Linear((inputs, outputs), 1, config.mlp_bias, config, rngs)
 
         self.gate = linear(config.width, config.mlp_width)
         self.up = linear(config.width, config.mlp_width)
@@ -126,7 +135,7 @@ class Llama(nnx.Module):
         self.output = (
             None
             if config.tied_embeddings
-            else Linear("...e,ev->...v", shape[::-1], None, config, rngs)
+            else Linear(shape[::-1], 1, False, config, rngs)
         )
 
     def hidden(
@@ -140,11 +149,15 @@ class Llama(nnx.Module):
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
-        if self.output is None:
-            logits = jnp.einsum("...e,ve->...v", hidden, self.embedding[...])
-        else:
-            logits = self.output(hidden)
-        return logits.astype(jnp.float32)
+        if self.output is not None:
+            return self.output(hidden).astype(jnp.float32)
+        logits = jnp.einsum(
+            "...e,ve->...v",
+            hidden,
+            self.embedding[...],
+            preferred_element_type=jnp.float32,
+        )
+        return logits.astype(hidden.dtype).astype(jnp.float32)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Text to token ids and back from `tokenizer.json`, incremental decoding, chat templates.
+"""`tokenizer.json`: text to ids and back, incremental decoding, chat templates.
 
 A chat template is a program from the network: it runs in jinja2's immutable sandbox and
 sees plain JSON values only.
@@ -34,6 +34,7 @@ class HFTokenizer:
 
     @property
     def vocab_size(self) -> int:
+        """Ids, added tokens included; a model's vocabulary may be padded beyond."""
         return self.backend.get_vocab_size()
 
     @property
@@ -48,10 +49,12 @@ class HFTokenizer:
 
     @property
     def bos_id(self) -> int | None:
+        """Id of the token that begins a text, if there is one."""
         return self._id_of("bos_token")
 
     @property
     def eos_id(self) -> int | None:
+        """Id of the token that ends a text, if there is one."""
         return self._id_of("eos_token")
 
     def _id_of(self, name: str) -> int | None:
@@ -97,7 +100,9 @@ class HFTokenizer:
         """
         if template not in self.chat_templates:
             known = ", ".join(self.chat_templates) or "none: this is no chat model"
-            raise ValueError(f"no chat template {template!r}; the checkpoint has {known}.")
+            raise ValueError(
+                f"no chat template {template!r}; the checkpoint has {known}."
+            )
         text = _render(
             self.chat_templates[template],
             self.special_tokens
@@ -113,11 +118,11 @@ class HFTokenizer:
 
 
 class TextStream:
-    """Decodes token by token; the pieces and `finish` together are the whole text.
+    """Decodes token by token; all pieces and `finish` are the whole text.
 
-    A piece never ends inside a character: bytes that are not one yet wait for the next
-    token. Decoding looks at a short window, because a tokenizer may drop a leading space
-    and a character may span tokens.
+    A piece never ends inside a character: bytes that are not one yet wait for more.
+    Decoding looks at a short window, because a tokenizer may drop a leading space and
+    a character may span tokens.
     """
 
     def __init__(self, decode):
@@ -228,19 +233,13 @@ def _plain(value: Any) -> Any:
 
 @functools.lru_cache(maxsize=16)
 def _compile(source: str):
-    try:
-        import jinja2
-        import jinja2.ext
-        import jinja2.sandbox
-    except ImportError as error:
-        raise ImportError(
-            "chat templates need jinja2; install it with `pip install jinja2`."
-        ) from error
+    import jinja2.ext
+    import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's text for training; here, nothing."""
 
-        tags = {"generation"}
+        tags = frozenset({"generation"})
 
         def parse(self, parser):
             line = next(parser.stream).lineno
@@ -250,7 +249,9 @@ def _compile(source: str):
     def raise_exception(message):
         raise jinja2.TemplateError(message)
 
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(
+        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
+    ):
         # Jinja's own filter escapes for HTML.
         return json.dumps(
             value,
@@ -276,10 +277,13 @@ def _strftime_now(pattern: str) -> str:
 
 
 def _render(source: str, variables: Mapping[str, Any]) -> str:
-    compiled = _compile(source)
-    import jinja2
-
     try:
-        return compiled.render(**variables)
+        import jinja2
+    except ImportError as error:
+        raise ImportError(
+            "chat templates need jinja2; install it with `pip install jinja2`."
+        ) from error
+    try:
+        return _compile(source).render(**variables)
     except jinja2.TemplateError as error:
         raise ValueError(f"the chat template refused: {error}.") from error

@@ -1,7 +1,8 @@
-"""Weights of the Llama family in safetensors files of the Hugging Face layout, in and out.
+"""Weights of the Llama family in safetensors files of the Hugging Face layout.
 
-Reading streams: one tensor at a time goes from its file to the device and into our layout
-there, so that the host never holds more than one. torch is not needed, for bfloat16 either.
+Reading streams: one tensor at a time goes from its file to the device and into our
+layout there, so that the host never holds more than one. torch is not needed, not for
+bfloat16 either.
 """
 
 import functools
@@ -35,6 +36,7 @@ class Entry(NamedTuple):
 
     @property
     def transposed(self) -> bool:
+        """Whether the checkpoint holds the transpose."""
         # Checkpoints keep (out, in); ours is (in..., out...), head-major: every kernel
         # is the transpose, reshaped.
         return self.path[-1] == "kernel"
@@ -83,9 +85,7 @@ def _entry(path: tuple[str | int, ...], target: jax.ShapeDtypeStruct) -> Entry:
     return Entry(path, name, shape, target)
 
 
-def load(
-    directory: Path, config: LlamaConfig, device: Any = None
-) -> Params:
+def load(directory: Path, config: LlamaConfig, device: Any = None) -> Params:
     """Reads the weights of a checkpoint directory into the structure of `param_shapes`.
 
     Args:

@@ -10,7 +10,7 @@ def decode_attention(
     k: Float[Array, "B Hkv S D"],
     v: Float[Array, "B Hkv S D"],
     query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B H S"] | None = None,
+    key_positions: Int[Array, "#B H S"] | None = None,
     *,
     sm_scale: float,
     window: int | None = None,
@@ -21,7 +21,8 @@ def decode_attention(
         q, k, v: rotated queries and keys, values; query head h reads KV head h // G.
         query_positions: position of each query row.
         key_positions: position each slot holds, -1 = empty; H is Hkv or 1. None means
-            slot s holds position s. Values in slots that no row sees must be finite.
+            slot s holds position s; a leading 1 serves all rows. Values in slots that
+            no row sees must be finite.
         sm_scale: factor on the logits.
         window: if given, keys `window` or more positions back are not visible either.
 
@@ -41,7 +42,7 @@ def decode_logits(
     q: Float[Array, "B Hq T D"],
     k: Float[Array, "B Hkv S D"],
     query_positions: Int[Array, "B T"],
-    key_positions: Int[Array, "B H S"] | None = None,
+    key_positions: Int[Array, "#B H S"] | None = None,
     *,
     sm_scale: float,
 ) -> Float[Array, "B Hq T S"]:

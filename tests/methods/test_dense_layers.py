@@ -1,11 +1,12 @@
 """The first layers attend in full, the others by the wrapped method."""
 
+import drive
+import oracles
 import pytest
 
 from kvjax.methods.dense_layers import dense_layers
 from kvjax.methods.full import full
 from kvjax.methods.tova import tova
-from tests import drive, oracles
 
 
 @pytest.mark.parametrize("layer", [0, 1, 2, 5])
@@ -29,11 +30,13 @@ def test_two_layers_are_dense_by_default():
     assert read[0] == read[1] > read[2] == read[3]
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_error_names_the_value():
     with pytest.raises(ValueError, match="first=-1 must be at least 0"):
         dense_layers(full(), full(), first=-1)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_error_names_both_rows():
     with pytest.raises(ValueError, match=r"method.rows=2 must equal dense.rows=1"):
         dense_layers(full()._replace(rows=2), full())

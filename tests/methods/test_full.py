@@ -1,10 +1,11 @@
 """Full attention is exact, over every length, grouping and dtype."""
 
+import drive
 import numpy as np
+import oracles
 import pytest
 
 from kvjax.methods.full import full
-from tests import drive, oracles
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (6, 2)], ids=["G1", "G4", "G3"])
@@ -31,7 +32,7 @@ def test_long_prompts_take_the_blocked_path():
     reference = [
         _causal(stream.row(b), stream.prompts[b]) for b in range(len(stream.prompts))
     ]
-    for actual, expected in zip(run.prompt_out, reference):
+    for actual, expected in zip(run.prompt_out, reference, strict=True):
         drive.assert_rows_close(actual, expected)
 
 

@@ -1,10 +1,11 @@
 """The oracle keeps the tokens with the largest true weights."""
 
+import drive
 import numpy as np
+import oracles
 import pytest
 
 from kvjax.methods.oracle_topk import oracle_topk
-from tests import drive, oracles
 
 
 def check(stream, chunks=None, **options):
@@ -14,7 +15,7 @@ def check(stream, chunks=None, **options):
 
 
 @pytest.mark.parametrize(
-    "heads, options",
+    ("heads", "options"),
     [
         ((2, 2), {"budget": 6}),
         ((6, 2), {"budget": 6}),
@@ -63,12 +64,13 @@ def test_half_precision_is_consistent():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"budget": 0}, r"budget=0 must be at least 1"),
         ({"per": "head"}, r"per='head' must be 'kv' or 'query'"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_errors_name_the_value(options, message):
     with pytest.raises(ValueError, match=message):
         oracle_topk(**options)

@@ -1,10 +1,11 @@
 """Quest reads the newest pages and those whose key extremes promise the most."""
 
+import drive
 import numpy as np
+import oracles
 import pytest
 
 from kvjax.methods.quest import quest
-from tests import drive, oracles
 
 DEFAULT = {"budget": 12, "page_size": 4}
 
@@ -18,7 +19,7 @@ def check(stream, chunks=None, capacity=None, **options):
 
 
 @pytest.mark.parametrize(
-    "heads, options",
+    ("heads", "options"),
     [
         ((2, 2), {"per": "kv"}),
         ((2, 2), {"per": "query"}),
@@ -35,7 +36,7 @@ def test_equals_float64_loops(heads, options):
     check(stream, **options)
 
 
-@pytest.mark.parametrize("page_size, budget", [(1, 5), (3, 9), (16, 32)])
+@pytest.mark.parametrize(("page_size", "budget"), [(1, 5), (3, 9), (16, 32)])
 def test_page_sizes(page_size, budget):
     """With pages of one token the bound is the logit itself."""
     stream = drive.make_stream((40, 17), 6)
@@ -86,7 +87,7 @@ def test_finds_the_page_of_a_needle():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"budget": 0}, r"budget=0.*page_size=16"),
         ({"budget": 24}, r"budget=24.*page_size=16"),
@@ -97,6 +98,7 @@ def test_finds_the_page_of_a_needle():
         ({"group_reduce": "sum"}, r"group_reduce='sum' must be one of mean, max"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_errors_name_both_values(options, message):
     with pytest.raises(ValueError, match=message):
         quest(**options)

@@ -1,11 +1,12 @@
 """SnapKV keeps what the last queries of the prompt voted for, and all that follows."""
 
+import drive
 import numpy as np
+import oracles
 import pytest
 
 from kvjax import accounting
 from kvjax.methods.snapkv import snapkv
-from tests import drive, oracles
 
 DEFAULT = {
     "budget": 12,
@@ -25,7 +26,7 @@ def check(stream, chunks=None, dtype="float32", capacity=None, **options):
 
 
 @pytest.mark.parametrize(
-    "heads, pooling, group_reduce",
+    ("heads", "pooling", "group_reduce"),
     [
         ((2, 2), "max", "max"),
         ((4, 1), "mean", "max"),
@@ -40,7 +41,7 @@ def test_equals_float64_loops(heads, pooling, group_reduce):
 
 
 @pytest.mark.parametrize(
-    "kernel, window, pooling",
+    ("kernel", "window", "pooling"),
     [(1, 1, "max"), (5, 11, "mean"), (7, 1, "mean"), (31, 11, "max")],
 )
 def test_windows_and_kernels(kernel, window, pooling):
@@ -80,7 +81,8 @@ def test_half_precision_keeps_the_window_and_is_consistent():
     run = drive.run(snapkv(**DEFAULT), spec, stream)
     drive.assert_consistent(run, stream, "bfloat16")
     kept = drive.attended_positions(run.diagnostics.attended[-1, 0], 4)[0]
-    assert len(kept) == 16 and kept[-8:] == list(range(36, 44))
+    assert len(kept) == 16
+    assert kept[-8:] == list(range(36, 44))
 
 
 def test_decode_state_does_not_depend_on_the_capacity():
@@ -93,7 +95,7 @@ def test_decode_state_does_not_depend_on_the_capacity():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"budget": 0}, r"budget=0 must exceed window=32"),
         ({"budget": 32}, r"budget=32 must exceed window=32"),
@@ -105,6 +107,7 @@ def test_decode_state_does_not_depend_on_the_capacity():
         ({"group_reduce": "sum"}, r"group_reduce='sum' must be one of mean, max"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_errors_name_both_values(options, message):
     with pytest.raises(ValueError, match=message):
         snapkv(**options)

@@ -2,15 +2,16 @@
 
 import functools
 
+import drive
 import jax
+import oracles
 import pytest
 
 from kvjax.methods.streaming_llm import streaming_llm
-from tests import drive, oracles
 
 
 @pytest.mark.parametrize(
-    "heads, budget, num_sinks",
+    ("heads", "budget", "num_sinks"),
     [
         ((6, 2), 8, 4),
         ((4, 1), 7, 2),
@@ -20,7 +21,7 @@ from tests import drive, oracles
     ],
 )
 def test_equals_float64_loops(heads, budget, num_sinks):
-    """Prompts shorter and longer than the ring; 21 steps wrap it at least five times."""
+    """Prompts shorter and longer than the ring; 21 steps wrap it several times."""
     stream = drive.make_stream((1, 5, 8, 26), 21, heads=heads)
     method = streaming_llm(budget=budget, num_sinks=num_sinks)
     run = drive.run(method, drive.make_spec(stream), stream)
@@ -65,7 +66,7 @@ def test_memory_does_not_depend_on_the_context():
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    ("options", "message"),
     [
         ({"budget": 0}, r"budget=0 must be at least 1"),
         ({"budget": 4}, r"num_sinks=4 must be in \[0, budget=4\)"),
@@ -73,6 +74,7 @@ def test_memory_does_not_depend_on_the_context():
         ({"budget": 8, "num_sinks": -1}, r"num_sinks=-1 must be in \[0, budget=8\)"),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_errors_name_both_values(options, message):
     with pytest.raises(ValueError, match=message):
         streaming_llm(**options)

@@ -1,9 +1,10 @@
 """TOVA drops the token that the last query looked at least, one set for all heads."""
 
+import drive
+import oracles
 import pytest
 
 from kvjax.methods.tova import tova
-from tests import drive, oracles
 
 
 def check(stream, chunks=None, budget=8):
@@ -12,7 +13,7 @@ def check(stream, chunks=None, budget=8):
 
 
 @pytest.mark.parametrize(
-    "heads, budget", [((2, 2), 1), ((4, 1), 2), ((6, 2), 8), ((2, 2), 8)]
+    ("heads", "budget"), [((2, 2), 1), ((4, 1), 2), ((6, 2), 8), ((2, 2), 8)]
 )
 def test_equals_float64_loops(heads, budget):
     """Twenty evictions, from prompts below, at and above the budget."""
@@ -46,10 +47,12 @@ def test_half_precision_is_consistent():
     drive.assert_consistent(run, stream, "bfloat16")
     kept = drive.attended_positions(run.diagnostics.attended[-1, 0], 4)
     assert all(head == kept[0] for head in kept)
-    assert len(kept[0]) == 8 and kept[0][-1] == 41
+    assert len(kept[0]) == 8
+    assert kept[0][-1] == 41
 
 
 @pytest.mark.parametrize("budget", [0, -3])
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_errors_name_the_value(budget):
     with pytest.raises(ValueError, match=f"budget={budget} must be at least 1"):
         tova(budget=budget)

@@ -1,7 +1,8 @@
 """Tiny checkpoints in the Hugging Face layout whose weights are a function of a seed.
 
-Only the raw stream of PCG64 is used, which NumPy promises never to change, so goldens made
-elsewhere hold here. The scales keep logits of order 1 and attention far from uniform.
+Only the raw stream of PCG64 is used, which NumPy promises never to change, so goldens
+made elsewhere hold here. The scales keep logits of order 1 and attention far from
+uniform.
 """
 
 import json
@@ -41,7 +42,10 @@ def _scaled(**rope):
 def _unified(**rope):
     """The spelling of transformers 5."""
     config = {key: value for key, value in BASE.items() if key != "rope_theta"}
-    return config | {"rope_parameters": {"rope_theta": 100.0, **rope}, "dtype": "float32"}
+    return config | {
+        "rope_parameters": {"rope_theta": 100.0, **rope},
+        "dtype": "float32",
+    }
 
 
 CONFIGS = {
@@ -76,7 +80,8 @@ CONFIGS = {
         "max_window_layers": 1,
     },
     "qwen3": BASE | {"model_type": "qwen3", "head_dim": 16},
-    "qwen3_biases": BASE | {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
+    "qwen3_biases": BASE
+    | {"model_type": "qwen3", "head_dim": 8, "attention_bias": True},
 }
 
 
@@ -106,7 +111,7 @@ def shapes(config: dict) -> dict[str, tuple[int, ...]]:
         outputs = {"q": (q, width), "k": (kv, width), "v": (kv, width), "o": (width, q)}
         for name, shape in outputs.items():
             found[f"{layer}.self_attn.{name}_proj.weight"] = shape
-            if biased or family == "qwen2" and name != "o":
+            if biased or (family == "qwen2" and name != "o"):
                 found[f"{layer}.self_attn.{name}_proj.bias"] = shape[:1]
         if family == "qwen3":
             found[f"{layer}.self_attn.q_norm.weight"] = (head,)
@@ -128,9 +133,7 @@ def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
         noise = uniform(1000 * seed + index, int(np.prod(shape))).reshape(shape)
         if "norm" in name:
             made[name] = 1 + 0.3 * noise
-        elif name.endswith("bias"):
-            made[name] = 0.5 * noise
-        elif "embed_tokens" in name:
+        elif name.endswith("bias") or "embed_tokens" in name:
             made[name] = 0.5 * noise
         else:
             sharp = 1.5 if "q_proj" in name or "k_proj" in name else 1.0

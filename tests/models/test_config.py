@@ -130,7 +130,11 @@ def test_defaults_of_absent_keys():
     config = from_hf({k: v for k, v in BASE.items() if k not in absent})
     assert config.num_kv_heads == config.num_q_heads == 4
     assert config.rope == Rope(8, 10_000.0)
-    assert (config.head_dim, config.tied_embeddings, config.dtype) == (8, False, "float32")
+    assert (config.head_dim, config.tied_embeddings, config.dtype) == (
+        8,
+        False,
+        "float32",
+    )
     assert from_hf(BASE | {"model_type": "qwen3"}).head_dim == 128
 
 
@@ -157,7 +161,10 @@ def test_harmless_keys(harmless):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type='gpt2' is not supported; supported: llama"),
+        (
+            {"model_type": "gpt2"},
+            "model_type='gpt2' is not supported; supported: llama",
+        ),
         ({"foo": 3}, "key foo=3 is not known"),
         ({"foo": False}, "key foo=False is not known"),
         ({"hidden_act": "gelu"}, "key hidden_act='gelu' is not supported; only 'silu'"),
@@ -216,7 +223,9 @@ def test_errors(change, message):
 
 def test_family_that_cannot_say_it_is_an_error():
     config = dataclasses.replace(from_hf(BASE), qk_norm=True)
-    with pytest.raises(ValueError, match="llama config.json cannot express qk_norm=True"):
+    with pytest.raises(
+        ValueError, match=r"llama config\.json cannot express qk_norm=True"
+    ):
         to_hf(config)
 
 
@@ -233,7 +242,9 @@ def test_transformers_agrees_with_what_is_written(name):
         *("hidden_size", "num_key_value_heads", "rms_norm_eps", "vocab_size"),
         *("tie_word_embeddings", "intermediate_size", "num_hidden_layers"),
     )
-    assert [getattr(theirs[0], k) for k in keys] == [getattr(theirs[1], k) for k in keys]
+    assert [getattr(theirs[0], k) for k in keys] == [
+        getattr(theirs[1], k) for k in keys
+    ]
     ropes = [
         {k: v for k, v in c.rope_parameters.items() if v is not None and k != "type"}
         for c in theirs

@@ -1,0 +1,378 @@
+"""Results for people and for programs: a table, one HTML page, one JSON document.
+
+The page is self-contained: figures are inline SVG, and it loads nothing.
+"""
+
+import datetime
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pathlib
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+FORMAT = 1  # of results.json; a change that breaks readers adds one
+TASKS = ("passkey", "multikey")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+_COLOURS = (
+    *("#4c5866", "#c2571a", "#2a78b5", "#3b8f4b", "#8a5fb0"),
+    *("#b3315f", "#1f9e9a", "#a98a12", "#6b6ecf", "#7b4a2e"),
+)
+
+
+def manifest(model: str, arguments: Sequence[str], settings: Mapping) -> dict[str, Any]:
+    """What is needed to run it again: versions, device, arguments, seeds, date."""
+    import jax
+
+    device = jax.devices()[0]
+    now = datetime.datetime.now(datetime.UTC)
+    return {
+        "date": now.isoformat(timespec="seconds"),
+        "kvjax": _version("kvjax"),
+        "python": platform.python_version(),
+        **{package: _version(package) for package in _PACKAGES},
+        "platform": platform.platform(),
+        "device": device.device_kind,
+        "backend": device.platform,
+        "devices": jax.device_count(),
+        "cpu_count": os.cpu_count(),
+        "model": model,
+        "arguments": list(arguments),
+        "settings": dict(settings),
+    }
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        import kvjax
+
+        return kvjax.__version__ if package == "kvjax" else "not installed"
+
+
+def results(rows: Sequence, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A comparison's rows and its manifest as one JSON-ready document."""
+    return json_ready(
+        {
+            "format": FORMAT,
+            "manifest": dict(manifest),
+            "rows": [_as_dict(row) for row in rows],
+        }
+    )
+
+
+def _as_dict(row) -> dict[str, Any]:
+    fields = row._asdict()
+    for name, value in fields.items():
+        if hasattr(value, "_asdict"):
+            fields[name] = value._asdict()
+        elif name.endswith("_by_depth"):
+            keys = ("depth", "correct", "asked")
+            fields[name] = [dict(zip(keys, cell, strict=True)) for cell in value]
+    return fields
+
+
+def json_ready(value):
+    """JSON knows no infinity and no NaN: they become null. Tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def check_writable(folder: pathlib.Path) -> None:
+    """Makes `folder` and tries it, before hours of work.
+
+    Raises:
+        PermissionError, NotADirectoryError: if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"{folder} is not a folder: give --out another one."
+        ) from error
+    except OSError as error:
+        raise PermissionError(
+            f"{folder} cannot be written ({error.strerror}): give --out another folder."
+        ) from error
+
+
+def write(
+    folder: pathlib.Path, results: Mapping[str, Any]
+) -> tuple[pathlib.Path, pathlib.Path]:
+    """Writes `report.html` and `results.json`, each whole or not at all."""
+    page, data = folder / "report.html", folder / "results.json"
+    write_text(page, html(results))
+    write_text(data, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    return page, data
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes beside `path`, then renames: readers see the old file or the new one."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = pathlib.Path(name)
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(partial, 0o644)  # mkstemp's files are the owner's alone
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def format_bytes(count: int) -> str:
+    """Binary units, three digits: `96.0 KiB`."""
+    if count < 1024:
+        return f"{count} B"
+    power = min(int(math.log(count, 1024)), 4)
+    scaled = count / 1024**power
+    digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
+    return f"{scaled:.{digits}f} {'KMGT'[power - 1]}iB"
+
+
+def format_share(interval: Mapping[str, Any]) -> str:
+    """`87% [64, 96]`: percent and interval."""
+    low, high = (interval[key] for key in ("low", "high"))
+    mean = f"{100 * interval['mean']:.0f}%"
+    if low is None or high is None:
+        return mean
+    low, high = max(low, 0.0), min(high, 1.0)
+    return f"{mean} [{100 * low:.0f}, {100 * high:.0f}]"
+
+
+def _signed(interval: Mapping[str, Any]) -> str:
+    if interval["low"] is None:
+        return f"{interval['mean']:+.3f}"
+    half = (interval["high"] - interval["low"]) / 2
+    return f"{interval['mean']:+.3f} ±{half:.3f}"
+
+
+def _rate(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+HEADINGS = (
+    "method",
+    "read / token",
+    "held",
+    "perplexity",
+    "nats lost",
+    "passkey",
+    "multi-key",
+    "top-1",
+    "tokens/s",
+    "prefill s",
+)
+
+
+def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The cells under `HEADINGS`, one list a method."""
+    table = []
+    for row in results["rows"]:
+        is_reference = row is results["rows"][0]
+        table.append(
+            [
+                row["method"],
+                format_bytes(row["bytes_read"]),
+                format_bytes(row["bytes_held"]),
+                f"{row['perplexity']['mean']:.3f}",
+                "-" if is_reference else _signed(row["nats_lost"]),
+                format_share(row["passkey"]),
+                format_share(row["multikey"]),
+                "-" if is_reference else format_share(row["top1_agreement"]),
+                _rate(row["tokens_per_second"]),
+                f"{row['prefill_seconds']:.2f}",
+            ]
+        )
+    return table
+
+
+def caption(results: Mapping[str, Any]) -> str:
+    """How the table was measured, in a sentence or two."""
+    settings = results["manifest"]["settings"]
+    about = results["manifest"]
+    return (
+        f"{about['model']}, context {settings['context']:,} tokens, the last "
+        f"{settings['new_tokens']} of them decoded; {settings['examples']} examples a "
+        f"retrieval task, {settings['windows']} windows of held-out text; 95% "
+        f"intervals. Bytes are of cache: read for one token of one row, held for one "
+        f"row. Speed: {settings['batch']} rows together on {about['device']} "
+        f"({about['backend']}), median of batches after a warm-up."
+    )
+
+
+def print_table(results: Mapping[str, Any]) -> None:
+    """The comparison on stdout."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # Brackets are intervals here, not markup; and a file has no width of its own.
+    console = Console(markup=False)
+    if not console.is_terminal:
+        console = Console(markup=False, width=160)
+    table = Table(caption=caption(results), caption_justify="left")
+    for heading in HEADINGS:
+        is_name = heading == "method"
+        table.add_column(
+            heading, justify="left" if is_name else "right", overflow="fold"
+        )
+    for cells in table_rows(results):
+        table.add_row(*cells)
+    console.print(table)
+
+
+def print_task(document: Mapping[str, Any]) -> None:
+    """One task's result on stdout."""
+    document = json_ready(document)
+    about = f"{document['task']}, {document['method']}, context {document['context']}"
+    if "accuracy" in document:
+        print(f"{about}: {format_share(document['accuracy'])}, n={document['n']}")
+        for cell in document["by_depth"]:
+            print(f"  depth {cell['depth']:.2f}: {cell['correct']}/{cell['asked']}")
+    elif "perplexity" in document:
+        mean, low, high, n = document["perplexity"].values()
+        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
+        print(f"{about}: perplexity {mean:.3f}{interval}, n={n} windows")
+    else:
+        print(
+            f"{about}: top-1 agreement {format_share(document['top1_agreement'])}, "
+            f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows"
+        )
+        for layer in document["layers"]:
+            print(
+                f"  layer {layer['layer']}: output error {layer['error']['mean']:.4f}, "
+                f"softmax mass recovered {layer['mass']['mean']:.4f}"
+            )
+
+
+def html(results: Mapping[str, Any]) -> str:
+    """The whole report as one page."""
+    import importlib.resources
+
+    import jinja2
+
+    source = importlib.resources.files("kvjax") / "templates" / "report.html.jinja"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    return template.render(
+        caption=caption(results),
+        headings=HEADINGS,
+        rows=table_rows(results),
+        scatter=svg(scatter(results)),
+        needles=svg(needles(results)),
+        manifest=results["manifest"],
+    )
+
+
+def svg(figure) -> str:
+    """A figure as inline SVG, its text as text; the same figure, the same bytes."""
+    import matplotlib
+
+    target = io.StringIO()
+    options = {"svg.fonttype": "none", "svg.hashsalt": "kvjax"}
+    with matplotlib.rc_context(options):
+        figure.savefig(target, format="svg", metadata={"Date": None})
+    text = target.getvalue()
+    return text[text.index("<svg") :]  # no XML declaration inside HTML
+
+
+def _figure(width: float, height: float):
+    # No pyplot: it keeps state, and may look for a display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def scatter(results: Mapping[str, Any]):
+    """Accuracy against bytes read per token, a panel a retrieval task."""
+    figure = _figure(10, 3.9)
+    axes = figure.subplots(1, len(TASKS), sharey=True)
+    rows = results["rows"]
+    for axis, task in zip(axes, TASKS, strict=True):
+        for index, row in enumerate(rows):
+            share = row[task]
+            spread = [
+                [max(share["mean"] - share["low"], 0)],
+                [max(share["high"] - share["mean"], 0)],
+            ]
+            axis.errorbar(
+                row["bytes_read"] / 1024,
+                share["mean"],
+                yerr=spread,
+                fmt="s" if index == 0 else "o",
+                markersize=7,
+                capsize=3,
+                elinewidth=1,
+                color=_COLOURS[index % len(_COLOURS)],
+                label=row["method"],
+            )
+        axis.set_title({"passkey": "pass key", "multikey": "one key of many"}[task])
+        axis.set_xlabel("KiB of cache read per token")
+        axis.set_xscale("log")
+        _plain_ticks(axis, [row["bytes_read"] / 1024 for row in rows])
+        axis.set_ylim(-0.04, 1.06)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("answered correctly")
+    axes[0].yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f}%")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right center", frameon=False)
+    return figure
+
+
+def _plain_ticks(axis, values: Sequence[float]) -> None:
+    # Decades are too coarse for a factor of four, and 2 x 10^1 is hard to read.
+    low, high = math.log2(min(values)), math.log2(max(values))
+    step = max(1, math.ceil((high - low) / 5))
+    powers = range(math.floor(low), math.ceil(high) + 1, step)
+    axis.set_xticks([2.0**power for power in powers])
+    axis.xaxis.set_major_formatter(lambda value, position: f"{value:g}")
+    axis.minorticks_off()
+    axis.set_xlim(2 ** (low - 0.5), 2 ** (high + 0.5))
+
+
+def needles(results: Mapping[str, Any]):
+    """Share of needles found, depth by method, a panel a retrieval task."""
+    rows = results["rows"]
+    figure = _figure(10, 1.3 + 0.34 * len(rows))
+    axes = figure.subplots(1, len(TASKS), sharey=True)
+    for axis, task in zip(axes, TASKS, strict=True):
+        cells = [row[f"{task}_by_depth"] for row in rows]
+        shares = [[c["correct"] / c["asked"] for c in line] for line in cells]
+        image = axis.imshow(shares, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+        for y, line in enumerate(cells):
+            for x, cell in enumerate(line):
+                axis.text(
+                    x,
+                    y,
+                    f"{cell['correct']}/{cell['asked']}",
+                    ha="center",
+                    va="center",
+                    fontsize=8,
+                    color="white" if shares[y][x] > 0.55 else "#333333",
+                )
+        depths = [f"{100 * cell['depth']:.0f}%" for cell in cells[0]]
+        axis.set_xticks(range(len(depths)), depths)
+        axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axis.tick_params(length=0)
+        axis.set_title({"passkey": "pass key", "multikey": "one key of many"}[task])
+        axis.set_xlabel("depth of the needle in the prompt")
+        axis.spines[:].set_visible(False)
+    figure.colorbar(image, ax=axes, label="found", shrink=0.8, format=_percent)
+    return figure
+
+
+def _percent(value: float, position: int | None = None) -> str:
+    del position
+    return f"{100 * value:.0f}%"

@@ -1,0 +1,89 @@
+"""No decode step copies a cache: temporaries at an 8B model's cache shapes, 128K tokens.
+
+Compiled ahead of time, never run: for this CPU, and for a real TPU that is not there.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental import topologies
+from jax.sharding import SingleDeviceSharding
+
+from kvjax import cache, registry
+from kvjax.rope import Rope
+from models.llama.config import LlamaConfig
+from models.llama.model import LlamaDecoder
+
+CONTEXT = 131_072
+# The heads of an 8B Llama; a narrow width, since weights are not what is asked about.
+CONFIG = LlamaConfig(
+    vocab_size=512,
+    width=256,
+    num_layers=2,
+    num_q_heads=32,
+    num_kv_heads=8,
+    head_dim=128,
+    mlp_width=512,
+    context=CONTEXT,
+    rope=Rope(128, theta=500_000.0),
+)
+# Logits of one layer at a time: 32 heads x 131,072 x float32 is 16.8 MB. XLA's CPU
+# backend keeps two such arrays, three where all tokens are ranked, and packs Quest's
+# summaries for its matmul. One layer's keys alone are 537 MB.
+LOGITS = 32 * CONTEXT * 4
+CPU_LIMIT = 4 * LOGITS + 8_000_000
+TPU_LIMIT = 16_000_000
+
+
+@pytest.fixture(autouse=True)
+def optimised():
+    """The suite compiles without optimisations; here they are the subject."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+def compile_step(name, dtype, sharding=None, batch=1):
+    decoder = LlamaDecoder(dataclasses.replace(CONFIG, dtype=dtype))
+    method = registry.parse(name, budget=2048)
+    spec = decoder.cache_spec(batch, CONTEXT // batch, 1024)
+
+    def states():
+        layers = [dataclasses.replace(spec, layer=i) for i in range(2)]
+        return tuple(method.finish(method.init(layer)) for layer in layers)
+
+    def step(params, states, tokens):
+        return decoder.decode_step(params, states, tokens, method)
+
+    tokens = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
+    arguments = (decoder.param_shapes(), jax.eval_shape(states), tokens)
+    if sharding is not None:
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            arguments,
+        )
+    compiled = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
+    return compiled.memory_analysis(), cache.num_bytes(arguments[1])
+
+
+@pytest.mark.parametrize("batch", [1, 2], ids="B{}".format)
+@pytest.mark.parametrize("name", registry.names())
+def test_cpu_temporaries_are_logits_not_caches(name, batch):
+    memory, held = compile_step(name, "float32", batch=batch)
+    assert memory.temp_size_in_bytes < CPU_LIMIT
+    assert memory.alias_size_in_bytes >= held
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_tpu_temporaries_are_a_few_megabytes(name):
+    pytest.importorskip("libtpu", reason="libtpu compiles for TPU without a TPU")
+    topology = topologies.get_topology_desc(
+        platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1)
+    )
+    sharding = SingleDeviceSharding(topology.devices[0])
+    memory, held = compile_step(name, "bfloat16", sharding)
+    assert memory.temp_size_in_bytes < TPU_LIMIT
+    assert memory.alias_size_in_bytes >= held

@@ -1,0 +1,302 @@
+"""Text in and out, streaming of whole characters, chat templates in a sandbox."""
+
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, pre_tokenizers, processors
+from tokenizers.models import BPE
+
+from models.llama import tokenizer as tokenizers_of_llama
+
+LLAMA2 = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}"
+    "{% set system = '<<SYS>>\\n' + messages[0]['content'] + '\\n<</SYS>>\\n\\n' %}"
+    "{% set messages = messages[1:] %}{% else %}{% set system = '' %}{% endif %}\n"
+    "{% for message in messages %}\n"
+    "  {% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}\n"
+    "    {{ raise_exception('roles must alternate') }}\n"
+    "  {% endif %}\n"
+    "  {% if message['role'] == 'user' %}\n"
+    "{{ '[INST] ' + (system if loop.first else '') + message['content'] }}\n"
+    "{{ ' [/INST]' }}\n"
+    "  {% else %}\n"
+    "    {% generation %}{{ ' ' + message['content'] | trim + eos_token }}"
+    "{% endgeneration %}\n"
+    "  {% endif %}\n"
+    "{% endfor %}"
+)
+LLAMA3 = (
+    "{%- set date = strftime_now('%Y') %}{{- bos_token }}"
+    "{%- if tools is not none %}{{- tools | tojson(indent=2) }}{% endif %}"
+    "{%- for message in messages %}{%- if message.role == 'skip' %}{% continue %}"
+    "{%- endif %}{{- '<|start|>' + message['role'] + '<|end|>\\n\\n' + "
+    "message['content'] | trim + '<|eot|>' }}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|start|>assistant<|end|>\\n\\n' }}"
+    "{%- endif %}"
+)
+CHATML = (
+    "{% for message in messages %}\n"
+    "    {{- '<|im_start|>' + message['role'] + '\\n' + message['content'] }}\n"
+    "    {{- '<|im_end|>' + '\\n' -}}\n"
+    "{% endfor %}\n"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+TEMPLATES = {"llama2": LLAMA2, "llama3": LLAMA3, "chatml": CHATML}
+MESSAGES = [
+    {"role": "system", "content": "Be <brief> & “kind”."},
+    {"role": "user", "content": "  hello\nthere "},
+    {"role": "assistant", "content": " hi "},
+    {"role": "user", "content": "bye"},
+]
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def _finished(model, pre_tokenizer, decoder):
+    backend = Tokenizer(model)
+    backend.pre_tokenizer, backend.decoder = pre_tokenizer, decoder
+    backend.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in SPECIAL]
+    )
+    bos = ("<s>", backend.token_to_id("<s>"))
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[bos]
+    )
+    return backend
+
+
+def byte_level():
+    """As Llama 3 and Qwen: every byte is a token, and two merges."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {
+        text: index for index, text in enumerate([*SPECIAL, *alphabet, "he", "ll"])
+    }
+    return _finished(
+        BPE(vocab, [("h", "e"), ("l", "l")]),
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
+
+
+def byte_fallback():
+    """As Llama 2: words begin with U+2581, unknown characters become byte tokens."""
+    texts = [*SPECIAL, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
+    texts += [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocab = {text: index for index, text in enumerate(texts)}
+    return _finished(
+        BPE(vocab, [], byte_fallback=True, unk_token="<unk>"),
+        pre_tokenizers.Metaspace(),
+        decoders.Sequence(
+            [
+                decoders.Replace("▁", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                decoders.Strip(" ", 1, 0),
+            ]
+        ),
+    )
+
+
+CONFIG = {
+    "bos_token": "<s>",
+    "eos_token": {"__type": "AddedToken", "content": "</s>", "lstrip": False},
+    "add_bos_token": True,
+    "tokenizer_class": "PreTrainedTokenizerFast",
+}
+
+
+def write_byte_level(directory: Path, template=CHATML):
+    byte_level().save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(CONFIG))
+    if template is not None:
+        (directory / "chat_template.jinja").write_text(template, encoding="utf-8")
+    return directory
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    return tokenizers_of_llama.load(write_byte_level(tmp_path))
+
+
+@pytest.fixture(scope="module", params=[byte_level, byte_fallback])
+def either(request):
+    return tokenizers_of_llama.HFTokenizer(request.param(), CONFIG)
+
+
+def test_text_comes_back(either):
+    text = "hello wörld 😀 你好"
+    ids = either.encode(text)
+    assert ids[0] == either.bos_id == 0
+    assert either.eos_id == 1
+    assert either.encode(text, add_special_tokens=False) == ids[1:]
+    assert either.decode(ids) == text
+    assert either.decode(ids, skip_special_tokens=False).startswith("<s>")
+    assert either.vocab_size == either.backend.get_vocab_size() > 256
+
+
+def test_special_tokens_in_text_are_one_token(tokenizer):
+    ids = tokenizer.encode("<|im_start|>he<|im_end|>", add_special_tokens=False)
+    assert ids == [2, tokenizer.backend.token_to_id("he"), 3]
+
+
+def test_stream_never_breaks_a_character(either):
+    text = "a é 😀 你"
+    stream = either.stream()
+    pieces = [stream.step(token) for token in either.encode(text)]
+    assert "".join(pieces) == text
+    assert stream.finish() == ""
+    assert "😀" in pieces  # four byte tokens, one piece
+    assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_unfinished_character_shows_at_the_end_only(either):
+    ids = either.encode("a😀", add_special_tokens=False)[:-1]
+    stream = either.stream()
+    assert "".join(stream.step(token) for token in ids) == "a"
+    assert set(stream.finish()) == {"\ufffd"}
+
+
+def test_a_real_replacement_character_is_not_lost(either):
+    stream = either.stream()
+    pieces = [stream.step(token) for token in either.encode("a\ufffd b")]
+    assert "".join(pieces) + stream.finish() == "a\ufffd b"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_stream_equals_decode(either, data):
+    """Any tokens, special ones and broken UTF-8 included."""
+    token = st.integers(0, either.vocab_size - 1)
+    ids = data.draw(st.lists(token, max_size=30))
+    stream = either.stream()
+    shown = "".join(stream.step(i) for i in ids) + stream.finish()
+    whole = either.decode(ids)
+    if "\ufffd" not in whole:
+        assert shown == whole
+    # Byte fallback takes back a character when bytes follow that are none: nothing
+    # shown can be taken back, so that only the text around broken bytes is compared.
+    assert [c for c in shown if c.isascii()] == [c for c in whole if c.isascii()] or (
+        "\ufffd" in whole
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.text(max_size=20))
+def test_stream_equals_text(text):
+    byte_tokenizer = tokenizers_of_llama.HFTokenizer(byte_level(), CONFIG)
+    stream = byte_tokenizer.stream()
+    pieces = [stream.step(i) for i in byte_tokenizer.encode(text)]
+    assert "".join(pieces) + stream.finish() == text
+
+
+def test_stream_of_broken_bytes_does_not_grow(tokenizer):
+    byte = tokenizer.encode("é", add_special_tokens=False)[0]  # a lead byte, alone
+    stream = tokenizer.stream()
+    shown = "".join(stream.step(byte) for _ in range(100))
+    assert 80 <= len(shown) <= 100
+    assert len(stream._tokens) < 20
+    assert len(shown + stream.finish()) == 100
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("prompt", [True, False])
+def test_chat_templates_equal_transformers(name, prompt, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    write_byte_level(tmp_path, TEMPLATES[name])
+    ours = tokenizers_of_llama.load(tmp_path)
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for messages in (MESSAGES, MESSAGES[1:]):
+        text = ours.apply_chat_template(messages, prompt, tokenize=False)
+        assert text == theirs.apply_chat_template(
+            messages, add_generation_prompt=prompt, tokenize=False
+        )
+        ids = ours.apply_chat_template(messages, prompt)
+        assert ids == theirs.apply_chat_template(
+            messages, add_generation_prompt=prompt, return_dict=False
+        )
+
+
+def test_chat_template_by_hand(tokenizer):
+    text = tokenizer.apply_chat_template(MESSAGES[1:2], tokenize=False)
+    assert text == (
+        "<|im_start|>user\n  hello\nthere <|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def render(source, **variables):
+    made = tokenizers_of_llama.HFTokenizer(byte_level(), CONFIG, {"default": source})
+    return made.apply_chat_template(MESSAGES, tokenize=False, **variables)
+
+
+def test_conventions():
+    assert render("{{ {'a': '<é>'} | tojson }}") == '{"a": "<é>"}'
+    assert render("{{ bos_token }}{{ eos_token }}") == "<s></s>"
+    assert render("  {% if true %}\nx\n  {% endif %}\ny") == "x\ny"
+    assert render("{% for m in messages %}{% break %}{% endfor %}x") == "x"
+    assert render("{{ strftime_now('%%') }}") == "%"
+    assert render("{{ thinking }}", thinking="yes") == "yes"
+    assert render("{{ tools is none }}") == "True"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__class__.__base__ }}",
+        "{{ strftime_now.__globals__['json'] }}",
+        "{{ (''|attr('__class__')).mro() }}",
+        "{{ '{0.__class__.__mro__}'.format('').index }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ raise_exception.__closure__[0] }}",
+        "{{ messages.append({}) }}",
+        "{{ messages[0].update({'role': 'x'}) }}",
+    ],
+)
+def test_malicious_templates_reach_nothing(source):
+    with pytest.raises(ValueError, match="the chat template refused"):
+        render(source)
+
+
+def test_template_errors():
+    with pytest.raises(ValueError, match="refused: roles must alternate"):
+        render(LLAMA2.replace("messages[1:]", "messages[2:]"))
+    with pytest.raises(ValueError, match="refused: Expected an expression"):
+        render("{% for %}")
+    made = tokenizers_of_llama.HFTokenizer(byte_level(), CONFIG)
+    with pytest.raises(
+        ValueError, match="'default'; the checkpoint has none: this is no"
+    ):
+        made.apply_chat_template(MESSAGES)
+    with pytest.raises(ValueError, match="must be JSON values"):
+        render("x", tool=object())
+
+
+def test_named_templates(tmp_path):
+    write_byte_level(tmp_path, template=None)
+    named = [{"name": n, "template": n} for n in ("default", "tool_use")]
+    config = CONFIG | {"chat_template": named}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    made = tokenizers_of_llama.load(tmp_path)
+    assert made.chat_templates == {"default": "default", "tool_use": "tool_use"}
+    for name in ("default", "tool_use"):
+        text = made.apply_chat_template(MESSAGES, tokenize=False, template=name)
+        assert text == name
+    with pytest.raises(ValueError, match="'rag'; the checkpoint has default, tool_use"):
+        made.apply_chat_template(MESSAGES, template="rag")
+    (tmp_path / "saved").mkdir()
+    tokenizers_of_llama.save(made, tmp_path / "saved")
+    assert tokenizers_of_llama.load(tmp_path / "saved").chat_templates == (
+        made.chat_templates
+    )
+
+
+def test_template_of_the_configuration_and_of_its_own_file(tmp_path):
+    write_byte_level(tmp_path, template=None)
+    config = CONFIG | {"chat_template": "inline"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    load = tokenizers_of_llama.load
+    assert load(tmp_path).chat_templates == {"default": "inline"}
+    (tmp_path / "chat_template.jinja").write_text("alone")
+    assert load(tmp_path).chat_templates == {"default": "alone"}

@@ -1,0 +1,131 @@
+"""Bytes read and held: the formulas by hand, and against the compiler's own count."""
+
+import jax
+import pytest
+
+from kvjax import accounting, registry
+from kvjax.cache import kv_bytes
+from kvjax.interface import CacheSpec, Traffic
+from kvjax.rope import Rope
+
+# --- by hand: 2 rows, 8 query heads on 4 KV heads of 16, two bytes an element
+
+SPEC = CacheSpec(2, 8, 4, 16, 1000, "bfloat16", Rope(16), max_new_tokens=10, layer=7)
+TOKEN = 2 * 4 * (16 + 16) * 2  # rows, KV heads, key and value, bytes
+FLOAT_AND_INT = 4 + 4  # a score and a position
+
+
+@pytest.mark.parametrize(
+    ("method", "length", "kv", "metadata"),
+    [
+        ("full", 1000, 1000 * TOKEN, 0),
+        ("streaming_llm:budget=64", 1000, 64 * TOKEN, 0),
+        ("streaming_llm:budget=64", 50, 50 * TOKEN, 0),
+        ("snapkv:budget=64", 1000, (64 + 10) * TOKEN, 0),
+        ("snapkv:budget=64", 30, 30 * TOKEN, 0),
+        ("h2o:budget=64", 1000, 64 * TOKEN, 2 * 4 * 64 * FLOAT_AND_INT),
+        ("h2o:budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * FLOAT_AND_INT),
+        ("tova:budget=64", 1000, 64 * TOKEN, 2 * 64 * FLOAT_AND_INT),
+        # 63 pages of 16: a minimum and a maximum each; lists of four pages.
+        ("quest:budget=64", 1000, 64 * TOKEN, 63 * TOKEN),
+        ("quest:budget=64", 17, 32 * TOKEN, 2 * TOKEN),
+        ("quest:budget=64,per=query", 1000, 2 * 64 * TOKEN, 63 * TOKEN),
+        # All keys to choose, then the values of the chosen.
+        ("oracle_topk:budget=64", 1000, 64 * TOKEN // 2, 1000 * TOKEN // 2),
+        ("oracle_topk:budget=64,per=query", 1000, 64 * TOKEN, 1000 * TOKEN // 2),
+        ("dense_layers:first=8+tova:budget=64", 1000, 1000 * TOKEN, 0),
+        ("dense_layers+h2o:budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * FLOAT_AND_INT),
+    ],
+)
+def test_bytes_read(method, length, kv, metadata):
+    traffic = registry.parse(method).traffic(SPEC, length)
+    assert traffic == Traffic(kv, metadata)
+    assert traffic.total == kv + metadata
+
+
+CLOCK = 2 * 4  # one int32 a row
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("full", 1000 * TOKEN + CLOCK),
+        ("streaming_llm:budget=64", 64 * TOKEN + CLOCK),
+        # A position per slot and KV head; the budget and every generated token.
+        ("snapkv:budget=64", 74 * TOKEN + 2 * 4 * 74 * 4 + CLOCK),
+        ("h2o:budget=64", 64 * TOKEN + 2 * 4 * 64 * FLOAT_AND_INT + CLOCK),
+        ("tova:budget=64", 64 * TOKEN + 2 * 64 * FLOAT_AND_INT + CLOCK),
+        ("quest:budget=64", 63 * 16 * TOKEN + 63 * TOKEN + CLOCK),
+        ("oracle_topk:budget=64", 1000 * TOKEN + CLOCK),
+    ],
+)
+def test_bytes_held_while_decoding(method, expected):
+    assert accounting.state_bytes(registry.parse(method), SPEC) == expected
+
+
+# --- the compiler's count, of the read alone, in the dtype the CPU multiplies natively
+
+WIDE = {"batch": 2, "num_q_heads": 4, "num_kv_heads": 4, "head_dim": 128}
+
+
+def _compiled_read(method, capacity):
+    spec = CacheSpec(
+        **WIDE,
+        capacity=capacity,
+        dtype="float32",
+        rope=Rope(128),
+        max_new_tokens=8,
+        layer=7,
+    )
+    state = jax.eval_shape(lambda: method.finish(method.init(spec)))
+    q = jax.ShapeDtypeStruct((2, 4, 1, 128), "float32")
+    step = jax.jit(method.decode_step, donate_argnums=0)
+    compiled = step.lower(state, q).compile()
+    accessed = compiled.cost_analysis()["bytes accessed"]
+    return accessed, compiled.memory_analysis().temp_size_in_bytes, spec
+
+
+# What a method's attention reads in place: all that its state holds.
+IN_PLACE = ("full", "streaming_llm", "snapkv", "h2o", "tova")
+# What it gathers from; the compiler counts a gather as reading its whole operand.
+GATHERS_FROM = {"quest": 1.0, "oracle_topk": 0.5}  # of keys and values
+
+
+def test_every_method_is_measured():
+    assert {*IN_PLACE, *GATHERS_FROM} == set(registry.names())
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_the_compiler_counts_what_traffic_says(name):
+    """One pass over the keys and values, and a score over the logits, 1/256 each.
+
+    A second pass over the keys or the values would add half.
+    """
+    is_budgeted = "budget" in registry.options(name)
+    method = registry.parse(f"{name}:budget=512" if is_budgeted else name)
+    accessed, temporary, spec = _compiled_read(method, 1024)
+    traffic = method.traffic(spec, 1024)
+    assert 1.0 <= accessed / traffic.total <= 1.08
+    assert temporary < 0.05 * traffic.total, "a copy of the cache"
+
+
+@pytest.mark.parametrize("name", GATHERS_FROM)
+def test_the_compiler_counts_gathers(name):
+    """Capacity costs summaries (and the gather's operand), budget a few copies."""
+    method = registry.parse(f"{name}:budget=256")
+    at_1k, _, spec_1k = _compiled_read(method, 1024)
+    at_2k, temporary, spec_2k = _compiled_read(method, 2048)
+    traffic_1k, traffic_2k = (
+        method.traffic(spec_1k, 1024),
+        method.traffic(spec_2k, 2048),
+    )
+    assert traffic_2k.kv == traffic_1k.kv
+    summaries = traffic_2k.metadata - traffic_1k.metadata
+    operand = GATHERS_FROM[name] * (kv_bytes(spec_2k, 1024))
+    assert 0.99 <= (at_2k - at_1k) / (summaries + operand) <= 1.1
+    # Nothing the size of the cache is copied: the rows chosen are.
+    assert temporary < 2.5 * kv_bytes(spec_2k, 256)
+    double = registry.parse(f"{name}:budget=512")
+    growth = _compiled_read(double, 2048)[0] - at_2k
+    wanted = double.traffic(spec_2k, 2048).kv - traffic_2k.kv
+    assert 1.0 <= growth / wanted <= 6.0

@@ -1,0 +1,88 @@
+"""Buffers: what is written lands where it should, and nothing else changes."""
+
+import drive
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kvjax import cache
+from kvjax.interface import CacheSpec
+from kvjax.rope import Rope
+
+
+def _loop_write(buffer, rows, slots, valid):
+    buffer = buffer.copy()
+    batch, heads, size = rows.shape[:3]
+    for b in range(batch):
+        for h in range(heads):
+            for t in range(size):
+                where = (b, t) if slots.ndim == 2 else (b, h, t)
+                if valid[where] and 0 <= slots[where] < buffer.shape[2]:
+                    buffer[b, h, slots[where]] = rows[b, h, t]
+    return buffer
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+def test_write_drops_what_does_not_fit(per_head):
+    """Slots before, at and past the end, and rows that are not valid."""
+    rng = np.random.default_rng(0)
+    buffer = rng.standard_normal((2, 3, 7, 4)).astype(np.float32)
+    rows = rng.standard_normal((2, 3, 5, 4)).astype(np.float32)
+    slots = np.array([[6, 7, -1, 2, 100], [0, 1, -7, 8, 5]], np.int32)
+    valid = np.array([[1, 1, 1, 0, 1], [1, 0, 1, 1, 1]], bool)
+    if per_head:
+        shift = np.arange(3, dtype=np.int32)[None, :, None]
+        slots = (slots[:, None] + shift).astype(np.int32)
+        valid = np.broadcast_to(valid[:, None], slots.shape)
+    arguments = [jnp.asarray(x) for x in (buffer, rows, slots, valid)]
+    written = jax.jit(cache.write)(*arguments)
+    np.testing.assert_array_equal(written, _loop_write(buffer, rows, slots, valid))
+
+
+def test_gather_reads_each_heads_own_slots():
+    rng = np.random.default_rng(1)
+    buffer = rng.standard_normal((2, 3, 7, 4)).astype(np.float32)
+    slots = rng.integers(0, 7, (2, 3, 5)).astype(np.int32)
+    slots[0, 0, 0] = -1
+    expected = np.array(
+        [[buffer[b, h, np.maximum(slots[b, h], 0)] for h in range(3)] for b in range(2)]
+    )
+    read = cache.gather(jnp.asarray(buffer), jnp.asarray(slots))
+    np.testing.assert_array_equal(read, expected)
+
+
+def test_new_buffers_are_poisoned_in_tests():
+    assert (np.asarray(cache.allocate((2, 3), "float32")) > 1e29).all()
+    assert (np.asarray(cache.allocate((3,), "int32")) == 0).all()
+    assert (np.asarray(cache.allocate((3,), "float32", fill=2.0)) == 2.0).all()
+
+
+def test_extend_past_the_end_is_dropped_not_clamped():
+    stream = drive.make_stream((6,), 1, heads=(2, 1))
+    spec = drive.make_spec(stream, capacity=4)
+    q, k, v, lengths = drive.chunk(stream, [0], [6], size=6)
+    del q
+    store = cache.extend(cache.contiguous(spec), k, v, lengths)
+    np.testing.assert_array_equal(store.v, v[:, :, :4])
+
+
+def test_kv_bytes_counts_keys_and_values_of_all_rows_and_heads():
+    spec = CacheSpec(3, 8, 2, 16, 100, "bfloat16", Rope(16))
+    assert cache.kv_bytes(spec, 10) == 2 * 3 * 2 * 10 * 16 * 2
+    assert cache.num_bytes({"a": jnp.zeros((3, 4), jnp.bfloat16)}) == 24
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("batch", 0, r"CacheSpec.batch=0 must be at least 1"),
+        ("num_q_heads", 3, r"num_q_heads=3 must be a multiple of num_kv_heads=2"),
+        ("max_new_tokens", 101, r"max_new_tokens=101 must be in \[0, capacity=100\]"),
+    ],
+)
+def test_a_spec_that_cannot_be_is_refused(field, value, message):
+    sizes = {"batch": 1, "num_q_heads": 4, "num_kv_heads": 2, "head_dim": 8}
+    fields = {"capacity": 100, "dtype": "float32", "rope": Rope(8), "max_new_tokens": 0}
+    with pytest.raises(ValueError, match=message):
+        CacheSpec(**(sizes | fields | {field: value}))
