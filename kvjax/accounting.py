@@ -1,4 +1,4 @@
-"""Bytes a method reads per token and holds, from shapes alone. One accounting for all."""
+"""Bytes a method reads per token and holds, from shapes alone: one accounting."""
 
 import dataclasses
 

@@ -20,7 +20,7 @@ fill_value: float = 0.0
 def allocate(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, fill: float | None = None
 ) -> Array:
-    """A new buffer, of `fill` if given. The only place where a state's memory comes from."""
+    """A new buffer, of `fill` if given. All memory of a state comes from here."""
     if fill is not None:
         return jnp.full(shape, fill, dtype)
     if jnp.issubdtype(dtype, jnp.floating):
@@ -52,8 +52,8 @@ def write(
     """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
 
     A row that is not valid, or whose slot lies past the end, is dropped: never clamped
-    onto a slot that holds something else. `slots` may also be `(B, H, T)`. With `min` or
-    `max` a slot keeps the extreme of what it holds and what is written.
+    onto a slot that holds something else. `slots` may also be `(B, H, T)`. With `min`
+    or `max` a slot keeps the extreme of what it holds and what is written.
     """
     valid = valid & (slots >= 0)
     if slots.ndim == 2 and rows.shape[2] == 1:
@@ -71,9 +71,9 @@ def write_run(
 ) -> Array:
     """Writes the first `count` of `rows (B, H, T, ...)` from slot `start >= 0` on.
 
-    As :func:`write`, in place. A scatter is in place where XLA keeps it; on CPU it makes
-    one into a slice update, fuses that into every reader of the buffer, and each such
-    fusion writes into a copy of its own. So there it goes row by row.
+    As :func:`write`, in place. A scatter is in place where XLA keeps it; on CPU it
+    becomes a slice update fused into every reader of the buffer, and each such fusion
+    writes into a copy of its own. So there it goes row by row.
     """
     run = jnp.arange(rows.shape[2], dtype=jnp.int32)
     slots, valid = start[:, None] + run, run < count[:, None]
@@ -140,7 +140,7 @@ def _write_slices(buffer, rows, start, count, update):
 
 
 def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
-    """Reads `slots` of `buffer (B, Hkv, S, ...)`; negative slots read slot 0: mask them.
+    """Reads `slots` of `buffer (B, Hkv, S, ...)`; a negative one reads slot 0: mask it.
 
     H is Hkv, or 1 where all heads read the same slots.
     """
@@ -210,9 +210,7 @@ def attend(
 ) -> Partial:
     """Causal attention of rotated queries at `positions` over the whole store."""
     return Partial(
-        *decode_attention(
-            q, store.k, store.v, positions, sm_scale=store.spec.sm_scale
-        )
+        *decode_attention(q, store.k, store.v, positions, sm_scale=store.spec.sm_scale)
     )
 
 

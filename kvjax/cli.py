@@ -59,7 +59,9 @@ def main() -> None:
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code; faults of ours are raised."""
     try:
-        code = app(args=arguments, prog_name="kvjax", standalone_mode=False)
+        code = app(
+            args=arguments, prog_name="kvjax", standalone_mode=False, obj=arguments
+        )
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted.", 1)
     except BrokenPipeError:
@@ -319,10 +321,9 @@ def evaluate(
         report.print_task(document)
 
 
-@app.command(
-    epilog="Example: kvjax compare --method quest --method snapkv --budget 256"
-)
+@app.command(epilog="Example: kvjax compare --budget 256 --method quest --method h2o")
 def compare(
+    command: typer.Context,
     model: ModelOption = None,
     method: Annotated[
         list[str] | None,
@@ -367,7 +368,12 @@ def compare(
             language_model, parsed, inputs, settings, progress=progress
         )
     arguments = dataclasses.asdict(settings) | {"budget": budget, "dtype": dtype}
-    about = report.manifest(language_model.name, sys.argv[1:], arguments)
+    about = report.manifest(
+        version=kvjax.__version__,
+        model=language_model.name,
+        arguments=command.obj,
+        settings=arguments,
+    )
     results = report.results(rows, about)
     page, data = report.write(out, results)
     if as_json:
@@ -393,9 +399,8 @@ def _methods(
         name, _, options = innermost.partition(":")
         takes_budget = "budget" in registry.options(name.strip())
         if takes_budget and "budget=" not in options:
-            innermost = f"{name}:" + ",".join(
-                filter(None, [f"budget={budget}", options])
-            )
+            all_options = filter(None, [f"budget={budget}", options])
+            innermost = f"{name}:{','.join(all_options)}"
         spec = outer + plus + innermost
         try:
             parsed[spec] = registry.parse(spec)

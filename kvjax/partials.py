@@ -47,7 +47,7 @@ def weighted_attention(
     logits = decode_logits(q, k, query_positions, key_positions, sm_scale=sm_scale)
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - lse[..., None])
-    batch, num_q_heads, rows, slots = weights.shape
+    batch, slots = weights.shape[0], weights.shape[-1]
     out = jnp.einsum(
         "bkrs,bksd->bkrd",
         weights.reshape(batch, k.shape[1], -1, slots).astype(v.dtype),

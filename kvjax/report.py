@@ -24,15 +24,24 @@ _COLOURS = (
 )
 
 
-def manifest(model: str, arguments: Sequence[str], settings: Mapping) -> dict[str, Any]:
-    """What is needed to run it again: versions, device, arguments, seeds, date."""
+def manifest(
+    *, version: str, model: str, arguments: Sequence[str], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What is needed to run it again: versions, device, arguments, seeds, date.
+
+    Args:
+        version: of kvjax.
+        model: its name or folder.
+        arguments: of the command line, after the program's name.
+        settings: every setting, defaults included.
+    """
     import jax
 
     device = jax.devices()[0]
     now = datetime.datetime.now(datetime.UTC)
     return {
         "date": now.isoformat(timespec="seconds"),
-        "kvjax": _version("kvjax"),
+        "kvjax": version,
         "python": platform.python_version(),
         **{package: _version(package) for package in _PACKAGES},
         "platform": platform.platform(),
@@ -50,9 +59,7 @@ def _version(package: str) -> str:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
-        import kvjax
-
-        return kvjax.__version__ if package == "kvjax" else "not installed"
+        return "not installed"
 
 
 def results(rows: Sequence, manifest: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Rotary position embeddings, with every scaling the Llama family uses.
 
 Frequencies are static NumPy; only `dynamic` depends on the running length. The
-half-split pairing of the Hugging Face checkpoints is used: element d turns with d + D/2.
+pairing is that of the Hugging Face checkpoints: element d turns with d + D/2.
 """
 
 import dataclasses

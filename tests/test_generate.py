@@ -35,9 +35,6 @@ def run(method, prompts=PROMPTS, model=MODEL, **options):
     return generate(model, method, prompts, **({"max_new_tokens": 12} | options))
 
 
-# --- every method ----------------------------------------------------------------------
-
-
 def test_a_batch_equals_its_rows_alone(method):
     together = run(method, eos_ids=())
     for prompt, generation in zip(PROMPTS, together, strict=True):
@@ -90,9 +87,6 @@ def test_the_loop_updates_its_states_in_place(method, batch):
     # Logits and masks of one layer: a fraction of a long cache. What an evicting method
     # holds is small beside its logits over the vocabulary, hence the constant.
     assert extra < held / 2 + 2**16, (memory.temp_size_in_bytes, held)
-
-
-# --- shapes and compiled code ----------------------------------------------------------
 
 
 def test_bucket_wastes_at_most_an_eighth():
@@ -200,9 +194,6 @@ def test_same_tokens_as_transformers():
         assert generation.tokens == out[0, len(prompt) :].tolist()
 
 
-# --- sampling --------------------------------------------------------------------------
-
-
 def test_sampling_depends_on_seed_and_row_only():
     sampling = Sampling(temperature=1.0)
     options = dict(sampling=sampling, eos_ids=(), max_new_tokens=10)
@@ -210,32 +201,21 @@ def test_sampling_depends_on_seed_and_row_only():
     assert run(kvjax.full(), [PROMPTS[0], PROMPTS[2]], **options)[0] == first[0]
     assert run(kvjax.full(), [PROMPTS[0]], stream_every=3, **options) == first[:1]
     twins = run(kvjax.full(), [PROMPTS[0]] * 2, **options)
-    assert twins[0] == first[0] and twins[1] != first[0]
+    assert twins[0] == first[0]
+    assert twins[1] != first[0]
     assert run(kvjax.full(), [PROMPTS[0]], seed=1, **options) != first[:1]
 
 
 def test_repetition_penalty_sees_prompt_and_generated_tokens():
-    sampling = Sampling(repetition_penalty=1e6)
-    prompt = list(range(200))
-    done = run(kvjax.full(), [prompt], sampling=sampling, max_new_tokens=50, eos_ids=())
-    fresh = done[0].tokens
-    assert len(set(fresh)) == 50 and not set(fresh) & set(prompt)
-
-
-# --- ends ------------------------------------------------------------------------------
-
-
-class Script:
-    """A tokenizer whose tokens stand for given pieces of bytes."""
-
-    def __init__(self, pieces):
-        self.pieces = pieces
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode(self, tokens):
-        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
+    """Below 1 it rewards: only tokens of the prompt can win. Far above, none twice."""
+    prompt = list(range(100))
+    options = {"max_new_tokens": 20, "eos_ids": ()}
+    reward = Sampling(repetition_penalty=1e-6)
+    (rewarded,) = run(kvjax.full(), [prompt], sampling=reward, **options)
+    assert set(rewarded.tokens) <= set(prompt)
+    penalty = Sampling(repetition_penalty=1e6)
+    (penalised,) = run(kvjax.full(), [prompt], sampling=penalty, **options)
+    assert len(set(penalised.tokens)) == 20
 
 
 @pytest.fixture(scope="module")
@@ -271,7 +251,8 @@ def test_eos_ends_a_row_and_leaves_the_others_alone():
     for row in free:
         end = row.tokens.index(eos) + 1 if eos in row.tokens else None
         expected.append((row.tokens[:end], "eos" if end else "length"))
-    assert expected[0][1] == "eos" and "length" in [reason for _, reason in expected]
+    assert expected[0][1] == "eos"
+    assert "length" in [reason for _, reason in expected]
     done = run(kvjax.full(), max_new_tokens=20, eos_ids=(eos,))
     assert [(row.tokens, row.finish_reason) for row in done] == expected
     text = MODEL.tokenizer.decode(expected[0][0][:-1])
@@ -349,14 +330,11 @@ def test_decoding_piece_by_piece_is_decoding_at_once(seed):
             longest = max(longest, len(tokens))
             return bytes(tokens).decode(errors="replace")
 
-    row = module._Row(Watched(), (), frozenset(), len(data))
+    row = module.TextRow(Watched(), (), frozenset(), len(data))
     text = "".join(row.push([token]) for token in data)
     assert text == row.text == data.decode(errors="replace")
     assert row.finish_reason == "length"
     assert longest < 200
-
-
-# --- errors ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Log-probabilities against a whole forward pass; prefill and decode agree under full."""
+"""Log-probabilities against a whole forward pass; prefill and decode agree."""
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ TOKENS = [RNG.integers(0, 260, size).tolist() for size in (150, 90)]
 
 @pytest.fixture(scope="module")
 def expected():
-    """Logits `(n, V)` and log-probabilities `(n - 1)` of each row, softmax in float64."""
+    """Logits `(n, V)`, log-probabilities `(n - 1)` of each row, softmax in float64."""
     rows = []
     for tokens in TOKENS:
         hidden = MODEL.decoder.hidden(MODEL.params, jnp.array([tokens]), dense)

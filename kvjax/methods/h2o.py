@@ -129,7 +129,9 @@ def h2o(
         (out, lse), weights = weighted_attention(
             rotated, kept.k, kept.v, positions, kept.positions, sm_scale=spec.sm_scale
         )
-        given = selection.reduce_group(weights[:, :, 0], spec.num_kv_heads, group_reduce)
+        given = selection.reduce_group(
+            weights[:, :, 0], spec.num_kv_heads, group_reduce
+        )
         refreshed = cache.num_kept(kept) == kept.length
         diagnostics = Diagnostics(kept.positions, lse, refreshed)
         return H2OState(kept, state.scores + given), out.astype(q.dtype), diagnostics

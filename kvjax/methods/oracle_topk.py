@@ -1,4 +1,4 @@
-"""Exact top-k by the true logits: the best that any choice of `budget` tokens can do."""
+"""Exact top-k by the true logits: the best any choice of `budget` tokens can do."""
 
 from typing import Literal
 
@@ -83,9 +83,7 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
         else:
             equation = "bkgn,bkgnd->bkgd"
             values = values.reshape(*grouped.shape[:3], -1, spec.head_dim)
-        out = jnp.einsum(
-            equation, weights, values, preferred_element_type=jnp.float32
-        )
+        out = jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
         diagnostics = Diagnostics(
             attended=chosen,
             lse=lse.reshape(spec.batch, spec.num_q_heads, 1),

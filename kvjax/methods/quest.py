@@ -27,7 +27,8 @@ def quest(
     The paper leaves the first two layers dense: `dense_layers:first=2+quest:...`.
 
     Args:
-        budget: tokens read per step and list; a multiple of `page_size`. Paper: 256-4096.
+        budget: tokens read per step and list, a multiple of `page_size`. Paper:
+            256-4096.
         page_size: tokens per page. Paper: 16.
         per: one list of pages per `kv` head, or per `query` head.
         group_reduce: `mean` or `max` of the scores over a group, for per="kv".
@@ -36,7 +37,8 @@ def quest(
     Returns:
         A :class:`kvjax.Method` over :class:`kvjax.paging.Paged`.
 
-    State: pages `(B, Hkv, NP, P, 2*D)` cache dtype; page_min, page_max `(B, Hkv, NP, D)`.
+    State: pages `(B, Hkv, NP, P, 2*D)`; page_min, page_max `(B, Hkv, NP, D)`; all in
+        the cache dtype.
     Reads per step and layer: 2*NP*D*Hkv elements of summaries and 2*budget*D*Hkv of KV
         (Hq instead of Hkv lists for per="query"), per row.
     Exact when: budget >= length.

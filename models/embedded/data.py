@@ -168,9 +168,11 @@ def repeat_row(rng: np.random.Generator, vocab_size: int, length: int) -> Row:
 
     The period is random, so no fixed offset predicts them: it takes induction.
     """
-    period = rng.integers(4, length // 2 + 1)
-    alphabet = _alphabet(rng, vocab_size)
-    block = rng.choice(alphabet, period)
+    most = min(length // 2, vocab_size - len(SPECIAL_TOKENS))
+    period = int(np.exp(rng.uniform(np.log(2), np.log(most))))
+    # No token twice in a block, so that the last token alone tells the next one.
+    alphabet = rng.permutation(np.arange(len(SPECIAL_TOKENS), vocab_size))
+    block = alphabet[:period]
     tokens = np.empty(length + 1, np.int32)
     tokens[0] = BOS
     tokens[1:] = np.resize(block, length)
@@ -322,12 +324,6 @@ def _hay(rng, corpus, num_chars) -> list[str]:
         lines.append(line)
     # The last line would overshoot, which pushes the first fact out of the row.
     return lines[:-1]
-
-
-def _alphabet(rng, vocab_size) -> np.ndarray:
-    ordinary = np.arange(len(SPECIAL_TOKENS), vocab_size)
-    size = int(np.exp(rng.uniform(np.log(16), np.log(len(ordinary)))))
-    return rng.choice(ordinary, size, replace=False)
 
 
 def _spread(mask: np.ndarray) -> np.ndarray:

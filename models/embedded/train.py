@@ -69,24 +69,24 @@ RECIPE = (
         1500,
         100,  # the printable ASCII characters, digits among them
         {64: 1.0},
-        {"text": 0.15, "repeat": 0.5, "recall": 0.2, "passkey": 0.05, "keys": 0.1},
+        {"text": 0.15, "repeat": 0.3, "recall": 0.25, "passkey": 0.1, "keys": 0.2},
     ),
     Stage(
-        3000,
-        1024,
-        {64: 0.4, 128: 0.4, 256: 0.2},
-        {"text": 0.3, "repeat": 0.2, "recall": 0.1, "passkey": 0.2, "keys": 0.2},
+        2800,
+        100,
+        {64: 0.2, 128: 0.4, 256: 0.4},
+        {"text": 0.3, "repeat": 0.1, "recall": 0.1, "passkey": 0.2, "keys": 0.3},
     ),
     Stage(
-        5000,
-        1024,
-        {256: 0.6, 512: 0.4},
+        3800,
+        300,
+        {128: 0.2, 256: 0.5, 512: 0.3},
         {
-            "text": 0.4,
-            "repeat": 0.1,
-            "recall": 0.1,
+            "text": 0.35,
+            "repeat": 0.05,
+            "recall": 0.05,
             "passkey": 0.1,
-            "keys": 0.1,
+            "keys": 0.25,
             "far_passkey": 0.1,
             "far_keys": 0.1,
         },
@@ -94,13 +94,13 @@ RECIPE = (
     Stage(
         10**9,
         1024,
-        {256: 0.3, 512: 0.3, 1024: 0.25, 2048: 0.15},
+        {256: 0.3, 512: 0.3, 1024: 0.3, 2048: 0.1},
         {
-            "text": 0.4,
+            "text": 0.35,
             "repeat": 0.05,
-            "recall": 0.1,
+            "recall": 0.05,
             "passkey": 0.1,
-            "keys": 0.15,
+            "keys": 0.25,
             "far_passkey": 0.1,
             "far_keys": 0.1,
         },
@@ -300,7 +300,7 @@ def make_train_step(decoder: LlamaDecoder, tx: optax.GradientTransformation):
         average = jax.tree.map(
             lambda old, new: rate * old + (1 - rate) * new, state.average, params
         )
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return TrainState(params, average, opt_state, state.step + 1), metrics
 
     return step
@@ -444,7 +444,7 @@ def run(args: argparse.Namespace) -> None:
             sums, seen, clock = [], 0, now
             print(json.dumps(record), file=log, flush=True)
             print(json.dumps(record), flush=True)
-        if time.monotonic() - saved > 300 or step == args.steps:
+        if time.monotonic() - saved > args.save_every or step == args.steps:
             save_checkpoint(args.out, state)
             saved = time.monotonic()
     log.close()
@@ -475,6 +475,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens-per-step", type=int, default=2048)
     parser.add_argument("--log-every", type=int, default=25)
+    parser.add_argument("--save-every", type=float, default=300, help="seconds")
     parser.add_argument("--eval-every", type=int, default=200)
     args = parser.parse_args(argv)
     run(args)

@@ -4,14 +4,13 @@
     e     model width            d     head dim
     f     MLP width              v     vocabulary
 
-Flax NNX modules define the parameters; they are split once, and everything below runs on
-plain nested dicts of arrays under `jax.jit`. Prefill, decode and training are one pass
-over the layers that differ only in the attention they are given.
+Flax NNX modules define the parameters; they are split once, and everything below runs
+on plain nested dicts of arrays under `jax.jit`. Prefill, decode and training are one
+pass over the layers that differ only in the attention they are given.
 """
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -40,26 +39,22 @@ class RMSNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """`x @ kernel + bias`, with the axes on either side of the kernel folded.
+    """A matrix product over the last axis of x, and a bias if there is one.
 
-    The kernel `(inputs..., outputs...)` and the bias keep their heads
-    apart; the product is of two matrices. As an einsum over three axes, XLA on CPU
-    would transpose the kernel anew at every decode step.
+    Kernel `(inputs..., outputs...)` and bias `(outputs...)` keep their heads apart; the
+    product is one of plain matrices, accumulated in float32. An einsum over the stored
+    shape would be the same, but XLA on CPU would transpose the kernel at every step.
     """
 
     def __init__(self, shape, num_inputs, bias, config, rngs):
-        self.num_inputs = num_inputs
         normal = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
         self.kernel = nnx.Param(normal.astype(config.dtype))
-        *heads, size = shape[num_inputs:]
-        bias_shape = (*heads, *[1] * len(heads), size)  # head-major, as an activation
-        bias = jnp.zeros(bias_shape, config.dtype) if bias else None
-        self.bias = None if bias is None else nnx.Param(bias)
+        zeros = jnp.zeros(shape[num_inputs:], config.dtype)
+        self.bias = nnx.Param(zeros) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.kernel[...]
-        inputs = math.prod(kernel.shape[: self.num_inputs])
-        out = x @ kernel.reshape(inputs, -1)
+        kernel = self.kernel[...].reshape(x.shape[-1], -1)
+        out = jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
         return out if self.bias is None else out + self.bias[...].reshape(-1)
 
 
@@ -209,7 +204,7 @@ class LlamaDecoder:
     def hidden(
         self, params: Params, tokens: Int[Array, "B T"], attention: Attention
     ) -> Float[Array, "B T E"]:
-        """Final hidden states under any attention, `attention(layer, q, k, v) -> out`."""
+        """Final hidden states under any `attention(layer, q, k, v) -> out`."""
         return self._module(params).hidden(tokens, attention)
 
     def prefill(

@@ -12,9 +12,7 @@ DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than 
 BLOCK = 1024  # keys per block: 1024 x 128 x f32 = 512 KB a head, inside an L2 cache
 
 
-def decode_attention(
-    q, k, v, query_positions, key_positions, *, sm_scale, window=None
-):
+def decode_attention(q, k, v, query_positions, key_positions, *, sm_scale, window=None):
     """See :func:`pallas_kernels.decode_attention.decode_attention`."""
     batch, num_q_heads, rows, head_dim = q.shape
     grouped, row_positions = _group(q, k, query_positions)

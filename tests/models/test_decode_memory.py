@@ -1,4 +1,4 @@
-"""No decode step copies a cache: temporaries at an 8B model's cache shapes, 128K tokens.
+"""No decode step copies a cache: temporaries at an 8B model's cache shapes, 128K.
 
 Compiled ahead of time, never run: for this CPU, and for a real TPU that is not there.
 """

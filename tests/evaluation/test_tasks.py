@@ -1,0 +1,181 @@
+"""Needles are where they should be, fit the context, and have one right answer."""
+
+import re
+
+import numpy as np
+import pytest
+
+from kvjax.evaluation import tasks
+from tests.tiny import ByteTokenizer
+
+RNG = np.random.default_rng(0)
+LINES = [
+    f"{i} " + " ".join(str(w) for w in RNG.integers(0, 999, RNG.integers(1, 12)))
+    for i in range(200)
+]
+TEXT = "\n".join(LINES) + "\n"
+BYTES = ByteTokenizer()
+
+
+class Bos(ByteTokenizer):
+    """As Llama's: one token before every text."""
+
+    def encode(self, text):
+        return [256, *super().encode(text)]
+
+
+class Pairs(ByteTokenizer):
+    """Merges across line ends: pieces do not add up to the whole."""
+
+    def encode(self, text):
+        data = text.encode()
+        return [data[i] for i in range(0, len(data), 2)]
+
+
+MAKERS = {"passkey": tasks.passkey, "multikey": tasks.multikey}
+
+
+@pytest.fixture(params=MAKERS)
+def make(request):
+    return MAKERS[request.param]
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, Bos(), Pairs()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize("context", [400, 1024])
+def test_prompt_and_answer_fill_the_context_and_never_exceed_it(make, tokenizer, context):
+    longest = max(len(tokenizer.encode(line + "\n")) for line in LINES)
+    for example in make(tokenizer, TEXT, context=context, n=7):
+        assert example.prompt == tokenizer.encode(example.text)
+        whole = tokenizer.encode(example.text + example.answer)
+        assert len(whole) == len(example.prompt) + example.answer_tokens
+        assert context - 2 * longest < len(whole) <= context
+
+
+def test_the_answer_is_said_once_and_asked_for_at_the_end(make):
+    for example in make(BYTES, TEXT, context=900, n=10):
+        assert re.fullmatch(r"\d{5}", example.answer)
+        assert example.text.count(example.answer) == 1
+        question = example.text[example.text.rindex("\n") + 1 :]
+        said = f"\n{question}{example.answer}.", f"{question}{example.answer}."
+        assert said[0] in example.text or example.text.startswith(said[1])
+        assert example.text.endswith("\n\n" + question)
+
+
+def test_the_wording_is_the_one_the_embedded_model_learnt():
+    (one,) = tasks.passkey(BYTES, TEXT, context=300, n=1)
+    assert f"The pass key is {one.answer}. Remember it.\n" in one.text
+    assert one.text.endswith("\nThe pass key is ")
+    (many,) = tasks.multikey(BYTES, TEXT, context=900, n=1)
+    lines = re.findall(r"^key (\w+) has value (\d{5})\.$", many.text, re.MULTILINE)
+    assert len(lines) == len(dict(lines)) == len({value for _, value in lines}) == 8
+    asked = re.search(r"\n\nkey (\w+) has value $", many.text)[1]
+    assert dict(lines)[asked] == many.answer
+
+
+def test_needles_stand_between_whole_lines_in_order_of_the_text(make):
+    for example in make(BYTES, TEXT, context=900, n=10):
+        body = example.text[: example.text.rindex("\n\n") + 1]
+        hay = [line for line in body.splitlines() if not tasks._NEEDLE_LIKE.search(line)]
+        first = LINES.index(hay[0])
+        assert hay == [LINES[(first + i) % len(LINES)] for i in range(len(hay))]
+
+
+def test_the_depth_is_met_to_within_a_line(make):
+    depths = (0.0, 0.3, 0.8, 1.0)
+    for example in make(BYTES, TEXT, context=2000, n=8, depths=depths):
+        body = example.text[: example.text.rindex("\n\n") + 1]
+        start = body.rindex("\n", 0, body.index(example.answer)) + 1 if (
+            "\n" in body[: body.index(example.answer)]
+        ) else 0
+        needles = [
+            line + "\n" for line in body.splitlines() if tasks._NEEDLE_LIKE.search(line)
+        ]
+        before = body[:start]
+        hay_before = len(before) - sum(len(x) for x in needles if x in before)
+        hay = len(body) - sum(map(len, needles))
+        longest = max(map(len, LINES)) + 1
+        assert abs(hay_before - example.depth * hay) <= longest / 2 + 1
+    assert [e.depth for e in make(BYTES, TEXT, context=900, n=5, depths=depths)] == [
+        0.0,
+        0.3,
+        0.8,
+        1.0,
+        0.0,
+    ]
+
+
+def test_examples_depend_on_the_seed_and_not_on_how_many_there_are(make):
+    few = make(BYTES, TEXT, context=900, n=3, seed=5)
+    more = make(BYTES, TEXT, context=900, n=6, seed=5)
+    assert few == more[:3]
+    assert len({example.answer for example in more}) == 6
+    other = make(BYTES, TEXT, context=900, n=3, seed=6)
+    assert all(a.text != b.text for a, b in zip(few, other, strict=True))
+
+
+def test_needles_of_the_text_itself_do_not_compete():
+    trap = "The pass key is 11111. Remember it.\nkey apple has value 22222.\n"
+    text = trap + TEXT + trap
+    for make in MAKERS.values():
+        for example in make(BYTES, text, context=900, n=8):
+            assert "11111" not in example.text
+            assert "22222" not in example.text
+
+
+def test_a_short_text_is_used_again_from_its_first_line():
+    (example,) = tasks.passkey(BYTES, "one line\n", context=200, n=1)
+    assert example.text.count("one line\n") > 5
+
+
+def test_is_correct_reads_the_beginning_only():
+    (example,) = tasks.passkey(BYTES, TEXT, context=300, n=1)
+    wrong = str((int(example.answer) + 1 - 10_000) % 90_000 + 10_000)
+    assert tasks.is_correct(example, example.answer)
+    assert tasks.is_correct(example, f" {example.answer}. Remember")
+    assert not tasks.is_correct(example, example.answer[:4])
+    assert not tasks.is_correct(example, f"{wrong} {example.answer}")
+
+
+@pytest.mark.parametrize("tokenizer", [BYTES, Bos()], ids=["bytes", "bos"])
+def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
+    size = 100
+    made = tasks.windows(tokenizer, TEXT, context=size, n=9, seed=3)
+    prefix = len(tokenizer.encode(""))
+    body = BYTES.encode(TEXT)
+    starts = []
+    for window in made:
+        assert len(window) == size
+        assert window[:prefix] == tokenizer.encode("")
+        piece = bytes(window[prefix:])
+        starts.append(bytes(body).index(piece))
+        assert starts[-1] % (size - prefix) == 0
+    assert len(set(starts)) == 9
+    assert starts != sorted(starts)
+    assert made == tasks.windows(tokenizer, TEXT, context=size, n=9, seed=3)
+    assert made != tasks.windows(tokenizer, TEXT, context=size, n=9, seed=4)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: tasks.passkey(BYTES, TEXT, context=300, n=-1), "n=-1 must be at"),
+        (lambda: tasks.passkey(BYTES, TEXT, context=30, n=1), "context=30 is too short"),
+        (lambda: tasks.passkey(BYTES, "", context=300, n=1), "no line"),
+        (
+            lambda: tasks.passkey(BYTES, TEXT, context=300, n=1, depths=(1.5,)),
+            r"depths=\(1.5,\) must be",
+        ),
+        (
+            lambda: tasks.multikey(BYTES, TEXT, context=900, n=1, keys=41),
+            r"keys=41 must be in \[1, 40\]",
+        ),
+        (
+            lambda: tasks.windows(BYTES, "x" * 250, context=100, n=3),
+            "n=3 windows of context=100 tokens need 300 .* has 250: lower n to 2",
+        ),
+        (lambda: tasks.windows(BYTES, TEXT, context=1, n=1), "context=1 must leave"),
+    ],
+)
+def test_errors_name_the_values_and_the_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

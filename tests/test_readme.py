@@ -1,0 +1,113 @@
+"""The README tells the truth: its tables are generated, its commands and code run.
+
+`python tests/test_readme.py` writes the generated parts anew.
+"""
+
+import ast
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from kvjax import registry
+from kvjax.describe import describe
+
+ROOT = pathlib.Path(__file__).parents[1]
+README = ROOT / "README.md"
+INSTALLS = "pip install"
+ROOMS = ("kvjax", "pallas_kernels", "models")
+
+
+def method_table() -> str:
+    rows = ["| method | what it does | exact when | source |", "|---|---|---|---|"]
+    for name in (*registry.names(), *registry.transforms()):
+        about = describe(registry.get(name))
+        source = re.search(r"arXiv:(\d{4}\.\d{5})", about.source)
+        link = f"[{source[1]}](https://arxiv.org/abs/{source[1]})" if source else ""
+        exact = about.exact_when.rstrip(".")
+        rows.append(f"| `{name}` | {about.summary} | {exact} | {link} |")
+    return "\n".join(rows)
+
+
+def tree() -> str:
+    lines = ["```"]
+    for room in ROOMS:
+        lines.append(f"{room}/")
+        for path in sorted((ROOT / room).rglob("*.py")):
+            relative = path.relative_to(ROOT / room)
+            docstring = ast.get_docstring(ast.parse(path.read_text("utf-8")))
+            if relative.name == "__init__.py" and len(relative.parts) == 1:
+                continue
+            first = (docstring or "").split("\n\n")[0].replace("\n", " ")
+            clause = re.split(r"(?<=[^.]{3})[.:;] ", first)[0].rstrip(".")
+            lines.append(f"  {relative.as_posix():<34} {clause}".rstrip())
+    return "\n".join([*lines, "```"])
+
+
+GENERATED = {"methods": method_table, "tree": tree}
+
+
+def between(text: str, name: str) -> re.Match:
+    return re.search(f"<!-- {name} -->\n(.*?)<!-- /{name} -->", text, re.DOTALL)
+
+
+def blocks(language: str) -> list[str]:
+    text = README.read_text("utf-8")
+    return re.findall(f"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def commands() -> list[str]:
+    lines = [line for block in blocks("sh") for line in block.strip().splitlines()]
+    # Installing is what `.ci/run` and a newcomer do; what follows it runs here.
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [part for part in parts if not part.startswith((INSTALLS, "pytest"))]
+
+
+@pytest.mark.parametrize("name", GENERATED)
+def test_generated_parts_are_current(name):
+    found = between(README.read_text("utf-8"), name)[1].strip()
+    assert found == GENERATED[name](), "run: python tests/test_readme.py"
+
+
+def test_every_method_has_a_source():
+    for name in (*registry.names(), *registry.transforms()):
+        assert f"`{name}`" in method_table()
+    assert method_table().count("arxiv.org") == len(registry.names()) + len(
+        registry.transforms()
+    )
+
+
+@pytest.mark.parametrize("command", commands())
+def test_shown_command_runs(command, tmp_path):
+    program, *arguments = shlex.split(command)
+    assert program == "kvjax"
+    (tmp_path / "README.md").write_bytes(README.read_bytes())
+    done = subprocess.run(
+        [sys.executable, "-m", "kvjax", *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=1500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def test_shown_python_runs(tmp_path):
+    (code,) = blocks("python")
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+if __name__ == "__main__":
+    text = README.read_text("utf-8")
+    for name, generate in GENERATED.items():
+        start, end = between(text, name).span(1)
+        text = text[:start] + generate() + "\n" + text[end:]
+    README.write_text(text, "utf-8")
