@@ -5,6 +5,7 @@ Progress goes to stderr. What a user can put right is one line on stderr and exi
 """
 
 import contextlib
+import contextvars
 import dataclasses
 import json
 import os
@@ -28,6 +29,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Of the command that runs, for the manifest.
+_arguments: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
 
 _MODEL_HELP = "Folder or hub id of a Llama; the embedded model if left out."
 _METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
@@ -58,9 +62,10 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code; faults of ours are raised."""
+    _arguments.set(arguments)
     try:
         code = app(
-            args=arguments, prog_name="kvjax", standalone_mode=False, obj=arguments
+            args=arguments or ["--help"], prog_name="kvjax", standalone_mode=False
         )
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted.", 1)
@@ -98,18 +103,26 @@ def _complain(message: object, code: int = 2) -> int:
     return code
 
 
-@app.callback(invoke_without_command=True)
-def _global(
-    context: typer.Context,
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version and exit.")
-    ] = False,
-) -> None:
-    if version:
+def _print_version(wanted: bool) -> bool:
+    if wanted:
         print(f"kvjax {kvjax.__version__}")
         raise typer.Exit
-    if context.invoked_subcommand is None:
-        print(context.get_help())
+    return wanted
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    del version  # its callback has done all there is
 
 
 @app.command(epilog="Example: kvjax methods")
@@ -323,7 +336,6 @@ def evaluate(
 
 @app.command(epilog="Example: kvjax compare --budget 256 --method quest --method h2o")
 def compare(
-    command: typer.Context,
     model: ModelOption = None,
     method: Annotated[
         list[str] | None,
@@ -333,8 +345,8 @@ def compare(
     budget: Annotated[
         int, typer.Option(help="Tokens per KV head, where a method does not say.")
     ] = 256,
-    n: Annotated[int, typer.Option(help="Examples of each retrieval task.")] = 20,
-    windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 16,
+    n: Annotated[int, typer.Option(help="Examples of each retrieval task.")] = 15,
+    windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 8,
     new_tokens: NewTokensOption = 64,
     batch: BatchOption = 8,
     seed: SeedOption = 0,
@@ -371,7 +383,7 @@ def compare(
     about = report.manifest(
         version=kvjax.__version__,
         model=language_model.name,
-        arguments=command.obj,
+        arguments=_arguments.get(),
         settings=arguments,
     )
     results = report.results(rows, about)

@@ -303,7 +303,7 @@ def _figure(width: float, height: float):
 
 def scatter(results: Mapping[str, Any]):
     """Accuracy against bytes read per token, a panel a retrieval task."""
-    figure = _figure(10, 3.9)
+    figure = _figure(10.0, 3.9)
     axes = figure.subplots(1, len(TASKS), sharey=True)
     rows = results["rows"]
     for axis, task in zip(axes, TASKS, strict=True):
@@ -352,17 +352,20 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
 def needles(results: Mapping[str, Any]):
     """Share of needles found, depth by method, a panel a retrieval task."""
     rows = results["rows"]
-    figure = _figure(10, 1.3 + 0.34 * len(rows))
+    figure = _figure(10.0, 1.3 + 0.34 * len(rows))
     axes = figure.subplots(1, len(TASKS), sharey=True)
     for axis, task in zip(axes, TASKS, strict=True):
         cells = [row[f"{task}_by_depth"] for row in rows]
         shares = [[c["correct"] / c["asked"] for c in line] for line in cells]
-        image = axis.imshow(shares, vmin=0, vmax=1, cmap="YlGnBu", aspect="auto")
+        # Vectors, not a bitmap: sharp at any size.
+        axis.pcolormesh(
+            shares, vmin=0, vmax=1, cmap="YlGnBu", edgecolors="white", linewidth=2
+        )
         for y, line in enumerate(cells):
             for x, cell in enumerate(line):
                 axis.text(
-                    x,
-                    y,
+                    x + 0.5,
+                    y + 0.5,
                     f"{cell['correct']}/{cell['asked']}",
                     ha="center",
                     va="center",
@@ -370,16 +373,12 @@ def needles(results: Mapping[str, Any]):
                     color="white" if shares[y][x] > 0.55 else "#333333",
                 )
         depths = [f"{100 * cell['depth']:.0f}%" for cell in cells[0]]
-        axis.set_xticks(range(len(depths)), depths)
-        axis.set_yticks(range(len(rows)), [row["method"] for row in rows])
+        axis.set_xticks([x + 0.5 for x in range(len(depths))], depths)
+        names = [row["method"] for row in rows]
+        axis.set_yticks([y + 0.5 for y in range(len(rows))], names)
+        axis.set_ylim(len(rows), 0)
         axis.tick_params(length=0)
         axis.set_title({"passkey": "pass key", "multikey": "one key of many"}[task])
         axis.set_xlabel("depth of the needle in the prompt")
         axis.spines[:].set_visible(False)
-    figure.colorbar(image, ax=axes, label="found", shrink=0.8, format=_percent)
     return figure
-
-
-def _percent(value: float, position: int | None = None) -> str:
-    del position
-    return f"{100 * value:.0f}%"

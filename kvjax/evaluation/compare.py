@@ -41,8 +41,8 @@ class Settings:
 
     context: int = 1024
     new_tokens: int = 64
-    examples: int = 20
-    windows: int = 16
+    examples: int = 15
+    windows: int = 8
     batch: int = 8
     depths: tuple[float, ...] = tasks.DEPTHS
     seed: int = 0
@@ -265,7 +265,7 @@ def retrieve(
     """Answers the examples, and times each batch.
 
     Every row generates exactly `new_tokens`, EOS or not, so that batches compare. The
-    first batch runs twice, and its first run, which compiles, is not timed.
+    first one compiles and is not timed; if it is the only one, it runs again.
 
     Raises:
         ValueError: as :func:`kvjax.generate.generate`.
@@ -273,7 +273,8 @@ def retrieve(
     clocked = model._replace(tokenizer=_Ticks())
     correct, answers, prefill_seconds, rates = [], [], [], []
     groups = list(_batches(examples, batch))
-    for index, group in enumerate([groups[0], *groups]):
+    repeats = groups if len(groups) == 1 else []
+    for index, group in enumerate([*groups, *repeats]):
         prompts = [example.prompt for example in group]
         first_text = []
 
@@ -293,11 +294,10 @@ def retrieve(
             on_text=on_text,
         )
         end = time.perf_counter()
-        progress((index + 1) / (len(groups) + 1))
-        if index == 0:
-            continue
-        prefill_seconds.append(first_text[0] - start)
-        rates.append(batch * (new_tokens - 1) / (end - first_text[0]))
+        progress((index + 1) / (len(groups) + len(repeats)))
+        if index > 0:
+            prefill_seconds.append(first_text[0] - start)
+            rates.append(batch * (new_tokens - 1) / (end - first_text[0]))
         for example, generation in zip(group, generations, strict=True):
             # A few tokens more than the answer's: text may begin with a blank.
             tokens = generation.tokens[: example.answer_tokens + 2]

@@ -24,14 +24,13 @@ class Agreement(NamedTuple):
 
 
 def agreement(
-    reference: Float[np.ndarray, "B T V"], candidate: Float[np.ndarray, "B T V"]
+    reference: Float[np.ndarray, "B T V"], candidate: Float[np.ndarray, "_ _ _"]
 ) -> Agreement:
     """Compares two models' logits of the same tokens.
 
     Raises:
         ValueError: if the shapes differ.
     """
-    reference, candidate = np.asarray(reference), np.asarray(candidate)
     if reference.shape != candidate.shape:
         raise ValueError(
             f"logits of shape {reference.shape} and {candidate.shape} do not compare."
@@ -47,7 +46,7 @@ def _kl(reference, candidate):
     log_p, log_q = _log_softmax(reference), _log_softmax(candidate)
     p = np.exp(log_p)
     # A token of probability 0 adds 0, also where its logit is -inf.
-    gap = np.where(p > 0, log_p - log_q, 0.0)
+    gap = np.subtract(log_p, log_q, out=np.zeros_like(p), where=p > 0)
     return np.maximum((p * gap).sum(-1), 0.0)
 
 

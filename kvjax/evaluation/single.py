@@ -1,6 +1,6 @@
 """One task under one method: what `kvjax eval` runs, as plain numbers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -126,5 +126,5 @@ def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, 
     }
 
 
-def _mean(samples: Sequence[float]) -> dict[str, float]:
-    return statistics.mean_interval(np.asarray(samples))._asdict()
+def _mean(samples: np.ndarray) -> dict[str, float]:
+    return statistics.mean_interval(samples)._asdict()

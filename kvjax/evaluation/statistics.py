@@ -1,10 +1,10 @@
 """Intervals: how sure a number is, given how few times it was measured."""
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 
 
@@ -38,7 +38,7 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     return Interval(rate, low, high, n)
 
 
-def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> Interval:
+def mean_interval(samples: ArrayLike, confidence: float = 0.95) -> Interval:
     """Student's interval of a mean. Samples must be independent: windows, not tokens.
 
     One sample has no spread: its interval is infinite.
@@ -60,7 +60,7 @@ def mean_interval(samples: Sequence[float], confidence: float = 0.95) -> Interva
 
 
 def paired_difference(
-    samples: Sequence[float], reference: Sequence[float], confidence: float = 0.95
+    samples: ArrayLike, reference: ArrayLike, confidence: float = 0.95
 ) -> Interval:
     """Interval of the mean of `samples - reference`, measured on the same inputs.
 
@@ -69,15 +69,17 @@ def paired_difference(
     Raises:
         ValueError: if the two differ in length or are empty.
     """
-    if len(samples) != len(reference):
+    samples, reference = np.asarray(samples), np.asarray(reference)
+    if samples.shape != reference.shape:
         raise ValueError(
-            f"{len(samples)} samples cannot be paired with {len(reference)} references."
+            f"samples of shape {samples.shape} cannot be paired with a reference of "
+            f"shape {reference.shape}."
         )
-    difference = np.asarray(samples, np.float64) - np.asarray(reference, np.float64)
+    difference = samples.astype(np.float64) - reference.astype(np.float64)
     return mean_interval(difference, confidence)
 
 
-def perplexity(log_probs: Sequence[float], confidence: float = 0.95) -> Interval:
+def perplexity(log_probs: ArrayLike, confidence: float = 0.95) -> Interval:
     """Perplexity from the mean log-probability (nats per token) of each window."""
     mean, low, high, n = mean_interval(log_probs, confidence)
     return Interval(_exp(-mean), _exp(-high), _exp(-low), n)

@@ -72,37 +72,35 @@ RECIPE = (
         {"text": 0.15, "repeat": 0.3, "recall": 0.25, "passkey": 0.1, "keys": 0.2},
     ),
     Stage(
-        2800,
+        2350,
         100,
         {64: 0.2, 128: 0.4, 256: 0.4},
         {"text": 0.3, "repeat": 0.1, "recall": 0.1, "passkey": 0.2, "keys": 0.3},
     ),
     Stage(
-        3800,
+        2700,
         300,
-        {128: 0.2, 256: 0.5, 512: 0.3},
+        {128: 0.2, 256: 0.4, 512: 0.4},
         {
-            "text": 0.35,
+            "text": 0.3,
             "repeat": 0.05,
             "recall": 0.05,
-            "passkey": 0.1,
-            "keys": 0.25,
+            "passkey": 0.05,
+            "keys": 0.3,
             "far_passkey": 0.1,
-            "far_keys": 0.1,
+            "far_keys": 0.15,
         },
     ),
     Stage(
         10**9,
-        1024,
-        {256: 0.3, 512: 0.3, 1024: 0.3, 2048: 0.1},
+        100,
+        {256: 0.35, 512: 0.3, 1024: 0.35},
         {
             "text": 0.35,
             "repeat": 0.05,
-            "recall": 0.05,
-            "passkey": 0.1,
             "keys": 0.25,
-            "far_passkey": 0.1,
-            "far_keys": 0.1,
+            "far_passkey": 0.15,
+            "far_keys": 0.2,
         },
     ),
 )
@@ -221,7 +219,7 @@ def init_params(decoder: LlamaDecoder, seed: int) -> Params:
         name = jax.tree_util.keystr(path)
         if x.ndim < 2 or "embedding" in name:
             return x
-        fan_in = x.size // x.shape[-1] if "'o'" in name else x.shape[0]
+        fan_in = x.shape[0]
         gain = 1.0
         if "'o'" in name or "'down'" in name:
             gain = (2 * decoder.num_layers) ** -0.5

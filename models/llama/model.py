@@ -41,21 +41,20 @@ class RMSNorm(nnx.Module):
 class Linear(nnx.Module):
     """A matrix product over the last axis of x, and a bias if there is one.
 
-    Kernel `(inputs..., outputs...)` and bias `(outputs...)` keep their heads apart; the
-    product is one of plain matrices, accumulated in float32. An einsum over the stored
-    shape would be the same, but XLA on CPU would transpose the kernel at every step.
+    Kernels are plain matrices (in, out), heads folded in, products accumulate in
+    float32. With the heads apart, XLA copies a kernel into matrix form at every decode
+    step, on CPU and on TPU alike.
     """
 
-    def __init__(self, shape, num_inputs, bias, config, rngs):
-        normal = jax.random.normal(rngs.params(), shape, jnp.float32) * 0.02
+    def __init__(self, inputs, outputs, bias, config, rngs):
+        normal = jax.random.normal(rngs.params(), (inputs, outputs), jnp.float32) * 0.02
         self.kernel = nnx.Param(normal.astype(config.dtype))
-        zeros = jnp.zeros(shape[num_inputs:], config.dtype)
-        self.bias = nnx.Param(zeros) if bias else None
+        self.bias = nnx.Param(jnp.zeros((outputs,), config.dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        kernel = self.kernel[...].reshape(x.shape[-1], -1)
+        kernel = self.kernel[...]
         out = jnp.matmul(x, kernel, preferred_element_type=jnp.float32).astype(x.dtype)
-        return out if self.bias is None else out + self.bias[...].reshape(-1)
+        return out if self.bias is None else out + self.bias[...]
 
 
 class SelfAttention(nnx.Module):
@@ -65,13 +64,13 @@ class SelfAttention(nnx.Module):
         width, head_dim = config.width, config.head_dim
 
         def project(heads):
-            return Linear((width, heads, head_dim), 1, config.qkv_bias, config, rngs)
+            return Linear(width, heads * head_dim, config.qkv_bias, config, rngs)
 
         self.q = project(config.num_q_heads)
         self.k = project(config.num_kv_heads)
         self.v = project(config.num_kv_heads)
-        shape = (config.num_q_heads, head_dim, width)
-        self.o = Linear(shape, 2, config.output_bias, config, rngs)
+        inputs = config.num_q_heads * head_dim
+        self.o = Linear(inputs, width, config.output_bias, config, rngs)
         self.q_norm = RMSNorm(head_dim, config) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config) if config.qk_norm else None
         self.head_dim = head_dim
@@ -94,7 +93,7 @@ class MLP(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         def linear(inputs, outputs):
-            return Linear((inputs, outputs), 1, config.mlp_bias, config, rngs)
+            return Linear(inputs, outputs, config.mlp_bias, config, rngs)
 
         self.gate = linear(config.width, config.mlp_width)
         self.up = linear(config.width, config.mlp_width)
@@ -130,7 +129,7 @@ class Llama(nnx.Module):
         self.output = (
             None
             if config.tied_embeddings
-            else Linear(shape[::-1], 1, False, config, rngs)
+            else Linear(*shape[::-1], False, config, rngs)
         )
 
     def hidden(

@@ -7,7 +7,6 @@ bfloat16 either.
 
 import functools
 import json
-import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -37,8 +36,7 @@ class Entry(NamedTuple):
     @property
     def transposed(self) -> bool:
         """Whether the checkpoint holds the transpose."""
-        # Checkpoints keep (out, in); ours is (in..., out...), head-major: every kernel
-        # is the transpose, reshaped.
+        # Checkpoints keep kernels as (out, in), ours are (in, out).
         return self.path[-1] == "kernel"
 
 
@@ -77,12 +75,7 @@ def _entry(path: tuple[str | int, ...], target: jax.ShapeDtypeStruct) -> Entry:
     else:
         inside = [_MODULES.get(part, part) for part in path[2:-1]]
         name = ".".join(["model", "layers", str(path[1]), *inside, kind])
-    shape = (math.prod(target.shape),)
-    if path[-1] == "kernel":
-        inputs = 2 if path[-2] == "o" else 1  # axes of `target` that are summed over
-        rows = math.prod(target.shape[inputs:])
-        shape = (rows, math.prod(target.shape[:inputs]))
-    return Entry(path, name, shape, target)
+    return Entry(path, name, target.shape[::-1], target)
 
 
 def load(directory: Path, config: LlamaConfig, device: Any = None) -> Params:
@@ -200,8 +193,8 @@ def _export(entry: Entry, params: Params) -> np.ndarray:
     value = functools.reduce(lambda node, key: node[key], entry.path, params)
     host = np.asarray(value).astype(entry.target.dtype, copy=False)
     if entry.transposed:
-        return np.ascontiguousarray(host.reshape(entry.shape[::-1]).T)
-    return np.ascontiguousarray(host.reshape(entry.shape))
+        return np.ascontiguousarray(host.T)
+    return np.ascontiguousarray(host)
 
 
 def _few(names) -> str:
@@ -329,17 +322,17 @@ def _placement(device: Any, config: LlamaConfig):
 def _converter(sharding: jax.sharding.Sharding | None, transposed: bool):
     """Checkpoint layout to ours, on the device: one compilation per shape."""
 
-    def convert(raw, shape, dtype):
-        value = (raw.T if transposed else raw).reshape(shape).astype(dtype)
+    def convert(raw, dtype):
+        value = (raw.T if transposed else raw).astype(dtype)
         return value, jnp.isfinite(value).all()
 
     placed = {} if sharding is None else {"out_shardings": (sharding, None)}
-    jitted = jax.jit(convert, static_argnums=(1, 2), **placed)
+    jitted = jax.jit(convert, static_argnums=1, **placed)
 
     def on_device(raw: np.ndarray, target: jax.ShapeDtypeStruct):
         if raw.dtype == np.float64:  # wider than JAX's default
             raw = raw.astype(np.float32)
-        value, finite = jitted(raw, target.shape, target.dtype)
+        value, finite = jitted(raw, target.dtype)
         # Waits for the device, so that no second tensor is read meanwhile.
         return value, bool(finite)
 

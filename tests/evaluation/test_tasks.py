@@ -40,9 +40,13 @@ def make(request):
     return MAKERS[request.param]
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, Bos(), Pairs()], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, Bos(), Pairs()], ids=lambda t: type(t).__name__
+)
 @pytest.mark.parametrize("context", [400, 1024])
-def test_prompt_and_answer_fill_the_context_and_never_exceed_it(make, tokenizer, context):
+def test_prompt_and_answer_fill_the_context_and_never_exceed_it(
+    make, tokenizer, context
+):
     longest = max(len(tokenizer.encode(line + "\n")) for line in LINES)
     for example in make(tokenizer, TEXT, context=context, n=7):
         assert example.prompt == tokenizer.encode(example.text)
@@ -75,7 +79,9 @@ def test_the_wording_is_the_one_the_embedded_model_learnt():
 def test_needles_stand_between_whole_lines_in_order_of_the_text(make):
     for example in make(BYTES, TEXT, context=900, n=10):
         body = example.text[: example.text.rindex("\n\n") + 1]
-        hay = [line for line in body.splitlines() if not tasks._NEEDLE_LIKE.search(line)]
+        hay = [
+            line for line in body.splitlines() if not tasks._NEEDLE_LIKE.search(line)
+        ]
         first = LINES.index(hay[0])
         assert hay == [LINES[(first + i) % len(LINES)] for i in range(len(hay))]
 
@@ -84,9 +90,11 @@ def test_the_depth_is_met_to_within_a_line(make):
     depths = (0.0, 0.3, 0.8, 1.0)
     for example in make(BYTES, TEXT, context=2000, n=8, depths=depths):
         body = example.text[: example.text.rindex("\n\n") + 1]
-        start = body.rindex("\n", 0, body.index(example.answer)) + 1 if (
-            "\n" in body[: body.index(example.answer)]
-        ) else 0
+        start = (
+            body.rindex("\n", 0, body.index(example.answer)) + 1
+            if ("\n" in body[: body.index(example.answer)])
+            else 0
+        )
         needles = [
             line + "\n" for line in body.splitlines() if tasks._NEEDLE_LIKE.search(line)
         ]
@@ -159,7 +167,10 @@ def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
     ("call", "message"),
     [
         (lambda: tasks.passkey(BYTES, TEXT, context=300, n=-1), "n=-1 must be at"),
-        (lambda: tasks.passkey(BYTES, TEXT, context=30, n=1), "context=30 is too short"),
+        (
+            lambda: tasks.passkey(BYTES, TEXT, context=30, n=1),
+            "context=30 is too short",
+        ),
         (lambda: tasks.passkey(BYTES, "", context=300, n=1), "no line"),
         (
             lambda: tasks.passkey(BYTES, TEXT, context=300, n=1, depths=(1.5,)),

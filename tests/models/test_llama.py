@@ -180,7 +180,7 @@ def test_biases_and_output_are_parameters():
     config = llama.from_hf(checkpoints.CONFIGS["biases"])
     shapes = llama.LlamaDecoder(config).param_shapes()
     assert shapes["layers"][0]["mlp"]["down"]["bias"].shape == (32,)
-    assert shapes["layers"][0]["attention"]["q"]["bias"].shape == (4, 8)
+    assert shapes["layers"][0]["attention"]["q"]["bias"].shape == (32,)
     assert "output" in shapes
     tied = llama.LlamaDecoder(dataclasses.replace(config, tied_embeddings=True))
     assert "output" not in tied.param_shapes()

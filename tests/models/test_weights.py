@@ -64,16 +64,12 @@ def test_layout_is_ours(checkpoint):
         params["output"]["kernel"], stored["lm_head.weight"].T
     )
     name = "model.layers.1.self_attn.{}_proj.{}"
-    kernel = layer["attention"]["k"]["kernel"]  # (E, Hkv, D)
-    for head in range(2):
-        rows = stored[name.format("k", "weight")][8 * head : 8 * head + 8]
-        np.testing.assert_array_equal(kernel[:, head], rows.T)
-    output = layer["attention"]["o"]["kernel"]  # (Hq, D, E)
+    for part in ("q", "k", "v", "o"):
+        kernel = layer["attention"][part]["kernel"]  # (in, out): heads folded in
+        np.testing.assert_array_equal(kernel, stored[name.format(part, "weight")].T)
     np.testing.assert_array_equal(
-        output[3, 5], stored[name.format("o", "weight")][:, 3 * 8 + 5]
+        layer["attention"]["q"]["bias"], stored[name.format("q", "bias")]
     )
-    bias = layer["attention"]["q"]["bias"]  # (Hq, D)
-    np.testing.assert_array_equal(bias[2], stored[name.format("q", "bias")][16:24])
 
 
 @pytest.mark.parametrize("name", ["gqa", "tied", "biases", "qwen2", "qwen3", "yarn"])

@@ -1,0 +1,223 @@
+"""The comparison: every method sees the same inputs, and its numbers are its own."""
+
+import numpy as np
+import pytest
+
+import kvjax
+from kvjax import accounting
+from kvjax.evaluation import compare, single, tasks
+from kvjax.generate import Generation
+from kvjax.scoring import score
+from tests.tiny import tiny_model
+
+MODEL = tiny_model(num_layers=1)
+TEXT = "".join(
+    f"line {i * 7919 % 1000} is about {'abcdefgh'[i % 8] * 5}.\n" for i in range(300)
+)
+SETTINGS = compare.Settings(
+    context=352, new_tokens=16, examples=3, windows=3, batch=2, depths=(0.0, 1.0)
+)
+METHODS = {
+    "full": kvjax.full(),
+    "same": kvjax.parse("quest:budget=512"),
+    "streaming": kvjax.parse("streaming_llm:budget=16"),
+}
+
+
+@pytest.fixture(scope="module")
+def inputs():
+    return compare.make_inputs(MODEL, TEXT, SETTINGS)
+
+
+@pytest.fixture(scope="module")
+def seen():
+    return []
+
+
+@pytest.fixture(scope="module")
+def rows(inputs, seen):
+    order = {name: METHODS[name] for name in ("same", "streaming", "full")}
+    return compare.compare(
+        MODEL, order, inputs, SETTINGS, progress=lambda *event: seen.append(event)
+    )
+
+
+def test_the_reference_comes_first_then_the_given_order(rows):
+    assert [row.method for row in rows] == ["full", "same", "streaming"]
+
+
+def test_the_reference_agrees_with_itself(rows):
+    assert rows[0].nats_lost[:3] == (0, 0, 0)
+    assert rows[0].top1_agreement.mean == 1
+    assert rows[0].kl.mean == pytest.approx(0, abs=1e-9)
+
+
+def test_a_method_with_room_for_everything_gives_the_references_numbers(rows):
+    full, same, _ = rows
+    assert same.perplexity.mean == pytest.approx(full.perplexity.mean, rel=1e-3)
+    assert same.top1_agreement.mean >= 0.97  # near-ties may flip
+    assert (same.passkey, same.multikey) == (full.passkey, full.multikey)
+
+
+def test_a_method_that_forgets_shows_it(rows):
+    forgetful = rows[2]
+    assert forgetful.kl.mean > 0.05
+    assert forgetful.top1_agreement.mean < 0.9
+    assert abs(forgetful.nats_lost.mean) > 1e-3
+
+
+def test_perplexity_is_of_the_tokens_after_the_prompt_that_decode_steps_predict(
+    rows, inputs
+):
+    scores = score(
+        MODEL, METHODS["streaming"], inputs.windows, prefill=SETTINGS.context - 16
+    )
+    decoded = scores.log_probs[:, -15:]
+    assert rows[2].perplexity.mean == pytest.approx(np.exp(-decoded.mean()), rel=1e-3)
+    assert rows[2].perplexity.n == 3
+
+
+def test_bytes_are_the_accountings(rows):
+    for row in rows:
+        method = METHODS[row.method]
+        assert row.bytes_read == accounting.bytes_read(method, MODEL.decoder, 352, 16)
+        assert row.bytes_held == accounting.bytes_held(method, MODEL.decoder, 352, 16)
+    assert rows[2].bytes_read < rows[0].bytes_read / 10
+
+
+def test_depths_add_up(rows):
+    for row in rows:
+        assert [cell[0] for cell in row.passkey_by_depth] == [0.0, 1.0]
+        assert [cell[2] for cell in row.multikey_by_depth] == [2, 1]
+        correct = sum(cell[1] for cell in row.passkey_by_depth)
+        assert row.passkey.mean == pytest.approx(correct / 3)
+
+
+def test_speed_and_progress_are_reported(rows, seen):
+    for row in rows:
+        assert 0 < row.prefill_seconds < 60
+        assert 0 < row.tokens_per_second < 1e7
+        fractions = [fraction for name, fraction in seen if name == row.method]
+        assert fractions[0] == 0
+        assert fractions[-1] == 1
+        assert fractions == sorted(fractions)
+
+
+def answering(monkeypatch, reply):
+    """Replaces generation: row i of the batch says `reply(its prompt)`."""
+    calls = []
+
+    def generate(model, method, prompts, *, max_new_tokens, on_text, **options):
+        calls.append((len(prompts), max_new_tokens, options))
+        on_text(0, ".")
+        tokens = [list(reply(bytes(prompt).decode()).encode()) for prompt in prompts]
+        return [Generation(row, "." * len(row), "length") for row in tokens]
+
+    monkeypatch.setattr(compare, "generate", generate)
+    return calls
+
+
+def test_retrieval_counts_right_answers_in_their_places(monkeypatch):
+    examples = tasks.passkey(MODEL.tokenizer, TEXT, context=200, n=5)
+    answers = {example.text: example.answer for example in examples}
+    right = [example.text for example in examples[::2]]
+    calls = answering(
+        monkeypatch, lambda text: answers[text] + ". R" if text in right else "nonsense"
+    )
+    found = compare.retrieve(MODEL, METHODS["full"], examples, new_tokens=8, batch=2)
+    assert found.correct == [True, False, True, False, True]
+    assert len(found.answers) == 5
+    # Three batches, all of one shape; the first, which compiles, is not timed.
+    assert [(size, new) for size, new, _ in calls] == [(2, 8)] * 3
+    assert len(found.tokens_per_second) == len(found.prefill_seconds) == 2
+    assert all(options["eos_ids"] == () for _, _, options in calls)
+
+
+def test_the_clock_tells_prefill_from_decode(monkeypatch):
+    clock = iter(np.arange(0.0, 90, 1.0) ** 2)  # start, first text, end: gaps grow
+    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
+    answering(monkeypatch, lambda text: "x" * 8)
+    examples = tasks.passkey(MODEL.tokenizer, TEXT, context=200, n=2)
+    found = compare.retrieve(MODEL, METHODS["full"], examples, new_tokens=8, batch=2)
+    # The only batch runs again: ticks 0, 1, 4 are its warm-up, then 9, 16, 25.
+    assert len(found.answers) == 2
+    assert found.prefill_seconds == [16 - 9]
+    assert found.tokens_per_second == [2 * 7 / (25 - 16)]
+
+
+@pytest.mark.parametrize("task", single.TASKS)
+def test_a_task_alone(task):
+    result = single.run(
+        task,
+        MODEL,
+        METHODS["streaming"],
+        METHODS["full"],
+        TEXT,
+        context=352,
+        n=3,
+        new_tokens=16,
+        batch=2,
+    )
+    if task in ("passkey", "multikey"):
+        assert result["accuracy"]["n"] == 3
+        assert len(result["examples"]) == 3
+        assert sum(cell["asked"] for cell in result["by_depth"]) == 3
+    elif task == "perplexity":
+        assert result["tokens_per_window"] == 15
+        assert result["perplexity"]["mean"] == pytest.approx(
+            np.exp(-result["log_prob"]["mean"])
+        )
+    else:
+        assert [layer["layer"] for layer in result["layers"]] == [0]
+        for layer in result["layers"]:
+            assert layer["error"]["mean"] > 0.01
+            # It re-numbers nothing it keeps: what it sees is a share of the whole.
+            assert layer["mass"]["mean"] > 0
+
+
+def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):
+    result = single.run(
+        "fidelity",
+        MODEL,
+        METHODS["streaming"],
+        METHODS["full"],
+        TEXT,
+        context=352,
+        n=3,
+        new_tokens=16,
+        batch=2,
+    )
+    assert result["kl"]["mean"] == pytest.approx(rows[2].kl.mean, rel=1e-6)
+    assert result["nats_lost"]["mean"] == pytest.approx(rows[2].nats_lost.mean)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: compare.Settings(examples=-1), "examples=-1 must be at least 1"),
+        (
+            lambda: compare.Settings(context=64, new_tokens=64),
+            r"new_tokens=64 must be in \[2, context=64\)",
+        ),
+        (
+            lambda: compare.check_context(MODEL, 5000),
+            "context=5000 exceeds the 4096 tokens",
+        ),
+        (
+            lambda: compare.compare(MODEL, {}, compare.Inputs([], [], []), SETTINGS),
+            "reference='full' is not among",
+        ),
+        (
+            lambda: compare.make_inputs(
+                MODEL,
+                TEXT,
+                compare.Settings(context=352, new_tokens=4, examples=1, windows=1),
+            ),
+            "new_tokens=4 cannot hold an answer of 5 tokens",
+        ),
+        (lambda: single.check_task("needle"), "unknown task='needle': choose one of"),
+    ],
+)
+def test_errors_name_the_values_and_the_fix(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

@@ -1,0 +1,93 @@
+"""Agreement against SciPy, and the side-by-side transform against methods run alone."""
+
+import numpy as np
+import pytest
+from scipy import special, stats
+
+import kvjax
+from kvjax.evaluation import fidelity
+from kvjax.generate import prefill
+from tests import drive
+from tests.tiny import tiny_model
+
+PROMPTS, STEPS = (21, 9), 5
+
+
+def test_agreement_is_scipys_divergence():
+    rng = np.random.default_rng(0)
+    reference, candidate = rng.normal(0, 3, (2, 2, 4, 11)).astype(np.float32)
+    p, q = (special.softmax(x.astype(float), -1) for x in (reference, candidate))
+    result = fidelity.agreement(reference, candidate)
+    np.testing.assert_allclose(result.kl, stats.entropy(p, q, axis=-1), rtol=1e-9)
+    np.testing.assert_array_equal(result.top1, p.argmax(-1) == q.argmax(-1))
+    backwards = fidelity.agreement(candidate, reference)
+    assert not np.allclose(backwards.kl, result.kl)  # the direction matters
+
+
+def test_agreement_with_itself_is_perfect_also_where_tokens_are_impossible():
+    logits = np.array([[[0.0, -np.inf, 80.0], [1.0, 2.0, 2.0]]], np.float32)
+    result = fidelity.agreement(logits, logits + np.float32(3))
+    np.testing.assert_allclose(result.kl, 0, atol=1e-6)
+    assert result.top1.all()
+
+
+def test_agreement_needs_equal_shapes():
+    with pytest.raises(ValueError, match=r"\(1, 2, 3\) and \(1, 2, 4\)"):
+        fidelity.agreement(np.zeros((1, 2, 3)), np.zeros((1, 2, 4)))
+
+
+def run(method):
+    stream = drive.make_stream(PROMPTS, STEPS, seed=3)
+    return drive.run(method, drive.make_spec(stream), stream)
+
+
+@pytest.mark.parametrize("spec", ["streaming_llm:budget=8", "snapkv:budget=8,window=4"])
+def test_side_by_side_measures_the_gap_between_two_runs(spec):
+    candidate = kvjax.parse(spec)
+    full_run, candidate_run = run(kvjax.full()), run(candidate)
+    both = run(fidelity.side_by_side(kvjax.full(), candidate))
+    # The model goes on with the reference's output, bit for bit.
+    np.testing.assert_array_equal(both.out, full_run.out)
+
+    gap = np.linalg.norm(candidate_run.out - full_run.out, axis=-1)  # steps, B, Hq
+    error = (gap / np.linalg.norm(full_run.out, axis=-1)).mean(0)
+    lse = candidate_run.diagnostics.lse, full_run.diagnostics.lse
+    mass = np.exp(lse[0] - lse[1])[..., 0].mean(0)
+    found = fidelity.layers((both.state,))
+    assert found.error.shape == (1, len(PROMPTS), 4)
+    np.testing.assert_allclose(found.error[0], error, rtol=1e-4)
+    np.testing.assert_allclose(found.mass[0], mass, rtol=1e-4)
+    assert (error[0] > 1e-3).all()  # something was left out of the long prompt
+
+
+def test_a_method_beside_itself_loses_nothing():
+    both = run(fidelity.side_by_side(kvjax.full(), kvjax.parse("quest:budget=64")))
+    found = fidelity.layers((both.state,))
+    np.testing.assert_allclose(found.error, 0, atol=1e-5)
+    np.testing.assert_allclose(found.mass, 1, atol=1e-5)
+
+
+def test_side_by_side_is_one_object_per_pair():
+    full, candidate = kvjax.full(), kvjax.parse("tova:budget=8")
+    assert fidelity.side_by_side(full, candidate) is fidelity.side_by_side(
+        full, candidate
+    )
+
+
+def test_rows_must_agree():
+    two = kvjax.full()._replace(rows=2)
+    with pytest.raises(ValueError, match="reference rows=1 and candidate rows=2"):
+        fidelity.side_by_side(kvjax.full(), two)
+
+
+def test_teacher_forcing_feeds_the_given_tokens():
+    model, full = tiny_model(), kvjax.full()
+    tokens = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
+    states = prefill(model, full, tokens[:, :9].tolist(), max_new_tokens=4).states
+    states = fidelity.teacher_forced(
+        model.decoder, full, model.params, states, tokens[:, 9:]
+    )
+    whole = prefill(model, full, tokens.tolist(), max_new_tokens=1).states
+    for one, other in zip(states, whole, strict=True):
+        np.testing.assert_array_equal(one.length, [12, 12])
+        np.testing.assert_allclose(one.k[:, :, :12], other.k[:, :, :12], atol=2e-4)

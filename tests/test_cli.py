@@ -1,0 +1,459 @@
+"""The command line: results on stdout, one line a mistake, the numbers of the API."""
+
+import json
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
+
+import kvjax
+import models
+from kvjax import cli, registry
+from kvjax.generate import generate
+from kvjax.scoring import score
+from models.llama.tokenizer import HFTokenizer
+from tests.tiny import tiny_model
+
+TEXT = "".join(
+    f"line {i * 7919 % 1000} is about {'abcdefgh'[i % 8]}.\n" for i in range(90)
+)
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+
+
+def byte_tokenizer():
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    backend = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = decoders.ByteLevel()
+    return HFTokenizer(backend, {}, {"default": TEMPLATE})
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    model = tiny_model(num_layers=1, context=512)
+    model = model._replace(tokenizer=byte_tokenizer(), eos_ids=(258,))
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    models.save_pretrained(model, folder)
+    return folder
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """Compiled code goes to a folder of the test, and JAX forgets it afterwards."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = {name: getattr(jax.config, name) for name in names}
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command and returns what it prints; it must succeed."""
+
+    def run(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert code == 0, captured.err
+        return captured.out
+
+    return run
+
+
+@pytest.fixture
+def fail(capsys):
+    """Runs a command that must fail as users' mistakes do; returns its one line."""
+
+    def fail(*arguments):
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert code == 2, captured
+        assert captured.out == ""
+        (line,) = captured.err.splitlines()
+        assert line.startswith("kvjax: error: ")
+        return line
+
+    return fail
+
+
+# What takes no model.
+
+
+def test_version(run):
+    assert run("--version") == f"kvjax {kvjax.__version__}\n"
+
+
+COMMANDS = ("methods", "cite", "generate", "score", "eval", "compare")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example_of_its_own(run, command):
+    out = " ".join(run(command, "--help").split())
+    assert f"Example: kvjax {command}" in out
+
+
+def test_no_command_is_help(run):
+    out = run()
+    assert all(command in out for command in COMMANDS)
+
+
+def test_methods_lists_the_registry(run):
+    known = json.loads(run("methods", "--json"))
+    assert [entry["name"] for entry in known] == [
+        *registry.names(),
+        *registry.transforms(),
+    ]
+    text = run("methods")
+    for entry in known:
+        assert entry["summary"] in text
+        assert entry["reads"] in text
+        options = registry.options(entry["name"])
+        assert entry["options"] == {key: p.default for key, p in options.items()}
+        assert "not said" not in entry.values()
+
+
+def test_cite_prints_the_source(run):
+    assert "arXiv:2406.10774" in run("cite", "quest")
+    document = json.loads(run("cite", "quest", "--json"))
+    assert document["source"].startswith("Tang et al.")
+
+
+def test_python_m_kvjax_is_quick_to_answer_and_imports_nothing_heavy():
+    code = (
+        "import sys; from kvjax import cli; cli.run(['methods']); "
+        "print([m for m in ('flax', 'models', 'matplotlib', 'tokenizers', 'jinja2') "
+        "if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_process_ends_with_the_code_and_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvjax", "cite", "quset"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "unknown method 'quset'; did you mean 'quest'?" in done.stderr
+
+
+# With a model.
+
+
+def test_generate_is_the_apis_text(run, checkpoint):
+    options = [
+        "--model",
+        checkpoint,
+        "--method",
+        "quest:budget=16",
+        "--prompt",
+        TEXT[:99],
+    ]
+    options += ["--max-new-tokens", "20"]
+    document = json.loads(run("generate", *options, "--json"))
+    model = models.load(checkpoint)
+    (expected,) = generate(
+        model, registry.parse("quest:budget=16"), [TEXT[:99]], max_new_tokens=20
+    )
+    assert document["tokens"] == expected.tokens
+    assert document["text"] == expected.text
+    assert document["prompt_tokens"] == 99
+    assert run("generate", *options) == expected.text + "\n"
+
+
+def test_generate_passes_sampling_stop_and_seed_on(run, checkpoint, text_file):
+    text_file.write_text(TEXT[:99])
+    options = ["--model", checkpoint, "--prompt-file", text_file, "--temperature", "2"]
+    options += ["--max-new-tokens", "12", "--json", "--top-k", "50", "--seed"]
+    one, again, other = (
+        json.loads(run("generate", *options, seed)) for seed in (1, 1, 2)
+    )
+    assert one["tokens"] == again["tokens"] != other["tokens"]
+    letter = next(c for c in one["text"] if c.isascii())
+    stopped = json.loads(run("generate", *options, 1, "--stop", letter))
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == one["text"][: one["text"].index(letter)]
+
+
+def test_chat_wraps_the_prompt_in_the_template(run, checkpoint):
+    options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "1"]
+    document = json.loads(run("generate", *options, "--json", "--chat"))
+    assert document["prompt_tokens"] == len("<user>hi")
+
+
+def test_score_is_the_apis(run, checkpoint, text_file):
+    text_file.write_text(TEXT[:200])
+    options = ["--model", checkpoint, "--text", text_file]
+    options += ["--method", "streaming_llm:budget=16", "--prefill", "150"]
+    document = json.loads(run("score", *options, "--json"))
+    model, method = models.load(checkpoint), registry.parse("streaming_llm:budget=16")
+    tokens = model.tokenizer.encode(TEXT[:200])
+    expected = score(model, method, [tokens], prefill=150).log_probs[0]
+    np.testing.assert_allclose(document["log_probs"], expected, rtol=1e-6)
+    assert document["token_ids"] == tokens
+    assert document["predicted_by_decode_steps"] == 49
+    assert document["perplexity"] == pytest.approx(np.exp(-expected[150:].mean()))
+    assert f"{document['perplexity']:.4f}" in run("score", *options)
+
+
+def test_eval_prints_the_accuracy_it_measured(run, checkpoint, text_file):
+    options = ["--model", checkpoint, "--text", text_file, "--task", "passkey"]
+    options += ["--context", "200", "--n", "2", "--batch", "2"]
+    document = json.loads(run("eval", *options, "--json"))
+    assert document["task"] == "passkey"
+    assert document["accuracy"]["n"] == 2
+    correct = sum(example["correct"] for example in document["examples"])
+    assert document["accuracy"]["mean"] == correct / 2
+    out = run("eval", *options)
+    assert out.startswith("passkey, full, context 200: ")
+    assert "n=2" in out
+
+
+def test_compare_writes_what_it_prints(run, checkpoint, text_file, tmp_path):
+    out = tmp_path / "report"
+    options = ["--model", checkpoint, "--text", text_file, "--out", out, "--n", "2"]
+    options += ["--context", "352", "--new-tokens", "8", "--windows", "2"]
+    options += ["--batch", "2", "--budget", "32", "--method", "streaming_llm", "--json"]
+    printed = json.loads(run("compare", *options))
+    assert printed == json.loads((out / "results.json").read_text("utf-8"))
+    names = [row["method"] for row in printed["rows"]]
+    assert names == ["full", "streaming_llm:budget=32"]
+    assert names[1] in (out / "report.html").read_text("utf-8")
+    about = printed["manifest"]
+    assert about["arguments"] == ["compare", *map(str, options)]
+    assert about["settings"]["budget"] == 32
+    assert about["settings"]["seed"] == 0
+
+
+def test_the_budget_goes_to_every_method_that_does_not_say():
+    found = cli._methods(
+        ["dense_layers:first=1+quest:page_size=8", "tova:budget=5"], 100, 32
+    )
+    assert list(found) == [
+        "full",
+        "dense_layers:first=1+quest:budget=32,page_size=8",
+        "tova:budget=5",
+    ]
+    every = cli._methods(None, 1024, 256)
+    assert [spec.partition(":")[0] for spec in every] == list(registry.names())
+
+
+def test_compiled_code_is_kept_between_runs(run, checkpoint, tmp_path):
+    options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "2"]
+    run("generate", *options)
+    assert jax.config.jax_compilation_cache_dir == str(
+        tmp_path / "cache" / "kvjax" / "xla"
+    )
+
+
+def test_a_cache_that_cannot_be_made_is_no_fault(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "2"]
+    run("generate", *options)
+
+
+# Mistakes: one line that names what is wrong.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("compare --bugdet 3", "--bugdet"),
+        ("compare --n many", "Invalid value for '--n'"),
+        ("cite quset", "unknown method 'quset'; did you mean 'quest'?"),
+        ("generate --prompt x --method qest", "did you mean 'quest'?"),
+        ("generate --prompt x --method quest:bugdet=3", "did you mean 'budget'?"),
+        ("generate --prompt x --method quest:budget=many", "'many'"),
+        ("generate --prompt x --method quest:budget=0", "budget=0"),
+        ("generate --prompt x --method dense_layers", "transform"),
+        ("generate --prompt x --method streaming_llm:budget=4", "budget=4"),
+        (
+            "generate --prompt x --method snapkv:budget=32",
+            "budget=32 must exceed window=32",
+        ),
+        ("generate --prompt x --temperature -1", "temperature=-1.0 must be"),
+        ("generate --prompt x --top-p 0", "top_p=0.0 must be in (0, 1]"),
+        ("generate", "--prompt or --prompt-file"),
+        ("generate --prompt x --prompt-file y", "only one of them"),
+        ("generate --prompt-file nowhere.txt", "nowhere.txt"),
+        ("score --text nowhere.txt", "nowhere.txt"),
+        ("eval --task needle", "unknown task='needle': choose one of passkey,"),
+        ("eval --task passkey --n -3", "n=-3 must be at least 1"),
+        ("eval --task passkey --context 0", "context=0 must be at least 1"),
+        ("compare --n -3", "examples=-3 must be at least 1"),
+        ("compare --budget 0", "budget=0 must be at least 1"),
+        ("compare --budget 16", "snapkv:budget=16: budget=16 must exceed window=32"),
+        ("compare --budget 2048", "budget=2048 must be below context=1024"),
+        ("compare --new-tokens 2000", "new_tokens=2000 must be in [2, context=1024)"),
+    ],
+)
+def test_mistakes_that_need_no_model(fail, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fail(*arguments.split())
+
+
+def test_an_empty_prompt(fail, checkpoint, text_file):
+    assert "the prompt is empty" in fail(
+        "generate", "--model", checkpoint, "--prompt", ""
+    )
+    text_file.write_text("")
+    command = "generate", "--model", checkpoint, "--prompt-file", text_file
+    assert "the prompt is empty" in fail(*command)
+
+
+def test_a_prompt_that_is_not_utf8(fail, checkpoint, text_file):
+    text_file.write_bytes(b"caf\xe9 and more")
+    line = fail("generate", "--model", checkpoint, "--prompt-file", text_file)
+    assert "text.txt is not UTF-8: byte 0xe9 at offset 3; convert" in line
+
+
+def test_a_prompt_is_never_cut(fail, checkpoint, text_file):
+    options = ["--model", checkpoint, "--max-new-tokens", "13"]
+    line = fail("generate", *options, "--prompt", "x" * 500)
+    assert "500 tokens" in line
+    assert "512" in line
+    text_file.write_text("x" * 600)
+    line = fail("score", "--model", checkpoint, "--text", text_file)
+    assert "512" in line
+
+
+def test_a_context_beyond_the_models(fail, checkpoint, text_file, tmp_path):
+    model = ["--model", checkpoint, "--text", text_file, "--context", "600"]
+    message = "context=600 exceeds the 512 tokens the model was made for"
+    assert message in fail("eval", "--task", "passkey", *model)
+    assert message in fail("compare", *model, "--out", tmp_path / "out")
+
+
+def test_a_score_needs_tokens_after_the_prompt(fail, checkpoint, text_file):
+    text_file.write_text("hello")
+    options = ["score", "--model", checkpoint, "--text", text_file]
+    assert "prefill=9 must be in [1, 3]" in fail(*options, "--prefill", "9")
+    text_file.write_text("he")
+    assert "has 2 tokens" in fail(*options)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(fail, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert "cannot be written" in fail("compare", "--out", locked)
+
+
+def test_the_output_folder_is_tried_before_the_work(fail, tmp_path):
+    # The model does not exist either: the folder is complained about first.
+    (tmp_path / "file").write_text("")
+    line = fail("compare", "--model", "no/where/at/all", "--out", tmp_path / "file")
+    assert "file is not a folder: give --out another" in line
+
+
+def header_of(path):
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def write_shard(path, header, body):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def wrong_shape(folder):
+    header, body = header_of(folder / "model.safetensors")
+    entry = header["model.norm.weight"]
+    entry["shape"] = [entry["shape"][0] // 2, 2]
+    write_shard(folder / "model.safetensors", header, body)
+
+
+def nan_weights(folder):
+    header, body = header_of(folder / "model.safetensors")
+    start = header["model.norm.weight"]["data_offsets"][0]
+    body = body[:start] + np.float32(np.nan).tobytes() + body[start + 4 :]
+    write_shard(folder / "model.safetensors", header, body)
+
+
+def unknown_rope(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config["rope_scaling"] = {"rope_type": "spiral", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_config, "has no config.json"),
+        (no_tokenizer, "has no tokenizer.json"),
+        (no_weights, r"model\.safetensors"),
+        (cut_weights, r"model\.safetensors"),
+        (wrong_shape, r"model\.norm\.weight"),
+        (nan_weights, r"model\.norm\.weight.*NaN"),
+        (unknown_rope, "spiral"),
+    ],
+)
+def test_a_damaged_checkpoint(fail, broken, damage, message):
+    damage(broken)
+    line = fail("generate", "--model", broken, "--prompt", "x")
+    assert re.search(message, line), line
+
+
+def test_a_model_that_is_nowhere(fail):
+    line = fail("generate", "--model", "no/where/at/all", "--prompt", "x")
+    assert "no/where/at/all is no directory" in line
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, checkpoint):
+    def fault(*arguments, **options):
+        return json.loads("{")  # raised inside the standard library
+
+    monkeypatch.setattr(models, "load", fault)
+    with pytest.raises(json.JSONDecodeError):
+        cli.run(["generate", "--model", str(checkpoint), "--prompt", "x"])

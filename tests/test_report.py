@@ -1,0 +1,225 @@
+"""The report says what the results say, stands alone, and is written whole or not."""
+
+import html.parser
+import json
+import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+
+from kvjax import report
+from kvjax.evaluation.compare import Row
+from kvjax.evaluation.statistics import Interval, wilson
+
+
+def make_row(name, *, read, hits, lost=0.1):
+    return Row(
+        method=name,
+        bytes_read=read,
+        bytes_held=2 * read,
+        perplexity=Interval(7.1234, 6.0, 8.0, 3),
+        nats_lost=Interval(lost, lost - 0.05, lost + 0.05, 3),
+        passkey=wilson(hits, 4),
+        multikey=wilson(4 - hits, 4),
+        passkey_by_depth=((0.0, hits // 2, 2), (1.0, hits - hits // 2, 2)),
+        multikey_by_depth=((0.0, 1, 2), (1.0, 0, 2)),
+        top1_agreement=Interval(0.5, -math.inf, math.inf, 1),
+        kl=Interval(0.2, 0.1, 0.3, 3),
+        tokens_per_second=1234.5,
+        prefill_seconds=0.25,
+    )
+
+
+ROWS = [
+    make_row("full", read=64 * 1024, hits=4),
+    make_row("quest:budget=<32>", read=16 * 1024, hits=1),
+]
+SETTINGS = {"context": 512, "new_tokens": 16, "examples": 4, "windows": 3, "batch": 2}
+
+
+@pytest.fixture(scope="module")
+def results():
+    about = report.manifest(
+        version="1.2.3",
+        model="some model",
+        arguments=["compare", "--budget", "32"],
+        settings=SETTINGS,
+    )
+    return report.results(ROWS, about)
+
+
+@pytest.fixture(scope="module")
+def page(results):
+    return report.html(results)
+
+
+class Reader(html.parser.HTMLParser):
+    """Collects the table's cells, and whatever a page would load."""
+
+    def __init__(self):
+        super().__init__()
+        self.cells, self.loads, self.open = [], [], None
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag in ("script", "link", "img", "iframe"):
+            self.loads.append(tag)
+        for key in ("src", "href", "xlink:href"):
+            if not attributes.get(key, "#").startswith("#"):
+                self.loads.append(attributes[key])
+        if tag == "td":
+            self.cells.append("")
+            self.open = tag
+
+    def handle_endtag(self, tag):
+        if tag == "td":
+            self.open = None
+
+    def handle_data(self, data):
+        if self.open:
+            self.cells[-1] += data
+
+
+def test_results_are_json_without_infinities(results):
+    again = json.loads(json.dumps(results, allow_nan=False))
+    assert again["format"] == report.FORMAT
+    assert again["rows"][0]["top1_agreement"] == {
+        "mean": 0.5,
+        "low": None,
+        "high": None,
+        "n": 1,
+    }
+    assert again["rows"][1]["passkey_by_depth"][1] == {
+        "depth": 1.0,
+        "correct": 1,
+        "asked": 2,
+    }
+
+
+def test_the_manifest_can_be_run_again(results):
+    about = results["manifest"]
+    assert about["kvjax"] == "1.2.3"
+    assert about["arguments"] == ["compare", "--budget", "32"]
+    assert about["settings"] == SETTINGS
+    assert about["backend"] == "cpu"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", about["date"])
+    assert re.match(r"0\.\d+", about["jax"])
+
+
+def test_the_page_holds_the_table_and_loads_nothing(page, results):
+    reader = Reader()
+    reader.feed(page)
+    assert reader.loads == []
+    expected = [cell for row in report.table_rows(results) for cell in row]
+    assert reader.cells == expected
+    assert "quest:budget=<32>" in reader.cells  # escaped, so it survives
+    assert "url(http" not in page
+
+
+def test_the_tables_numbers(results):
+    full, quest = report.table_rows(results)
+    assert len(full) == len(quest) == len(report.HEADINGS)
+    assert full[4] == full[7] == "-"
+    assert quest == [
+        "quest:budget=<32>",
+        "16.0 KiB",
+        "32.0 KiB",
+        "7.123",
+        "+0.100 ±0.050",
+        "25% [5, 70]",
+        "75% [30, 95]",
+        "50%",
+        "1,234",
+        "0.25",
+    ]
+
+
+def test_figures_are_svg_that_parses_and_shows_every_method(results):
+    for figure in (report.scatter(results), report.needles(results)):
+        text = report.svg(figure)
+        root = ElementTree.fromstring(text)
+        assert root.tag.endswith("svg")
+        said = "".join(root.itertext())
+        assert "full" in said
+        assert "quest:budget=<32>" in said
+
+
+def test_the_heat_map_shows_the_counts_at_their_depths(results):
+    figure = report.needles(results)
+    axis = figure.axes[0]
+    shown = {text.get_position(): text.get_text() for text in axis.texts}
+    expected = {(0, 0): "2/2", (1, 0): "2/2", (0, 1): "0/2", (1, 1): "1/2"}
+    assert shown == {(x + 0.5, y + 0.5): text for (x, y), text in expected.items()}
+    assert axis.get_ylim() == (2, 0)  # the first method on top
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["0%", "100%"]
+    assert axis.collections[0].get_array().tolist() == [[1.0, 1.0], [0.0, 0.5]]
+
+
+def test_the_scatter_has_each_method_at_its_bytes_and_accuracy(results):
+    axis = report.scatter(results).axes[0]
+    points = [tuple(map(float, bars[0].get_xydata()[0])) for bars in axis.containers]
+    assert points == [(64.0, 1.0), (16.0, 0.25)]
+
+
+def test_the_same_results_make_the_same_page(page, results):
+    assert report.html(results) == page
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (98304, "96.0 KiB"),
+        (5 * 1024**2, "5.00 MiB"),
+        (300 * 1024**3, "300 GiB"),
+    ],
+)
+def test_bytes_in_binary_units(count, text):
+    assert report.format_bytes(count) == text
+
+
+def test_both_files_are_written_and_replaced(tmp_path, results):
+    (tmp_path / "report.html").write_text("old")
+    page, data = report.write(tmp_path, results)
+    assert page.read_text("utf-8").startswith("<!doctype html>")
+    assert json.loads(data.read_text("utf-8")) == results
+    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "results.json"}
+    assert page.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    target = tmp_path / "results.json"
+    target.write_text("old")
+
+    def fail(*arguments):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(report.pathlib.Path, "replace", fail)
+    with pytest.raises(OSError, match="disk full"):
+        report.write_text(target, "new")
+    assert target.read_text() == "old"
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
+def test_a_folder_is_tried_before_the_work(tmp_path):
+    report.check_writable(tmp_path / "new" / "folder")
+    assert os.listdir(tmp_path / "new" / "folder") == []
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(
+            NotADirectoryError, match="not a folder: give --out another"
+        ):
+            report.check_writable(folder)
+
+
+def test_the_terminal_table_has_every_cell(results, capsys):
+    report.print_table(results)
+    out = capsys.readouterr().out
+    for cell in report.table_rows(results)[1]:
+        assert cell in out
+    assert "512 tokens" in " ".join(out.split())
