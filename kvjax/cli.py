@@ -38,7 +38,8 @@ _METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
 ModelOption = Annotated[str | None, typer.Option("--model", help=_MODEL_HELP)]
 MethodOption = Annotated[str, typer.Option("--method", help=_METHOD_HELP)]
 DtypeOption = Annotated[
-    str | None, typer.Option("--dtype", help="Of weights and cache, e.g. bfloat16.")
+    str | None,
+    typer.Option("--dtype", help="Of weights and cache; on CPU float32 if left out."),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.")
@@ -423,12 +424,17 @@ def _methods(
 
 def _load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     """The model, with compiled code kept between runs."""
+    import jax
+
     import models
     from models import embedded
 
     _keep_compiled_code()
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"{dtype=} must be float32, bfloat16 or float16.")
+    if dtype is None and jax.default_backend() == "cpu":
+        # XLA's CPU backend converts whole bfloat16 buffers at every step.
+        dtype = "float32"
     path = embedded.path("softmax") if model is None else model
     loaded = models.load(path, dtype=dtype)
     if model is None:

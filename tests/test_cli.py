@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from tiny import tiny_model
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
@@ -20,7 +21,6 @@ from kvjax import cli, registry
 from kvjax.generate import generate
 from kvjax.scoring import score
 from models.llama.tokenizer import HFTokenizer
-from tests.tiny import tiny_model
 
 TEXT = "".join(
     f"line {i * 7919 % 1000} is about {'abcdefgh'[i % 8]}.\n" for i in range(90)

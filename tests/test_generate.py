@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import EOS, SMALL, ByteTokenizer, dense, tiny_model
 
 import kvjax
 from kvjax import cache, registry
@@ -12,14 +13,12 @@ from kvjax.generate import Generation, bucket, generate, prefill, stream
 from kvjax.interface import LanguageModel
 from kvjax.rope import Rope
 from kvjax.sampling import Sampling, active
-from tests.tiny import EOS, ByteTokenizer, tiny_model
 
 MODEL = tiny_model()
 RNG = np.random.default_rng(0)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (45, 1, 70)]
 
 # Smaller than the longest prompt here, so that every method leaves something out.
-SMALL = dict(budget=16, page_size=4, num_sinks=2, window=4, recent=1, kernel=3)
 
 
 @pytest.fixture(scope="module", params=registry.names())
@@ -124,20 +123,6 @@ def test_prefill_ends_at_each_rows_last_token():
         np.testing.assert_allclose(done.hidden[row], hidden[0, -1], atol=2e-4)
         assert done.recent[row].tolist() == prompt[-1:]
     assert [int(n) for n in done.states[0].length] == [len(p) for p in PROMPTS]
-
-
-def dense(layer, q, k, v):
-    """Causal attention in float64, sharing no code with the library's but the rope."""
-    del layer
-    positions = jnp.arange(q.shape[2], dtype=jnp.int32)[None]
-    rope = Rope(q.shape[3])
-    q, k = (np.asarray(rope(x, positions), np.float64) for x in (q, k))
-    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, np.asarray(v)))
-    logits = np.einsum("bhtd,bhsd->bhts", q, k) / np.sqrt(q.shape[3])
-    logits = np.where(np.tril(np.ones(logits.shape[2:], bool)), logits, -np.inf)
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights /= weights.sum(-1, keepdims=True)
-    return jnp.asarray(np.einsum("bhts,bhsd->bhtd", weights, v), jnp.float32)
 
 
 def test_greedy_decoding_repeats_the_whole_forward_pass():

@@ -42,7 +42,7 @@ def tree() -> str:
             if relative.name == "__init__.py" and len(relative.parts) == 1:
                 continue
             first = (docstring or "").split("\n\n")[0].replace("\n", " ")
-            clause = re.split(r"(?<=[^.]{3})[.:;] ", first)[0].rstrip(".")
+            clause = re.split(r"(?<=[^.]{3})\. ", first)[0].rstrip(".")
             lines.append(f"  {relative.as_posix():<34} {clause}".rstrip())
     return "\n".join([*lines, "```"])
 

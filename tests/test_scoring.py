@@ -4,13 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import SMALL, dense, tiny_model
 
 import kvjax
 from kvjax import registry, scoring
 from kvjax.generate import generate
 from kvjax.scoring import score
-from tests.test_generate import SMALL, dense
-from tests.tiny import tiny_model
 
 MODEL = tiny_model(scale=5.0)
 RNG = np.random.default_rng(1)

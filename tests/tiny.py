@@ -4,6 +4,8 @@ Weights are scaled up so that a greedy choice is decisive and depends on the con
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from kvjax.interface import LanguageModel
 from kvjax.rope import Rope
@@ -11,6 +13,8 @@ from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
 
 EOS = 256  # one past the bytes
+# Options of any method, of a budget below the prompts of these tests.
+SMALL = dict(budget=16, page_size=4, num_sinks=2, window=4, recent=1, kernel=3)
 
 
 class ByteTokenizer:
@@ -50,3 +54,17 @@ def tiny_model(*, seed: int = 0, scale: float = 12.0, **overrides) -> LanguageMo
         lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, decoder.init(seed)
     )
     return LanguageModel(decoder, params, ByteTokenizer(), (EOS,), "tiny")
+
+
+def dense(layer, q, k, v):
+    """Causal attention in float64, sharing no code with the library's but the rope."""
+    del layer
+    positions = jnp.arange(q.shape[2], dtype=jnp.int32)[None]
+    rope = Rope(q.shape[3])
+    q, k = (np.asarray(rope(x, positions), np.float64) for x in (q, k))
+    k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, np.asarray(v)))
+    logits = np.einsum("bhtd,bhsd->bhts", q, k) / np.sqrt(q.shape[3])
+    logits = np.where(np.tril(np.ones(logits.shape[2:], bool)), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return jnp.asarray(np.einsum("bhts,bhsd->bhtd", weights, v), jnp.float32)

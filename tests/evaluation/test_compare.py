@@ -2,13 +2,13 @@
 
 import numpy as np
 import pytest
+from tiny import tiny_model
 
 import kvjax
 from kvjax import accounting
 from kvjax.evaluation import compare, single, tasks
 from kvjax.generate import Generation
 from kvjax.scoring import score
-from tests.tiny import tiny_model
 
 MODEL = tiny_model(num_layers=1)
 TEXT = "".join(

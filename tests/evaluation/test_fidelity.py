@@ -1,14 +1,14 @@
 """Agreement against SciPy, and the side-by-side transform against methods run alone."""
 
+import drive
 import numpy as np
 import pytest
 from scipy import special, stats
+from tiny import tiny_model
 
 import kvjax
 from kvjax.evaluation import fidelity
 from kvjax.generate import prefill
-from tests import drive
-from tests.tiny import tiny_model
 
 PROMPTS, STEPS = (21, 9), 5
 

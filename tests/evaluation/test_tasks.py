@@ -4,9 +4,9 @@ import re
 
 import numpy as np
 import pytest
+from tiny import ByteTokenizer
 
 from kvjax.evaluation import tasks
-from tests.tiny import ByteTokenizer
 
 RNG = np.random.default_rng(0)
 LINES = [

@@ -2,15 +2,14 @@
 
 Run from the repository root, with torch and transformers installed:
 
-    python -m tests.models.make_goldens
+    python tests/models/make_goldens.py
 """
 
 import tempfile
 from pathlib import Path
 
+import checkpoints
 import numpy as np
-
-from tests.models import checkpoints
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
 

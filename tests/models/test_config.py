@@ -3,10 +3,10 @@
 import dataclasses
 
 import pytest
+from checkpoints import BASE, CONFIGS, LLAMA3, YARN
 
 from kvjax.rope import Rope
 from models.llama import from_hf, to_hf
-from tests.models.checkpoints import BASE, CONFIGS, LLAMA3, YARN
 
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"],

@@ -3,16 +3,16 @@
 import dataclasses
 import json
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from make_goldens import GOLDENS, reference
 
 from kvjax.methods.full import full
 from kvjax.rope import Rope
 from models import llama
-from tests.models import checkpoints
-from tests.models.make_goldens import GOLDENS, reference
 
 # Largest absolute difference of logits of deviation 1.
 TOLERANCE = 2e-5

@@ -4,19 +4,19 @@ import json
 import subprocess
 import sys
 
+import checkpoints
 import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from make_goldens import GOLDENS
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+from tokenizers_made import write_byte_level
 
 import models
 from models import llama
-from tests.models import checkpoints
-from tests.models.make_goldens import GOLDENS
-from tests.models.test_tokenizer import write_byte_level
 
 GENERATION = {"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True}
 WEIGHTS = "model.safetensors"
