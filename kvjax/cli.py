@@ -312,7 +312,7 @@ def evaluate(
     parsed, full = registry.parse(method), registry.parse("full")
     content = _heldout() if text is None else _read(text)
     language_model = _load(model, dtype)
-    with _progress() as progress:
+    with report.progress() as progress:
         result = single.run(
             task,
             language_model,
@@ -376,7 +376,7 @@ def compare(
     content = _heldout() if text is None else _read(text)
     language_model = _load(model, dtype)
     inputs = comparison.make_inputs(language_model, content, settings)
-    with _progress() as progress:
+    with report.progress() as progress:
         rows = comparison.compare(
             language_model, parsed, inputs, settings, progress=progress
         )
@@ -493,26 +493,3 @@ def _positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
-
-
-@contextlib.contextmanager
-def _progress():
-    """A progress bar a method on stderr; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bars: dict[str, int] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-
-        def update(name: str, fraction: float) -> None:
-            if name not in bars:
-                bars[name] = bar.add_task(name, total=1.0)
-            bar.update(bars[name], completed=fraction)
-
-        yield update
-
-
-if __name__ == "__main__":
-    main()

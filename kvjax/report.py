@@ -1,8 +1,9 @@
-"""Results for people and for programs: a table, one HTML page, one JSON document.
+"""What people and programs get to see: progress, a table, one HTML page, one JSON file.
 
 The page is self-contained: figures are inline SVG, and it loads nothing.
 """
 
+import contextlib
 import datetime
 import importlib.metadata
 import io
@@ -261,6 +262,25 @@ def print_task(document: Mapping[str, Any]) -> None:
                 f"  layer {layer['layer']}: output error {layer['error']['mean']:.4f}, "
                 f"softmax mass recovered {layer['mass']['mean']:.4f}"
             )
+
+
+@contextlib.contextmanager
+def progress():
+    """A progress bar a method on stderr; nothing where stderr is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    bars: dict[str, int] = {}
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+
+        def update(name: str, fraction: float) -> None:
+            if name not in bars:
+                bars[name] = bar.add_task(name, total=1.0)
+            bar.update(bars[name], completed=fraction)
+
+        yield update
 
 
 def html(results: Mapping[str, Any]) -> str:

@@ -223,7 +223,7 @@ def init_params(decoder: LlamaDecoder, seed: int) -> Params:
         gain = 1.0
         if "'o'" in name or "'down'" in name:
             gain = (2 * decoder.num_layers) ** -0.5
-        return x * (gain * fan_in**-0.5 / 0.02)
+        return x * (gain * x.shape[0] ** -0.5 / 0.02)
 
     return jax.tree_util.tree_map_with_path(scale, decoder.init(seed))
 

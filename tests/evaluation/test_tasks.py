@@ -190,3 +190,13 @@ def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
 def test_errors_name_the_values_and_the_fix(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_the_answer_is_new_also_in_a_text_full_of_digits(make):
+    # A quarter of all five-digit strings occur in each haystack.
+    rng = np.random.default_rng(0)
+    text = "".join(
+        "".join(map(str, rng.integers(0, 10, 200))) + "\n" for _ in range(150)
+    )
+    for example in make(BYTES, text, context=30_000, n=20):
+        assert example.text.count(example.answer) == 1
