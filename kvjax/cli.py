@@ -24,7 +24,7 @@ from kvjax.describe import describe
 app = typer.Typer(
     name="kvjax",
     help="Decoding with long contexts in JAX, without drowning in KV-cache traffic.",
-    epilog="Example: kvjax compare --budget 256",
+    epilog="Example: kvjax compare --budget 128",
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -286,7 +286,7 @@ def score(
 
 @app.command(
     "eval",
-    epilog="Example: kvjax eval --task passkey --method quest:budget=256 --n 20",
+    epilog="Example: kvjax eval --task passkey --method quest:budget=128 --n 20",
 )
 def evaluate(
     task: Annotated[
@@ -294,7 +294,7 @@ def evaluate(
     ],
     method: MethodOption = "full",
     model: ModelOption = None,
-    context: ContextOption = 1024,
+    context: ContextOption = 512,
     n: Annotated[int, typer.Option(help="Examples, or windows of text.")] = 20,
     seed: SeedOption = 0,
     new_tokens: NewTokensOption = 64,
@@ -335,17 +335,17 @@ def evaluate(
         report.print_task(document)
 
 
-@app.command(epilog="Example: kvjax compare --budget 256 --method quest --method h2o")
+@app.command(epilog="Example: kvjax compare --budget 64 --method quest --method h2o")
 def compare(
     model: ModelOption = None,
     method: Annotated[
         list[str] | None,
         typer.Option(help=_METHOD_HELP + " May be repeated; every method if left out."),
     ] = None,
-    context: ContextOption = 1024,
+    context: ContextOption = 512,
     budget: Annotated[
         int, typer.Option(help="Tokens per KV head, where a method does not say.")
-    ] = 256,
+    ] = 128,
     n: Annotated[int, typer.Option(help="Examples of each retrieval task.")] = 15,
     windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 8,
     new_tokens: NewTokensOption = 64,

@@ -315,8 +315,8 @@ def test_a_cache_that_cannot_be_made_is_no_fault(
         ("compare --n -3", "examples=-3 must be at least 1"),
         ("compare --budget 0", "budget=0 must be at least 1"),
         ("compare --budget 16", "snapkv:budget=16: budget=16 must exceed window=32"),
-        ("compare --budget 2048", "budget=2048 must be below context=1024"),
-        ("compare --new-tokens 2000", "new_tokens=2000 must be in [2, context=1024)"),
+        ("compare --budget 2048", "budget=2048 must be below context=512"),
+        ("compare --new-tokens 2000", "new_tokens=2000 must be in [2, context=512)"),
     ],
 )
 def test_mistakes_that_need_no_model(fail, arguments, message, tmp_path, monkeypatch):

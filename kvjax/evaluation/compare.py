@@ -39,7 +39,7 @@ class Settings:
         chunk_size: most prompt tokens processed at once.
     """
 
-    context: int = 1024
+    context: int = 512
     new_tokens: int = 64
     examples: int = 15
     windows: int = 8

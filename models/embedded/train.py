@@ -219,7 +219,6 @@ def init_params(decoder: LlamaDecoder, seed: int) -> Params:
         name = jax.tree_util.keystr(path)
         if x.ndim < 2 or "embedding" in name:
             return x
-        fan_in = x.shape[0]
         gain = 1.0
         if "'o'" in name or "'down'" in name:
             gain = (2 * decoder.num_layers) ** -0.5
