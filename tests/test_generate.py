@@ -203,6 +203,19 @@ def test_repetition_penalty_sees_prompt_and_generated_tokens():
     assert len(set(penalised.tokens)) == 20
 
 
+class Script:
+    """A tokenizer whose tokens stand for given pieces of bytes."""
+
+    def __init__(self, pieces):
+        self.pieces = pieces
+
+    def encode(self, text):
+        return list(text.encode())
+
+    def decode(self, tokens):
+        return b"".join(self.pieces[token] for token in tokens).decode(errors="replace")
+
+
 @pytest.fixture(scope="module")
 def greedy():
     """Forty greedy tokens of a prompt."""
