@@ -37,7 +37,7 @@ def get(name: str) -> Callable[..., Method]:
         ValueError: if there is none; the message has the nearest name.
     """
     if name not in _FACTORIES:
-        raise ValueError(f"unknown method {name!r}{_nearest(name, _FACTORIES)}.")
+        raise ValueError(f"unknown method {name!r}{_nearest(name, _FACTORIES)}")
     return _FACTORIES[name]
 
 
@@ -95,7 +95,7 @@ def _split(part: str) -> tuple[str, dict]:
         if not equals:
             raise ValueError(f"{item!r} in {part!r} must read option=value.")
         if key not in known:
-            raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}.")
+            raise ValueError(f"{name} has no option {key!r}{_nearest(key, known)}")
         if key in given:
             raise ValueError(f"option {key!r} is given twice in {part!r}.")
         given[key] = _convert(name, known[key], value)
@@ -131,4 +131,4 @@ def _nearest(name: str, known) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
-    return f"; known: {', '.join(known) or 'none'}"
+    return f"; known: {', '.join(known) or 'none'}."
