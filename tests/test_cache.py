@@ -86,3 +86,28 @@ def test_a_spec_that_cannot_be_is_refused(field, value, message):
     fields = {"capacity": 100, "dtype": "float32", "rope": Rope(8), "max_new_tokens": 0}
     with pytest.raises(ValueError, match=message):
         CacheSpec(**(sizes | fields | {field: value}))
+
+
+@pytest.mark.parametrize("update", ["set", "min", "max"])
+@pytest.mark.parametrize("size", [1, 3, 7], ids="T{}".format)
+def test_a_run_is_written_token_by_token_and_never_clamped(size, update):
+    """Both forms, row by row (CPU) and a scatter, against a loop; also past the end."""
+    slots, starts = 5, np.array([0, 1, 3, 4, 5, 9], np.int32)
+    rng = np.random.default_rng(size)
+    counts = np.array([size, max(size - 1, 0), size, size, size, size], np.int32)
+    buffer = rng.normal(size=(6, 2, slots, 3)).astype(np.float32)
+    rows = rng.normal(size=(6, 2, size, 3)).astype(np.float32)
+    combine = {"set": lambda old, new: new, "min": np.minimum, "max": np.maximum}
+    expected = buffer.copy()
+    for b in range(6):
+        for t in range(counts[b]):
+            if (slot := starts[b] + t) < slots:
+                old, new = expected[b, :, slot], rows[b, :, t]
+                expected[b, :, slot] = combine[update](old, new)
+    arrays = [jnp.asarray(x) for x in (buffer, rows, starts, counts)]
+    by_row = cache.write_run(*arrays, update)
+    run = starts[:, None] + np.arange(size, dtype=np.int32)
+    valid = np.arange(size) < counts[:, None]
+    scattered = cache._scatter(*arrays[:2], jnp.asarray(run), valid, update)
+    np.testing.assert_array_equal(by_row, expected)
+    np.testing.assert_array_equal(scattered, expected)
