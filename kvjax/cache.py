@@ -1,5 +1,6 @@
 """Buffers of a cache: allocate, write, gather. Positions out of range write nothing."""
 
+import functools
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -10,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.interface import CacheSpec
 from kvjax.partials import Partial
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.entmax import entmax_attention
 
 # What a new floating-point buffer holds. Tests set a huge finite number, so that any
 # weight on a slot that was never written shows in the output. Not NaN: attention reads
@@ -208,10 +210,16 @@ def rotate_queries(
 def attend(
     store: Contiguous, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
 ) -> Partial:
-    """Causal attention of rotated queries at `positions` over the whole store."""
-    return Partial(
-        *decode_attention(q, store.k, store.v, positions, sm_scale=store.spec.sm_scale)
-    )
+    """Causal attention of rotated queries at `positions` over the whole store.
+
+    By the model's own normaliser: of entmax, `lse` is as in
+    :class:`kvjax.interface.Diagnostics`, and the result cannot be merged.
+    """
+    spec = store.spec
+    normaliser = decode_attention
+    if spec.alpha != 1:
+        normaliser = functools.partial(entmax_attention, alpha=spec.alpha)
+    return Partial(*normaliser(q, store.k, store.v, positions, sm_scale=spec.sm_scale))
 
 
 class Kept(NamedTuple):

@@ -12,6 +12,7 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -43,6 +44,7 @@ class CacheSpec:
             the prompt's cache but keep every generated token size their buffers by it.
         sm_scale: factor on the logits; None means ``head_dim ** -0.5``.
         layer: index of the layer, for transforms that treat layers differently.
+        alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
     """
 
     batch: int
@@ -55,6 +57,7 @@ class CacheSpec:
     max_new_tokens: int = 0
     sm_scale: float | None = None
     layer: int = 0
+    alpha: float = 1.0
 
     def __post_init__(self):
         for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):
@@ -71,6 +74,10 @@ class CacheSpec:
                 f"max_new_tokens={self.max_new_tokens} must be in "
                 f"[0, capacity={self.capacity}]."
             )
+        if not (self.alpha >= 1 and math.isfinite(self.alpha)):
+            raise ValueError(
+                f"alpha={self.alpha} must be at least 1 (softmax) and finite."
+            )
         if self.sm_scale is None:
             object.__setattr__(self, "sm_scale", self.head_dim**-0.5)
 
@@ -84,10 +91,15 @@ class Diagnostics(NamedTuple):
     """What one decode step attended to. Every method fills every field.
 
     Under `jax.jit` an unused field costs nothing: XLA removes its computation.
+
+    Of entmax attention `attended` lists what was read, weights of exactly 0 included,
+    and `lse` is the value max over p of p . logits + H(p), H the Tsallis entropy. For
+    softmax, whose H is Shannon's, that value is the log-sum-exp. Either grows with the
+    set attended to; only softmax's tells the mass of one set in another.
     """
 
     attended: Int[Array, "B H N"]  # absolute positions, -1 = none; H is Hkv or Hq
-    lse: Float[Array, "B Hq T"]  # log-sum-exp of the attended logits
+    lse: Float[Array, "B Hq T"]  # log-sum-exp of the attended logits (see below)
     refreshed: Bool[Array, "B"]  # this step read the whole cache
 
 

@@ -1,12 +1,14 @@
 """Softmax attention over disjoint sets of keys: partial results and how they merge."""
 
-from functools import reduce
+import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.interface import Method
 from pallas_kernels.decode_attention import decode_logits
 
 
@@ -19,7 +21,7 @@ class Partial(NamedTuple):
 
 def merge(*partials: Partial) -> Partial:
     """Attention over the union of disjoint sets. Associative and commutative."""
-    return reduce(_merge_two, partials)
+    return functools.reduce(_merge_two, partials)
 
 
 def _merge_two(a: Partial, b: Partial) -> Partial:
@@ -28,6 +30,34 @@ def _merge_two(a: Partial, b: Partial) -> Partial:
     safe = jnp.where(lse == -jnp.inf, 0.0, lse)
     weight_a, weight_b = jnp.exp(a.lse - safe), jnp.exp(b.lse - safe)
     return Partial(weight_a[..., None] * a.out + weight_b[..., None] * b.out, lse)
+
+
+def softmax_only(factory: Callable[..., Method]) -> Callable[..., Method]:
+    """Decorates the factory of a method that computes or estimates softmax weights.
+
+    Entmax needs its threshold over all keys at once, and gives weights of exactly 0:
+    parts of it do not merge, and scores made for softmax do not rank it.
+
+    Returns:
+        The factory, whose methods raise `ValueError` in `init` for another attention.
+    """
+
+    @functools.wraps(factory)
+    def make(*args, **options):
+        method = factory(*args, **options)
+
+        def init(spec, weights=None):
+            if spec.alpha != 1:
+                raise ValueError(
+                    f"method {factory.__name__} approximates softmax attention, but "
+                    f"the model's attention is entmax with alpha={spec.alpha}; "
+                    "use full."
+                )
+            return method.init(spec, weights)
+
+        return method._replace(init=init)
+
+    return make
 
 
 def weighted_attention(

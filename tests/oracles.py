@@ -68,11 +68,56 @@ def softmax_attention(query, keys, values, sm_scale=None):
     return out, top + math.log(terms.sum()), weights
 
 
+def entmax(scores, alpha):
+    """Probabilities of one list of scores, its threshold found by halving."""
+    z = (alpha - 1) * np.asarray(scores, np.float64)
+    low, high = z.max() - 1, z.max()
+    for _ in range(100):
+        middle = (low + high) / 2
+        mass = sum(max(x - middle, 0.0) ** (1 / (alpha - 1)) for x in z if x > middle)
+        low, high = (middle, high) if mass >= 1 else (low, middle)
+    p = np.array([max(x - low, 0.0) ** (1 / (alpha - 1)) for x in z])
+    return p / p.sum()
+
+
+def entmax_sorted(scores, alpha):
+    """The exact algorithms for alpha 1.5 and 2, by sorting."""
+    z = (alpha - 1) * np.asarray(scores, np.float64)
+    z = z - z.max()
+    ranked = np.sort(z)[::-1]
+    count = np.arange(1, len(z) + 1)
+    if alpha == 2:  # Martins and Astudillo 2016
+        tau = (np.cumsum(ranked) - 1) / count
+        inside = ranked > tau
+    else:  # Peters, Niculae and Martins 2019, Algorithm 2
+        assert alpha == 1.5
+        mean = np.cumsum(ranked) / count
+        spread = np.cumsum(ranked**2) - count * mean**2
+        tau = mean - np.sqrt(np.maximum((1 - spread) / count, 0))
+        inside = tau <= ranked
+    return np.maximum(z - tau[inside.sum() - 1], 0) ** (1 / (alpha - 1))
+
+
+def entmax_attention(query, keys, values, alpha, sm_scale=None):
+    """As `softmax_attention`; for the log-sum-exp, the maximum that entmax attains."""
+    query = np.asarray(query, np.float64)
+    if len(keys) == 0:
+        return np.zeros_like(query), -math.inf, np.zeros(0)
+    scale = query.shape[-1] ** -0.5 if sm_scale is None else sm_scale
+    scores = np.array([scale * float(np.dot(query, key)) for key in keys])
+    p = entmax(scores, alpha)
+    entropy = sum(x - x**alpha for x in p) / (alpha * (alpha - 1))
+    values = np.asarray(values, np.float64)
+    out = sum(w * x for w, x in zip(p, values, strict=True))
+    return out, float(p @ scores) + entropy, p
+
+
 class _Attention:
     """Attention of a row's tokens, keys and queries at their absolute positions."""
 
-    def __init__(self, row: Row):
+    def __init__(self, row: Row, alpha: float = 1.0):
         self.row = row
+        self.alpha = alpha
         self.q = self._rotated(row.q)
         self.k = self._rotated(row.k)
 
@@ -87,12 +132,12 @@ class _Attention:
     def __call__(self, t, h, kept):
         """Query head `h` of token `t` over the positions `kept`."""
         kv = h // self.row.group
-        return softmax_attention(
-            self.q[h, t],
-            [self.k[kv, j] for j in kept],
-            [self.row.v[kv, j] for j in kept],
-            self.row.sm_scale,
-        )
+        query = self.q[h, t]
+        keys = [self.k[kv, j] for j in kept]
+        values = [self.row.v[kv, j] for j in kept]
+        if self.alpha != 1:
+            return entmax_attention(query, keys, values, self.alpha, self.row.sm_scale)
+        return softmax_attention(query, keys, values, self.row.sm_scale)
 
 
 class _Recorder:
@@ -151,9 +196,9 @@ def _by_query_head(row, kept_of_kv):
 # --- methods
 
 
-def full(row: Row) -> Trace:
+def full(row: Row, alpha: float = 1.0) -> Trace:
     """Every token sees all tokens up to itself."""
-    attention, record = _Attention(row), _Recorder(row)
+    attention, record = _Attention(row, alpha), _Recorder(row)
     for t in range(row.num_tokens):
         _step(attention, record, t, _everything(row, t))
     return record.trace()

@@ -214,6 +214,24 @@ def test_output_is_attention_over_what_was_attended(spec):
     )
 
 
+@pytest.mark.parametrize("name", registry.names())
+def test_only_full_takes_an_entmax_model(name):
+    """A method made for softmax says so before it returns something else."""
+    stream = drive.make_stream((1, 5), 1)
+    method = registry.parse(spelled(name))
+    spec = drive.make_spec(stream, layer=LAYER, alpha=1.5)
+    if name == "full":
+        drive.assert_matches(
+            drive.run(method, spec, stream), stream, oracles.full, alpha=1.5
+        )
+        return
+    message = f"{name} approximates softmax .* entmax with alpha=1.5; use full"
+    for wrapped in (method, registry.parse("dense_layers+" + spelled(name))):
+        with pytest.raises(ValueError, match=message):
+            wrapped.init(spec)
+    method.init(dataclasses.replace(spec, alpha=1.0))
+
+
 # --- rows, chunks, loops
 
 

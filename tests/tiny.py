@@ -44,14 +44,15 @@ def tiny_config(**overrides) -> LlamaConfig:
     return LlamaConfig(**(sizes | overrides))
 
 
-def tiny_model(*, seed: int = 0, scale: float = 12.0, **overrides) -> LanguageModel:
+def tiny_model(*, seed: int = 0, deviation: float = 0.24, **overrides) -> LanguageModel:
     """A random Llama; `overrides` are fields of its configuration.
 
-    `scale` multiplies every matrix (deviation 0.02 becomes 0.24): norms stay 1.
+    Every matrix is scaled to `deviation`; norms stay 1.
     """
     decoder = LlamaDecoder(tiny_config(**overrides))
     params = jax.tree.map(
-        lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, decoder.init(seed)
+        lambda leaf: leaf * (deviation / leaf.std()) if leaf.ndim > 1 else leaf,
+        decoder.init(seed),
     )
     return LanguageModel(decoder, params, ByteTokenizer(), (EOS,), "tiny")
 

@@ -9,6 +9,8 @@ from kvjax.interface import Diagnostics, Method, Traffic
 def full() -> Method:
     """Keeps every key and value and attends to all of them.
 
+    By the model's own normaliser: softmax, or entmax of any alpha.
+
     Returns:
         A :class:`kvjax.Method` over :class:`kvjax.cache.Contiguous`.
 
@@ -18,6 +20,8 @@ def full() -> Method:
 
     Source:
         Vaswani et al., "Attention Is All You Need", NeurIPS 2017, arXiv:1706.03762.
+        Entmax: Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models", ACL
+        2019, arXiv:1905.05702.
     Deviations:
         none known.
 

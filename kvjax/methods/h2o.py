@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 from kvjax import cache, selection
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import weighted_attention
+from kvjax.partials import softmax_only, weighted_attention
 
 
 class H2OPrompt(NamedTuple):
@@ -24,6 +24,7 @@ class H2OState(NamedTuple):
     scores: Float[Array, "B Hkv N"]
 
 
+@softmax_only
 def h2o(
     *,
     budget: int = 1024,

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from kvjax import cache, selection
 from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.partials import softmax_only
 from pallas_kernels.decode_attention import decode_logits
 
 
+@softmax_only
 def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Method:
     """Reads every key to find the tokens with most attention, then uses only those.
 

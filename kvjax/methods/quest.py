@@ -6,10 +6,12 @@ import jax.numpy as jnp
 
 from kvjax import cache, paging, selection
 from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.partials import softmax_only
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds
 
 
+@softmax_only
 def quest(
     *,
     budget: int = 1024,

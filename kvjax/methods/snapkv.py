@@ -7,6 +7,7 @@ from jaxtyping import Array, Float
 
 from kvjax import cache, selection
 from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.partials import softmax_only
 from pallas_kernels.decode_attention import decode_attention
 
 
@@ -17,6 +18,7 @@ class SnapKVPrompt(NamedTuple):
     queries: Float[Array, "B Hq W D"]  # the newest W = window, rotated, a ring
 
 
+@softmax_only
 def snapkv(
     *,
     budget: int = 1024,

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import cache
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.partials import Partial, merge
+from kvjax.partials import Partial, merge, softmax_only
 from pallas_kernels.decode_attention import decode_attention
 
 
@@ -22,6 +22,7 @@ class StreamingState(NamedTuple):
     length: Int[Array, "B"]  # tokens seen, not slots used
 
 
+@softmax_only
 def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
     """Keeps the first few tokens and the newest ones; forgets what lies between.
 

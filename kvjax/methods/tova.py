@@ -8,7 +8,7 @@ from jaxtyping import Array, Float
 
 from kvjax import cache, selection
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import weighted_attention
+from kvjax.partials import softmax_only, weighted_attention
 from pallas_kernels.decode_attention import decode_logits
 
 
@@ -26,6 +26,7 @@ class TovaState(NamedTuple):
     weights: Float[Array, "B 1 N"]  # the newest query's, averaged over the heads
 
 
+@softmax_only
 def tova(*, budget: int = 1024) -> Method:
     """Drops, when full, the token to which the newest query attends least.
 

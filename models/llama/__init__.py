@@ -7,10 +7,8 @@ import jax
 
 from kvjax.interface import Params
 from models.llama import tokenizer, weights
-from models.llama.config import ARCHITECTURES, LlamaConfig, from_hf, to_hf
+from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, to_hf
 from models.llama.model import LlamaDecoder
-
-MODEL_TYPES = tuple(ARCHITECTURES)
 
 __all__ = [
     "MODEL_TYPES",

@@ -5,6 +5,7 @@ asks for something else is an error naming it, never a model that is silently wr
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class LlamaConfig:
         dtype: of weights, activations and cache.
         sliding_window: window of the checkpoint, tokens, None if it has none. Attention
             here is always over everything: up to `context` tokens that is the same.
+        attention_alpha: 1 is softmax, above 1 alpha-entmax attention.
     """
 
     vocab_size: int
@@ -52,6 +54,15 @@ class LlamaConfig:
     family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
     dtype: jax.typing.DTypeLike = "float32"
     sliding_window: int | None = None
+    attention_alpha: float = 1.0
+
+    def __post_init__(self):
+        alpha = self.attention_alpha
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not (is_number and alpha >= 1 and math.isfinite(alpha)):
+            raise ValueError(
+                f"attention_alpha={alpha!r} must be a finite number >= 1; 1 is softmax."
+            )
 
 
 ARCHITECTURES = {
@@ -60,6 +71,10 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+# What is written for entmax attention, after the family's name: libraries that know
+# the family only must refuse the checkpoint, or they would run it with softmax.
+_ENTMAX = "_entmax"
+MODEL_TYPES = (*ARCHITECTURES, *(family + _ENTMAX for family in ARCHITECTURES))
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = (
     "vocab_size",
@@ -87,6 +102,7 @@ _HANDLED = {
     "use_sliding_window",
     "max_window_layers",  # `context` keeps every layer inside a window
     "layer_types",
+    "attention_alpha",  # ours: absent is softmax
 }
 # Keys that change nothing here whatever they say: bookkeeping, training, sampling.
 _HARMLESS = {
@@ -164,11 +180,18 @@ def from_hf(
         ValueError: if the family or rope scaling is unknown, a required key is missing,
             or a key asks for something this model does not do.
     """
-    family = config.get("model_type")
-    if family not in ARCHITECTURES:
+    model_type = config.get("model_type")
+    if model_type not in MODEL_TYPES:
         raise ValueError(
-            f"model_type={family!r} is not supported; supported: "
-            f"{', '.join(ARCHITECTURES)}."
+            f"model_type={model_type!r} is not supported; supported: "
+            f"{', '.join(MODEL_TYPES)}."
+        )
+    family = model_type.removesuffix(_ENTMAX)
+    alpha = config.get("attention_alpha")
+    if model_type != family and alpha in (None, 1):
+        raise ValueError(
+            f"{model_type=} needs attention_alpha > 1 in config.json, got {alpha}; "
+            f"model_type {family!r} is softmax."
         )
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if family != "llama" and "num_key_value_heads" not in config:
@@ -230,11 +253,16 @@ def from_hf(
         family=family,
         dtype=_dtype_from_hf(config, dtype),
         sliding_window=window,
+        attention_alpha=1.0 if alpha is None else alpha,
     )
 
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:
     """The `config.json` of `config`, in the spelling every transformers release reads.
+
+    Entmax attention is written as `attention_alpha` under a `model_type` of its own,
+    `llama_entmax` for a Llama: transformers ignores keys that it does not know, and
+    would run such a model with softmax; a model type that it does not know it refuses.
 
     Raises:
         ValueError: if `config.family` cannot express it.
@@ -259,6 +287,12 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
         "torch_dtype": jnp.dtype(config.dtype).name,
         "use_cache": True,
     }
+    if config.attention_alpha != 1:
+        written["architectures"] = [
+            ARCHITECTURES[family].replace("ForCausalLM", "EntmaxForCausalLM")
+        ]
+        written["model_type"] = family + _ENTMAX
+        written["attention_alpha"] = config.attention_alpha
     if rope.kind in ("linear", "dynamic"):
         written["max_position_embeddings"] = rope.original_context
     if rope.kind != "default":

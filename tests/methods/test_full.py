@@ -6,6 +6,7 @@ import oracles
 import pytest
 
 from kvjax.methods.full import full
+from pallas_kernels.entmax import reference
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (6, 2)], ids=["G1", "G4", "G3"])
@@ -21,6 +22,25 @@ def test_reads_to_the_last_slot():
     run = drive.run(full(), drive.make_spec(stream, capacity=16), stream)
     drive.assert_matches(run, stream, oracles.full)
     assert run.diagnostics.refreshed.all()
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 2.0, 3.0])
+@pytest.mark.parametrize("chunks", [None, [(1, 5, 3), (0, 2, 13)]], ids=["one", "two"])
+def test_entmax_equals_float64_loops(alpha, chunks):
+    stream = drive.make_stream((1, 7, 16), 4, heads=(4, 2))
+    spec = drive.make_spec(stream, alpha=alpha)
+    run = drive.run(full(), spec, stream, chunks)
+    drive.assert_matches(run, stream, oracles.full, alpha=alpha)
+    weights = oracles.full(stream.row(2)), oracles.full(stream.row(2), alpha)
+    assert np.abs(weights[0].out - weights[1].out).max() > 0.1  # not softmax
+
+
+def test_entmax_prompts_go_in_parts(monkeypatch):
+    monkeypatch.setattr(reference, "SCORES_AT_ONCE", 3 * 4 * 21 * 5 + 1)
+    stream = drive.make_stream((1, 7, 16), 4, heads=(4, 2))
+    spec = drive.make_spec(stream, capacity=21, alpha=1.5)
+    run = drive.run(full(), spec, stream)
+    drive.assert_matches(run, stream, oracles.full, alpha=1.5)
 
 
 def test_long_prompts_take_the_blocked_path():

@@ -1,12 +1,14 @@
 """`config.json` in and out: every spelling, and an error for what is not understood."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 from checkpoints import BASE, CONFIGS, LLAMA3, YARN
 
 from kvjax.rope import Rope
-from models.llama import from_hf, to_hf
+from models.llama import LlamaDecoder, from_hf, to_hf
 
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -254,3 +256,41 @@ def test_transformers_agrees_with_what_is_written(name):
 
 def _rest(config):
     return {key: value for key, value in config.items() if key != "model_type"}
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_entmax_is_written_so_that_others_refuse_it(family, tmp_path):
+    """transformers would ignore the key alone and run the model with softmax."""
+    transformers = pytest.importorskip("transformers")
+    given = {"model_type": f"{family}_entmax", "attention_alpha": 1.5}
+    config = from_hf(BASE | {"num_key_value_heads": 2} | given)
+    assert (config.family, config.attention_alpha) == (family, 1.5)
+    assert LlamaDecoder(config).alpha == LlamaDecoder(config).cache_spec(1, 4).alpha
+    written = to_hf(config)
+    assert written["attention_alpha"] == 1.5
+    assert from_hf(written) == config
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=f"{family}_entmax"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
+
+    softmax = dataclasses.replace(config, attention_alpha=1.0)
+    assert "attention_alpha" not in to_hf(softmax)
+    assert to_hf(softmax)["model_type"] == family
+    assert LlamaDecoder(softmax).alpha == 1.0
+    assert from_hf(BASE | {"attention_alpha": 1.5}).attention_alpha == 1.5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_alpha": 0.5}, "attention_alpha=0.5 must be a finite number >= 1"),
+        ({"attention_alpha": math.inf}, "attention_alpha=inf must be a finite number"),
+        ({"attention_alpha": "1.5"}, "attention_alpha='1.5' must be a finite number"),
+        ({"attention_alpha": True}, "attention_alpha=True must be a finite number"),
+        ({"model_type": "llama_entmax"}, "needs attention_alpha > 1 .* got None"),
+        ({"model_type": "llama_entmax", "attention_alpha": 1}, "> 1 .* got 1"),
+    ],
+)
+def test_wrong_alpha(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(BASE | change)
