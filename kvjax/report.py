@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 FORMAT = 1  # of results.json; a change that breaks readers adds one
-TASKS = ("passkey", "multikey")
+DEPTH_TASKS = {"passkey": "pass key", "multikey": "one key of many"}
+TASKS = DEPTH_TASKS | {"chain": "chain of keys"}
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 _COLOURS = (
     *("#4c5866", "#c2571a", "#2a78b5", "#3b8f4b", "#8a5fb0"),
@@ -159,6 +160,11 @@ def format_share(interval: Mapping[str, Any]) -> str:
     return f"{mean} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
+def _value(interval: Mapping[str, Any]) -> str:
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+    return f"{mean:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+
+
 def _signed(interval: Mapping[str, Any]) -> str:
     if interval["low"] is None:
         return f"{interval['mean']:+.3f}"
@@ -178,6 +184,7 @@ HEADINGS = (
     "nats lost",
     "passkey",
     "multi-key",
+    "chain",
     "top-1",
     "tokens/s",
     "prefill s",
@@ -198,6 +205,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 "-" if is_reference else _signed(row["nats_lost"]),
                 format_share(row["passkey"]),
                 format_share(row["multikey"]),
+                format_share(row["chain"]),
                 "-" if is_reference else format_share(row["top1_agreement"]),
                 _rate(row["tokens_per_second"]),
                 f"{row['prefill_seconds']:.2f}",
@@ -210,12 +218,14 @@ def caption(results: Mapping[str, Any]) -> str:
     """How the table was measured, in a sentence or two."""
     settings = results["manifest"]["settings"]
     about = results["manifest"]
+    links = results["rows"][0]["chain_links"]
     return (
         f"{about['model']}, context {settings['context']:,} tokens, the last "
         f"{settings['new_tokens']} of them decoded; {settings['examples']} examples a "
         f"retrieval task, {settings['windows']} windows of held-out text; 95% "
-        f"intervals. Bytes are of cache: read for one token of one row, held for one "
-        f"row. Speed: {settings['batch']} rows together on {about['device']} "
+        f"intervals. Chain: links of {links} before the first mistake. Bytes are of "
+        f"cache: read for one token of one row, held for one row. Speed: "
+        f"{settings['batch']} rows together on {about['device']} "
         f"({about['backend']}), median of batches after a warm-up."
     )
 
@@ -248,20 +258,31 @@ def print_task(document: Mapping[str, Any]) -> None:
         print(f"{about}: {format_share(document['accuracy'])}, n={document['n']}")
         for cell in document["by_depth"]:
             print(f"  depth {cell['depth']:.2f}: {cell['correct']}/{cell['asked']}")
+    elif "valid_prefix" in document:
+        share = format_share(document["valid_prefix"])
+        print(f"{about}: mean valid prefix {share}, n={document['n']}")
+        scores = [example["score"] for example in document["examples"]]
+        links = document["links"]
+        for found in range(links + 1):
+            times = sum(round(score * links) == found for score in scores)
+            print(f"  {found} of {links} links: {times}")
     elif "perplexity" in document:
-        mean, low, high, n = document["perplexity"].values()
-        interval = "" if low is None else f" [{low:.3f}, {high:.3f}]"
-        print(f"{about}: perplexity {mean:.3f}{interval}, n={n} windows")
+        print(
+            f"{about}: perplexity {_value(document['perplexity'])}, "
+            f"{_value(document['bits_per_byte'])} bits per byte, "
+            f"n={document['n']} windows"
+        )
     else:
         print(
             f"{about}: top-1 agreement {format_share(document['top1_agreement'])}, "
             f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows"
         )
         for layer in document["layers"]:
-            print(
-                f"  layer {layer['layer']}: output error {layer['error']['mean']:.4f}, "
-                f"softmax mass recovered {layer['mass']['mean']:.4f}"
-            )
+            mass = layer["mass"]["mean"]
+            line = f"layer {layer['layer']}: output error {layer['error']['mean']:.4f}"
+            if mass is not None:  # entmax has no softmax mass
+                line += f", softmax mass recovered {mass:.4f}"
+            print(f"  {line}")
 
 
 @contextlib.contextmanager
@@ -323,7 +344,7 @@ def _figure(width: float, height: float):
 
 def scatter(results: Mapping[str, Any]):
     """Accuracy against bytes read per token, a panel a retrieval task."""
-    figure = _figure(10.0, 3.9)
+    figure = _figure(12.0, 3.9)
     axes = figure.subplots(1, len(TASKS), sharey=True)
     rows = results["rows"]
     for axis, task in zip(axes, TASKS, strict=True):
@@ -344,14 +365,14 @@ def scatter(results: Mapping[str, Any]):
                 color=_COLOURS[index % len(_COLOURS)],
                 label=row["method"],
             )
-        axis.set_title({"passkey": "pass key", "multikey": "one key of many"}[task])
+        axis.set_title(TASKS[task])
         axis.set_xlabel("KiB of cache read per token")
         axis.set_xscale("log")
         _plain_ticks(axis, [row["bytes_read"] / 1024 for row in rows])
         axis.set_ylim(-0.04, 1.06)
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("answered correctly")
+    axes[0].set_ylabel("answered correctly; of chains, before a mistake")
     axes[0].yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f}%")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside right center", frameon=False)
@@ -370,11 +391,11 @@ def _plain_ticks(axis, values: Sequence[float]) -> None:
 
 
 def needles(results: Mapping[str, Any]):
-    """Share of needles found, depth by method, a panel a retrieval task."""
+    """Share of needles found, depth by method, a panel a task."""
     rows = results["rows"]
     figure = _figure(10.0, 1.3 + 0.34 * len(rows))
-    axes = figure.subplots(1, len(TASKS), sharey=True)
-    for axis, task in zip(axes, TASKS, strict=True):
+    axes = figure.subplots(1, len(DEPTH_TASKS), sharey=True)
+    for axis, task in zip(axes, DEPTH_TASKS, strict=True):
         cells = [row[f"{task}_by_depth"] for row in rows]
         shares = [[c["correct"] / c["asked"] for c in line] for line in cells]
         # Vectors, not a bitmap: sharp at any size.
@@ -398,7 +419,7 @@ def needles(results: Mapping[str, Any]):
         axis.set_yticks([y + 0.5 for y in range(len(rows))], names)
         axis.set_ylim(len(rows), 0)
         axis.tick_params(length=0)
-        axis.set_title({"passkey": "pass key", "multikey": "one key of many"}[task])
+        axis.set_title(DEPTH_TASKS[task])
         axis.set_xlabel("depth of the needle in the prompt")
         axis.spines[:].set_visible(False)
     return figure

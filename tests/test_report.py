@@ -23,6 +23,8 @@ def make_row(name, *, read, hits, lost=0.1):
         nats_lost=Interval(lost, lost - 0.05, lost + 0.05, 3),
         passkey=wilson(hits, 4),
         multikey=wilson(4 - hits, 4),
+        chain=Interval(0.35, 0.2, 0.5, 4),
+        chain_links=5,
         passkey_by_depth=((0.0, hits // 2, 2), (1.0, hits - hits // 2, 2)),
         multikey_by_depth=((0.0, 1, 2), (1.0, 0, 2)),
         top1_agreement=Interval(0.5, -math.inf, math.inf, 1),
@@ -121,7 +123,7 @@ def test_the_page_holds_the_table_and_loads_nothing(page, results):
 def test_the_tables_numbers(results):
     full, quest = report.table_rows(results)
     assert len(full) == len(quest) == len(report.HEADINGS)
-    assert full[4] == full[7] == "-"
+    assert full[4] == full[8] == "-"
     assert quest == [
         "quest:budget=<32>",
         "16.0 KiB",
@@ -130,6 +132,7 @@ def test_the_tables_numbers(results):
         "+0.100 ±0.050",
         "25% [5, 70]",
         "75% [30, 95]",
+        "35% [20, 50]",
         "50%",
         "1,234",
         "0.25",
@@ -158,9 +161,16 @@ def test_the_heat_map_shows_the_counts_at_their_depths(results):
 
 
 def test_the_scatter_has_each_method_at_its_bytes_and_accuracy(results):
-    axis = report.scatter(results).axes[0]
-    points = [tuple(map(float, bars[0].get_xydata()[0])) for bars in axis.containers]
-    assert points == [(64.0, 1.0), (16.0, 0.25)]
+    axes = report.scatter(results).axes
+    points = [
+        [tuple(map(float, bars[0].get_xydata()[0])) for bars in axis.containers]
+        for axis in axes
+    ]
+    assert points == [
+        [(64.0, 1.0), (16.0, 0.25)],
+        [(64.0, 0.0), (16.0, 0.75)],
+        [(64.0, 0.35), (16.0, 0.35)],
+    ]
 
 
 def test_the_same_results_make_the_same_page(page, results):
@@ -222,4 +232,35 @@ def test_the_terminal_table_has_every_cell(results, capsys):
     out = capsys.readouterr().out
     for cell in report.table_rows(results)[1]:
         assert cell in out
-    assert "512 tokens" in " ".join(out.split())
+    said = " ".join(out.split())
+    assert "512 tokens" in said
+    assert "links of 5" in said
+
+
+SHARE = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
+
+
+def print_task(capsys, **document):
+    report.print_task({"task": "t", "method": "m", "context": 99, "n": 4, **document})
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_chains_result_says_how_often_how_far(capsys):
+    scores = [0.0, 0.5, 0.5, 1.0]
+    examples = [{"score": score} for score in scores]
+    out = print_task(capsys, valid_prefix=SHARE, links=2, examples=examples)
+    assert out == [
+        "t, m, context 99: mean valid prefix 50% [25, 75], n=4",
+        "  0 of 2 links: 1",
+        "  1 of 2 links: 2",
+        "  2 of 2 links: 1",
+    ]
+
+
+def test_a_perplexity_comes_with_bits_per_byte(capsys):
+    perplexity = {"mean": 7.0, "low": 6.0, "high": 8.0, "n": 4}
+    bits = {"mean": 2.0, "low": -math.inf, "high": math.inf, "n": 1}
+    (line,) = print_task(capsys, perplexity=perplexity, bits_per_byte=bits)
+    assert line.endswith(
+        "perplexity 7.000 [6.000, 8.000], 2.000 bits per byte, n=4 windows"
+    )

@@ -11,7 +11,7 @@ from kvjax import registry, scoring
 from kvjax.generate import generate
 from kvjax.scoring import score
 
-MODEL = tiny_model(scale=5.0)
+MODEL = tiny_model(deviation=0.1)
 RNG = np.random.default_rng(1)
 TOKENS = [RNG.integers(0, 260, size).tolist() for size in (150, 90)]
 

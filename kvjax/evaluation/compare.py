@@ -5,6 +5,7 @@ the clock alike; the first batch compiles and is never timed.
 """
 
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
@@ -14,7 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from kvjax import accounting
-from kvjax.evaluation import fidelity, statistics, tasks
+from kvjax.evaluation import chain, fidelity, statistics, tasks
+from kvjax.evaluation.chain import Chain
+from kvjax.evaluation.haystack import Prompted
 from kvjax.evaluation.statistics import Interval
 from kvjax.evaluation.tasks import Example
 from kvjax.generate import generate, prefill
@@ -32,6 +35,7 @@ class Settings:
         context: tokens of every input, what follows the prompt included.
         new_tokens: tokens after the prompt: generated, or fed and predicted.
         examples: of each retrieval task.
+        links: of a chain; fewer where `new_tokens` cannot hold so many.
         windows: of held-out text.
         batch: rows decoded together; cache memory grows with it.
         depths: where needles are hidden, 0 = start of the prompt, 1 = end.
@@ -42,6 +46,7 @@ class Settings:
     context: int = 512
     new_tokens: int = 64
     examples: int = 15
+    links: int = chain.LINKS
     windows: int = 8
     batch: int = 8
     depths: tuple[float, ...] = tasks.DEPTHS
@@ -49,7 +54,8 @@ class Settings:
     chunk_size: int = 1024
 
     def __post_init__(self):
-        for name in ("context", "examples", "windows", "batch", "chunk_size"):
+        positive = "context", "examples", "links", "windows", "batch", "chunk_size"
+        for name in positive:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not 2 <= self.new_tokens < self.context:
@@ -63,13 +69,14 @@ class Inputs(NamedTuple):
 
     passkey: list[Example]
     multikey: list[Example]
+    chain: list[Chain]
     windows: list[list[int]]
 
 
 class Retrieval(NamedTuple):
     """What a method answered, and how long each batch of equal shapes took."""
 
-    correct: list[bool]  # one an example
+    scores: list[float]  # one an example, in [0, 1]
     answers: list[str]
     prefill_seconds: list[float]  # one a batch, to the first token
     tokens_per_second: list[float]  # one a batch, all rows together, after it
@@ -85,6 +92,8 @@ class Row(NamedTuple):
     nats_lost: Interval  # log-probability given away per token, paired with reference
     passkey: Interval
     multikey: Interval
+    chain: Interval  # share of the links before the first mistake
+    chain_links: int  # asked for
     passkey_by_depth: tuple[tuple[float, int, int], ...]  # (depth, correct, asked)
     multikey_by_depth: tuple[tuple[float, int, int], ...]
     top1_agreement: Interval  # same likeliest token as the reference; over windows
@@ -102,31 +111,63 @@ def make_inputs(model: LanguageModel, text: str, settings: Settings) -> Inputs:
     check_context(model, settings.context)
     tokenizer, new_tokens = model.tokenizer, settings.new_tokens
 
+    room = settings.context - new_tokens
+
     def examples(task):
         # The answer begins what is generated: leave all of it room.
         made = task(
             tokenizer,
             text,
-            context=settings.context - new_tokens,
+            context=room,
             n=settings.examples,
             seed=settings.seed,
             depths=settings.depths,
         )
-        longest = max(example.answer_tokens for example in made)
-        if longest > new_tokens:
+        if _longest(made) > new_tokens:
             raise ValueError(
-                f"{new_tokens=} cannot hold an answer of {longest} tokens: raise it."
+                f"{new_tokens=} cannot hold an answer of {_longest(made)} tokens: "
+                "raise it."
             )
         return made
 
-    windows = tasks.windows(
-        tokenizer,
-        text,
-        context=settings.context,
-        n=settings.windows,
-        seed=settings.seed,
+    return Inputs(
+        examples(tasks.passkey),
+        examples(tasks.multikey),
+        _chains(tokenizer, text, room, settings),
+        tasks.windows(
+            tokenizer,
+            text,
+            context=settings.context,
+            n=settings.windows,
+            seed=settings.seed,
+        ),
     )
-    return Inputs(examples(tasks.passkey), examples(tasks.multikey), windows)
+
+
+def _longest(examples: Sequence[Prompted]) -> int:
+    return max(example.answer_tokens for example in examples)
+
+
+def _chains(tokenizer, text, room, settings) -> list[Chain]:
+    links = settings.links
+    while True:
+        made = chain.chain_of_key(
+            tokenizer,
+            text,
+            context=room,
+            n=settings.examples,
+            seed=settings.seed,
+            links=links,
+        )
+        longest = _longest(made)
+        if longest <= settings.new_tokens:
+            return made
+        if links == 1:
+            raise ValueError(
+                f"new_tokens={settings.new_tokens} cannot hold one link of {longest} "
+                "tokens: raise it."
+            )
+        links = max(min(links - 1, links * settings.new_tokens // longest), 1)
 
 
 def check_context(model: LanguageModel, context: int) -> None:
@@ -174,7 +215,9 @@ def compare(
             progress(name, fraction)
 
         report(0.0)
-        examples = [*inputs.passkey, *inputs.multikey]
+        # In turn, so that every batch has prompts of all kinds, and so one length.
+        in_turn = zip(inputs.passkey, inputs.multikey, inputs.chain, strict=True)
+        examples = list(itertools.chain.from_iterable(in_turn))
         answered = retrieve(
             model,
             method,
@@ -207,8 +250,7 @@ def _bytes(model, method, settings) -> tuple[int, int]:
 
 
 def _row(name, sizes, inputs, answered, predicted, expected) -> Row:
-    split = len(inputs.passkey)
-    correct = answered.correct[:split], answered.correct[split:]
+    passkey, multikey, links = (answered.scores[task::3] for task in range(3))
     window_means = predicted.log_probs.mean(1)
     agreement = fidelity.agreement(expected.logits, predicted.logits)
     return Row(
@@ -219,10 +261,12 @@ def _row(name, sizes, inputs, answered, predicted, expected) -> Row:
         nats_lost=statistics.paired_difference(
             expected.log_probs.mean(1), window_means
         ),
-        passkey=statistics.wilson(sum(correct[0]), split),
-        multikey=statistics.wilson(sum(correct[1]), len(correct[1])),
-        passkey_by_depth=by_depth(inputs.passkey, correct[0]),
-        multikey_by_depth=by_depth(inputs.multikey, correct[1]),
+        passkey=proportion(passkey),
+        multikey=proportion(multikey),
+        chain=statistics.share_interval(links),
+        chain_links=inputs.chain[0].links,
+        passkey_by_depth=by_depth(inputs.passkey, passkey),
+        multikey_by_depth=by_depth(inputs.multikey, multikey),
         top1_agreement=statistics.mean_interval(agreement.top1.mean(1)),
         kl=statistics.mean_interval(agreement.kl.mean(1)),
         tokens_per_second=float(np.median(answered.tokens_per_second)),
@@ -230,14 +274,19 @@ def _row(name, sizes, inputs, answered, predicted, expected) -> Row:
     )
 
 
+def proportion(scores: Sequence[float]) -> Interval:
+    """Wilson's interval of scores that are 0 or 1."""
+    return statistics.wilson(sum(reached == 1 for reached in scores), len(scores))
+
+
 def by_depth(
-    examples: Sequence[Example], correct: Sequence[bool]
+    examples: Sequence[Example], scores: Sequence[float]
 ) -> tuple[tuple[float, int, int], ...]:
     """`(depth, correct, asked)` of each depth, from the start of the prompt on."""
     counts: dict[float, list[int]] = {}
-    for example, right in zip(examples, correct, strict=True):
+    for example, reached in zip(examples, scores, strict=True):
         count = counts.setdefault(example.depth, [0, 0])
-        count[0] += bool(right)
+        count[0] += reached == 1
         count[1] += 1
     return tuple((depth, *counts[depth]) for depth in sorted(counts))
 
@@ -255,7 +304,7 @@ class _Ticks:
 def retrieve(
     model: LanguageModel,
     method: Method,
-    examples: Sequence[Example],
+    examples: Sequence[Prompted],
     *,
     new_tokens: int,
     batch: int,
@@ -271,7 +320,7 @@ def retrieve(
         ValueError: as :func:`kvjax.generate.generate`.
     """
     clocked = model._replace(tokenizer=_Ticks())
-    correct, answers, prefill_seconds, rates = [], [], [], []
+    answers, prefill_seconds, rates = [], [], []
     groups = list(_batches(examples, batch))
     repeats = groups if len(groups) == 1 else []
     for index, group in enumerate([*groups, *repeats]):
@@ -304,8 +353,8 @@ def retrieve(
             answers.append(model.tokenizer.decode(tokens))
     answers = answers[: len(examples)]
     pairs = zip(examples, answers, strict=True)
-    correct = [tasks.is_correct(example, answer) for example, answer in pairs]
-    return Retrieval(correct, answers, prefill_seconds, rates)
+    scores = [example.score(answer) for example, answer in pairs]
+    return Retrieval(scores, answers, prefill_seconds, rates)
 
 
 class Predicted(NamedTuple):

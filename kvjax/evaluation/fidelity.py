@@ -73,7 +73,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     The model goes on with the reference's output. The relative L2 error of a step is
     ``|candidate - reference| / |reference|`` over the head's D elements; the recovered
     mass is the share of the reference's softmax denominator the candidate attends to
-    (it may exceed 1 for a method that re-numbers positions).
+    (it may exceed 1 for a method that re-numbers positions; NaN for entmax attention).
 
     Args:
         reference: usually :func:`kvjax.full`.
@@ -93,11 +93,13 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
 
     def init(spec, weights=None):
         zeros = jnp.zeros((spec.batch, spec.num_q_heads), jnp.float32)
+        # Entmax has no denominator to share: its `lse` tells no mass.
+        mass = zeros if spec.alpha == 1 else jnp.full_like(zeros, jnp.nan)
         return SideBySideState(
             reference.init(spec),
             candidate.init(spec, weights),
             error=zeros,
-            mass=zeros,
+            mass=mass,
             steps=jnp.zeros((spec.batch,), jnp.int32),
         )
 
@@ -149,7 +151,7 @@ class LayerFidelity(NamedTuple):
     """Means over the decoded tokens, a layer at a time."""
 
     error: Float[np.ndarray, "L B Hq"]  # relative L2 error of the attention output
-    mass: Float[np.ndarray, "L B Hq"]  # share of the reference's softmax mass
+    mass: Float[np.ndarray, "L B Hq"]  # share of its softmax mass; NaN for entmax
 
 
 def layers(states: tuple[State, ...]) -> LayerFidelity:

@@ -5,10 +5,16 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.evaluation import compare, fidelity, statistics, tasks
+from kvjax.evaluation import chain, compare, fidelity, forced, statistics, tasks
 from kvjax.interface import LanguageModel, Method
 
-TASKS = ("passkey", "multikey", "perplexity", "fidelity")
+RETRIEVAL = {
+    "passkey": tasks.passkey,
+    "multikey": tasks.multikey,
+    "variables": tasks.variable_tracking,
+    "chain": chain.chain_of_key,
+}
+TASKS = (*RETRIEVAL, "perplexity", "fidelity")
 
 
 def check_task(task: str) -> None:
@@ -35,9 +41,9 @@ def run(
     """Runs a task and returns its numbers, ready for JSON.
 
     Args:
-        task: `passkey` and `multikey` ask for something said earlier, `perplexity`
-            predicts held-out text by decode steps, `fidelity` compares with the
-            reference.
+        task: `passkey`, `multikey`, `variables` and `chain` ask for something said
+            earlier, `perplexity` predicts held-out text by decode steps, `fidelity`
+            compares with the reference.
         model: decoder, weights and tokenizer.
         method: under test.
         reference: what `fidelity` compares with; other tasks do not run it.
@@ -56,8 +62,8 @@ def run(
     check_task(task)
     compare.check_context(model, context)
     shapes = {"batch": min(batch, n), "chunk_size": chunk_size}
-    if task in ("passkey", "multikey"):
-        make = tasks.passkey if task == "passkey" else tasks.multikey
+    if task in RETRIEVAL:
+        make = RETRIEVAL[task]
         examples = make(model.tokenizer, text, context=context, n=n, seed=seed)
         return _retrieval(model, method, examples, shapes, progress)
     if not 2 <= new_tokens < context:
@@ -74,33 +80,47 @@ def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
     answers = compare.retrieve(
         model, method, examples, new_tokens=longest, progress=progress, **shapes
     )
-    found = zip(examples, answers.answers, answers.correct, strict=True)
+    found = zip(examples, answers.answers, answers.scores, strict=True)
+    listed = [
+        {
+            "prompt_tokens": len(example.prompt),
+            "expected": example.answer,
+            "answer": answer,
+            "score": score,
+        }
+        for example, answer, score in found
+    ]
+    if isinstance(examples[0], chain.Chain):
+        for entry, example in zip(listed, examples, strict=True):
+            entry["keys"] = len(example.keys)
+        interval = statistics.share_interval(answers.scores)
+        asked = {"links": examples[0].links}
+        return {"valid_prefix": interval._asdict(), **asked, "examples": listed}
+    for entry, example in zip(listed, examples, strict=True):
+        entry["depth"] = example.depth
+        entry["correct"] = entry.pop("score") == 1
     return {
-        "accuracy": statistics.wilson(sum(answers.correct), len(examples))._asdict(),
+        "accuracy": compare.proportion(answers.scores)._asdict(),
         "by_depth": [
             {"depth": depth, "correct": correct, "asked": asked}
-            for depth, correct, asked in compare.by_depth(examples, answers.correct)
+            for depth, correct, asked in compare.by_depth(examples, answers.scores)
         ],
-        "examples": [
-            {
-                "depth": example.depth,
-                "prompt_tokens": len(example.prompt),
-                "expected": example.answer,
-                "answer": answer,
-                "correct": right,
-            }
-            for example, answer, right in found
-        ],
+        "examples": listed,
     }
 
 
 def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
     predicted = compare.predict(model, method, windows, progress=progress, **shapes)
     means = predicted.log_probs.mean(1)
+    decoded = predicted.log_probs.shape[1]
+    firsts = [len(window) - decoded for window in windows]
+    rows = list(predicted.log_probs)
+    bits = forced.bits_interval(model.tokenizer, windows, firsts, rows)
     return {
         "perplexity": statistics.perplexity(means)._asdict(),
         "log_prob": statistics.mean_interval(means)._asdict(),
-        "tokens_per_window": int(predicted.log_probs.shape[1]),
+        "bits_per_byte": bits._asdict(),
+        "tokens_per_window": int(decoded),
     }
 
 

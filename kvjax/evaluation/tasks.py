@@ -5,25 +5,24 @@ itself is predicted. Example `i` of a seed is the same whatever the number of ex
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
+from kvjax.evaluation import haystack
+from kvjax.evaluation.haystack import Needles
 from kvjax.interface import Tokenizer
+from kvjax.words import WORDS
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
-KEYS = tuple(
-    re.findall(
-        r"\w+",
-        "apple river stone cloud tiger piano lemon chair ocean maple horse candle "
-        "window bridge garden silver rocket pepper island button mirror basket castle "
-        "dragon engine forest guitar hammer jacket ladder magnet needle orange pencil "
-        "rabbit saddle ticket valley walnut yellow",
-    )
-)
+KEYS = WORDS[:40]
 
 _NEEDLE_LIKE = re.compile(r"pass key is|^key \w+ has value", re.IGNORECASE)
+_NAMES = frozenset(WORDS)
+
+# (rng, the haystack's lines, depth) -> what to hide and ask for
+Build = Callable[[np.random.Generator, list[str], float], Needles]
 
 
 class Example(NamedTuple):
@@ -34,6 +33,10 @@ class Example(NamedTuple):
     answer: str  # five digits
     answer_tokens: int  # tokens the answer takes after the prompt
     depth: float  # where the needle was asked to sit: 0 = first line, 1 = last
+
+    def score(self, generated: str) -> float:
+        """1 if the text begins with the answer, leading blanks ignored; else 0."""
+        return float(generated.lstrip().startswith(self.answer))
 
 
 def passkey(
@@ -59,12 +62,11 @@ def passkey(
     Raises:
         ValueError: if `n` < 1, a depth is outside [0, 1] or `context` is too short.
     """
-    _check(n, depths)
 
     def build(rng, lines, depth):
-        (number,) = _numbers(rng, lines, 1)
-        needles = [f"The pass key is {number}. Remember it.\n"]
-        return needles, [depth], "\nThe pass key is ", number
+        (number,) = haystack.new_numbers(rng, "".join(lines), 1)
+        needle = f"The pass key is {number}. Remember it.\n"
+        return Needles([needle], [depth], "\nThe pass key is ", number)
 
     return _examples(tokenizer, text, context, n, seed, depths, build)
 
@@ -87,22 +89,80 @@ def multikey(
     Raises:
         ValueError: as :func:`passkey`, and if `keys` is not in [1, 40].
     """
-    _check(n, depths)
     if not 1 <= keys <= len(KEYS):
         raise ValueError(f"{keys=} must be in [1, {len(KEYS)}].")
 
     def build(rng, lines, depth):
         words = rng.permutation(KEYS)[:keys].tolist()
-        numbers = _numbers(rng, lines, keys)
+        numbers = haystack.new_numbers(rng, "".join(lines), keys)
         spread = ((np.arange(keys - 1) + 0.5) / max(keys - 1, 1)).tolist()
         needles = [
             f"key {word} has value {number}.\n"
             for word, number in zip(words, numbers, strict=True)
         ]
         question = f"\nkey {words[0]} has value "
-        return needles, [depth, *spread], question, numbers[0]
+        return Needles(needles, [depth, *spread], question, numbers[0])
 
     return _examples(tokenizer, text, context, n, seed, depths, build)
+
+
+def variable_tracking(
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    context: int,
+    n: int,
+    seed: int = 0,
+    depths: Sequence[float] = DEPTHS,
+    hops: int = 2,
+    chains: int = 4,
+) -> list[Example]:
+    """The value of a variable that was set from another one, `hops` times over.
+
+    A chain is a number and its names: ``apple = 71432``, ``river = apple``, ``stone =
+    river``, each a line of its own and in this order, other lines between them. Its
+    last name is asked for: ``stone = ``. The number sits at the example's depth, the
+    assignments evenly between there and the end; the lines of the other chains, which
+    are only there to mislead, sit anywhere.
+
+    Args:
+        tokenizer, text, context, n, seed, depths: as :func:`passkey`.
+        hops: assignments from name to name; 0 asks for a name that holds a number.
+        chains: all of them, the asked one included.
+
+    Raises:
+        ValueError: as :func:`passkey`, and if `hops` < 0, `chains` < 1, or they take
+            more names than there are words.
+
+    Source:
+        Hsieh et al., "RULER", COLM 2024, arXiv:2404.06654, variable tracking.
+    Deviations:
+        RULER states the value and asks for all names that hold it; here a name is
+        given and the value asked for, which has one right answer and no instruction.
+        Names are words, the text between the lines is any text, and there are
+        misleading chains by default (RULER: one chain of four hops).
+    """
+    names = chains * (hops + 1)
+    if hops < 0 or chains < 1 or names > len(WORDS):
+        raise ValueError(
+            f"{chains=} of {hops=} take {names} names: at least one chain of 0 hops, "
+            f"at most {len(WORDS)} names."
+        )
+
+    def build(rng, lines, depth):
+        words = rng.permutation(WORDS)[:names].reshape(chains, hops + 1).tolist()
+        numbers = haystack.new_numbers(rng, "".join(lines), chains)
+        needles, places = [], []
+        for index, (chain, number) in enumerate(zip(words, numbers, strict=True)):
+            held = [number, *chain[:-1]]
+            pairs = zip(chain, held, strict=True)
+            needles += [f"{name} = {value}\n" for name, value in pairs]
+            evenly = depth + (1 - depth) * np.arange(hops + 1) / (hops + 1)
+            anywhere = np.sort(rng.random(hops + 1))
+            places += (anywhere if index else evenly).tolist()
+        return Needles(needles, places, f"\n{words[0][-1]} = ", numbers[0])
+
+    return _examples(tokenizer, text, context, n, seed, depths, build, _assigns)
 
 
 def windows(
@@ -132,11 +192,6 @@ def windows(
     return [prefix + body[i * size : (i + 1) * size] for i in picked.tolist()]
 
 
-def is_correct(example: Example, generated: str) -> bool:
-    """Whether the generated text begins with the answer (leading blanks ignored)."""
-    return generated.lstrip().startswith(example.answer)
-
-
 def _check(n: int, depths: Sequence[float]) -> None:
     if n < 1:
         raise ValueError(f"{n=} must be at least 1.")
@@ -144,61 +199,38 @@ def _check(n: int, depths: Sequence[float]) -> None:
         raise ValueError(f"depths={tuple(depths)} must be one or more within [0, 1].")
 
 
-def _numbers(rng: np.random.Generator, lines: list[str], count: int) -> list[str]:
-    # Five digits that the haystack does not contain anywhere, not even inside a number.
-    haystack, numbers = "".join(lines), []
-    while len(numbers) < count:
-        number = str(rng.integers(10_000, 100_000))
-        if number not in haystack and number not in numbers:
-            numbers.append(number)
-    return numbers
+def _states_a_fact(line: str) -> bool:
+    return _NEEDLE_LIKE.search(line) is not None
 
 
-def _examples(tokenizer, text, context, n, seed, depths, build) -> list[Example]:
-    source = [line + "\n" for line in text.removesuffix("\n").split("\n")]
-    source = [line for line in source if not _NEEDLE_LIKE.search(line)]
-    if not text.strip() or not source:
-        raise ValueError("the haystack's text has no line that is not itself a needle.")
-    prefix = len(tokenizer.encode(""))
-    # At least 1, so that the lines of a haystack are finite whatever the tokenizer.
-    sizes = {x: max(len(tokenizer.encode(x)) - prefix, 1) for x in set(source)}
+def _assigns(line: str) -> bool:
+    # Sources are full of assignments, and some of their names are words of ours.
+    name, _, value = line.partition("=")
+    return bool(value) and name.strip() in _NAMES
+
+
+def _examples(
+    tokenizer: Tokenizer,
+    text: str,
+    context: int,
+    n: int,
+    seed: int,
+    depths: Sequence[float],
+    build: Build,
+    is_taken: Callable[[str], bool] = _states_a_fact,
+) -> list[Example]:
+    _check(n, depths)
+    source = haystack.source(tokenizer, text, is_taken)
     examples = []
     for index in range(n):
         rng = np.random.default_rng((seed, index))
-        first = int(rng.integers(len(source)))
-        lines, used = [], 0
-        while used <= context:
-            lines.append(source[(first + len(lines)) % len(source)])
-            used += sizes[lines[-1]]
+        lines = haystack.cut(source, rng, context)
         depth = float(depths[index % len(depths)])
-        needles, places, question, answer = build(rng, lines, depth)
-        while True:  # lines go from the end until the prompt and its answer fit
-            body = _insert(lines, [sizes[line] for line in lines], needles, places)
-            prompt = tokenizer.encode(body + question)
-            whole = len(tokenizer.encode(body + question + answer))
-            if whole <= context:
-                break
-            if not lines:
-                raise ValueError(
-                    f"{context=} is too short: the needle, its question and its "
-                    f"answer take {whole} tokens."
-                )
-            while lines and whole > context:
-                whole -= sizes[lines.pop()]
-        answer_tokens = max(whole - len(prompt), 1)
-        examples.append(Example(body + question, prompt, answer, answer_tokens, depth))
+        needles = build(rng, lines, depth)
+        fitted = haystack.fit(tokenizer, lines, source.sizes, needles, context)
+        examples.append(
+            Example(
+                fitted.text, fitted.prompt, needles.answer, fitted.answer_tokens, depth
+            )
+        )
     return examples
-
-
-def _insert(
-    lines: list[str], sizes: list[int], needles: list[str], places: Sequence[float]
-) -> str:
-    # Each needle goes to the line boundary nearest to its place, measured in tokens.
-    ends = np.cumsum([0, *sizes])
-    boundaries = [int(np.abs(ends - place * ends[-1]).argmin()) for place in places]
-    pieces = []
-    for index in range(len(lines) + 1):
-        here = zip(needles, boundaries, strict=True)
-        pieces += [needle for needle, boundary in here if boundary == index]
-        pieces += lines[index : index + 1]
-    return "".join(pieces)

@@ -5,8 +5,8 @@ import pytest
 from tiny import tiny_model
 
 import kvjax
-from kvjax import accounting
-from kvjax.evaluation import compare, single, tasks
+from kvjax import accounting, report
+from kvjax.evaluation import chain, compare, single, tasks
 from kvjax.generate import Generation
 from kvjax.scoring import score
 
@@ -56,7 +56,8 @@ def test_a_method_with_room_for_everything_gives_the_references_numbers(rows):
     full, same, _ = rows
     assert same.perplexity.mean == pytest.approx(full.perplexity.mean, rel=1e-3)
     assert same.top1_agreement.mean >= 0.97  # near-ties may flip
-    assert (same.passkey, same.multikey) == (full.passkey, full.multikey)
+    for task in ("passkey", "multikey", "chain"):
+        assert getattr(same, task) == getattr(full, task)
 
 
 def test_a_method_that_forgets_shows_it(rows):
@@ -125,7 +126,7 @@ def test_retrieval_counts_right_answers_in_their_places(monkeypatch):
         monkeypatch, lambda text: answers[text] + ". R" if text in right else "nonsense"
     )
     found = compare.retrieve(MODEL, METHODS["full"], examples, new_tokens=8, batch=2)
-    assert found.correct == [True, False, True, False, True]
+    assert found.scores == [1, 0, 1, 0, 1]
     assert len(found.answers) == 5
     # Three batches, all of one shape; the first, which compiles, is not timed.
     assert [(size, new) for size, new, _ in calls] == [(2, 8)] * 3
@@ -145,6 +146,73 @@ def test_the_clock_tells_prefill_from_decode(monkeypatch):
     assert found.tokens_per_second == [2 * 7 / (25 - 16)]
 
 
+def read_list(text):
+    """A perfect reader: follows the chain through the list."""
+    body, _, question = text.rpartition("\nchain: ")
+    follows = dict(line.split("-") for line in body.split())
+    word = question.rpartition(", ")[2]
+    said = ""
+    for _ in range(6):
+        said += f", {word}-{follows[word]}"
+        word = follows[word]
+    return said.removeprefix(", ").removeprefix(question.rpartition(", ")[2])
+
+
+def test_links_are_counted_up_to_the_first_mistake(monkeypatch):
+    examples = chain.chain_of_key(MODEL.tokenizer, "", context=400, n=3)
+    mistakes = iter([None, 3, 0])  # links that are right
+
+    def reply(text):
+        links = read_list(text).split(", ")
+        wrong = next(mistakes)
+        if wrong is not None:
+            links[wrong] = "-x" if wrong == 0 else "x-x"
+        return ", ".join(links)
+
+    answering(monkeypatch, reply)
+    result = single.run(
+        "chain",
+        MODEL,
+        METHODS["full"],
+        METHODS["full"],
+        TEXT,
+        context=400,
+        n=3,
+        batch=1,
+    )
+    assert [example["score"] for example in result["examples"]] == [1, 0.6, 0]
+    assert result["valid_prefix"]["mean"] == pytest.approx(1.6 / 3)
+    assert [example["expected"] for example in result["examples"]] == [
+        example.answer for example in examples
+    ]
+
+
+def test_scores_go_to_their_own_task(monkeypatch, inputs):
+    chains = {example.text for example in inputs.chain}
+    passkeys = {example.text: example.answer for example in inputs.passkey}
+
+    def reply(text):
+        if text in chains:
+            return read_list(text)
+        return passkeys.get(text, "nothing")
+
+    answering(monkeypatch, reply)
+    (row,) = compare.compare(MODEL, {"full": METHODS["full"]}, inputs, SETTINGS)
+    assert (row.passkey.mean, row.multikey.mean, row.chain.mean) == (1, 0, 1)
+    assert row.chain_links == inputs.chain[0].links == 1
+
+
+def test_a_chain_has_as_many_links_as_new_tokens_can_hold():
+    # Of bytes: a word is 3 to 7 tokens, a link up to 17.
+    for new_tokens, most in ((8, 1), (64, 4), (100, 5)):
+        settings = compare.Settings(
+            context=400, new_tokens=new_tokens, examples=4, windows=1
+        )
+        made = compare.make_inputs(MODEL, TEXT, settings).chain
+        assert {example.links for example in made} == {most}
+        assert max(example.answer_tokens for example in made) <= new_tokens
+
+
 @pytest.mark.parametrize("task", single.TASKS)
 def test_a_task_alone(task):
     result = single.run(
@@ -158,7 +226,10 @@ def test_a_task_alone(task):
         new_tokens=16,
         batch=2,
     )
-    if task in ("passkey", "multikey"):
+    if task == "chain":
+        assert result["valid_prefix"]["n"] == len(result["examples"]) == 3
+        assert result["links"] == 5
+    elif task in single.RETRIEVAL:
         assert result["accuracy"]["n"] == 3
         assert len(result["examples"]) == 3
         assert sum(cell["asked"] for cell in result["by_depth"]) == 3
@@ -167,12 +238,36 @@ def test_a_task_alone(task):
         assert result["perplexity"]["mean"] == pytest.approx(
             np.exp(-result["log_prob"]["mean"])
         )
+        # A byte is a token here.
+        bits = -result["log_prob"]["mean"] / np.log(2)
+        assert result["bits_per_byte"]["mean"] == pytest.approx(bits)
     else:
         assert [layer["layer"] for layer in result["layers"]] == [0]
         for layer in result["layers"]:
             assert layer["error"]["mean"] > 0.01
             # It re-numbers nothing it keeps: what it sees is a share of the whole.
             assert layer["mass"]["mean"] > 0
+
+
+def test_an_entmax_models_layers_have_errors_and_no_softmax_mass(capsys):
+    result = single.run(
+        "fidelity",
+        tiny_model(num_layers=1, attention_alpha=1.5),
+        METHODS["streaming"],
+        METHODS["full"],
+        TEXT,
+        context=64,
+        n=2,
+        new_tokens=8,
+        batch=2,
+    )
+    (layer,) = result["layers"]
+    assert layer["error"]["mean"] > 0.01
+    assert np.isnan(layer["mass"]["mean"])
+    names = {"task": "fidelity", "method": "m", "context": 64, "n": 2}
+    report.print_task(names | result)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last == f"  layer 0: output error {layer['error']['mean']:.4f}"
 
 
 def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):
@@ -204,7 +299,9 @@ def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):
             "context=5000 exceeds the 4096 tokens",
         ),
         (
-            lambda: compare.compare(MODEL, {}, compare.Inputs([], [], []), SETTINGS),
+            lambda: compare.compare(
+                MODEL, {}, compare.Inputs([], [], [], []), SETTINGS
+            ),
             "reference='full' is not among",
         ),
         (

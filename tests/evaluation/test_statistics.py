@@ -69,6 +69,65 @@ def test_perplexity_is_monotone_and_in_order():
     assert statistics.perplexity([-2.0]).high == math.inf
 
 
+@pytest.mark.parametrize("n", [10, 40])
+def test_share_interval_covers_as_often_as_it_says(n):
+    values, weights = np.arange(6) / 5, [0.1, 0.1, 0.1, 0.1, 0.2, 0.4]
+    true, rng, hits = np.dot(values, weights), np.random.default_rng(n), 0
+    for _ in range(1000):
+        scores = rng.choice(values, n, p=weights)
+        interval = statistics.share_interval(scores, resamples=2000)
+        hits += interval.low <= true <= interval.high
+    assert 0.925 <= hits / 1000 <= 0.975  # plain percentiles: 0.90 at n = 10
+
+
+def test_share_interval_is_scipys_bootstrap_but_for_the_tails():
+    scores = np.random.default_rng(0).random(60)
+    ours = statistics.share_interval(scores)
+    theirs = stats.bootstrap(
+        (scores,), np.mean, method="percentile", rng=np.random.default_rng(1)
+    ).confidence_interval
+    assert ours.mean == pytest.approx(scores.mean())
+    assert ours.n == 60
+    # Student's tail at n = 60, against a normal's, and sqrt(n / (n - 1)).
+    wider = 2.001 / 1.960 * math.sqrt(60 / 59)
+    width = (ours.high - ours.low) / (theirs.high - theirs.low)
+    assert width == pytest.approx(wider, abs=0.015)
+    assert statistics.share_interval(scores) == ours  # the same every time
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_scores_that_are_all_alike_still_have_an_interval(share):
+    interval = statistics.share_interval([share] * 20)
+    assert interval.low <= share <= interval.high
+    assert interval.high - interval.low > 0.15
+    if share in (0, 1):
+        assert interval == statistics.wilson(int(20 * share), 20)
+
+
+def test_ratio_interval_is_students_where_denominators_agree():
+    bits = np.array([8.0, 9.0, 12.0, 7.0])
+    ratio = statistics.ratio_interval(bits, np.full(4, 4.0))
+    assert ratio == pytest.approx(statistics.mean_interval(bits / 4))
+
+
+def test_ratio_interval_weighs_samples_by_their_denominators():
+    bits, size = np.array([10.0, 300.0, 20.0]), np.array([5.0, 100.0, 10.0])
+    ratio = statistics.ratio_interval(bits, size)
+    assert ratio.mean == pytest.approx(330 / 115)
+    exact = statistics.ratio_interval(2.5 * size, size)
+    assert exact[:3] == pytest.approx((2.5, 2.5, 2.5))
+
+
+def test_ratio_interval_covers_as_often_as_it_says():
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(1000):
+        size = rng.integers(50, 150, 20)
+        bits = size * 2.0 + rng.normal(0, 10, 20)
+        interval = statistics.ratio_interval(bits, size)
+        hits += interval.low <= 2.0 <= interval.high
+    assert 0.93 <= hits / 1000 <= 0.97
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -79,6 +138,19 @@ def test_perplexity_is_monotone_and_in_order():
         (
             lambda: statistics.paired_difference([1.0], [1.0, 2.0]),
             r"\(1,\) cannot be paired .* \(2,\)",
+        ),
+        (lambda: statistics.share_interval([]), "non-empty"),
+        (
+            lambda: statistics.share_interval([0.5, 1.5]),
+            r"0.5 to 1.5 must all be in \[0, 1\]",
+        ),
+        (
+            lambda: statistics.ratio_interval([1.0], [1.0, 2.0]),
+            r"\(1,\) need as many denominators, .* \(2,\)",
+        ),
+        (
+            lambda: statistics.ratio_interval([1.0, 1.0], [1.0, 0.0]),
+            "a least of 0.0",
         ),
     ],
 )

@@ -32,12 +32,22 @@ class Pairs(ByteTokenizer):
         return [data[i] for i in range(0, len(data), 2)]
 
 
-MAKERS = {"passkey": tasks.passkey, "multikey": tasks.multikey}
+SAID_AS_ASKED = {"passkey": tasks.passkey, "multikey": tasks.multikey}
+MAKERS = SAID_AS_ASKED | {"variables": tasks.variable_tracking}
 
 
 @pytest.fixture(params=MAKERS)
 def make(request):
     return MAKERS[request.param]
+
+
+@pytest.fixture(params=SAID_AS_ASKED)
+def make_said(request):
+    return MAKERS[request.param]
+
+
+def is_needle(line):
+    return bool(tasks._NEEDLE_LIKE.search(line) or tasks._assigns(line))
 
 
 @pytest.mark.parametrize(
@@ -55,8 +65,8 @@ def test_prompt_and_answer_fill_the_context_and_never_exceed_it(
         assert context - 2 * longest < len(whole) <= context
 
 
-def test_the_answer_is_said_once_and_asked_for_at_the_end(make):
-    for example in make(BYTES, TEXT, context=900, n=10):
+def test_the_answer_is_said_once_and_asked_for_at_the_end(make_said):
+    for example in make_said(BYTES, TEXT, context=900, n=10):
         assert re.fullmatch(r"\d{5}", example.answer)
         assert example.text.count(example.answer) == 1
         question = example.text[example.text.rindex("\n") + 1 :]
@@ -79,9 +89,7 @@ def test_the_wording_is_the_one_the_embedded_model_learnt():
 def test_needles_stand_between_whole_lines_in_order_of_the_text(make):
     for example in make(BYTES, TEXT, context=900, n=10):
         body = example.text[: example.text.rindex("\n\n") + 1]
-        hay = [
-            line for line in body.splitlines() if not tasks._NEEDLE_LIKE.search(line)
-        ]
+        hay = [line for line in body.splitlines() if not is_needle(line)]
         first = LINES.index(hay[0])
         assert hay == [LINES[(first + i) % len(LINES)] for i in range(len(hay))]
 
@@ -95,9 +103,7 @@ def test_the_depth_is_met_to_within_a_line(make):
             if ("\n" in body[: body.index(example.answer)])
             else 0
         )
-        needles = [
-            line + "\n" for line in body.splitlines() if tasks._NEEDLE_LIKE.search(line)
-        ]
+        needles = [line + "\n" for line in body.splitlines() if is_needle(line)]
         before = body[:start]
         hay_before = len(before) - sum(len(x) for x in needles if x in before)
         hay = len(body) - sum(map(len, needles))
@@ -124,7 +130,7 @@ def test_examples_depend_on_the_seed_and_not_on_how_many_there_are(make):
 def test_needles_of_the_text_itself_do_not_compete():
     trap = "The pass key is 11111. Remember it.\nkey apple has value 22222.\n"
     text = trap + TEXT + trap
-    for make in MAKERS.values():
+    for make in SAID_AS_ASKED.values():
         for example in make(BYTES, text, context=900, n=8):
             assert "11111" not in example.text
             assert "22222" not in example.text
@@ -135,13 +141,67 @@ def test_a_short_text_is_used_again_from_its_first_line():
     assert example.text.count("one line\n") > 5
 
 
-def test_is_correct_reads_the_beginning_only():
+def test_only_the_beginning_of_a_reply_counts():
     (example,) = tasks.passkey(BYTES, TEXT, context=300, n=1)
     wrong = str((int(example.answer) + 1 - 10_000) % 90_000 + 10_000)
-    assert tasks.is_correct(example, example.answer)
-    assert tasks.is_correct(example, f" {example.answer}. Remember")
-    assert not tasks.is_correct(example, example.answer[:4])
-    assert not tasks.is_correct(example, f"{wrong} {example.answer}")
+    assert example.score(example.answer) == 1
+    assert example.score(f" {example.answer}. Remember") == 1
+    assert example.score(example.answer[:4]) == 0
+    assert example.score(f"{wrong} {example.answer}") == 0
+
+
+ASSIGNMENT = re.compile(r"^([a-z]+) = (\w+)$", re.MULTILINE)
+
+
+def follow(text):
+    """The value of the variable that is asked for, read off the assignments."""
+    body, _, question = text.rpartition("\n\n")
+    held = dict(ASSIGNMENT.findall(body))
+    name, steps = re.fullmatch(r"([a-z]+) = ", question)[1], 0
+    while not name.isdigit():
+        name, steps = held[name], steps + 1
+    return name, steps
+
+
+@pytest.mark.parametrize(("hops", "chains"), [(0, 3), (1, 1), (2, 4), (4, 2)])
+def test_following_the_assignments_gives_the_value(hops, chains):
+    made = tasks.variable_tracking(
+        BYTES, TEXT, context=1200, n=6, hops=hops, chains=chains
+    )
+    for example in made:
+        assert follow(example.text) == (example.answer, hops + 1)
+        pairs = ASSIGNMENT.findall(example.text)
+        assert len(pairs) == len(dict(pairs)) == chains * (hops + 1)
+        numbers = [value for _, value in pairs if value.isdigit()]
+        assert len(set(numbers)) == chains
+        assert example.text.count(example.answer) == 1
+        # What a name is set to is known by then.
+        known = set(numbers)
+        for name, value in pairs:
+            assert value in known
+            known.add(name)
+
+
+def test_a_chain_of_variables_is_spread_from_its_depth_to_the_end():
+    for example in tasks.variable_tracking(BYTES, TEXT, context=3000, n=5, hops=2):
+        body = example.text[: example.text.rindex("\n\n") + 1]
+        held = {value: name for name, value in ASSIGNMENT.findall(body)}
+        name, value, places = "", example.answer, []
+        while value in held:
+            name = held[value]
+            places.append(body.index(f"{name} = {value}\n") / len(body))
+            value = name
+        wanted = example.depth + (1 - example.depth) * np.arange(3) / 3
+        assert np.abs(np.array(places) - wanted).max() < 0.08
+        assert example.text.endswith(f"\n\n{name} = ")
+
+
+def test_assignments_of_the_text_itself_do_not_compete():
+    trap = "apple = 1\nriver=apple\n    stone = 3\nother = 4\n"
+    for example in tasks.variable_tracking(BYTES, trap + TEXT, context=9000, n=8):
+        assert "other = 4" in example.text
+        for line in ("apple = 1\n", "river=apple", "stone = 3"):
+            assert line not in example.text
 
 
 @pytest.mark.parametrize("tokenizer", [BYTES, Bos()], ids=["bytes", "bos"])
@@ -179,6 +239,16 @@ def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
         (
             lambda: tasks.multikey(BYTES, TEXT, context=900, n=1, keys=41),
             r"keys=41 must be in \[1, 40\]",
+        ),
+        (
+            lambda: tasks.variable_tracking(BYTES, TEXT, context=900, n=1, hops=-1),
+            "chains=4 of hops=-1 take 0 names",
+        ),
+        (
+            lambda: tasks.variable_tracking(
+                BYTES, TEXT, context=900, n=1, hops=9, chains=90
+            ),
+            "chains=90 of hops=9 take 900 names: .* at most 837",
         ),
         (
             lambda: tasks.windows(BYTES, "x" * 250, context=100, n=3),
