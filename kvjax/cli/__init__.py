@@ -1,0 +1,111 @@
+"""The command line: the one place where methods and models meet. stdout is the result.
+
+Progress goes to stderr. What a user can put right is one line on stderr and exit code
+2; anything else is a fault of ours and keeps its traceback.
+"""
+
+import os
+import pathlib
+import sys
+import traceback
+from typing import Annotated
+
+import typer
+
+import kvjax
+from kvjax.cli import decode, evaluate, heads, info, train
+from kvjax.cli.common import arguments_given
+
+app = typer.Typer(
+    name="kvjax",
+    help="Decoding with long contexts in JAX, without drowning in KV-cache traffic.",
+    epilog="Example: kvjax compare --budget 128",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Runs the command line: exit code 0, 1 (interrupted) or 2 (a user's mistake)."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs one command and returns its exit code; faults of ours are raised."""
+    arguments_given.set(arguments)
+    try:
+        code = app(
+            args=arguments or ["--help"], prog_name="kvjax", standalone_mode=False
+        )
+    except (typer.Abort, KeyboardInterrupt):
+        return _complain("interrupted.", 1)
+    except BrokenPipeError:
+        # Whoever read the output has enough. Keep Python from flushing into the pipe.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        return _complain(error)
+    except (ValueError, ImportError) as error:
+        if not (_is_ours(error) or isinstance(error, UnicodeDecodeError)):
+            raise
+        return _complain(error)
+    except Exception as error:
+        # Usage errors of typer, whose class moved between its versions.
+        if getattr(error, "exit_code", None) != 2:
+            raise
+        return _complain(error.format_message())
+    return code if isinstance(code, int) else 0
+
+
+def _is_ours(error: Exception) -> bool:
+    # A check of ours raises from our own files; one from inside a library is a bug that
+    # somebody must be able to find.
+    rooms = pathlib.Path(kvjax.__file__).parent.parent
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    path = pathlib.Path(frame.f_code.co_filename)
+    ours = ("kvjax", "models", "pallas_kernels")
+    return any(path.is_relative_to(rooms / room) for room in ours)
+
+
+def _complain(message: object, code: int = 2) -> int:
+    line = " ".join(str(message).split())
+    print(f"kvjax: error: {line}", file=sys.stderr)
+    return code
+
+
+def _print_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"kvjax {kvjax.__version__}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            callback=_print_version,
+            is_eager=True,
+            help="Print the version and exit.",
+        ),
+    ] = False,
+) -> None:
+    del version  # its callback has done all there is
+
+
+_EXAMPLES = {
+    info.methods: "kvjax methods",
+    info.cite: "kvjax cite quest",
+    decode.generate: ("kvjax generate --method quest:budget=256 --prompt 'def main('"),
+    decode.score: "kvjax score --method snapkv:budget=256 --text book.txt",
+    evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
+    evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
+    heads.heads: "kvjax heads --context 512 --out heads.png",
+    train.train: "kvjax train --config toy --set optimizer.lr=2e-3 --out runs/toy",
+}
+for _command, _example in _EXAMPLES.items():
+    _, _name, *_ = _example.split()
+    app.command(_name, epilog=f"Example: {_example}")(_command)

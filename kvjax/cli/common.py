@@ -1,0 +1,102 @@
+"""Options and helpers that several commands share."""
+
+import contextlib
+import contextvars
+import os
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+import kvjax
+
+# Of the command that runs, for the manifest.
+arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
+
+MODEL_HELP = "Folder or hub id of a Llama; the embedded model if left out."
+METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
+ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of weights and cache; on CPU float32 if left out."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text.")
+]
+ContextOption = Annotated[int, typer.Option("--context", help="Tokens of an input.")]
+SeedOption = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
+BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together.")]
+TextOption = Annotated[
+    pathlib.Path | None,
+    typer.Option("--text", help="UTF-8 file the inputs are made of; held-out text."),
+]
+NewTokensOption = Annotated[
+    int, typer.Option("--new-tokens", help="Tokens of an input that follow the prompt.")
+]
+
+
+def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
+    """The model of `--model` and `--dtype`, with compiled code kept between runs."""
+    import jax
+
+    import models
+    from models import embedded
+
+    keep_compiled_code()
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{dtype=} must be float32, bfloat16 or float16.")
+    if dtype is None and jax.default_backend() == "cpu":
+        # XLA's CPU backend converts whole bfloat16 buffers at every step.
+        dtype = "float32"
+    path = embedded.path("softmax") if model is None else model
+    loaded = models.load(path, dtype=dtype)
+    if model is None:
+        loaded = loaded._replace(name="embedded softmax")
+    return loaded
+
+
+def keep_compiled_code() -> None:
+    """Turns JAX's persistent compilation cache on; without a folder it stays off."""
+    import jax
+
+    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    folder = pathlib.Path(home) / "kvjax" / "xla"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def held_out_text() -> str:
+    """The held-out text that ships with the package."""
+    from models import embedded
+
+    return embedded.heldout_text()
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A UTF-8 file as text; - is stdin."""
+    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset "
+            f"{error.start}; convert it to UTF-8 first."
+        ) from error
+
+
+def tokenize(model: kvjax.LanguageModel, text: str, chat: bool = False) -> list[int]:
+    """Token ids of a text, or of the user's turn of a chat."""
+    if not chat:
+        return model.tokenizer.encode(text)
+    return model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+
+
+def positive(**values: int) -> None:
+    """Raises ValueError unless every value is at least 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")

@@ -1,0 +1,64 @@
+"""`kvjax heads`: what every attention head of a model does, as a picture."""
+
+import json
+import pathlib
+from typing import Annotated
+
+import typer
+
+from kvjax import report
+from kvjax.cli.common import (
+    ContextOption,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    SeedOption,
+    TextOption,
+    held_out_text,
+    load,
+    positive,
+    read_text,
+)
+
+KINDS = (".png", ".svg", ".pdf")
+
+
+def heads(
+    model: ModelOption = None,
+    context: ContextOption = 512,
+    windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 4,
+    n: Annotated[int, typer.Option(help="Prompts with a pass key.")] = 10,
+    seed: SeedOption = 0,
+    text: TextOption = None,
+    out: Annotated[
+        pathlib.Path, typer.Option(help="File for the figure: png, svg or pdf.")
+    ] = pathlib.Path("heads.png"),
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What every attention head does: sinks, entropy, support, retrieval."""
+    from kvjax.evaluation import heads as seen
+    from kvjax.evaluation import heads_figure
+
+    positive(context=context, windows=windows, n=n)
+    if out.suffix not in KINDS:
+        raise ValueError(f"--out {out} must end in one of {', '.join(KINDS)}.")
+    report.check_writable(out.parent)
+    content = held_out_text() if text is None else read_text(text)
+    language_model = load(model, dtype)
+    with report.progress() as progress:
+        result = seen.inspect(
+            language_model,
+            content,
+            context=context,
+            windows=windows,
+            prompts=n,
+            seed=seed,
+            progress=lambda fraction: progress("heads", fraction),
+        )
+    heads_figure.figure(result, out)
+    if as_json:
+        document = {"figure": str(out), "seed": seed, **seen.as_dict(result)}
+        print(json.dumps(report.json_ready(document), indent=2))
+        return
+    print("\n".join([*seen.summary(result), f"wrote {out}"]))

@@ -1,0 +1,1 @@
+"""Training over any decoder: steps, data, checkpoints. Needs the `train` extra."""

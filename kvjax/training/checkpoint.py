@@ -1,0 +1,296 @@
+"""Checkpoints of a run: saved in the background, complete or absent, checked on return.
+
+A checkpoint carries a fingerprint of every array, computed before it left the device:
+what comes back is bit for bit what was saved, or an error.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+
+FOLDER = "checkpoints"
+DAMAGED = "damaged"  # where checkpoints that cannot be read are put aside
+
+# On a file that is missing, cut or not its own, orbax raises what comes, `Exception`
+# itself among it; on a write that fails, these.
+_READ = Exception
+_WRITE = (OSError, ValueError, RuntimeError)
+
+
+class DamagedError(ValueError):
+    """A checkpoint that is not what was saved."""
+
+
+class Restored(NamedTuple):
+    """What comes back: the state, and the JSON document saved beside it."""
+
+    step: int
+    state: Any
+    about: dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Keep:
+    """Orbax's rule of what stays: the newest `count`, and the best."""
+
+    count: int
+    sign: int  # 1 if the least metric is best, -1 if the greatest
+    metrics: dict[int, float]  # by step, of those that were measured
+
+    def should_preserve(self, checkpoints, *, context) -> list[bool]:
+        del context
+        steps = [info.step for info in checkpoints]
+        measured = [step for step in steps if step in self.metrics]
+        kept = set(sorted(steps)[-self.count :])
+        if measured:
+            kept.add(min(measured, key=lambda step: self.sign * self.metrics[step]))
+        return [step in kept for step in steps]
+
+
+class Checkpoints(NamedTuple):
+    """The checkpoints of one run; see :func:`open_folder`."""
+
+    folder: pathlib.Path
+    manager: ocp.CheckpointManager
+    metrics: dict[int, float]
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return sorted(self.manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: Any,
+        about: Mapping[str, Any],
+        metric: float | None = None,
+    ) -> None:
+        """Begins to save; the arrays may be donated when this returns.
+
+        Args:
+            about: JSON values that belong to the state.
+            metric: by which the best checkpoint is kept.
+
+        Raises:
+            OSError: if this save, or an earlier one, failed; the older ones survive.
+        """
+        about = {
+            "about": dict(about),
+            "metric": metric,
+            "leaves": describe(state),
+            "fingerprints": [int(f) for f in jax.device_get(fingerprints(state))],
+        }
+        if metric is not None:
+            self.metrics[step] = metric
+        try:
+            self.manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    about=ocp.args.JsonSave(about),
+                ),
+            )
+        except _WRITE as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Returns when everything is on disk. Raises as :meth:`save`."""
+        try:
+            self.manager.wait_until_finished()
+            self.manager.check_for_errors()
+        except _WRITE as error:
+            raise self._failed(error) from error
+
+    def close(self) -> None:
+        """Waits and frees what the manager holds. Raises as :meth:`save`."""
+        try:
+            self.manager.close()
+        except _WRITE as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> OSError:
+        _remove_partial(self.folder)  # gives the space back
+        kept = [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]
+        newest = f"that of step {max(kept)} is whole" if kept else "there is none yet"
+        code = re.search(r"os_error_code='(\d+)'", str(error))
+        reason = os.strerror(int(code[1])) if code else " ".join(str(error).split())
+        return OSError(
+            f"a checkpoint could not be written to {self.folder} ({reason}); {newest}. "
+            "Make room and run again with --resume."
+        )
+
+
+def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Checkpoints:
+    """The checkpoints in `out`; what a crash left half written is removed.
+
+    Args:
+        keep: newest ones kept; of those saved with a metric, the best one is too.
+        best_mode: whether the least or greatest metric is best, "min" or "max".
+    """
+    # Orbax prints a dozen tracebacks for an error that it raises as well.
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    folder = (out / FOLDER).resolve()
+    _remove_partial(folder)
+    metrics = {}
+    for file in folder.glob("*/about/metadata"):
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
+            metric = json.loads(file.read_text(encoding="utf-8"))["metric"]
+            if metric is not None:
+                metrics[int(file.parent.parent.name)] = float(metric)
+    options = ocp.CheckpointManagerOptions(
+        preservation_policy=_Keep(keep, 1 if best_mode == "min" else -1, metrics),
+        save_root_metadata=False,
+    )
+    manager = ocp.CheckpointManager(folder, options=options)
+    return Checkpoints(folder, manager, metrics)
+
+
+def _remove_partial(folder: pathlib.Path) -> None:
+    for partial in folder.glob("*.orbax-checkpoint-tmp*"):
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _is_not_of_orbax(record: logging.LogRecord) -> bool:
+    return "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
+    """The checkpoint of `step`, its arrays placed as `like` says.
+
+    Args:
+        like: pytree of `jax.ShapeDtypeStruct` with shardings, of any mesh.
+
+    Raises:
+        DamagedError: if it cannot be read, or is not bit for bit what was saved.
+        ValueError: if it is of another model or optimizer; names what differs.
+    """
+    where = checkpoints.folder / str(step)
+    try:
+        read = checkpoints.manager.restore(
+            step, args=ocp.args.Composite(about=ocp.args.JsonRestore())
+        )["about"]
+        document, leaves, expected = (
+            read["about"],
+            read["leaves"],
+            read["fingerprints"],
+        )
+    except _READ as error:
+        raise _damaged(where, error) from error
+    wanted = describe(like)
+    if leaves != wanted:
+        raise ValueError(
+            f"{where} is of another model or optimizer: {_differ(leaves, wanted)}"
+        )
+    try:
+        state = checkpoints.manager.restore(
+            step, args=ocp.args.Composite(state=ocp.args.StandardRestore(like))
+        )["state"]
+    except _READ as error:
+        raise _damaged(where, error) from error
+    found = [int(f) for f in jax.device_get(fingerprints(state))]
+    if found != expected:
+        wrong = [n for n, a, b in zip(wanted, found, expected, strict=True) if a != b]
+        raise DamagedError(
+            f"{where} is damaged: {len(wrong)} arrays are not what was saved, first "
+            f"{wrong[0]}."
+        )
+    return Restored(step, state, document)
+
+
+def newest(
+    checkpoints: Checkpoints, like: Any, notice: Callable[[str], None]
+) -> Restored | None:
+    """The newest checkpoint that is whole; damaged newer ones are put aside.
+
+    Args:
+        notice: told in a line of every checkpoint that is put aside.
+
+    Returns:
+        None if the folder has no checkpoint at all.
+
+    Raises:
+        ValueError: if there are checkpoints and all are damaged, or as :func:`restore`.
+    """
+    damaged = []
+    for step in reversed(checkpoints.steps()):
+        try:
+            found = restore(checkpoints, step, like)
+        except DamagedError as error:
+            damaged.append((step, error))
+            continue
+        for bad, error in damaged:
+            aside = checkpoints.folder.parent / DAMAGED
+            notice(f"{error} It is put aside in {aside}.")
+            aside.mkdir(exist_ok=True)
+            shutil.rmtree(aside / str(bad), ignore_errors=True)
+            (checkpoints.folder / str(bad)).rename(aside / str(bad))
+        if damaged:
+            checkpoints.manager.reload()
+        return found
+    if damaged:
+        raise ValueError(f"no checkpoint can be read; the newest: {damaged[0][1]}")
+    return None
+
+
+def _damaged(where: pathlib.Path, error: Exception) -> DamagedError:
+    reason = " ".join(str(error).split())[:200]
+    return DamagedError(
+        f"{where} is damaged, or no checkpoint of kvjax train "
+        f"({type(error).__name__}: {reason})."
+    )
+
+
+def describe(state: Any) -> dict[str, list]:
+    """{path of a leaf: [shape, dtype]}, as JSON has it."""
+    return {
+        jax.tree_util.keystr(path): [list(leaf.shape), jnp.dtype(leaf.dtype).name]
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+
+
+def _differ(saved: Mapping[str, list], wanted: Mapping[str, list]) -> str:
+    def show(leaf):
+        return "nothing" if leaf is None else f"{leaf[1]}{tuple(leaf[0])}"
+
+    names = [n for n in {**wanted, **saved} if saved.get(n) != wanted.get(n)]
+    name = names[0]
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return (
+        f"{name} is {show(saved.get(name))} there and {show(wanted.get(name))} in this "
+        f"config{more}."
+    )
+
+
+@jax.jit
+def fingerprints(state: Any) -> list[jax.Array]:
+    """A uint32 per leaf, of every bit and its place, whatever the sharding."""
+
+    def one(leaf):
+        if leaf.dtype == jnp.bool_:
+            bits = leaf.astype(jnp.uint32)
+        else:
+            width = np.dtype(leaf.dtype).itemsize * 8
+            bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        stride = 1
+        for axis in reversed(range(leaf.ndim)):
+            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+            place = place + index * jnp.uint32(stride % 2**32)
+            stride *= leaf.shape[axis]
+        # Odd factors, so that no changed bit vanishes; sums of integers have no order.
+        factor = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
+        return jnp.sum(bits * factor, dtype=jnp.uint32)
+
+    return [one(leaf) for leaf in jax.tree.leaves(state)]

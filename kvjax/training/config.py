@@ -1,0 +1,323 @@
+"""What a training run is, as data: strict sections with defaults.
+
+An unknown key, a value of the wrong kind or settings that contradict each other are
+errors before any work. `config_files.py` reads and writes it.
+"""
+
+from typing import Annotated, Any, Literal
+
+import pydantic
+from pydantic import Field
+
+METRICS = {
+    "bits": "min",
+    "accuracy": "max",
+    "whole": "max",
+}  # of a check: which is best
+
+
+def _whole(value: Any) -> Any:
+    # YAML reads 1e6 as a float; as a count it is what was meant.
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _texts(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
+Whole = Annotated[int, pydantic.BeforeValidator(_whole)]
+Count = Annotated[Whole, Field(ge=1)]
+CountOrNone = Annotated[Whole, Field(ge=0)]  # 0 = off
+Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# Lists of a file become tuples: a config is immutable.
+Texts = Annotated[
+    tuple[str, ...],
+    pydantic.BeforeValidator(_texts),
+    Field(strict=False),
+]
+
+
+class Section(pydantic.BaseModel):
+    """Settings that know all their keys and do not change."""
+
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class Model(Section):
+    """What is trained: weights to continue from, or sizes to start from.
+
+    Attributes:
+        checkpoint: folder, hub id or embedded model whose weights are the beginning.
+        config: keys of a Hugging Face `config.json`, for a model from scratch.
+        tokenizer: of a model from scratch: a folder with `tokenizer.json`, or "train".
+        alpha: attention to go on with, whatever the checkpoint's: 1 is softmax, above 1
+            alpha-entmax.
+    """
+
+    checkpoint: str | None = None
+    config: dict[str, Any] | None = None
+    tokenizer: str | None = None
+    alpha: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+
+    @pydantic.model_validator(mode="after")
+    def _one_beginning(self):
+        if (self.checkpoint is None) == (self.config is None):
+            raise ValueError("give either checkpoint or config, and only one of them")
+        if (self.config is None) != (self.tokenizer is None):
+            raise ValueError(
+                "tokenizer belongs to config, a folder with tokenizer.json or 'train'; "
+                "a checkpoint brings its own"
+            )
+        if self.config is not None and self.alpha is not None:
+            raise ValueError("of a model from scratch, alpha is config.attention_alpha")
+        return self
+
+
+class Data(Section):
+    """Where text comes from.
+
+    Attributes:
+        corpus: "stdlib", or files and glob patterns of UTF-8 text; "stdlib/json/*.py"
+            are files of the standard library.
+        held_out: files that the checks are drawn from; the package's held-out text if
+            left out.
+        seed: of every sample.
+        threads: that prepare batches ahead; 0 prepares each when it is needed.
+    """
+
+    corpus: Texts = ("stdlib",)
+    held_out: Texts | None = None
+    seed: CountOrNone = 0
+    threads: CountOrNone = 2
+
+
+class Stage(Section):
+    """Steps with one recipe. A curriculum is a list of stages.
+
+    Attributes:
+        steps: optimizer steps.
+        tokens: targets per step, over all rows and devices.
+        lengths: {targets per row: share of the steps}.
+        shortest: rows are packed with several sequences of log-uniform length, from
+            `shortest` to the row's; None is one sequence a row.
+        mixture: {source: share of the tokens}.
+    """
+
+    steps: Count
+    tokens: Count
+    lengths: dict[Count, Share] = Field(min_length=1)
+    shortest: Count | None = None
+    mixture: dict[str, Share] = Field(min_length=1)
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        for name in ("lengths", "mixture"):
+            if sum(getattr(self, name).values()) <= 0:
+                raise ValueError(f"the shares of {name} sum to 0: make one positive")
+        if self.tokens < max(self.lengths):
+            raise ValueError(
+                f"tokens={self.tokens} must be at least one row of the longest of "
+                f"lengths, {max(self.lengths)}"
+            )
+        if self.shortest is not None and self.shortest > min(self.lengths):
+            raise ValueError(
+                f"shortest={self.shortest} must not exceed the shortest of lengths, "
+                f"{min(self.lengths)}"
+            )
+        return self
+
+    def rows(self, length: int) -> int:
+        """Rows of a batch of `length` targets a row."""
+        return self.tokens // length
+
+
+class Optimizer(Section):
+    """How weights follow gradients.
+
+    Attributes:
+        name: "adamw", or "muon" for the matrices between embedding and output and
+            adamw for the rest; muon's updates are scaled to the size of adamw's, so the
+            same `lr` serves both.
+        lr: the largest learning rate, reached after `warmup` steps.
+        schedule: after warm-up: "constant", or "cosine" or "linear" down to `final`
+            times `lr` at the last step.
+        decay_steps: of a constant schedule: the last steps, linear down to `final`.
+        final: share of `lr` at the end.
+        b1, b2, eps: of adamw. b1 is muon's momentum too.
+        weight_decay: of matrices, per unit of learning rate.
+        clip: largest norm of the gradient; 0 is no limit.
+        accumulate: parts a batch is computed in, to save memory; changes no result.
+        average: decay of a running mean of the weights, which is then what is
+            evaluated and exported; 0 is no mean.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: Positive = 1e-3
+    warmup: CountOrNone = 100
+    schedule: Literal["constant", "cosine", "linear"] = "cosine"
+    decay_steps: CountOrNone = 0
+    final: Annotated[Share, Field(le=1)] = 0.1
+    b1: Annotated[Share, Field(lt=1)] = 0.9
+    b2: Annotated[Share, Field(lt=1)] = 0.95
+    eps: Positive = 1e-8
+    weight_decay: Share = 0.1
+    clip: Share = 1.0
+    accumulate: Count = 1
+    average: Annotated[Share, Field(lt=1)] = 0.0
+
+    @pydantic.model_validator(mode="after")
+    def _one_decay(self):
+        if self.decay_steps and self.schedule != "constant":
+            raise ValueError(
+                f"decay_steps={self.decay_steps} is for schedule=constant; "
+                f"schedule={self.schedule} decays all the way: set decay_steps to 0"
+            )
+        return self
+
+
+class Precision(Section):
+    """compute: of activations and products. Weights and optimizer are float32."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+
+
+class Mesh(Section):
+    """Devices: batches are split over data x fsdp, weights over fsdp."""
+
+    data: Count = 1
+    fsdp: Count = 1
+
+    @property
+    def size(self) -> int:
+        """Devices."""
+        return self.data * self.fsdp
+
+
+class Evaluate(Section):
+    """Checks on held-out text and seeds.
+
+    Attributes:
+        every: steps between them; 0 is never. The last step is always checked.
+        tokens: targets of each check.
+        checks: "source@length"; every source of the last stage at its greatest length
+            if left out. Each gives bits (per target), accuracy (of answers) and whole
+            (rows with every answer right).
+    """
+
+    every: CountOrNone = 500
+    tokens: Count = 8192
+    checks: Texts = ()
+
+    @pydantic.field_validator("checks")
+    @classmethod
+    def _spelled(cls, checks):
+        for check in checks:
+            source, _, length = check.partition("@")
+            if not (source and length.isdecimal() and int(length) > 0):
+                raise ValueError(f"{check!r} must be source@length, such as text@256")
+        return checks
+
+
+class Checkpoint(Section):
+    """When the state is saved.
+
+    Attributes:
+        every_steps, every_seconds: whichever comes first. The last step is always
+            saved, and so is an interrupted one.
+        keep: newest ones kept.
+        best: metric of a check, such as "text@256/bits", by which the best one is kept
+            too and is what `model` holds; None is the newest.
+    """
+
+    every_steps: Count = 500
+    every_seconds: Positive | None = None
+    keep: Count = 2
+    best: str | None = None
+
+
+class Log(Section):
+    """every: steps a line of `metrics.jsonl` sums up. tensorboard: write events too."""
+
+    every: Count = 10
+    tensorboard: bool = True
+
+
+class Config(Section):
+    """A whole run. `seed` is of the first weights, `data.seed` of what is read."""
+
+    model: Model
+    data: Data = Data()
+    stages: tuple[Stage, ...] = Field(min_length=1, strict=False)
+    optimizer: Optimizer = Optimizer()
+    precision: Precision = Precision()
+    remat: bool = False
+    mesh: Mesh = Mesh()
+    evaluate: Evaluate = Evaluate()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+    seed: CountOrNone = 0
+
+    @property
+    def steps(self) -> int:
+        """Of all stages."""
+        return sum(stage.steps for stage in self.stages)
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Every source that some stage or check draws from, sorted."""
+        mixed = {name for stage in self.stages for name in stage.mixture}
+        return tuple(sorted(mixed | {name for name, _ in self.checks}))
+
+    @property
+    def longest(self) -> int:
+        """Targets of the longest row of any stage or check."""
+        rows = [length for stage in self.stages for length in stage.lengths]
+        return max(rows + [length for _, length in self.checks])
+
+    @property
+    def checks(self) -> tuple[tuple[str, int], ...]:
+        """(source, length) of every check; none if nothing is evaluated."""
+        if not self.evaluate.every:
+            return ()
+        last = self.stages[-1]
+        names = self.evaluate.checks or tuple(
+            f"{source}@{max(last.lengths)}" for source in sorted(last.mixture)
+        )
+        parts = (name.split("@") for name in names)
+        return tuple((source, int(length)) for source, length in parts)
+
+    def stage(self, step: int) -> Stage:
+        """The stage of the step with this index, counted from 0."""
+        for stage in self.stages:
+            if step < stage.steps:
+                return stage
+            step -= stage.steps
+        raise IndexError(f"{step=} is beyond the last stage.")
+
+    @pydantic.model_validator(mode="after")
+    def _consistent(self):
+        if self.optimizer.decay_steps > self.steps:
+            raise ValueError(
+                f"optimizer.decay_steps={self.optimizer.decay_steps} exceeds the "
+                f"{self.steps} steps of all stages"
+            )
+        parts = self.optimizer.accumulate * self.mesh.size
+        for index, stage in enumerate(self.stages):
+            for length in stage.lengths:
+                if stage.rows(length) % parts:
+                    raise ValueError(
+                        f"stages.{index}: tokens={stage.tokens} make "
+                        f"{stage.rows(length)} rows of {length}, which must be a "
+                        f"multiple of {parts} (optimizer.accumulate * mesh.data * "
+                        "mesh.fsdp)"
+                    )
+        best = self.checkpoint.best
+        if best is not None:
+            known = [f"{s}@{n}/{metric}" for s, n in self.checks for metric in METRICS]
+            if best not in known:
+                raise ValueError(
+                    f"checkpoint.best={best!r} is measured by no check; there are "
+                    f"{', '.join(known) or 'none, as evaluate.every is 0'}"
+                )
+        return self

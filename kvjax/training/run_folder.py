@@ -1,0 +1,159 @@
+"""The folder of one run: its lock, config, metrics and exported model.
+
+Everything here is whole at any moment: files are replaced in one step, and a resumed
+run cuts off what was written after the checkpoint it goes on from.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from kvjax.interface import Params
+
+CONFIG, METRICS, EVENTS, MODEL = "config.yaml", "metrics.jsonl", "tensorboard", "model"
+_LOCK = ".lock"
+
+
+def check(out: pathlib.Path, *, resume: bool) -> None:
+    """Raises unless a run can begin in `out`, or be resumed there.
+
+    Raises:
+        ValueError: if a run is there and `resume` is false, or the other way round.
+        OSError: if `out` is a file, or cannot be written.
+    """
+    if out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is not a folder: give --out another.")
+    holds_run = (out / CONFIG).is_file()
+    if holds_run and not resume:
+        raise ValueError(
+            f"{out} holds a run already: continue it with --resume, or give another "
+            "--out."
+        )
+    if resume and not holds_run:
+        raise ValueError(
+            f"{out} holds no run to resume: leave --resume out to begin one."
+        )
+
+
+@contextlib.contextmanager
+def locked(out: pathlib.Path) -> Iterator[None]:
+    """Makes the folder and keeps other processes from training in it meanwhile.
+
+    Raises:
+        ValueError: if one is.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows, where nothing is locked
+        fcntl = None
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / _LOCK).open("w") as file:
+        try:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {out}.") from error
+        yield
+
+
+def replace_text(path: pathlib.Path, text: str) -> None:
+    """Writes a file so that a reader finds the old text or the new one."""
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def replace_model(
+    out: pathlib.Path, params: Params, save: Callable[[Params, pathlib.Path], None]
+) -> None:
+    """Has `save` write the folder `model`, replacing the one that is there."""
+    new, old = out / ".model.new", out / ".model.old"
+    for leftover in (new, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    save(params, new)
+    if (out / MODEL).exists():
+        (out / MODEL).rename(old)
+    new.rename(out / MODEL)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def cut_metrics(path: pathlib.Path, step: int) -> None:
+    """Removes the lines after `step`, and one that a crash left incomplete."""
+    kept = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.endswith("\n") or json.loads(line)["step"] > step:
+                break
+            kept.append(line)
+    replace_text(path, "".join(kept))
+
+
+class Metrics:
+    """`metrics.jsonl`, one line per record, and TensorBoard events of the same."""
+
+    def __init__(self, out: pathlib.Path, step: int, *, tensorboard: bool):
+        cut_metrics(out / METRICS, step)
+        self._file = (out / METRICS).open("a", encoding="utf-8")
+        self._events = None
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            # What was written after `step` is superseded.
+            self._events = SummaryWriter(str(out / EVENTS), purge_step=step + 1)
+
+    def write(self, record: Mapping[str, Any]) -> None:
+        """`record` has `step` and further numbers."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if self._events is not None and name != "step":
+                self._events.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        """On disk before the checkpoint that a resumed run goes on from."""
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Ends both files."""
+        self._file.close()
+        if self._events is not None:
+            self._events.close()
+
+
+class Interrupt:
+    """While entered, the first SIGINT or SIGTERM sets `asked`, no more than that."""
+
+    def __init__(self):
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Interrupt":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._ask)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        while self._before:
+            signal.signal(*self._before.popitem())
+
+    def _ask(self, number, frame):
+        del frame
+        self.asked = True
+        self.__exit__()
+        name = signal.Signals(number).name
+        print(
+            f"{name}: saving after this step; once more to stop now.", file=sys.stderr
+        )
