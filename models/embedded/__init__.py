@@ -1,6 +1,7 @@
 """The small trained checkpoints that ship with the package, and how each was made.
 
-`README.md` is their model card; `train.py` makes them from any Python installation.
+`README.md` is their model card; `start.py` and `kvjax train` make them from any Python
+installation.
 """
 
 import pathlib
@@ -16,13 +17,17 @@ def names() -> tuple[str, ...]:
 def path(name: str = "softmax") -> pathlib.Path:
     """The folder of a shipped checkpoint, in the Hugging Face layout.
 
+    Args:
+        name: such as "softmax", or in full "embedded-softmax".
+
     Raises:
         ValueError: if there is no such checkpoint.
     """
-    if name not in names():
+    short = name.removeprefix("embedded-")
+    if short not in names():
         known = ", ".join(names()) or "none"
         raise ValueError(f"no embedded model {name!r}; shipped: {known}.")
-    return _FOLDER / name
+    return _FOLDER / short
 
 
 def heldout_text() -> str:
