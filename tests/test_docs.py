@@ -1,0 +1,82 @@
+"""The pages under docs tell the truth: each command runs, the long ones at toy size."""
+
+import pathlib
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from models import embedded
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TINY = "stages=[{steps: 2, tokens: 128, lengths: {64: 1}, mixture: {text: 1}}]"
+QUICK = [
+    *("--set", "data.corpus=book.txt", "--set", "data.held_out=book.txt"),
+    *("--set", "evaluate.every=0"),
+]
+# What makes a command quick, by how it begins: arguments at its end.
+SHORTER = {
+    "kvjax train --config toy": [
+        *QUICK,
+        *("--set", "stages.0.steps=2", "--set", "stages.1.steps=1"),
+    ],
+    "kvjax train --config embedded": [
+        *QUICK,
+        *("--set", TINY, "--set", "optimizer.decay_steps=1"),
+    ],
+    "kvjax train --out runs/toy": [],
+    "python -m models.embedded.start": ["--corpus", "book.txt"],
+    "python benchmarks/embedded_bars.py": [
+        *("--n", "2", "--context", "128", "--bits-context", "128")
+    ],
+    "kvjax heads": ["--context", "96"],
+    "kvjax compare": [
+        *("--context", "128", "--budget", "48", "--n", "1", "--windows", "1"),
+        *("--new-tokens", "4", "--method", "quest"),
+    ],
+    "kvjax eval": ["--context", "96", "--n", "1", "--new-tokens", "4"],
+}
+
+
+def commands(page: pathlib.Path) -> list[str]:
+    """The lines of a page's shell blocks, in their order, installing left out."""
+    blocks = re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    lines = [line for block in blocks for line in block.strip().splitlines()]
+    return [line for line in lines if not line.startswith("pip install")]
+
+
+def runnable(command: str) -> list[str]:
+    (begin,) = [begin for begin in SHORTER if command.startswith(begin)]
+    # The page goes on for 60 steps; so few must do.
+    command = command.replace("stages.1.steps=60", "stages.1.steps=2")
+    program, *arguments = shlex.split(command)
+    arguments += SHORTER[begin]
+    if program == "kvjax":
+        arguments = ["-m", "kvjax", *arguments]
+    elif arguments[0] != "-m":
+        arguments[0] = str(ROOT / arguments[0])
+    return [sys.executable, *arguments]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
+    (tmp_path / "book.txt").write_text(embedded.heldout_text()[:100_000], "utf-8")
+    (tmp_path / "CONTRIBUTING.md").write_text("Some text of one's own.\n" * 200)
+    shown = commands(page)
+    assert shown
+    for command in shown:
+        done = subprocess.run(
+            runnable(command), cwd=tmp_path, capture_output=True, text=True, timeout=900
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+def test_files_a_page_names_exist():
+    for page in PAGES:
+        named = re.findall(r"`([\w/]+\.(?:py|md|yaml))`", page.read_text("utf-8"))
+        for name in named:
+            if name not in ("config.yaml",):  # of a run
+                assert (ROOT / name).is_file(), f"{page.name} names {name}"
