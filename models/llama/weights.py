@@ -156,9 +156,11 @@ def save(
     shards = _split(entries, max_shard_bytes)
     for number, shard in enumerate(shards, 1):
         tensors = {entry.name: _export(entry, params) for entry in shard}
-        save_file(
-            tensors, directory / _shard_name(number, len(shards)), {"format": "pt"}
-        )
+        path = directory / _shard_name(number, len(shards))
+        path.touch()
+        mode = path.stat().st_mode
+        save_file(tensors, path, {"format": "pt"})
+        path.chmod(mode)  # safetensors 0.8 leaves a file that only its owner can read
     if len(shards) > 1:
         weight_map = {
             entry.name: _shard_name(number, len(shards))

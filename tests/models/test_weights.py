@@ -116,6 +116,14 @@ def test_shards_keep_their_limit(checkpoint, tmp_path):
     }
 
 
+def test_saved_files_may_be_read_by_whom_the_umask_lets(checkpoint, tmp_path):
+    models.save_pretrained(models.load(checkpoint()), tmp_path / "saved")
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    modes = {file.stat().st_mode for file in (tmp_path / "saved").iterdir()}
+    assert modes == {wanted}
+
+
 @pytest.mark.parametrize("name", ["gqa", "tied", "dynamic", "qwen2_window", "qwen3"])
 def test_transformers_opens_what_is_saved(checkpoint, tmp_path, name):
     transformers = pytest.importorskip("transformers")
