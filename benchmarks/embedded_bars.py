@@ -4,7 +4,7 @@ Every number comes with its n and its 95% interval. Answers are decoded greedily
 full attention; with --forced the right tokens are fed in one pass and compared with the
 greedy choices, which scores the same in less time.
 
-    python benchmarks/embedded_bars.py --model softmax --n 100 --json bars.json
+    python benchmarks/embedded_bars.py --model embedded-softmax --n 100 --json bars.json
 """
 
 import argparse
@@ -121,7 +121,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="softmax", help="embedded one, or a folder")
+    parser.add_argument("--model", default=embedded.DEFAULT, help="name or folder")
     parser.add_argument("--n", type=int, default=100, help="examples of each task")
     parser.add_argument("--batch", type=int, default=8, help="rows together")
     parser.add_argument("--seed", type=int, default=SEED)
@@ -130,11 +130,7 @@ def main(argv=None):
     parser.add_argument("--forced", action="store_true", help="feed the right tokens")
     parser.add_argument("--json", type=pathlib.Path, help="file for the numbers")
     args = parser.parse_args(argv)
-    is_ours = args.model in embedded.names()
-    folder = embedded.path(args.model) if is_ours else args.model
-    model = models.load(folder, dtype="float32")
-    if is_ours:
-        model = model._replace(name=f"embedded {args.model}")
+    model = models.load(args.model, dtype="float32")
     with report.progress() as progress:
         entries = measure(model, embedded.heldout_text(), args, progress)
     show(model.name, entries)

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from kvjax.interface import LanguageModel
-from models import llama
+from models import embedded, llama
 
 FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
 
@@ -27,10 +27,11 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
 ) -> LanguageModel:
-    """A model from a directory in the Hugging Face layout, or from the hub.
+    """A model from a directory in the Hugging Face layout, from the hub, or our own.
 
     Args:
-        name: a directory, or a hub id `owner/model`, optionally with `@revision`.
+        name: a directory; or a hub id `owner/model`, optionally with `@revision`; or
+            the name of an embedded model, such as "embedded-softmax".
         dtype: of weights, activations and cache; None keeps the checkpoint's.
         device: a `jax.Device`, a `jax.sharding.Sharding`, a pytree of shardings in the
             structure of the decoder's `param_shapes()`, or None for JAX's default.
@@ -41,8 +42,8 @@ def load(
 
     Raises:
         FileNotFoundError: if the directory, or a file in it, is missing.
-        ValueError: if a file is damaged, the model is not supported, or weights and
-            `config.json` disagree.
+        ValueError: if a file is damaged, the model is not supported, weights and
+            `config.json` disagree, or there is no such embedded model.
         ImportError: if a hub id is given and `huggingface_hub` is not installed.
     """
     directory = _resolve(name)
@@ -139,6 +140,8 @@ def _resolve(name: str | Path) -> Path:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory
+    if str(name).startswith(embedded.PREFIX):
+        return embedded.path(str(name))
     hub_id, _, revision = str(name).partition("@")
     if directory.exists() or not _is_hub_id(hub_id):
         raise FileNotFoundError(

@@ -14,7 +14,9 @@ import kvjax
 # Of the command that runs, for the manifest.
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
 
-MODEL_HELP = "Folder or hub id of a Llama; the embedded model if left out."
+MODEL_HELP = (
+    "Folder or hub id of a Llama, or embedded-entmax; embedded-softmax if left out."
+)
 METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
 ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
@@ -50,11 +52,7 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     if dtype is None and jax.default_backend() == "cpu":
         # XLA's CPU backend converts whole bfloat16 buffers at every step.
         dtype = "float32"
-    path = embedded.path("softmax") if model is None else model
-    loaded = models.load(path, dtype=dtype)
-    if model is None:
-        loaded = loaded._replace(name="embedded softmax")
-    return loaded
+    return models.load(embedded.DEFAULT if model is None else model, dtype=dtype)
 
 
 def keep_compiled_code() -> None:

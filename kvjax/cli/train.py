@@ -81,13 +81,11 @@ def _model(settings: "Config", out: pathlib.Path) -> _Model:
     import jax
 
     import models
-    from models import embedded, llama
+    from models import llama
 
     section = settings.model
     if section.checkpoint is not None:
-        name = section.checkpoint
-        path = embedded.path(name) if name in embedded.names() else name
-        loaded = models.load(path, dtype="float32")
+        loaded = models.load(section.checkpoint, dtype="float32")
         if section.alpha is not None:
             config = dataclasses.replace(
                 loaded.decoder.config, attention_alpha=section.alpha
@@ -120,8 +118,8 @@ def _tokenizer(settings: "Config", out: pathlib.Path, decoder) -> Any:
 
     name, folder = settings.model.tokenizer, out / "tokenizer"
     if name != "train":
-        folder = pathlib.Path(name)
-        folder = embedded.path(name) if name in embedded.names() else folder
+        is_ours = name.startswith(embedded.PREFIX)
+        folder = embedded.path(name) if is_ours else pathlib.Path(name)
     elif not (folder / "tokenizer_config.json").is_file():
         from models.embedded import tokenizer
 

@@ -9,25 +9,26 @@ import pathlib
 _FOLDER = pathlib.Path(__file__).parent
 
 
+PREFIX = "embedded-"
+DEFAULT = "embedded-softmax"
+
+
 def names() -> tuple[str, ...]:
-    """Names of the shipped checkpoints, for :func:`path`."""
-    return tuple(sorted(file.parent.name for file in _FOLDER.glob("*/config.json")))
+    """Names of the shipped checkpoints, as :func:`models.load` takes them."""
+    folders = sorted(file.parent.name for file in _FOLDER.glob("*/config.json"))
+    return tuple(PREFIX + folder for folder in folders)
 
 
-def path(name: str = "softmax") -> pathlib.Path:
+def path(name: str = DEFAULT) -> pathlib.Path:
     """The folder of a shipped checkpoint, in the Hugging Face layout.
-
-    Args:
-        name: such as "softmax", or in full "embedded-softmax".
 
     Raises:
         ValueError: if there is no such checkpoint.
     """
-    short = name.removeprefix("embedded-")
-    if short not in names():
+    if name not in names():
         known = ", ".join(names()) or "none"
         raise ValueError(f"no embedded model {name!r}; shipped: {known}.")
-    return _FOLDER / short
+    return _FOLDER / name.removeprefix(PREFIX)
 
 
 def heldout_text() -> str:

@@ -42,19 +42,17 @@ def test_shipped_checkpoint_is_small_and_names_its_tokens(name):
 
 @pytest.mark.parametrize("name", embedded.names())
 def test_shipped_checkpoint_has_the_shape_that_was_asked_for(name):
-    config = models.load(embedded.path(name)).decoder.config
+    config = models.load(name).decoder.config
     assert config.context >= 4096
     assert config.num_layers >= 4
     assert config.num_q_heads // config.num_kv_heads >= 2
-    assert (config.attention_alpha > 1) == (name == "entmax")
+    assert (config.attention_alpha > 1) == (name == "embedded-entmax")
 
 
-def test_both_names_of_a_model_are_known():
-    assert embedded.path("embedded-softmax") == embedded.path("softmax")
-    with pytest.raises(
-        ValueError, match=r"no embedded model 'hard'; shipped: .*softmax"
-    ):
-        embedded.path("hard")
+@pytest.mark.parametrize("find", [embedded.path, models.load])
+def test_unknown_embedded_model_is_an_error_that_lists_what_there_is(find):
+    with pytest.raises(ValueError, match=r"'embedded-x'; shipped: .*embedded-softmax"):
+        find("embedded-x")
 
 
 @settings(max_examples=100, deadline=None)
