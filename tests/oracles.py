@@ -393,3 +393,26 @@ def oracle_topk(row: Row, *, budget: int, per: str = "kv") -> Trace:
             kept_of_head.append(_best(total, budget))
         _step(attention, record, t, kept_of_head)
     return record.trace()
+
+
+# --- operations of the kernels
+
+
+def page_attention(q, pages, page_ids, query_positions, sm_scale):
+    """`(out, lse)`, one query row at a time over the tokens of its listed pages."""
+    page_size, head_dim = pages.shape[3], q.shape[3]
+    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -math.inf)
+    for b, h, t in np.ndindex(q.shape[:3]):
+        kv = h * pages.shape[1] // q.shape[1]
+        listed = page_ids[b, h * page_ids.shape[1] // q.shape[1]]
+        tokens = []
+        for page in listed:
+            for i in range(page_size if page >= 0 else 0):
+                if page * page_size + i <= query_positions[b, t]:
+                    tokens.append(pages[b, kv, page, i])
+        keys = [token[:head_dim] for token in tokens]
+        values = [token[head_dim:] for token in tokens]
+        out[b, h, t], lse[b, h, t], _ = softmax_attention(
+            q[b, h, t], keys, values, sm_scale
+        )
+    return out, lse
