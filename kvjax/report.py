@@ -162,7 +162,9 @@ def format_share(interval: Mapping[str, Any]) -> str:
 
 def _value(interval: Mapping[str, Any]) -> str:
     mean, low, high = (interval[key] for key in ("mean", "low", "high"))
-    return f"{mean:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+    mean = "not finite" if mean is None else f"{mean:.3f}"
+    # One window gives no interval: its ends are infinite, and then null.
+    return mean if low is None or high is None else f"{mean} [{low:.3f}, {high:.3f}]"
 
 
 def _signed(interval: Mapping[str, Any]) -> str:

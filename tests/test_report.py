@@ -264,3 +264,6 @@ def test_a_perplexity_comes_with_bits_per_byte(capsys):
     assert line.endswith(
         "perplexity 7.000 [6.000, 8.000], 2.000 bits per byte, n=4 windows"
     )
+    perplexity = {"mean": 7.0, "low": 0.0, "high": math.inf, "n": 1}
+    (line,) = print_task(capsys, perplexity=perplexity, bits_per_byte=bits)
+    assert line.endswith("perplexity 7.000, 2.000 bits per byte, n=4 windows")
