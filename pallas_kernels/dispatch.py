@@ -1,0 +1,159 @@
+"""Which code runs an operation: its definition in XLA or the kernel of a device.
+
+The choice is made here and nowhere else, when a program is lowered, so that a program
+traced on a CPU may be compiled for a TPU.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import batching, mlir
+
+Implementation = Literal["xla", "mosaic_tpu"]
+
+_PLATFORMS = {"mosaic_tpu": "tpu"}  # the platform each kernel is lowered for
+
+
+def dispatch(
+    reference: Callable[..., Any],
+    kernels: Mapping[str, str],
+    arrays: tuple[Any, ...],
+    static: Mapping[str, Any],
+    *,
+    implementation: str | None = None,
+    interpret: Any = False,
+) -> Any:
+    """Calls `reference(*arrays, **static)` or a kernel that computes the same.
+
+    A kernel module holds a function named as the reference, which also takes
+    `interpret`, and `unsupported(*arrays, **static)`, which says from shapes and dtypes
+    alone why that function cannot, or None. Derivatives are the reference's.
+
+    Args:
+        reference: the definition, which serves every device.
+        kernels: module of each kernel by implementation. Imported when first needed.
+        arrays: positional arguments: arrays, or None.
+        static: keyword arguments, hashable.
+        implementation: None takes a platform's kernel wherever it supports the
+            arguments, else the reference; also where the compiler partitions the
+            program over devices, unless inside a `shard_map` over all of its mesh.
+            A name takes that one or raises.
+        interpret: True, or Pallas' parameters of a simulation, run a kernel asked for
+            by name on any device, slowly: for tests.
+
+    Raises:
+        ValueError: if there is no such implementation, or none to interpret.
+        NotImplementedError: if the kernel asked for cannot; says why.
+    """
+    if implementation not in (None, "xla", *kernels):
+        known = ", ".join(repr(name) for name in ("xla", *kernels))
+        raise ValueError(f"{implementation=} must be None or one of {known}.")
+    if interpret and implementation not in kernels:
+        raise ValueError(
+            f"interpret runs a kernel: {implementation=} must be one of "
+            f"{', '.join(kernels)}."
+        )
+    static = tuple(sorted(static.items()))
+    if implementation == "xla":
+        return reference(*arrays, **dict(static))
+    if implementation is not None:
+        kernel, reason = _kernel(reference, kernels[implementation], arrays, static)
+        if reason is not None:
+            raise NotImplementedError(
+                f"{implementation} cannot run {reference.__name__}: {reason}. "
+                "implementation='xla' can."
+            )
+        return _runner(reference, kernel, static, interpret)(*arrays)
+
+    branches = {}
+    for name, module in kernels.items():
+        kernel, reason = _kernel(reference, module, arrays, static)
+        if reason is None:
+            branches[_PLATFORMS[name]] = _runner(reference, kernel, static, None)
+    defined = functools.partial(reference, **dict(static))
+    if not branches:
+        return defined(*arrays)
+    return lax.platform_dependent(*arrays, default=defined, **branches)
+
+
+def device_kind() -> str:
+    """The device programs are traced for, as tuning tables spell it: `TPU v5 lite`.
+
+    An abstract device set by the caller, who compiles for another machine, goes first.
+    """
+    abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
+    return (abstract or jax.devices()[0]).device_kind
+
+
+def _kernel(reference, module, arrays, static):
+    module = importlib.import_module(module)
+    reason = module.unsupported(*arrays, **dict(static))
+    return getattr(module, reference.__name__), reason
+
+
+@functools.cache
+def _runner(reference, kernel, static, interpret):
+    # One jitted function per kernel and sizes: traced once in a process, however many
+    # layers or eager calls there are.
+    static = dict(static)
+    defined = functools.partial(reference, **static)
+    run = functools.partial(kernel, **static, interpret=interpret or False)
+    if interpret is None:  # not asked for by name
+        run = functools.partial(_when_lowered, defined, run)
+    run = jax.custom_jvp(run)
+    run.defjvp(lambda x, dx: jax.jvp(defined, x, dx))
+    return jax.jit(run)
+
+
+# A kernel that is traced when it is lowered: never on a CPU, and with a last choice.
+# The compiler cannot partition a kernel over devices; a program that it partitions gets
+# the reference, which it can, and one under `shard_map` the kernel.
+_late = Primitive("kernel_when_lowered")
+_late.multiple_results = True
+
+
+def _when_lowered(reference, kernel, *arrays):
+    leaves, tree = jax.tree.flatten(arrays)
+
+    def flat(function):
+        return lambda *x: jax.tree.leaves(function(*jax.tree.unflatten(tree, x)))
+
+    made, shape = jax.make_jaxpr(reference, return_shape=True)(*arrays)
+    out = _late.bind(
+        *leaves,
+        reference=flat(reference),
+        kernel=flat(kernel),
+        avals=tuple(made.out_avals),
+    )
+    return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+
+@_late.def_abstract_eval
+def _(*_, avals, **__):
+    return list(avals)
+
+
+def _lower(context, *operands, reference, kernel, avals):
+    del avals
+    devices = context.module_context.axis_context
+    manual = getattr(devices, "manual_axes", frozenset())
+    is_partitioned = getattr(devices, "num_devices", 1) != 1 or (
+        manual and manual != frozenset(devices.mesh.axis_names)
+    )
+    function = reference if is_partitioned else kernel
+    return mlir.lower_fun(function, multiple_results=True)(context, *operands)
+
+
+def _batch(arrays, axes, *, reference, **_):
+    out = jax.vmap(reference, in_axes=axes)(*arrays)
+    return out, [0] * len(out)
+
+
+for _platform in _PLATFORMS.values():
+    mlir.register_lowering(_late, _lower, platform=_platform)
+batching.primitive_batchers[_late] = _batch
