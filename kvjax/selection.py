@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import topk
 from pallas_kernels.decode_attention import decode_logits
 
 Reduce = Literal["mean", "max"]
@@ -34,12 +35,9 @@ def top_k(
 ) -> Int[Array, "*B k"]:
     """Slots of the k highest valid scores, best first, -1 where there are fewer.
 
-    Ties go to the lower slot.
+    Ties go to the lower slot; a score of -inf is not valid.
     """
-    k = min(k, scores.shape[-1])
-    valid = jnp.broadcast_to(valid, scores.shape)
-    _, slots = lax.top_k(jnp.where(valid, scores, -jnp.inf), k)
-    return jnp.where(jnp.take_along_axis(valid, slots, -1), slots, -1)
+    return topk.top_k(scores, min(k, scores.shape[-1]), where=valid)[1]
 
 
 def in_order(positions: Int[Array, "*B N"]) -> Int[Array, "*B N"]:

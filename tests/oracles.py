@@ -416,3 +416,24 @@ def page_attention(q, pages, page_ids, query_positions, sm_scale):
             q[b, h, t], keys, values, sm_scale
         )
     return out, lse
+
+
+def top_k(scores, k, where=None, count=None, *, order="score"):
+    """`(values, indices)` by a stable sort of integers in IEEE's total order."""
+    bits = scores.astype(np.float32).view(np.int32).astype(np.int64)
+    keys = np.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
+    lowest = -(0x7F800000) - 1  # -inf; NaNs with a sign lie below
+    is_open = keys > lowest
+    if where is not None:
+        is_open &= where
+    values = np.full((*scores.shape[:-1], k), -np.inf)
+    indices = np.full(values.shape, -1, np.int32)
+    for row in np.ndindex(scores.shape[:-1]):
+        most = k if count is None else count[row]
+        ranked = np.argsort(-keys[row], kind="stable")
+        chosen = [i for i in ranked if is_open[row][i]][:most]
+        if order == "index":
+            chosen = sorted(chosen)
+        values[row][: len(chosen)] = scores[row][chosen]
+        indices[row][: len(chosen)] = chosen
+    return values, indices
