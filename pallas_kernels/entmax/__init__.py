@@ -5,11 +5,13 @@ the one number for which the p_i sum to 1. alpha = 2 is sparsemax, alpha -> 1 so
 """
 
 import math
+from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.entmax import reference
-from pallas_kernels.entmax.reference import Threshold as Threshold
+from pallas_kernels.entmax.equations import Threshold as Threshold
 
 
 def entmax(
@@ -61,14 +63,28 @@ def entmax_threshold(
     return reference.entmax_threshold(scores, float(alpha), where)
 
 
-def solve(scores: Float[Array, "*B S"], *, alpha: float) -> Threshold:
+def solve(
+    scores: Float[Array, "*B S"],
+    *,
+    alpha: float,
+    implementation: str | None = None,
+    interpret: Any = False,
+) -> Threshold:
     """The threshold over the last axis, relative to the largest score; no gradient.
 
     `scores` are float32 or float64, -inf where masked. Together with :func:`weights`
     the pieces of :func:`entmax`, for attention that computes its weights again from
-    the threshold alone.
+    the threshold alone. `implementation` and `interpret`: see
+    :func:`pallas_kernels.dispatch.dispatch`.
     """
-    return reference.solve(scores, alpha)
+    return dispatch(
+        reference.solve,
+        reference.KERNELS,
+        (scores,),
+        {"alpha": float(alpha)},
+        implementation=implementation,
+        interpret=interpret,
+    )
 
 
 def weights(

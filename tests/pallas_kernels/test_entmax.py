@@ -61,6 +61,33 @@ def test_equals_the_sort(alpha, length):
     np.testing.assert_allclose(_jitted(alpha)(scores), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("spread", [0.01, 3.0])
+def test_a_million_scores(spread):
+    """The sum of so many weights must not lose its digits."""
+    scores = _rows(2, rows=1, length=1_000_000, spread=[spread])
+    expected = oracles.entmax_sorted(scores[0], 1.5)
+    p = np.asarray(_jitted(1.5)(scores))[0]
+    np.testing.assert_allclose(p, expected, atol=1e-6)
+    assert abs(p.sum(dtype=np.float64) - 1) < 1e-5
+
+
+@pytest.mark.parametrize("alpha", [1.25, 1.5, 1.7, 2.0, 3.0])
+@pytest.mark.parametrize("length", [129, 16_500])  # more than a line, than a tile
+def test_the_kernel_finds_the_threshold(alpha, length):
+    scores = _rows(length=length).reshape(2, 3, length)
+    scores[1, 0, 1:] = -np.inf
+    found = jax.jit(
+        functools.partial(
+            solve, alpha=alpha, implementation="mosaic_tpu", interpret=True
+        )
+    )(scores)
+    p, _ = weights(jnp.asarray(scores), found, alpha=alpha)
+    expected = [[oracles.entmax(row, alpha) for row in block] for block in scores]
+    # As of the reference: the slope is infinite at every score where alpha > 2.
+    np.testing.assert_allclose(p, expected, atol=1e-6 if alpha <= 2 else 1e-3)
+    np.testing.assert_array_equal(found.top[..., 0], scores.max(-1))
+
+
 @pytest.mark.parametrize("alpha", [*ALPHAS, *STEEP])
 def test_float64_is_exact_to_float64(alpha):
     with jax.enable_x64(True):
