@@ -7,14 +7,12 @@ traced on a CPU may be compiled for a TPU.
 import functools
 import importlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
-
-Implementation = Literal["xla", "mosaic_tpu"]
 
 _PLATFORMS = {"mosaic_tpu": "tpu"}  # the platform each kernel is lowered for
 

@@ -1,8 +1,13 @@
 """Attention of a few query rows against a contiguous cache, with its log-sum-exp."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention import reference
+from pallas_kernels.dispatch import dispatch
+
+_KERNELS = {"mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu"}
 
 
 def decode_attention(
@@ -14,6 +19,8 @@ def decode_attention(
     *,
     sm_scale: float,
     window: int | None = None,
+    implementation: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
     """Softmax attention; key s is visible to row t iff 0 <= key position <= its own.
 
@@ -25,16 +32,23 @@ def decode_attention(
             no row sees must be finite.
         sm_scale: factor on the logits.
         window: if given, keys `window` or more positions back are not visible either.
+        implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
 
     Returns:
         `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf.
 
     Raises:
         ValueError: if the shapes disagree.
+        NotImplementedError: if the kernel asked for by name cannot.
     """
     _check(q, k, v)
-    return reference.decode_attention(
-        q, k, v, query_positions, key_positions, sm_scale=sm_scale, window=window
+    return dispatch(
+        reference.decode_attention,
+        _KERNELS,
+        (q, k, v, query_positions, key_positions),
+        {"sm_scale": sm_scale, "window": window},
+        implementation=implementation,
+        interpret=interpret,
     )
 
 

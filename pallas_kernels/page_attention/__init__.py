@@ -1,8 +1,13 @@
 """Attention over a list of pages per KV head or per query head."""
 
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.dispatch import dispatch
 from pallas_kernels.page_attention import reference
+
+_KERNELS = {"mosaic_tpu": "pallas_kernels.page_attention.mosaic_tpu"}
 
 
 def page_attention(
@@ -12,6 +17,8 @@ def page_attention(
     query_positions: Int[Array, "B T"],
     *,
     sm_scale: float,
+    implementation: str | None = None,
+    interpret: Any = False,
 ) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
     """Softmax attention over the listed pages, causal by position.
 
@@ -19,15 +26,18 @@ def page_attention(
         q: rotated queries; query head h reads KV head h // G.
         pages: keys and values fused along the last axis (D2 = 2 D); page p holds the
             positions p * P ... p * P + P - 1.
-        page_ids: distinct pages to read, -1 = none; H is Hkv or Hq.
+        page_ids: distinct pages to read, -1 = none, anywhere; H is Hkv or Hq. Values
+            of a listed page that no row sees must be finite.
         query_positions: position of each query row.
         sm_scale: factor on the logits.
+        implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
 
     Returns:
         `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf.
 
     Raises:
         ValueError: if the shapes disagree.
+        NotImplementedError: if the kernel asked for by name cannot.
     """
     if pages.shape[4] != 2 * q.shape[3]:
         raise ValueError(
@@ -39,6 +49,11 @@ def page_attention(
             f"page_ids {page_ids.shape} must list pages for {pages.shape[1]} KV heads "
             f"or {q.shape[1]} query heads."
         )
-    return reference.page_attention(
-        q, pages, page_ids, query_positions, sm_scale=sm_scale
+    return dispatch(
+        reference.page_attention,
+        _KERNELS,
+        (q, pages, page_ids, query_positions),
+        {"sm_scale": sm_scale},
+        implementation=implementation,
+        interpret=interpret,
     )

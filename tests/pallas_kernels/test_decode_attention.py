@@ -1,11 +1,24 @@
 """Attention of a few rows against float64 loops: positions, rings, windows, blocks."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention import decode_attention, decode_logits, reference
+from pallas_kernels.decode_attention import (
+    decode_attention,
+    decode_logits,
+    reference,
+    tuning,
+)
+
+# Relative error of a row of the kernel; at most three times the largest seen.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 5e-3}
+BLOCK_TOKENS = 16
 
 
 def _loops(q, k, v, query_positions, held, sm_scale, window=None):
@@ -117,3 +130,120 @@ def test_errors_name_the_shapes(shapes, message):
     q, k, v = (jnp.zeros(shape) for shape in shapes)
     with pytest.raises(ValueError, match=message):
         decode_attention(q, k, v, jnp.zeros((1, 1), jnp.int32), sm_scale=1.0)
+
+
+def _check_kernel(
+    *,
+    heads=(4, 2),
+    slots=40,
+    head_dim=128,
+    positions,
+    held=None,
+    window=None,
+    dtype="float32",
+    interpret=True,
+):
+    """The kernel against the loops, NaN in every slot that it has no reason to read."""
+    positions = np.asarray(positions, np.int32)
+    problem = _problem(len(positions), heads, positions.shape[1], slots, head_dim)
+    q, k, v = (jnp.asarray(x, dtype) for x in problem)
+    slot = np.arange(slots)
+    unread = np.full((1, slots), False)
+    if held is None:
+        unread = slot > positions.max(1, keepdims=True)
+        if window is not None:
+            first = np.maximum(positions.min(1, keepdims=True) - window + 1, 0)
+            unread |= slot < first // BLOCK_TOKENS * BLOCK_TOKENS
+    poisoned = [jnp.where(unread[:, None, :, None], jnp.nan, x) for x in (k, v)]
+    run = functools.partial(
+        decode_attention,
+        sm_scale=0.2,
+        window=window,
+        implementation="mosaic_tpu",
+        interpret=interpret,
+    )
+    given = None if held is None else jnp.asarray(held, jnp.int32)
+    out, lse = jax.jit(run)(q, *poisoned, jnp.asarray(positions), given)
+    assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
+    inputs = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v)]
+    own = slot[None, None] if held is None else held
+    expected, expected_lse = _loops(*inputs, positions, own, 0.2, window)
+    size = np.linalg.norm(expected, axis=-1)
+    error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
+    assert error.max() < TOLERANCE[dtype]
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=TOLERANCE[dtype])
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """So that 40 slots are two whole blocks and a half."""
+    monkeypatch.setattr(tuning, "lookup", lambda *_: tuning.Config(BLOCK_TOKENS, 3))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [
+        ((4, 2), 128, "float32"),
+        ((8, 1), 256, "bfloat16"),
+        ((1, 1), 128, "float32"),
+    ],
+    ids="{}".format,
+)
+def test_kernel_reads_up_to_each_row_s_position(heads, head_dim, dtype):
+    """None, within a block, the last of one, the first of the next, the last slot."""
+    positions = [[-1], [14], [15], [16], [39]]
+    _check_kernel(heads=heads, head_dim=head_dim, positions=positions, dtype=dtype)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("window", [None, 5])
+def test_kernel_with_several_rows(window):
+    """Rows of one head end in different blocks; the window begins in a later one."""
+    _check_kernel(positions=[[-1, 3, 17], [33, 36, 38]], window=window)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("shape", [(2, 2), (1, 1)], ids="{}".format)
+def test_kernel_with_positions_of_its_slots(shape):
+    """A ring in any order, empty slots, and a window."""
+    held = [np.random.default_rng(i).permutation(40) - 8 for i in range(4)]
+    held = np.maximum(np.stack(held).reshape(2, 2, 40)[: shape[0], : shape[1]], -1)
+    _check_kernel(positions=[[20], [31]], held=held, window=25)
+
+
+def test_kernel_with_fewer_slots_than_a_block():
+    _check_kernel(positions=[[5]], slots=8)
+    _check_kernel(positions=[[5]], slots=8, held=np.arange(8)[None, None, ::-1])
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_copies_do_not_race():
+    """Copies as late as they may be, into memory that holds NaN; races are an error."""
+    interpret = pltpu.InterpretParams(
+        dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan"
+    )
+    _check_kernel(positions=[[20], [39]], dtype="bfloat16", interpret=interpret)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"head_dim": 64}, "D=64 must be a multiple of 128"),
+        ({"slots": 20}, "20 slots"),
+        ({"rows": 65}, "130 query rows"),
+        ({"dtype": jnp.float16}, "float16"),
+    ],
+    ids=["D64", "slots", "rows", "dtype"],
+)
+def test_what_the_kernel_cannot(changed, reason):
+    """It says so by name, and left to choose, the reference runs."""
+    sizes = {"head_dim": 128, "slots": 24, "rows": 1, "dtype": jnp.float32} | changed
+    dtype = sizes.pop("dtype")
+    problem = _problem(1, (4, 2), sizes["rows"], sizes["slots"], sizes["head_dim"])
+    arguments = [jax.ShapeDtypeStruct(x.shape, dtype) for x in problem]
+    arguments.append(jax.ShapeDtypeStruct((1, sizes["rows"]), jnp.int32))
+    run = functools.partial(decode_attention, sm_scale=0.2)
+    jax.eval_shape(run, *arguments)
+    with pytest.raises(NotImplementedError, match=f"decode_attention: .*{reason}"):
+        jax.eval_shape(functools.partial(run, implementation="mosaic_tpu"), *arguments)

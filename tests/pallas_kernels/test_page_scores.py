@@ -1,11 +1,17 @@
 """Page bounds against float64 loops, and as bounds of the logits."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
-from pallas_kernels.page_scores import page_bounds
+from pallas_kernels.page_scores import page_bounds, tuning
+
+# Relative error of the kernel's bounds; at most three times the largest seen.
+TOLERANCE = {"float32": 1.5e-6, "bfloat16": 1.5e-6}
 
 
 def _pages(batch, num_kv_heads, num_pages, page_size, head_dim, seed=0):
@@ -46,3 +52,43 @@ def test_errors_name_the_shapes():
     page_min, page_max = jnp.zeros((1, 2, 3, 4)), jnp.zeros((1, 2, 5, 4))
     with pytest.raises(ValueError, match=r"shapes disagree.*3, 4.*5, 4"):
         page_bounds(jnp.zeros((1, 2, 4)), page_min, page_max)
+
+
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [((8, 2), 128, "float32"), ((8, 1), 256, "bfloat16"), ((2, 2), 128, "bfloat16")],
+    ids="{}".format,
+)
+def test_kernel_equals_loops(monkeypatch, heads, head_dim, dtype):
+    """A block of 128 pages and a rest. Of a page, the extremes are all there is."""
+    monkeypatch.setattr(tuning, "lookup", lambda *_: tuning.Config(128))
+    keys = jnp.asarray(_pages(2, heads[1], 150, 2, head_dim), dtype)
+    rng = np.random.default_rng(1)
+    q = jnp.asarray(rng.standard_normal((2, heads[0], head_dim)), dtype)
+    run = functools.partial(page_bounds, implementation="mosaic_tpu", interpret=True)
+    bounds = np.asarray(jax.jit(run)(q, keys.min(3), keys.max(3)))
+    assert (bounds.shape, bounds.dtype) == ((2, heads[0], 150), jnp.float32)
+    q, keys = (np.asarray(x.astype(jnp.float32)) for x in (q, keys))
+    group, pages = heads[0] // heads[1], [0, 1, 126, 127, 128, 149]
+    for b, h in np.ndindex(2, heads[0]):
+        expected = [oracles.page_bound(q[b, h], keys[b, h // group, p]) for p in pages]
+        np.testing.assert_allclose(bounds[b, h, pages], expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "reason"),
+    [
+        ((1, 2, 64), ("float32", "float32"), "D=64"),
+        ((1, 2, 128), ("bfloat16", "float32"), "dtypes bfloat16, float32"),
+        ((1, 300, 128), ("float32", "float32"), "300 query heads"),
+    ],
+    ids=["D64", "dtypes", "heads"],
+)
+def test_what_the_kernel_cannot(shape, dtypes, reason):
+    """It says so by name, and left to choose, the reference runs."""
+    q = jnp.zeros(shape, dtypes[0])
+    extremes = jnp.zeros((1, 2, 3, shape[2]), dtypes[1])
+    with pytest.raises(NotImplementedError, match=f"page_bounds: .*{reason}"):
+        page_bounds(q, extremes, extremes, implementation="mosaic_tpu")
+    if dtypes[0] == dtypes[1]:
+        assert page_bounds(q, extremes, extremes).shape == (1, shape[1], 3)

@@ -1,0 +1,288 @@
+"""`decode_attention` on TPU: the visible part of the cache, streamed through VMEM.
+
+One program per batch row goes through its KV heads, a block of tokens at a time: online
+softmax, a ring of buffers, several blocks on their way while one is used, also across
+heads. Without `key_positions`, blocks behind the last visible position are not read,
+nor those before the window, and only blocks that a row's position cuts are masked.
+Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.decode_attention import tuning
+from pallas_kernels.dispatch import device_kind
+
+LANES = 128
+MAX_ROWS = 128  # query rows a KV head; more are a prompt's, and bound by arithmetic
+MASKED = -1e30  # finite: its difference to itself is 0, not NaN
+
+
+def unsupported(
+    q, k, v, query_positions, key_positions, *, sm_scale, window
+) -> str | None:
+    """Why the kernel cannot, from shapes and dtypes; None if it can."""
+    del v, query_positions, key_positions, sm_scale, window
+    rows = q.shape[1] * q.shape[2] // k.shape[1]
+    if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
+        return f"dtypes {q.dtype}, {k.dtype} must be both bfloat16 or both float32"
+    if q.shape[3] % LANES:
+        # Narrower rows are packed in memory and padded in a kernel's operands: XLA
+        # would copy the whole cache in between.
+        return f"D={q.shape[3]} must be a multiple of {LANES}"
+    if k.shape[2] % 8:
+        return f"{k.shape[2]} slots must be a multiple of 8"
+    if not 1 <= rows <= MAX_ROWS:
+        return f"{rows} query rows a KV head must be in [1, {MAX_ROWS}]"
+    return None
+
+
+def decode_attention(
+    q,
+    k,
+    v,
+    query_positions,
+    key_positions,
+    *,
+    sm_scale,
+    window=None,
+    interpret=False,
+    config=None,
+):
+    """See :func:`pallas_kernels.decode_attention.decode_attention`."""
+    batch, num_q_heads, num_rows, head_dim = q.shape
+    heads, slots = k.shape[1:3]
+    rows = num_q_heads // heads * num_rows
+    if config is None:
+        config = tuning.lookup(device_kind(), str(k.dtype), head_dim)
+    block = min(config.block_tokens, slots)
+
+    first, last = query_positions.min(1), query_positions.max(1)
+    num_blocks = pl.cdiv(slots, block)
+    if key_positions is None:
+        begin = jnp.zeros_like(first)
+        whole = jnp.clip((first + 1) // block, 0, slots // block)
+        if window is not None:
+            begin = jnp.clip((first - window + 1) // block, 0, num_blocks - 1)
+            whole = begin
+        # At least one block, if only to see nothing in it.
+        end = jnp.clip(last // block + 1, begin + 1, num_blocks)
+        held, held_specs, held_scratch = (), (), ()
+    else:
+        begin = whole = jnp.zeros_like(first)
+        end, last = jnp.full_like(first, num_blocks), jnp.full_like(first, slots - 1)
+        # A row of whole lanes for each block: a hundredth of the cache's bytes.
+        lanes = pl.cdiv(block, LANES) * LANES
+        rest = ((0, 0), (0, 0), (0, num_blocks * block - slots))
+        padded = jnp.pad(key_positions, rest, constant_values=-1)
+        padded = padded.reshape(*key_positions.shape[:2], num_blocks, 1, block)
+        held = (jnp.pad(padded, ((0, 0),) * 4 + ((0, lanes - block),)),)
+        held_specs = (pl.BlockSpec(memory_space=pl.ANY),)
+        held_scratch = (pltpu.VMEM((config.num_buffers, 1, lanes), jnp.int32),)
+    bounds = jnp.stack([begin, whole, end, last], axis=1)[:, None]
+
+    def row_of_batch(*shape, **space):
+        return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
+
+    buffers = pltpu.VMEM((config.num_buffers, block, head_dim), k.dtype)
+    out, lse = pl.pallas_call(
+        functools.partial(_kernel, sm_scale=sm_scale, window=window),
+        grid=(batch,),
+        in_specs=[
+            row_of_batch(1, 4, memory_space=pltpu.SMEM),
+            row_of_batch(heads, rows, head_dim),
+            row_of_batch(rows, 1),
+            pl.BlockSpec(memory_space=pl.ANY),
+            pl.BlockSpec(memory_space=pl.ANY),
+            *held_specs,
+        ],
+        out_specs=[row_of_batch(heads, rows, head_dim), row_of_batch(heads, rows, 1)],
+        out_shape=[
+            jax.ShapeDtypeStruct((batch, heads, rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, rows, 1), jnp.float32),
+        ],
+        scratch_shapes=[
+            pltpu.SemaphoreType.DMA((config.num_buffers,)),
+            buffers,
+            buffers,
+            *held_scratch,
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            disable_bounds_checks=True,  # blocks are cut at the last slot: see _kernel
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * batch * heads * slots * rows * head_dim,
+            bytes_accessed=2 * k.size * k.dtype.itemsize,
+            transcendentals=batch * heads * slots * rows,
+        ),
+        interpret=interpret,
+        name="decode_attention",
+    )(
+        bounds,
+        q.reshape(batch, heads, rows, head_dim),
+        jnp.tile(query_positions, (1, rows // num_rows))[..., None],
+        k,
+        v,
+        *held,
+    )
+    shape = (batch, num_q_heads, num_rows)
+    return out.reshape(*shape, head_dim), lse.reshape(shape)
+
+
+def _kernel(
+    # in
+    bounds,  # (1, 4) i32, SMEM: first block, first masked, end; last position seen
+    q_ref,  # (Hkv, R, D)
+    positions_ref,  # (R, 1) i32
+    k,  # (B, Hkv, S, D), HBM
+    v,  # (B, Hkv, S, D), HBM
+    *refs,  # if slots hold positions of their own: (#B, H, blocks, 1, lanes) i32, HBM
+    # out: (Hkv, R, D) f32, (Hkv, R, 1) f32
+    # scratch: (N,) DMA semaphores, two (N, block, D), and (N, 1, lanes) i32 with the
+    # positions
+    sm_scale,
+    window,
+):
+    *held, out_ref, lse_ref, arrived, k_buffers, v_buffers = refs[:6]
+    held_buffers = refs[6:]
+    heads = q_ref.shape[0]
+    num_buffers, block, _ = k_buffers.shape
+    slots = k.shape[2]
+    row = pl.program_id(0)
+    begin, masked, end, last = (bounds[0, i] for i in range(4))
+
+    def copies(h, i, size, slot):
+        part = pl.ds(pl.multiple_of(i * block, 8), size)
+        into = pl.ds(0, size)
+        pairs = [
+            (k.at[row, h, part], k_buffers.at[slot, into]),
+            (v.at[row, h, part], v_buffers.at[slot, into]),
+        ]
+        for positions, buffer in zip(held, held_buffers, strict=True):
+            b = 0 if positions.shape[0] == 1 else row
+            own = 0 if positions.shape[1] == 1 else h
+            pairs.append((positions.at[b, own, i], buffer.at[slot]))
+        return [pltpu.make_async_copy(*pair, arrived.at[slot]) for pair in pairs]
+
+    def each_copy(h, i, slot, act):
+        """Of a whole block, or of what the last one has left."""
+
+        @pl.when((h < heads) & (i < slots // block))
+        def _():
+            for copy in copies(h, i, block, slot):
+                act(copy)
+
+        if slots % block:
+
+            @pl.when((h < heads) & (i == slots // block))
+            def _():
+                for copy in copies(h, slots // block, slots % block, slot):
+                    act(copy)
+
+    def after(slot):
+        return lax.select(slot == num_buffers - 1, 0, slot + 1)
+
+    def fetch(cursor):
+        """Starts the copies of a block; returns the one after it."""
+        h, i, slot = cursor
+        each_copy(h, i, slot, lambda copy: copy.start())
+        is_last = i + 1 >= end
+        h = lax.select(is_last, jnp.minimum(h + 1, heads), h)
+        return h, lax.select(is_last, begin, i + 1), after(slot)
+
+    def one_head(h, carry):
+        q = q_ref[h]
+
+        def take(slot, visible, state):
+            return add_block(
+                state, q, k_buffers[slot], v_buffers[slot], sm_scale, visible
+            )
+
+        def whole_block(i, carry):
+            cursor, slot, state = carry
+            cursor = fetch(cursor)
+            for copy in copies(h, i, block, slot):
+                copy.wait()
+            return cursor, after(slot), take(slot, None, state)
+
+        def cut_block(i, carry):
+            cursor, slot, state = carry
+            cursor = fetch(cursor)
+            each_copy(h, i, slot, lambda copy: copy.wait())
+            clear(v_buffers.at[slot], last + 1 - i * block)
+            own = i * block + lax.broadcasted_iota(jnp.int32, (1, block), 1)
+            inside = own <= last
+            for buffer in held_buffers:
+                own = buffer[slot][:, :block]
+            positions = positions_ref[...]
+            visible = inside & (own >= 0) & (own <= positions)
+            if window is not None:
+                visible &= own > positions - window
+            return cursor, after(slot), take(slot, visible, state)
+
+        carry = (*carry, empty(*q.shape))
+        carry = lax.fori_loop(begin, masked, whole_block, carry)
+        cursor, slot, state = lax.fori_loop(masked, end, cut_block, carry)
+        out_ref[h], lse_ref[h] = finish(state)
+        return cursor, slot
+
+    cursor = (jnp.int32(0), begin, jnp.int32(0))
+    cursor = lax.fori_loop(0, num_buffers - 1, lambda _, c: fetch(c), cursor)
+    lax.fori_loop(0, heads, one_head, (cursor, jnp.int32(0)))
+
+
+def empty(rows, lanes):
+    """The running maximum, sum and weighted values of no key."""
+    return (
+        jnp.full((rows, 1), MASKED, jnp.float32),
+        jnp.zeros((rows, 1), jnp.float32),
+        jnp.zeros((rows, lanes), jnp.float32),
+    )
+
+
+def add_block(state, q, k, v, sm_scale, visible):
+    """The state with the keys `(block, D)` too; `visible (R, block)` None means all."""
+    m, l, acc = state
+    logits = sm_scale * dot(q, k, 1)
+    if visible is not None:
+        logits = jnp.where(visible, logits, MASKED)
+    m_new = jnp.maximum(m, logits.max(1, keepdims=True))
+    weights = jnp.exp(logits - m_new)
+    if visible is not None:  # a row that has seen no key yet has m_new = MASKED
+        weights = jnp.where(visible, weights, 0.0)
+    decay = jnp.exp(m - m_new)
+    l = l * decay + weights.sum(1, keepdims=True)
+    return m_new, l, acc * decay + dot(weights.astype(v.dtype), v, 0)
+
+
+def finish(state):
+    """`(out, lse)` of a state; 0 and -inf for a row that saw no key."""
+    m, l, acc = state
+    positive = jnp.where(l == 0, 1.0, l)
+    return acc / positive, jnp.where(l == 0, -jnp.inf, m + jnp.log(positive))
+
+
+def clear(values, valid):
+    """Zeros from token `valid` on: what lies there may not be a number."""
+
+    @pl.when(valid < values.shape[0])
+    def _():
+        token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
+        values[...] = jnp.where(token < valid, values[...], 0)
+
+
+def dot(a, b, contracted):
+    """A matmul over `contracted` of b, in float32; of float32, exactly."""
+    return lax.dot_general(
+        a,
+        b,
+        (((1,), (contracted,)), ((), ())),
+        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

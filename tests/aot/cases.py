@@ -1,0 +1,144 @@
+"""What is compiled for TPUs that are not there: every operation at an 8B model's sizes.
+
+8 KV heads of 4 query heads and 128 dimensions, bfloat16, one row, 128K or 1M tokens.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_scores import page_bounds
+
+KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+SHORT, LONG = 1 << 17, 1 << 20
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    function: Callable
+    arguments: tuple[jax.ShapeDtypeStruct, ...]
+    kernel: str  # the name its Pallas call carries
+    loop: int  # which of its loops streams from HBM, in order of address
+    block_bytes: int  # moved by a whole iteration of it
+    temp_limit: int = 1 << 20  # bytes: far below any cache
+    bars: tuple[str, ...] = ()  # where its bundles must not exceed the HBM's cycles
+
+
+def _array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _pages(context, page_size, *, head_dim=HEAD_DIM, tokens=4096, block=512, **more):
+    kernel = functools.partial(
+        page_attention, sm_scale=0.1, implementation="mosaic_tpu"
+    )
+    arguments = (
+        _array(1, KV_HEADS * GROUP, 1, head_dim),
+        _array(1, KV_HEADS, context // page_size, page_size, 2 * head_dim),
+        _array(1, KV_HEADS, tokens // page_size, dtype=jnp.int32),
+        _array(1, 1, dtype=jnp.int32),
+    )
+    block_bytes = block * 2 * head_dim * 2
+    return Case(kernel, arguments, "page_attention", 2, block_bytes, **more)
+
+
+def _decode(context, *, rows=1, window=None, held=False, **more):
+    kernel = functools.partial(
+        decode_attention, sm_scale=0.1, window=window, implementation="mosaic_tpu"
+    )
+    cache = _array(1, KV_HEADS, context, HEAD_DIM)
+    arguments = [
+        _array(1, KV_HEADS * GROUP, rows, HEAD_DIM),
+        cache,
+        cache,
+        _array(1, rows, dtype=jnp.int32),
+    ]
+    if held:
+        arguments.append(_array(1, KV_HEADS, context, dtype=jnp.int32))
+    block_bytes = 512 * 2 * HEAD_DIM * 2
+    loop = 3 if held or window else 2  # where every block is masked
+    return Case(kernel, tuple(arguments), "decode_attention", loop, block_bytes, **more)
+
+
+def _bounds(context, page_size, **more):
+    kernel = functools.partial(page_bounds, implementation="mosaic_tpu")
+    extremes = _array(1, KV_HEADS, context // page_size, HEAD_DIM)
+    arguments = (_array(1, KV_HEADS * GROUP, HEAD_DIM), extremes, extremes)
+    block_bytes = 1024 * 2 * HEAD_DIM * 2
+    return Case(kernel, arguments, "page_bounds", 0, block_bytes, **more)
+
+
+BOTH = ("v5e", "v6e")
+CASES = {
+    "page_attention-P64-128K": _pages(SHORT, 64, bars=BOTH),
+    "page_attention-P128-1M": _pages(LONG, 128, tokens=LONG // 16, bars=BOTH),
+    "page_attention-P64-D64-128K": _pages(
+        SHORT, 64, head_dim=64, block=1024, bars=("v5e",)
+    ),
+    "decode_attention-1M": _decode(LONG, bars=BOTH),
+    "decode_attention-T4-window-128K": _decode(
+        SHORT + 8, rows=4, window=4096, bars=BOTH
+    ),
+    "decode_attention-ring-4K": _decode(4096 + 64, held=True, bars=BOTH),
+    "page_bounds-P16-1M": _bounds(LONG, 16, bars=BOTH),
+}
+# Compiled only, elsewhere.
+SMOKE = ("page_attention-P64-128K",)
+
+
+def _edges():
+    """At the edges of what the kernels say they support; `(function, arguments)`."""
+    single, index = jnp.float32, jnp.int32
+    position = _array(2, 4, dtype=index)
+    pages = functools.partial(page_attention, sm_scale=0.1, implementation="mosaic_tpu")
+    decode = functools.partial(
+        decode_attention, sm_scale=0.1, window=9, implementation="mosaic_tpu"
+    )
+    bounds = functools.partial(page_bounds, implementation="mosaic_tpu")
+    cache = _array(2, 8, 24, 128)
+    odd = _array(2, 1, 1032, 256, dtype=single)
+    few = _array(2, 8, 5, 128)
+    return {
+        "pages-of-8": (
+            pages,
+            _array(2, 5, 4, 256, dtype=single),
+            _array(2, 1, 99, 8, 512, dtype=single),
+            _array(2, 1, 7, dtype=index),
+            position,
+        ),
+        "a-list-for-each-query-head": (
+            pages,
+            _array(2, 8, 4, 64),
+            _array(2, 2, 9, 24, 128),
+            _array(2, 8, 3, dtype=index),
+            position,
+        ),
+        "a-ring-below-a-block": (
+            decode,
+            _array(2, 8, 4, 128),
+            cache,
+            cache,
+            position,
+            _array(1, 8, 24, dtype=index),
+        ),
+        "many-rows-and-a-rest": (
+            decode,
+            _array(2, 32, 4, 256, dtype=single),
+            odd,
+            odd,
+            position,
+        ),
+        "few-pages": (bounds, _array(2, 8, 128), few, few),
+    }
+
+
+EDGES = {
+    name: Case(function, arguments, "", 0, 0)
+    for name, (function, *arguments) in _edges().items()
+}

@@ -1,0 +1,71 @@
+"""Every kernel compiles for TPUs that are not there, and its schedule has not grown."""
+
+import json
+
+import pytest
+from aot import cases, tpu
+
+pytest.importorskip("libtpu", reason="libtpu compiles for TPU without a TPU: .[test]")
+
+GROWTH = 1.1  # of bundles per iteration, over what is recorded
+
+
+def _recorded():
+    rows = json.loads(tpu.RESULTS.read_text())
+    return {(row["generation"], row["case"]): row for row in rows}
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v6e"])
+def test_schedules_and_temporaries(generation):
+    """No hidden copy of a cache; loops as short as recorded, and within the bars."""
+    recorded = _recorded()
+    rows = tpu.figures(generation)
+    assert [row["case"] for row in rows] == list(cases.CASES)
+    for row in rows:
+        case = cases.CASES[row["case"]]
+        before = recorded[generation, row["case"]]
+        assert row["temp_bytes"] < case.temp_limit, row
+        bundles = row["bundles_per_iteration"]
+        assert bundles <= GROWTH * before["bundles_per_iteration"], (row, before)
+        if generation in case.bars:
+            assert bundles <= row["hbm_cycles_per_iteration"], row
+
+
+@pytest.mark.parametrize("generation", ["v5p", "v7x"])
+def test_other_generations_compile(generation):
+    rows = tpu.figures(generation, *cases.SMOKE)
+    assert [row["case"] for row in rows] == list(cases.SMOKE)
+    for row in rows:
+        assert row["temp_bytes"] < cases.CASES[row["case"]].temp_limit, row
+
+
+@pytest.mark.parametrize("name", cases.EDGES)
+def test_what_is_supported_compiles(name):
+    tpu.compiled(cases.EDGES[name], "v5e")
+
+
+def test_the_record_is_of_these_cases():
+    expected = {
+        (generation, name) for generation in ("v5e", "v6e") for name in cases.CASES
+    }
+    assert set(_recorded()) == expected
+
+
+def test_loops_are_read_from_a_listing():
+    """A loop in a loop, with a branch of few bundles, and code behind both."""
+    listing = """
+LB: loop body
+     0   :  { a }
+   0x1 LB: > { b }
+   0x2   : > { c }
+   0x3 LB: >> { d }
+   0x4   :  { e }
+   0x5 PF: >> { f }
+   0x6   : > { g }
+""" + "".join(f"  {i:#x}   :  {{ h }}\\n" for i in range(7, 20))
+    assert tpu.loops(listing) == [7, 3]
+
+
+def test_a_failed_compilation_says_why():
+    with pytest.raises(RuntimeError, match=r"(?s)v5e.*KeyError: 'no such case'"):
+        tpu.figures("v5e", "no such case")

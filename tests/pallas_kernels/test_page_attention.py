@@ -1,0 +1,197 @@
+"""Attention over listed pages against float64 loops; what is not listed is NaN."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracles
+import pytest
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels.page_attention import page_attention, reference, tuning
+
+# Relative error of a row; two to three times the largest seen. What they catch: see
+# test_tolerance_sees_one_token.
+TOLERANCE = {"float32": 3e-6, "bfloat16": 5e-3}
+BLOCK_TOKENS = 32
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Blocks of a few pages, so that short lists have whole, cut and empty ones."""
+    monkeypatch.setattr(tuning, "lookup", lambda *_: tuning.Config(BLOCK_TOKENS, 3))
+
+
+def _problem(
+    *,
+    heads=(4, 2),
+    rows=1,
+    head_dim=128,
+    num_pages=9,
+    page_size=16,
+    ids,
+    positions,
+    dtype="float32",
+    seed=0,
+):
+    rng = np.random.default_rng(seed)
+    batch = len(positions)
+    q = rng.standard_normal((batch, heads[0], rows, head_dim))
+    shape = (batch, heads[1], num_pages, page_size, 2 * head_dim)
+    ids = np.asarray(ids, np.int32)
+    positions = np.asarray(positions, np.int32).reshape(batch, rows)
+    rounded = [jnp.asarray(x, dtype) for x in (q, rng.standard_normal(shape))]
+    return *rounded, jnp.asarray(ids), jnp.asarray(positions)
+
+
+def _poisoned(pages, ids, positions):
+    """NaN in every page that no list of its head names, and past the row's tokens."""
+    batch, num_kv_heads, num_pages, page_size, _ = pages.shape
+    keep = np.zeros((batch, num_kv_heads, num_pages * page_size), bool)
+    per_head = ids.shape[1] // num_kv_heads
+    for b, h, i in np.ndindex(ids.shape):
+        if ids[b, h, i] >= 0:
+            first = ids[b, h, i] * page_size
+            keep[b, h // per_head, first : first + page_size] = True
+        keep[b, :, positions[b].max() + 1 :] = False
+    keep = keep.reshape(pages.shape[:4])[..., None]
+    return jnp.where(keep, pages, jnp.nan)
+
+
+def _assert_close(actual, problem, tolerance, sm_scale):
+    out, lse = (np.asarray(x, np.float64) for x in actual)
+    inputs = [np.asarray(x.astype(jnp.float32)) for x in problem[:2]]
+    inputs += [np.asarray(x) for x in problem[2:]]
+    expected, expected_lse = oracles.page_attention(*inputs, sm_scale)
+    size = np.linalg.norm(expected, axis=-1)
+    error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
+    assert error.max() < tolerance, error.max()
+    np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=tolerance)
+
+
+def _check(problem, dtype, sm_scale=0.2, interpret=True):
+    q, pages, ids, positions = problem
+    run = functools.partial(
+        page_attention,
+        sm_scale=sm_scale,
+        implementation="mosaic_tpu",
+        interpret=interpret,
+    )
+    poisoned = _poisoned(pages, np.asarray(ids), np.asarray(positions))
+    out, lse = jax.jit(run)(q, poisoned, ids, positions)
+    assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
+    _assert_close((out, lse), problem, TOLERANCE[dtype], sm_scale)
+
+
+# Two rows, two lists: whole blocks, cut ones, -1 at every place, none at all.
+IDS = [
+    [[4, -1, 0, 7, 2, 1, 3, 5], [-1, -1, 8, -1, 6, -1, -1, -1]],
+    [[-1, 1, -1, -1, 2, 0, -1, -1], [-1] * 8],
+]
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype"),
+    [(64, "bfloat16"), (128, "float32"), (256, "float32")],
+    ids="{}".format,
+)
+def test_widths_and_ragged_rows(head_dim, dtype):
+    """Pages past a row's position are listed and not read; one list is empty."""
+    problem = _problem(head_dim=head_dim, ids=IDS, positions=[141, 30], dtype=dtype)
+    _check(problem, dtype)
+
+
+@pytest.mark.parametrize(
+    ("heads", "page_size"),
+    [((1, 1), 8), ((8, 1), 24), ((8, 2), 128)],
+    ids="{}".format,
+)
+def test_groups_and_page_sizes(heads, page_size):
+    """A block of many pages, of one page and a third, and a page above a block."""
+    ids = [[[2, -1, 0, 3, 1, 4, -1]] * heads[1]]
+    problem = _problem(
+        heads=heads,
+        num_pages=5,
+        page_size=page_size,
+        ids=ids,
+        positions=[page_size * 3],
+    )
+    _check(problem, "float32")
+
+
+def test_several_rows_with_a_list_for_each_query_head():
+    """Three rows a head end in different pages; the first one sees no key at all."""
+    ids = [[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]]
+    problem = _problem(rows=3, num_pages=4, ids=ids, positions=[[-1, 17, 40]])
+    _check(problem, "float32")
+
+
+def test_copies_do_not_race():
+    """Copies as late as they may be, into memory that holds NaN; races are an error."""
+    interpret = pltpu.InterpretParams(
+        dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan"
+    )
+    problem = _problem(ids=IDS, positions=[141, 30], dtype="bfloat16")
+    _check(problem, "bfloat16", interpret=interpret)
+
+
+def test_tolerance_sees_one_token():
+    """The reference passes; without one of its 80 tokens it does not."""
+    problem = _problem(ids=[[[0, 1, 2, 3, 4]] * 2], positions=[79], dtype="bfloat16")
+    run = functools.partial(page_attention, sm_scale=0.02)
+    _assert_close(run(*problem), problem, TOLERANCE["bfloat16"], 0.02)
+    cut = (*problem[:3], problem[3] - 1)
+    with pytest.raises(AssertionError):
+        _assert_close(run(*cut), problem, TOLERANCE["bfloat16"], 0.02)
+
+
+def test_gradient_is_the_reference_s():
+    q, pages, ids, positions = _problem(
+        num_pages=3, page_size=8, ids=[[[0, 2]] * 2], positions=[20]
+    )
+
+    def loss(attend, **options):
+        def of(q, pages):
+            out, lse = attend(q, pages, ids, positions, sm_scale=0.2, **options)
+            return (out**2).sum() + lse.sum()
+
+        return jax.jit(jax.grad(of, argnums=(0, 1)))(q, pages)
+
+    kernel = loss(page_attention, implementation="mosaic_tpu", interpret=True)
+    for actual, expected in zip(kernel, loss(reference.page_attention), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"head_dim": 96}, "D=96"),
+        ({"page_size": 4}, "P=4"),
+        ({"rows": 300}, "600 query rows"),
+        ({"dtype": "float16"}, "float16"),
+        ({"ids": np.zeros((1, 2, 80_000))}, "2 lists of 80000"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_what_the_kernel_cannot(changed, reason):
+    """It says so by name, and left to choose, the reference runs."""
+    sizes = {"num_pages": 2, "ids": [[[0, 1]] * 2], "positions": [5]} | changed
+    if sizes.get("rows"):
+        sizes["positions"] = [[5] * sizes["rows"]]
+    problem = jax.eval_shape(lambda: _problem(**sizes))
+    run = functools.partial(page_attention, sm_scale=0.2)
+    jax.eval_shape(run, *problem)
+    with pytest.raises(NotImplementedError, match=f"page_attention: .*{reason}"):
+        jax.eval_shape(functools.partial(run, implementation="mosaic_tpu"), *problem)
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_errors_name_the_shapes():
+    q, pages, ids, positions = _problem(
+        num_pages=2, page_size=8, ids=[[[0]] * 2], positions=[5]
+    )
+    with pytest.raises(ValueError, match=r"256.* must be 2 \* 64"):
+        page_attention(q[..., :64], pages, ids, positions, sm_scale=1.0)
+    with pytest.raises(ValueError, match="2 KV heads or 4 query heads"):
+        page_attention(q, pages, ids[:, :1], positions, sm_scale=1.0)
