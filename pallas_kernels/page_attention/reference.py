@@ -1,26 +1,41 @@
 """The definition of `page_attention`, and its path on every device (XLA)."""
 
-import jax
 import jax.numpy as jnp
+from jax import lax
 
 from pallas_kernels.decode_attention import reference
 
 
 def page_attention(q, pages, page_ids, query_positions, *, sm_scale):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
-    batch, lists, listed = page_ids.shape
-    num_kv_heads, _, page_size, width = pages.shape[1:]
+    batch, num_q_heads, rows, head_dim = q.shape
+    num_kv_heads, num_pages, page_size, width = pages.shape[1:]
+    lists, listed = page_ids.shape[1:]
+    flat = pages.reshape(-1, page_size, width)
+    # Lists of all rows in one sequence, each with the first of its KV head's pages.
+    head = jnp.arange(batch * lists, dtype=jnp.int32) // (lists // num_kv_heads)
+    grouped = q.reshape(batch * lists, num_q_heads // lists, rows, head_dim)
+    positions = jnp.repeat(query_positions, lists, axis=0)
 
-    def one_head(pages, ids):  # (NP, P, 2D), (lists per KV head * K,)
-        return pages.at[jnp.maximum(ids, 0)].get(mode="clip")
+    def attend(q, ids, first, positions):
+        """`(L, G, T, D)`, `(L, K)`, `(L,)` and `(L, T)` of L lists."""
+        taken = flat.at[first[:, None] + jnp.maximum(ids, 0)].get(mode="clip")
+        taken = taken.reshape(len(ids), 1, listed * page_size, width)
+        k, v = jnp.split(taken, 2, axis=-1)
+        held = ids[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
+        held = jnp.where(ids[..., None] < 0, -1, held).reshape(len(ids), 1, -1)
+        return reference.decode_attention(q, k, v, positions, held, sm_scale=sm_scale)
 
-    per_head = page_ids.reshape(batch, num_kv_heads, -1)
-    taken = jax.vmap(jax.vmap(one_head))(pages, per_head)
-    taken = taken.reshape(batch, lists, listed * page_size, width)
-    k, v = jnp.split(taken, 2, axis=-1)
-    positions = page_ids[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
-    positions = jnp.where(page_ids[..., None] < 0, -1, positions)
-    positions = positions.reshape(batch, lists, listed * page_size)
-    return reference.decode_attention(
-        q, k, v, query_positions, positions, sm_scale=sm_scale
-    )
+    def one_by_one(*arrays):
+        # All lists at once, the CPU would gather anew, element by element, in each of
+        # the products' loops.
+        def one(part):
+            return tuple(x[0] for x in attend(*(x[None] for x in part)))
+
+        return lax.map(one, arrays)
+
+    ids = page_ids.reshape(-1, listed)
+    arrays = grouped, ids, head * num_pages, positions
+    out, lse = lax.platform_dependent(*arrays, cpu=one_by_one, default=attend)
+    shape = batch, num_q_heads, rows
+    return out.reshape(*shape, head_dim), lse.reshape(shape)
