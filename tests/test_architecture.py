@@ -68,7 +68,8 @@ def is_allowed(module: str, imported: str) -> bool:
         return imported in BASE | SHARED or package == "pallas_kernels"
     if module == "kvjax.registry":
         return imported in BASE | {"kvjax.methods"}
-    if module == "kvjax.training.attention" and package == "pallas_kernels":
+    uses_kernels = module in ("kvjax.training.attention", "kvjax.bench")
+    if uses_kernels and package == "pallas_kernels":
         return True
     if module == "kvjax.evaluation.heads" and imported == "pallas_kernels.entmax":
         return True

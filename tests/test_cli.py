@@ -165,6 +165,38 @@ def test_the_process_ends_with_the_code_and_one_line():
     assert "unknown method 'quset'; did you mean 'quest'?" in done.stderr
 
 
+SMALL_LAYER = (
+    *("--budget", "32", "--page-size", "16", "--kv-heads", "2", "--group", "2"),
+    *("--head-dim", "8", "--repeats", "1"),
+)
+
+
+def test_bench_prints_every_operation_at_every_context(run):
+    printed = run("bench", "kernels", "--context", "64,128", *SMALL_LAYER, "--json")
+    document = json.loads(printed)
+    assert document["manifest"]["settings"]["context"] == [64, 128]
+    names = [(row["name"], row["context"]) for row in document["rows"]]
+    half = len(names) // 2
+    assert names[half:] == [(name, 128) for name, _ in names[:half]]
+    assert ("sparse", 64) in names
+    table = run("bench", "--context", "64", *SMALL_LAYER)
+    assert all(name in table for name, _ in names)
+    assert "floor ms" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["layers"], "subject='layers' must be one of kernels"),
+        (["--context", "1e5"], "--context 1e5 must be whole numbers with commas"),
+        (["--context", "100"], "must be multiples of page_size=64"),
+        (["--group", "0"], "group=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_timed_is_an_error(fail, options, message):
+    assert message in fail("bench", *options)
+
+
 # With a model.
 
 

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax.cli import decode, evaluate, heads, info, train
+from kvjax.cli import bench, decode, evaluate, heads, info, train
 from kvjax.cli.common import arguments_given
 
 app = typer.Typer(
@@ -104,6 +104,7 @@ _EXAMPLES = {
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
     evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
+    bench.bench: "kvjax bench kernels --context 131072 --budget 2048",
     train.train: "kvjax train --config toy --set optimizer.lr=2e-3 --out runs/toy",
 }
 for _command, _example in _EXAMPLES.items():

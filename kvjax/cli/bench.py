@@ -1,0 +1,113 @@
+"""`kvjax bench`: how fast things are on this machine, each beside its roofline."""
+
+import json
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import kvjax
+from kvjax import report
+from kvjax.cli.common import DtypeOption, JsonOption, arguments_given, positive
+
+SUBJECTS = ("kernels",)
+
+
+def bench(
+    subject: Annotated[
+        str, typer.Argument(help="What to time: kernels, one attention layer.")
+    ] = "kernels",
+    context: Annotated[
+        str, typer.Option(help="Tokens in the cache; several with commas.")
+    ] = "32768,131072",
+    budget: Annotated[
+        int, typer.Option(help="Tokens per KV head that sparse attention reads.")
+    ] = 2048,
+    page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 64,
+    batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
+    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
+    group: Annotated[int, typer.Option(help="Query heads of a KV head.")] = 4,
+    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    repeats: Annotated[int, typer.Option(help="Samples of each, in turns.")] = 5,
+    dtype: DtypeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Times the operations of one decoding layer beside what their bytes allow."""
+    import jax
+
+    from kvjax import bench as benchmark
+
+    if subject not in SUBJECTS:
+        raise ValueError(f"{subject=} must be one of {', '.join(SUBJECTS)}.")
+    try:
+        contexts = [int(part) for part in context.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"--context {context} must be whole numbers with commas, as 32768,131072."
+        ) from error
+    positive(budget=budget, page_size=page_size, batch=batch, kv_heads=kv_heads)
+    positive(group=group, head_dim=head_dim, repeats=repeats)
+    if dtype is None:
+        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    runs = [
+        benchmark.Sizes(
+            tokens, budget, page_size, batch, kv_heads, group, head_dim, dtype
+        )
+        for tokens in contexts
+    ]
+    for sizes in runs:
+        benchmark.operations(sizes, like=True)  # mistakes first
+    timings = []
+    with report.progress() as progress:
+        for sizes in runs:
+            timings += benchmark.kernels(
+                sizes,
+                repeats,
+                lambda done, sizes=sizes: progress(f"{sizes.context:,} tokens", done),
+            )
+    settings = runs[0]._asdict() | {"context": contexts, "repeats": repeats}
+    manifest = report.manifest(
+        version=kvjax.__version__,
+        model="one layer",
+        arguments=arguments_given.get(),
+        settings=settings,
+    )
+    rows = [timing._asdict() for timing in timings]
+    document = report.json_ready({"manifest": manifest, "rows": rows})
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        _print(document)
+
+
+def _print(document) -> None:
+    table = Table()
+    headings = "operation", "context", "bytes", "floor ms", "ms", "quartiles", "GB/s"
+    for heading in (*headings, "of floor", "x full"):
+        table.add_column(heading, justify="left" if heading == "operation" else "right")
+    for row in document["rows"]:
+        table.add_row(
+            row["name"],
+            f"{row['context']:,}",
+            report.format_bytes(row["num_bytes"]),
+            f"{1e3 * row['floor']:.3f}",
+            f"{1e3 * row['median']:.3f}",
+            f"{1e3 * row['low']:.3f}-{1e3 * row['high']:.3f}",
+            f"{row['num_bytes'] / row['median'] / 1e9:.1f}",
+            f"{row['floor'] / row['median']:.0%}",
+            f"{row['times_full']:.1f}",
+        )
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(table)
+    about = document["manifest"]
+    settings = about["settings"]
+    print(
+        f"One layer on {about['device']} ({about['backend']}), jax {about['jax']}: "
+        f"{settings['num_kv_heads']} KV heads x {settings['group']}, head size "
+        f"{settings['head_dim']}, {settings['dtype']}, {settings['batch']} rows, pages "
+        f"of {settings['page_size']}, budget {settings['budget']}. Floor: the bytes at "
+        "the speed of the copy.",
+        file=sys.stdout,
+    )
