@@ -4,6 +4,7 @@ Written from the definitions and importing nothing of ours: a mistake has to be 
 twice, in two ways, to go unnoticed. Speed does not matter here, being obvious does.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -398,7 +399,7 @@ def oracle_topk(row: Row, *, budget: int, per: str = "kv") -> Trace:
 # --- operations of the kernels
 
 
-def page_attention(q, pages, page_ids, query_positions, sm_scale):
+def page_attention(q, pages, page_ids, query_positions, sm_scale, alpha=1.0):
     """`(out, lse)`, one query row at a time over the tokens of its listed pages."""
     page_size, head_dim = pages.shape[3], q.shape[3]
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -math.inf)
@@ -412,8 +413,11 @@ def page_attention(q, pages, page_ids, query_positions, sm_scale):
                     tokens.append(pages[b, kv, page, i])
         keys = [token[:head_dim] for token in tokens]
         values = [token[head_dim:] for token in tokens]
-        out[b, h, t], lse[b, h, t], _ = softmax_attention(
-            q[b, h, t], keys, values, sm_scale
+        attend = softmax_attention
+        if alpha != 1:
+            attend = functools.partial(entmax_attention, alpha=alpha)
+        out[b, h, t], lse[b, h, t], _ = attend(
+            q[b, h, t], keys, values, sm_scale=sm_scale
         )
     return out, lse
 

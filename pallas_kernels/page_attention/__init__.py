@@ -5,6 +5,7 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.dispatch import dispatch
+from pallas_kernels.entmax import check_alpha
 from pallas_kernels.page_attention import reference
 
 _KERNELS = {"mosaic_tpu": "pallas_kernels.page_attention.mosaic_tpu"}
@@ -17,10 +18,11 @@ def page_attention(
     query_positions: Int[Array, "B T"],
     *,
     sm_scale: float,
+    alpha: float = 1.0,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
-    """Softmax attention over the listed pages, causal by position.
+    """Attention over the listed pages, causal by position.
 
     Args:
         q: rotated queries; query head h reads KV head h // G.
@@ -30,13 +32,15 @@ def page_attention(
             of a listed page that no row sees must be finite.
         query_positions: position of each query row.
         sm_scale: factor on the logits.
+        alpha: above 1 the weights are alpha-entmax over the listed pages instead.
         implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
 
     Returns:
-        `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf.
+        `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf. Under
+        entmax the second is :func:`pallas_kernels.entmax.entmax_attention`'s value.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if the shapes disagree, or alpha is below 1.
         NotImplementedError: if the kernel asked for by name cannot.
     """
     if pages.shape[4] != 2 * q.shape[3]:
@@ -49,11 +53,13 @@ def page_attention(
             f"page_ids {page_ids.shape} must list pages for {pages.shape[1]} KV heads "
             f"or {q.shape[1]} query heads."
         )
+    if alpha != 1:
+        check_alpha(alpha)
     return dispatch(
         reference.page_attention,
         _KERNELS,
         (q, pages, page_ids, query_positions),
-        {"sm_scale": sm_scale},
+        {"sm_scale": sm_scale, "alpha": float(alpha)},
         implementation=implementation,
         interpret=interpret,
     )

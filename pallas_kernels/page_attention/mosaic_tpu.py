@@ -30,9 +30,11 @@ MAX_ROWS = 256  # query rows a list: logits of a block stay within a megabyte
 MAX_COPIES = 32  # per block; each is an unrolled instruction sequence
 
 
-def unsupported(q, pages, page_ids, query_positions, *, sm_scale) -> str | None:
+def unsupported(q, pages, page_ids, query_positions, *, sm_scale, alpha) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
     del query_positions, sm_scale
+    if alpha != 1:
+        return f"{alpha=}: its softmax merges blocks, which entmax cannot"
     head_dim, page_size = q.shape[3], pages.shape[3]
     lists, listed = page_ids.shape[1:]
     rows = q.shape[1] * q.shape[2] // lists
@@ -54,9 +56,18 @@ def unsupported(q, pages, page_ids, query_positions, *, sm_scale) -> str | None:
 
 
 def page_attention(
-    q, pages, page_ids, query_positions, *, sm_scale, interpret=False, config=None
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    *,
+    sm_scale,
+    alpha,
+    interpret=False,
+    config=None,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
+    del alpha  # 1
     batch, num_q_heads, num_rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists = page_ids.shape[1]

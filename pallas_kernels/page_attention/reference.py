@@ -3,10 +3,11 @@
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention.reference import decode_attention
+from pallas_kernels.entmax.reference import entmax_attention
 
 
-def page_attention(q, pages, page_ids, query_positions, *, sm_scale):
+def page_attention(q, pages, page_ids, query_positions, *, sm_scale, alpha):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
     batch, num_q_heads, rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
@@ -24,7 +25,9 @@ def page_attention(q, pages, page_ids, query_positions, *, sm_scale):
         k, v = jnp.split(taken, 2, axis=-1)
         held = ids[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
         held = jnp.where(ids[..., None] < 0, -1, held).reshape(len(ids), 1, -1)
-        return reference.decode_attention(q, k, v, positions, held, sm_scale=sm_scale)
+        if alpha == 1:
+            return decode_attention(q, k, v, positions, held, sm_scale=sm_scale)
+        return entmax_attention(q, k, v, positions, held, alpha, sm_scale)
 
     def one_by_one(*arrays):
         # All lists at once, the CPU would gather anew, element by element, in each of

@@ -59,11 +59,11 @@ def _poisoned(pages, ids, positions):
     return jnp.where(keep, pages, jnp.nan)
 
 
-def _assert_close(actual, problem, tolerance, sm_scale):
+def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0):
     out, lse = (np.asarray(x, np.float64) for x in actual)
     inputs = [np.asarray(x.astype(jnp.float32)) for x in problem[:2]]
     inputs += [np.asarray(x) for x in problem[2:]]
-    expected, expected_lse = oracles.page_attention(*inputs, sm_scale)
+    expected, expected_lse = oracles.page_attention(*inputs, sm_scale, alpha)
     size = np.linalg.norm(expected, axis=-1)
     error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
     assert error.max() < tolerance, error.max()
@@ -146,6 +146,22 @@ def test_tolerance_sees_one_token():
         _assert_close(run(*cut), problem, TOLERANCE["bfloat16"], 0.02)
 
 
+@pytest.mark.parametrize("alpha", [1.5, 1.3])
+def test_entmax_over_the_union_of_the_pages(alpha):
+    """Lists of each query head, of each KV head, cut, empty; scores far apart."""
+    for ids, rows, positions in (
+        (IDS, 1, [141, 30]),
+        ([[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]], 2, [[17, 40]]),
+    ):
+        problem = _problem(rows=rows, ids=ids, positions=positions, head_dim=16)
+        run = functools.partial(page_attention, sm_scale=1.0, alpha=alpha)
+        actual = jax.jit(run)(*problem)
+        _assert_close(actual, problem, 1e-5, 1.0, alpha)
+        # Softmax is far away, and so is a threshold per page.
+        with pytest.raises(AssertionError):
+            _assert_close(actual, problem, 1e-2, 1.0)
+
+
 def test_gradient_is_the_reference_s():
     q, pages, ids, positions = _problem(
         num_pages=3, page_size=8, ids=[[[0, 2]] * 2], positions=[20]
@@ -159,7 +175,8 @@ def test_gradient_is_the_reference_s():
         return jax.jit(jax.grad(of, argnums=(0, 1)))(q, pages)
 
     kernel = loss(page_attention, implementation="mosaic_tpu", interpret=True)
-    for actual, expected in zip(kernel, loss(reference.page_attention), strict=True):
+    defined = loss(reference.page_attention, alpha=1.0)
+    for actual, expected in zip(kernel, defined, strict=True):
         np.testing.assert_array_equal(actual, expected)
 
 
