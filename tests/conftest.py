@@ -1,5 +1,6 @@
 """In every test: strict dtypes, checked shapes, two devices, poisoned buffers."""
 
+import gc
 import os
 
 # Before jax is imported: the CPU alone, and no probing for a TPU that is not there.
@@ -25,6 +26,10 @@ jaxtyping.install_import_hook(
 ).__enter__()
 
 from kvjax import cache  # noqa: E402
+
+# Traced programs are millions of objects that live long: looking through them again and
+# again for garbage takes longer than the tests that made them.
+gc.set_threshold(100_000, 20, 100)
 
 # Finite (see `cache.fill_value`), and so large that the smallest weight on it shows.
 POISON = 1e30

@@ -10,9 +10,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import rows
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds
+from pallas_kernels.topk import top_k
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 SHORT, LONG = 1 << 17, 1 << 20
@@ -74,6 +77,26 @@ def _bounds(context, page_size, **more):
     return Case(kernel, arguments, "page_bounds", 0, block_bytes, **more)
 
 
+def _top_k(num_scores, k, **more):
+    """The pass that fixes a bit; 32 of them see every tile."""
+    kernel = functools.partial(top_k, k=k, order="index", implementation="mosaic_tpu")
+    arguments = (_array(1, KV_HEADS, num_scores, dtype=jnp.float32),)
+    return _over_rows(kernel, arguments, "top_k", 3, num_scores, 3, **more)
+
+
+def _entmax(num_scores, **more):
+    """A step of Newton's method; each sees every tile."""
+    kernel = functools.partial(solve, alpha=1.5, implementation="mosaic_tpu")
+    arguments = (_array(1, KV_HEADS * GROUP, num_scores, dtype=jnp.float32),)
+    return _over_rows(kernel, arguments, "entmax_solve", 2, num_scores, 2, **more)
+
+
+def _over_rows(kernel, arguments, name, loop, num_scores, copies, **more):
+    tiles = rows.tiles(num_scores, copies)
+    block_bytes = tiles.rows * tiles.lines * rows.LANES * 4
+    return Case(kernel, arguments, name, loop, block_bytes, **more)
+
+
 BOTH = ("v5e", "v6e")
 CASES = {
     "page_attention-P64-128K": _pages(SHORT, 64, bars=BOTH),
@@ -87,6 +110,10 @@ CASES = {
     ),
     "decode_attention-ring-4K": _decode(4096 + 64, held=True, bars=BOTH),
     "page_bounds-P16-1M": _bounds(LONG, 16, bars=BOTH),
+    # No bars: what counts is how many passes there are, over scores that stay on chip.
+    "top_k-2048-of-64K": _top_k(LONG // 16, 2048),
+    "top_k-8192-of-1M": _top_k(LONG, 8192),
+    "entmax-128K": _entmax(SHORT),
 }
 # Compiled only, elsewhere.
 SMOKE = ("page_attention-P64-128K",)

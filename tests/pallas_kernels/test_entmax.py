@@ -71,8 +71,10 @@ def test_a_million_scores(spread):
     assert abs(p.sum(dtype=np.float64) - 1) < 1e-5
 
 
-@pytest.mark.parametrize("alpha", [1.25, 1.5, 1.7, 2.0, 3.0])
-@pytest.mark.parametrize("length", [129, 16_500])  # more than a line, than a tile
+# More than a line of scores, more than a tile.
+@pytest.mark.parametrize(
+    ("alpha", "length"), [(1.25, 129), (3.0, 129), (1.5, 16_500), (1.7, 16_500)]
+)
 def test_the_kernel_finds_the_threshold(alpha, length):
     scores = _rows(length=length).reshape(2, 3, length)
     scores[1, 0, 1:] = -np.inf

@@ -14,7 +14,7 @@ from hypothesis.extra import numpy as npst
 from pallas_kernels.topk import mosaic_tpu, top_k
 
 # Sizes of a line, of a tile, and around them; one and many tiles.
-SIZES = [(1, 1), (127, 5), (129, 129), (1000, 130), (16384, 256), (17000, 40)]
+SIZES = [(1, 1), (129, 129), (17000, 140)]
 
 DTYPES = np.float32, np.int32
 
