@@ -35,6 +35,14 @@ gc.set_threshold(100_000, 20, 100)
 POISON = 1e30
 
 
+# Minutes each: first, so that no worker is left alone with one in the end.
+LONG = {"test_docs.py", "test_readme.py", "test_resume.py", "test_tpu.py"}
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
     """Every slot that was never written holds a huge number."""
