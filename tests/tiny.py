@@ -6,15 +6,23 @@ Weights are scaled up so that a greedy choice is decisive and depends on the con
 import jax
 import jax.numpy as jnp
 import numpy as np
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers import models as tokenizer_models
 
 from kvjax.interface import LanguageModel
 from kvjax.rope import Rope
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
+from models.llama.tokenizer import HFTokenizer
 
 EOS = 256  # one past the bytes
 # Options of any method, of a budget below the prompts of these tests.
 SMALL = dict(budget=16, page_size=4, num_sinks=2, window=4, recent=1, kernel=3)
+
+TEXT = "".join(
+    f"line {i * 7919 % 1000} is about {'abcdefgh'[i % 8]}.\n" for i in range(90)
+)
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
 class ByteTokenizer:
@@ -69,3 +77,15 @@ def dense(layer, q, k, v):
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
     return jnp.asarray(np.einsum("bhts,bhsd->bhtd", weights, v), jnp.float32)
+
+
+def byte_tokenizer() -> HFTokenizer:
+    """Bytes as tokens in Hugging Face's format, for models that are saved."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {character: index for index, character in enumerate(alphabet)}
+    backend = Tokenizer(tokenizer_models.BPE(vocab=vocabulary, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    backend.decoder = decoders.ByteLevel()
+    return HFTokenizer(backend, {}, {"default": TEMPLATE})

@@ -41,7 +41,8 @@ def test_other_generations_compile(generation):
 
 @pytest.mark.parametrize("name", cases.EDGES)
 def test_what_is_supported_compiles(name):
-    tpu.compiled(cases.EDGES[name], "v5e")
+    program = tpu.compiled(cases.EDGES[name], "v5e").as_text()
+    assert "tpu_custom_call" in program  # the kernel, not XLA's code instead
 
 
 def test_the_record_is_of_these_cases():

@@ -1,0 +1,229 @@
+"""The command line: results on stdout, the numbers of the API."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny import TEXT
+
+import kvjax
+import models
+from kvjax import cli, registry
+from kvjax.generate import generate
+from kvjax.scoring import score
+
+# What takes no model.
+
+
+def test_version(run):
+    assert run("--version") == f"kvjax {kvjax.__version__}\n"
+
+
+COMMANDS = ("methods", "cite", "generate", "score", "eval", "compare", "train")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_help_shows_an_example_of_its_own(run, command):
+    out = " ".join(run(command, "--help").split())
+    assert f"Example: kvjax {command}" in out
+
+
+def test_no_command_is_help(run):
+    out = run()
+    assert all(command in out for command in COMMANDS)
+
+
+def test_methods_lists_the_registry(run):
+    known = json.loads(run("methods", "--json"))
+    assert [entry["name"] for entry in known] == [
+        *registry.names(),
+        *registry.transforms(),
+    ]
+    text = run("methods")
+    for entry in known:
+        assert entry["summary"] in text
+        assert entry["reads"] in text
+        options = registry.options(entry["name"])
+        assert entry["options"] == {key: p.default for key, p in options.items()}
+        assert "not said" not in entry.values()
+
+
+def test_cite_prints_the_source(run):
+    assert "arXiv:2406.10774" in run("cite", "quest")
+    document = json.loads(run("cite", "quest", "--json"))
+    assert document["source"].startswith("Tang et al.")
+
+
+def test_python_m_kvjax_is_quick_to_answer_and_imports_nothing_heavy():
+    code = (
+        "import sys; from kvjax import cli; cli.run(['methods']); "
+        "print([m for m in ('flax', 'models', 'matplotlib', 'tokenizers', 'jinja2', "
+        "'optax', 'orbax', 'grain', 'yaml') if m in sys.modules], file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
+    assert done.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_process_ends_with_the_code_and_one_line():
+    done = subprocess.run(
+        [sys.executable, "-m", "kvjax", "cite", "quset"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "Traceback" not in done.stderr
+    assert "unknown method 'quset'; did you mean 'quest'?" in done.stderr
+
+
+SMALL_LAYER = (
+    *("--budget", "32", "--page-size", "16", "--kv-heads", "2", "--group", "2"),
+    *("--head-dim", "8", "--repeats", "1"),
+)
+
+
+def test_bench_prints_every_operation_at_every_context(run):
+    printed = run("bench", "kernels", "--context", "64,128", *SMALL_LAYER, "--json")
+    document = json.loads(printed)
+    assert document["manifest"]["settings"]["context"] == [64, 128]
+    names = [(row["name"], row["context"]) for row in document["rows"]]
+    half = len(names) // 2
+    assert names[half:] == [(name, 128) for name, _ in names[:half]]
+    assert ("sparse", 64) in names
+    table = run("bench", "--context", "64", *SMALL_LAYER)
+    assert all(name in table for name, _ in names)
+    assert "floor ms" in table
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["layers"], "subject='layers' must be one of kernels"),
+        (["--context", "1e5"], "--context 1e5 must be whole numbers with commas"),
+        (["--context", "100"], "must be multiples of page_size=64"),
+        (["--group", "0"], "group=0 must be at least 1"),
+    ],
+)
+def test_what_cannot_be_timed_is_an_error(fail, options, message):
+    assert message in fail("bench", *options)
+
+
+# With a model.
+
+
+def test_generate_is_the_apis_text(run, checkpoint):
+    options = [
+        "--model",
+        checkpoint,
+        "--method",
+        "quest:budget=16",
+        "--prompt",
+        TEXT[:99],
+    ]
+    options += ["--max-new-tokens", "20"]
+    document = json.loads(run("generate", *options, "--json"))
+    model = models.load(checkpoint)
+    (expected,) = generate(
+        model, registry.parse("quest:budget=16"), [TEXT[:99]], max_new_tokens=20
+    )
+    assert document["tokens"] == expected.tokens
+    assert document["text"] == expected.text
+    assert document["prompt_tokens"] == 99
+    assert run("generate", *options) == expected.text + "\n"
+
+
+def test_generate_passes_sampling_stop_and_seed_on(run, checkpoint, text_file):
+    text_file.write_text(TEXT[:99])
+    options = ["--model", checkpoint, "--prompt-file", text_file, "--temperature", "2"]
+    options += ["--max-new-tokens", "12", "--json", "--top-k", "50", "--seed"]
+    one, again, other = (
+        json.loads(run("generate", *options, seed)) for seed in (1, 1, 2)
+    )
+    assert one["tokens"] == again["tokens"] != other["tokens"]
+    letter = next(c for c in one["text"] if c.isascii())
+    stopped = json.loads(run("generate", *options, 1, "--stop", letter))
+    assert stopped["finish_reason"] == "stop"
+    assert stopped["text"] == one["text"][: one["text"].index(letter)]
+
+
+def test_chat_wraps_the_prompt_in_the_template(run, checkpoint):
+    options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "1"]
+    document = json.loads(run("generate", *options, "--json", "--chat"))
+    assert document["prompt_tokens"] == len("<user>hi")
+
+
+def test_score_is_the_apis(run, checkpoint, text_file):
+    text_file.write_text(TEXT[:200])
+    options = ["--model", checkpoint, "--text", text_file]
+    options += ["--method", "streaming_llm:budget=16", "--prefill", "150"]
+    document = json.loads(run("score", *options, "--json"))
+    model, method = models.load(checkpoint), registry.parse("streaming_llm:budget=16")
+    tokens = model.tokenizer.encode(TEXT[:200])
+    expected = score(model, method, [tokens], prefill=150).log_probs[0]
+    np.testing.assert_allclose(document["log_probs"], expected, rtol=1e-6)
+    assert document["token_ids"] == tokens
+    assert document["predicted_by_decode_steps"] == 49
+    assert document["perplexity"] == pytest.approx(np.exp(-expected[150:].mean()))
+    assert f"{document['perplexity']:.4f}" in run("score", *options)
+
+
+def test_eval_prints_the_accuracy_it_measured(run, checkpoint, text_file):
+    options = ["--model", checkpoint, "--text", text_file, "--task", "passkey"]
+    options += ["--context", "200", "--n", "2", "--batch", "2"]
+    document = json.loads(run("eval", *options, "--json"))
+    assert document["task"] == "passkey"
+    assert document["accuracy"]["n"] == 2
+    correct = sum(example["correct"] for example in document["examples"])
+    assert document["accuracy"]["mean"] == correct / 2
+    out = run("eval", *options)
+    assert out.startswith("passkey, full, context 200: ")
+    assert "n=2" in out
+
+
+def test_compare_writes_what_it_prints(run, checkpoint, text_file, tmp_path):
+    out = tmp_path / "report"
+    options = ["--model", checkpoint, "--text", text_file, "--out", out, "--n", "2"]
+    options += ["--context", "352", "--new-tokens", "8", "--windows", "2"]
+    options += ["--batch", "2", "--budget", "32", "--method", "streaming_llm", "--json"]
+    printed = json.loads(run("compare", *options))
+    assert printed == json.loads((out / "results.json").read_text("utf-8"))
+    names = [row["method"] for row in printed["rows"]]
+    assert names == ["full", "streaming_llm:budget=32"]
+    assert names[1] in (out / "report.html").read_text("utf-8")
+    about = printed["manifest"]
+    assert about["arguments"] == ["compare", *map(str, options)]
+    assert about["settings"]["budget"] == 32
+    assert about["settings"]["seed"] == 0
+
+
+def test_the_budget_goes_to_every_method_that_does_not_say():
+    found = cli.evaluate._methods(
+        ["dense_layers:first=1+quest:page_size=8", "tova:budget=5"], 100, 32
+    )
+    assert list(found) == [
+        "full",
+        "dense_layers:first=1+quest:budget=32,page_size=8",
+        "tova:budget=5",
+    ]
+    every = cli.evaluate._methods(None, 1024, 256)
+    assert [spec.partition(":")[0] for spec in every] == list(registry.names())
+
+
+def test_compiled_code_is_kept_between_runs(run, checkpoint, tmp_path):
+    options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "2"]
+    run("generate", *options)
+    assert jax.config.jax_compilation_cache_dir == str(
+        tmp_path / "cache" / "kvjax" / "xla"
+    )
+
+
+def test_a_cache_that_cannot_be_made_is_no_fault(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "2"]
+    run("generate", *options)

@@ -1,0 +1,192 @@
+"""Mistakes on the command line: one line that names what is wrong, exit code 2."""
+
+import json
+import os
+import re
+import shutil
+import struct
+
+import numpy as np
+import pytest
+
+import models
+from kvjax import cli
+
+
+@pytest.fixture
+def broken(checkpoint, tmp_path):
+    """A copy of the checkpoint, to be damaged."""
+    return shutil.copytree(checkpoint, tmp_path / "broken")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("frobnicate", "No such command 'frobnicate'"),
+        ("compare --bugdet 3", "--bugdet"),
+        ("compare --n many", "Invalid value for '--n'"),
+        ("cite quset", "unknown method 'quset'; did you mean 'quest'?"),
+        ("generate --prompt x --method qest", "did you mean 'quest'?"),
+        ("generate --prompt x --method quest:bugdet=3", "did you mean 'budget'?"),
+        ("generate --prompt x --method quest:budget=many", "'many'"),
+        ("generate --prompt x --method quest:budget=0", "budget=0"),
+        ("generate --prompt x --method dense_layers", "transform"),
+        ("generate --prompt x --method streaming_llm:budget=4", "budget=4"),
+        (
+            "generate --prompt x --method snapkv:budget=32",
+            "budget=32 must exceed window=32",
+        ),
+        ("generate --prompt x --temperature -1", "temperature=-1.0 must be"),
+        ("generate --prompt x --top-p 0", "top_p=0.0 must be in (0, 1]"),
+        ("generate", "--prompt or --prompt-file"),
+        ("generate --prompt x --prompt-file y", "only one of them"),
+        ("generate --prompt-file nowhere.txt", "nowhere.txt"),
+        ("score --text nowhere.txt", "nowhere.txt"),
+        ("eval --task needle", "unknown task='needle': choose one of passkey,"),
+        ("eval --task passkey --n -3", "n=-3 must be at least 1"),
+        ("eval --task passkey --context 0", "context=0 must be at least 1"),
+        ("compare --n -3", "examples=-3 must be at least 1"),
+        ("compare --budget 0", "budget=0 must be at least 1"),
+        ("compare --budget 16", "snapkv:budget=16: budget=16 must exceed window=32"),
+        ("compare --budget 2048", "budget=2048 must be below context=512"),
+        ("compare --new-tokens 2000", "new_tokens=2000 must be in [2, context=512)"),
+    ],
+)
+def test_mistakes_that_need_no_model(fail, arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert message in fail(*arguments.split())
+
+
+def test_an_empty_prompt(fail, checkpoint, text_file):
+    assert "the prompt is empty" in fail(
+        "generate", "--model", checkpoint, "--prompt", ""
+    )
+    text_file.write_text("")
+    command = "generate", "--model", checkpoint, "--prompt-file", text_file
+    assert "the prompt is empty" in fail(*command)
+
+
+def test_a_prompt_that_is_not_utf8(fail, checkpoint, text_file):
+    text_file.write_bytes(b"caf\xe9 and more")
+    line = fail("generate", "--model", checkpoint, "--prompt-file", text_file)
+    assert "text.txt is not UTF-8: byte 0xe9 at offset 3; convert" in line
+
+
+def test_a_prompt_is_never_cut(fail, checkpoint, text_file):
+    options = ["--model", checkpoint, "--max-new-tokens", "13"]
+    line = fail("generate", *options, "--prompt", "x" * 500)
+    assert "500 tokens" in line
+    assert "512" in line
+    text_file.write_text("x" * 600)
+    line = fail("score", "--model", checkpoint, "--text", text_file)
+    assert "512" in line
+
+
+def test_a_context_beyond_the_models(fail, checkpoint, text_file, tmp_path):
+    model = ["--model", checkpoint, "--text", text_file, "--context", "600"]
+    message = "context=600 exceeds the 512 tokens the model was made for"
+    assert message in fail("eval", "--task", "passkey", *model)
+    assert message in fail("compare", *model, "--out", tmp_path / "out")
+
+
+def test_a_score_needs_tokens_after_the_prompt(fail, checkpoint, text_file):
+    text_file.write_text("hello")
+    options = ["score", "--model", checkpoint, "--text", text_file]
+    assert "prefill=9 must be in [1, 3]" in fail(*options, "--prefill", "9")
+    text_file.write_text("he")
+    assert "has 2 tokens" in fail(*options)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_a_folder_without_permission(fail, tmp_path):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    assert "cannot be written" in fail("compare", "--out", locked)
+
+
+def test_the_output_folder_is_tried_before_the_work(fail, tmp_path):
+    # The model does not exist either: the folder is complained about first.
+    (tmp_path / "file").write_text("")
+    line = fail("compare", "--model", "no/where/at/all", "--out", tmp_path / "file")
+    assert "file is not a folder: give --out another" in line
+
+
+def header_of(path):
+    data = path.read_bytes()
+    (size,) = struct.unpack("<Q", data[:8])
+    return json.loads(data[8 : 8 + size]), data[8 + size :]
+
+
+def write_shard(path, header, body):
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + body)
+
+
+def no_config(folder):
+    (folder / "config.json").unlink()
+
+
+def no_tokenizer(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+def no_weights(folder):
+    (folder / "model.safetensors").unlink()
+
+
+def cut_weights(folder):
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def wrong_shape(folder):
+    header, body = header_of(folder / "model.safetensors")
+    entry = header["model.norm.weight"]
+    entry["shape"] = [entry["shape"][0] // 2, 2]
+    write_shard(folder / "model.safetensors", header, body)
+
+
+def nan_weights(folder):
+    header, body = header_of(folder / "model.safetensors")
+    start = header["model.norm.weight"]["data_offsets"][0]
+    body = body[:start] + np.float32(np.nan).tobytes() + body[start + 4 :]
+    write_shard(folder / "model.safetensors", header, body)
+
+
+def unknown_rope(folder):
+    config = json.loads((folder / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config["rope_scaling"] = {"rope_type": "spiral", "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (no_config, "has no config.json"),
+        (no_tokenizer, "has no tokenizer.json"),
+        (no_weights, r"model\.safetensors"),
+        (cut_weights, r"model\.safetensors"),
+        (wrong_shape, r"model\.norm\.weight"),
+        (nan_weights, r"model\.norm\.weight.*NaN"),
+        (unknown_rope, "spiral"),
+    ],
+)
+def test_a_damaged_checkpoint(fail, broken, damage, message):
+    damage(broken)
+    line = fail("generate", "--model", broken, "--prompt", "x")
+    assert re.search(message, line), line
+
+
+def test_a_model_that_is_nowhere(fail):
+    line = fail("generate", "--model", "no/where/at/all", "--prompt", "x")
+    assert "no/where/at/all is no directory" in line
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch, checkpoint):
+    def fault(*arguments, **options):
+        return json.loads("{")  # raised inside the standard library
+
+    monkeypatch.setattr(models, "load", fault)
+    with pytest.raises(json.JSONDecodeError):
+        cli.run(["generate", "--model", str(checkpoint), "--prompt", "x"])
