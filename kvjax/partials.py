@@ -4,12 +4,11 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.interface import Method
-from pallas_kernels.decode_attention import decode_logits
+from pallas_kernels.decode_attention import decode_attention
 
 
 class Partial(NamedTuple):
@@ -74,14 +73,7 @@ def weighted_attention(
     For methods that score tokens by the attention they receive. Every row must see a
     key; arguments as in :func:`pallas_kernels.decode_attention.decode_attention`.
     """
-    logits = decode_logits(q, k, query_positions, key_positions, sm_scale=sm_scale)
-    lse = jax.nn.logsumexp(logits, axis=-1)
-    weights = jnp.exp(logits - lse[..., None])
-    batch, slots = weights.shape[0], weights.shape[-1]
-    out = jnp.einsum(
-        "bkrs,bksd->bkrd",
-        weights.reshape(batch, k.shape[1], -1, slots).astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
+    out, lse, logits = decode_attention(
+        q, k, v, query_positions, key_positions, sm_scale=sm_scale, with_logits=True
     )
-    return Partial(out.reshape(q.shape), lse), weights
+    return Partial(out, lse), jnp.exp(logits - lse[..., None])

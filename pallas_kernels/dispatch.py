@@ -6,6 +6,8 @@ traced on a CPU may be compiled for a TPU.
 
 import functools
 import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +16,10 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-_PLATFORMS = {"mosaic_tpu": "tpu"}  # the platform each kernel is lowered for
+# The platform each kernel is lowered for; the first that can, runs.
+_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda", "triton": "cuda"}
+# What is optional, and how to get it.
+_NEEDS = {"triton": ("jax_triton", "pip install 'kvjax[triton]'")}
 
 
 def dispatch(
@@ -60,7 +65,9 @@ def dispatch(
     if implementation == "xla":
         return reference(*arrays, **dict(static))
     if implementation is not None:
-        kernel, reason = _kernel(reference, kernels[implementation], arrays, static)
+        kernel, reason = _kernel(
+            reference, implementation, kernels[implementation], arrays, static
+        )
         if reason is not None:
             raise NotImplementedError(
                 f"{implementation} cannot run {reference.__name__}: {reason}. "
@@ -68,11 +75,19 @@ def dispatch(
             )
         return _runner(reference, kernel, static, interpret)(*arrays)
 
-    branches = {}
+    branches, reasons = {}, {}
     for name, module in kernels.items():
-        kernel, reason = _kernel(reference, module, arrays, static)
+        platform = _PLATFORMS[name]
+        # The kernels of GPUs take seconds to import, and depend on which GPU it is.
+        if platform in branches or (platform == "cuda" and not _is_for_gpu()):
+            continue
+        kernel, reason = _kernel(reference, name, module, arrays, static)
         if reason is None:
-            branches[_PLATFORMS[name]] = _runner(reference, kernel, static, None)
+            branches[platform] = _runner(reference, kernel, static, None)
+        else:
+            reasons[name] = reason
+    if _is_for_gpu() and "cuda" not in branches:
+        _note(reference.__name__, device_kind(), tuple(reasons.items()))
     defined = functools.partial(reference, **dict(static))
     if not branches:
         return defined(*arrays)
@@ -84,11 +99,31 @@ def device_kind() -> str:
 
     An abstract device set by the caller, who compiles for another machine, goes first.
     """
+    return _device().device_kind
+
+
+def _device():
     abstract = getattr(jax.sharding.get_abstract_mesh(), "abstract_device", None)
-    return (abstract or jax.devices()[0]).device_kind
+    return abstract or jax.devices()[0]
 
 
-def _kernel(reference, module, arrays, static):
+def _is_for_gpu():
+    return _device().platform in ("gpu", "cuda")
+
+
+@functools.cache
+def _note(operation, device, reasons):
+    # Once for each: the program is right, and slower than it could be.
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons) or "none exists"
+    warnings.warn(
+        f"{operation} runs without a kernel on {device} ({said}).", stacklevel=2
+    )
+
+
+def _kernel(reference, name, module, arrays, static):
+    package, command = _NEEDS.get(name, (None, None))
+    if package and importlib.util.find_spec(package) is None:
+        return None, f"it needs {package}: {command}"
     module = importlib.import_module(module)
     reason = module.unsupported(*arrays, **dict(static))
     return getattr(module, reference.__name__), reason
@@ -152,6 +187,6 @@ def _batch(arrays, axes, *, reference, **_):
     return out, [0] * len(out)
 
 
-for _platform in _PLATFORMS.values():
+for _platform in set(_PLATFORMS.values()):
     mlir.register_lowering(_late, _lower, platform=_platform)
 batching.primitive_batchers[_late] = _batch

@@ -399,15 +399,19 @@ def oracle_topk(row: Row, *, budget: int, per: str = "kv") -> Trace:
 # --- operations of the kernels
 
 
-def page_attention(q, pages, page_ids, query_positions, sm_scale, alpha=1.0):
+def page_attention(
+    q, pages, page_ids, query_positions, mask=None, sm_scale=1.0, alpha=1.0
+):
     """`(out, lse)`, one query row at a time over the tokens of its listed pages."""
     page_size, head_dim = pages.shape[3], q.shape[3]
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -math.inf)
     for b, h, t in np.ndindex(q.shape[:3]):
         kv = h * pages.shape[1] // q.shape[1]
-        listed = page_ids[b, h * page_ids.shape[1] // q.shape[1]]
+        own = h * page_ids.shape[1] // q.shape[1]
         tokens = []
-        for page in listed:
+        for place, page in enumerate(page_ids[b, own]):
+            if mask is not None and not mask[b, own, place, t]:
+                continue
             for i in range(page_size if page >= 0 else 0):
                 if page * page_size + i <= query_positions[b, t]:
                     tokens.append(pages[b, kv, page, i])

@@ -19,9 +19,11 @@ def decode_attention(
     *,
     sm_scale: float,
     window: int | None = None,
+    soft_cap: float | None = None,
+    with_logits: bool = False,
     implementation: str | None = None,
     interpret: Any = False,
-) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
+) -> tuple[Float[Array, "..."], ...]:
     """Softmax attention; key s is visible to row t iff 0 <= key position <= its own.
 
     Args:
@@ -32,21 +34,34 @@ def decode_attention(
             no row sees must be finite.
         sm_scale: factor on the logits.
         window: if given, keys `window` or more positions back are not visible either.
+        soft_cap: if given, logits become `soft_cap * tanh(logits / soft_cap)`.
+        with_logits: return them too, for methods that score tokens by the attention
+            they receive: `exp(logits - lse)` is the weight of a key.
         implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
 
     Returns:
-        `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf.
+        `(out, lse)`, `(B, Hq, T, D)` and `(B, Hq, T)` in float32, and with logits also
+        these, `(B, Hq, T, S)`, -inf where a row does not see the key. A row that sees
+        no key has out 0 and lse -inf.
 
     Raises:
-        ValueError: if the shapes disagree.
+        ValueError: if the shapes disagree, or the cap or the window is not positive.
         NotImplementedError: if the kernel asked for by name cannot.
     """
     _check(q, k, v)
+    for name, bound in (("soft_cap", soft_cap), ("window", window)):
+        if bound is not None and not bound > 0:
+            raise ValueError(f"{name}={bound} must be positive, or None.")
     return dispatch(
         reference.decode_attention,
         _KERNELS,
         (q, k, v, query_positions, key_positions),
-        {"sm_scale": sm_scale, "window": window},
+        {
+            "sm_scale": sm_scale,
+            "window": window,
+            "soft_cap": soft_cap,
+            "with_logits": with_logits,
+        },
         implementation=implementation,
         interpret=interpret,
     )

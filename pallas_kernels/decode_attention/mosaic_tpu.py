@@ -4,7 +4,8 @@ One program per batch row goes through its KV heads, a block of tokens at a time
 softmax, a ring of buffers, several blocks on their way while one is used, also across
 heads. Without `key_positions`, blocks behind the last visible position are not read,
 nor those before the window, and only blocks that a row's position cuts are masked.
-Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache.
+Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache,
+except the logits where they are asked for: four bytes a query row and token.
 """
 
 import functools
@@ -16,6 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import tuning
+from pallas_kernels.decode_attention.reference import visible_keys
 from pallas_kernels.dispatch import device_kind
 
 LANES = 128
@@ -23,11 +25,9 @@ MAX_ROWS = 128  # query rows a KV head; more are a prompt's, and bound by arithm
 MASKED = -1e30  # finite: its difference to itself is 0, not NaN
 
 
-def unsupported(
-    q, k, v, query_positions, key_positions, *, sm_scale, window
-) -> str | None:
+def unsupported(q, k, v, query_positions, key_positions, **static) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
-    del v, query_positions, key_positions, sm_scale, window
+    del v, query_positions, key_positions, static
     rows = q.shape[1] * q.shape[2] // k.shape[1]
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtypes {q.dtype}, {k.dtype} must be both bfloat16 or both float32"
@@ -51,6 +51,8 @@ def decode_attention(
     *,
     sm_scale,
     window=None,
+    soft_cap=None,
+    with_logits=False,
     interpret=False,
     config=None,
 ):
@@ -90,8 +92,23 @@ def decode_attention(
         return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
 
     buffers = pltpu.VMEM((config.num_buffers, block, head_dim), k.dtype)
-    out, lse = pl.pallas_call(
-        functools.partial(_kernel, sm_scale=sm_scale, window=window),
+    logits_shape, logits_spec, logits_scratch = (), (), ()
+    if with_logits:
+        logits_spec = (pl.BlockSpec(memory_space=pl.ANY),)
+        padded = (batch, heads, rows, num_blocks * block)
+        logits_shape = (jax.ShapeDtypeStruct(padded, jnp.float32),)
+        logits_scratch = (
+            pltpu.VMEM((config.num_buffers, rows, block), jnp.float32),
+            pltpu.SemaphoreType.DMA((config.num_buffers,)),
+        )
+    out, lse, *logits = pl.pallas_call(
+        functools.partial(
+            _kernel,
+            has_positions=bool(held),
+            sm_scale=sm_scale,
+            window=window,
+            soft_cap=soft_cap,
+        ),
         grid=(batch,),
         in_specs=[
             row_of_batch(1, 4, memory_space=pltpu.SMEM),
@@ -101,16 +118,22 @@ def decode_attention(
             pl.BlockSpec(memory_space=pl.ANY),
             *held_specs,
         ],
-        out_specs=[row_of_batch(heads, rows, head_dim), row_of_batch(heads, rows, 1)],
+        out_specs=[
+            row_of_batch(heads, rows, head_dim),
+            row_of_batch(heads, rows, 1),
+            *logits_spec,
+        ],
         out_shape=[
             jax.ShapeDtypeStruct((batch, heads, rows, head_dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, rows, 1), jnp.float32),
+            *logits_shape,
         ],
         scratch_shapes=[
             pltpu.SemaphoreType.DMA((config.num_buffers,)),
             buffers,
             buffers,
             *held_scratch,
+            *logits_scratch,
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
@@ -132,7 +155,14 @@ def decode_attention(
         *held,
     )
     shape = (batch, num_q_heads, num_rows)
-    return out.reshape(*shape, head_dim), lse.reshape(shape)
+    found = out.reshape(*shape, head_dim), lse.reshape(shape)
+    if not with_logits:
+        return found
+    # What no row sees was not computed, and its place not written.
+    visible = visible_keys(slots, query_positions, key_positions, window)
+    logits = logits[0][..., :slots].reshape(batch, heads, -1, num_rows, slots)
+    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
+    return (*found, logits.reshape(*shape, slots))
 
 
 def _kernel(
@@ -143,14 +173,21 @@ def _kernel(
     k,  # (B, Hkv, S, D), HBM
     v,  # (B, Hkv, S, D), HBM
     *refs,  # if slots hold positions of their own: (#B, H, blocks, 1, lanes) i32, HBM
-    # out: (Hkv, R, D) f32, (Hkv, R, 1) f32
-    # scratch: (N,) DMA semaphores, two (N, block, D), and (N, 1, lanes) i32 with the
-    # positions
+    # out: (Hkv, R, D) f32, (Hkv, R, 1) f32, with logits (B, Hkv, R, S) f32, HBM
+    # scratch: (N,) DMA semaphores, two (N, block, D), with positions (N, 1, lanes) i32,
+    # with logits (N, R, block) f32 and (N,) DMA semaphores
+    has_positions,
     sm_scale,
     window,
+    soft_cap,
 ):
-    *held, out_ref, lse_ref, arrived, k_buffers, v_buffers = refs[:6]
-    held_buffers = refs[6:]
+    refs = list(refs)
+    held = [refs.pop(0) for _ in range(has_positions)]
+    out_ref, lse_ref = refs.pop(0), refs.pop(0)
+    with_logits = len(refs) - has_positions == 6
+    logits_refs = [refs.pop(0) for _ in range(with_logits)]
+    arrived, k_buffers, v_buffers, *refs = refs
+    held_buffers = [refs.pop(0) for _ in range(has_positions)]
     heads = q_ref.shape[0]
     num_buffers, block, _ = k_buffers.shape
     slots = k.shape[2]
@@ -196,23 +233,37 @@ def _kernel(
         h = lax.select(is_last, jnp.minimum(h + 1, heads), h)
         return h, lax.select(is_last, begin, i + 1), after(slot)
 
+    def store(h, i, slot, count, logits):
+        """Starts the copy of a block's logits, the `count`th, to where they belong."""
+        logits_buffers, written = refs
+        pl.when(count >= num_buffers)(lambda: stored(slot))
+        logits_buffers[slot] = logits
+        into = logits_refs[0].at[row, h, :, pl.ds(pl.multiple_of(i * block, 8), block)]
+        pltpu.make_async_copy(logits_buffers.at[slot], into, written.at[slot]).start()
+
+    def stored(slot):
+        logits_buffers, written = refs
+        buffer = logits_buffers.at[slot]
+        pltpu.make_async_copy(buffer, buffer, written.at[slot]).wait()
+
     def one_head(h, carry):
         q = q_ref[h]
 
-        def take(slot, visible, state):
-            return add_block(
-                state, q, k_buffers[slot], v_buffers[slot], sm_scale, visible
-            )
+        def take(i, slot, count, visible, state):
+            logits = scaled_logits(q, k_buffers[slot], sm_scale, soft_cap)
+            if with_logits:
+                store(h, i, slot, count, logits)
+            return add_block(state, logits, v_buffers[slot], visible)
 
         def whole_block(i, carry):
-            cursor, slot, state = carry
+            cursor, slot, count, state = carry
             cursor = fetch(cursor)
             for copy in copies(h, i, block, slot):
                 copy.wait()
-            return cursor, after(slot), take(slot, None, state)
+            return cursor, after(slot), count + 1, take(i, slot, count, None, state)
 
         def cut_block(i, carry):
-            cursor, slot, state = carry
+            cursor, slot, count, state = carry
             cursor = fetch(cursor)
             each_copy(h, i, slot, lambda copy: copy.wait())
             clear(v_buffers.at[slot], last + 1 - i * block)
@@ -224,17 +275,21 @@ def _kernel(
             visible = inside & (own >= 0) & (own <= positions)
             if window is not None:
                 visible &= own > positions - window
-            return cursor, after(slot), take(slot, visible, state)
+            return cursor, after(slot), count + 1, take(i, slot, count, visible, state)
 
         carry = (*carry, empty(*q.shape))
         carry = lax.fori_loop(begin, masked, whole_block, carry)
-        cursor, slot, state = lax.fori_loop(masked, end, cut_block, carry)
+        *carry, state = lax.fori_loop(masked, end, cut_block, carry)
         out_ref[h], lse_ref[h] = finish(state)
-        return cursor, slot
+        return tuple(carry)
 
     cursor = (jnp.int32(0), begin, jnp.int32(0))
     cursor = lax.fori_loop(0, num_buffers - 1, lambda _, c: fetch(c), cursor)
-    lax.fori_loop(0, heads, one_head, (cursor, jnp.int32(0)))
+    carry = cursor, jnp.int32(0), jnp.int32(0)
+    _, _, count = lax.fori_loop(0, heads, one_head, carry)
+    if with_logits:
+        for slot in range(num_buffers):
+            pl.when(slot < count)(functools.partial(stored, slot))
 
 
 def empty(rows, lanes):
@@ -246,10 +301,15 @@ def empty(rows, lanes):
     )
 
 
-def add_block(state, q, k, v, sm_scale, visible):
-    """The state with the keys `(block, D)` too; `visible (R, block)` None means all."""
-    m, l, acc = state
+def scaled_logits(q, k, sm_scale, soft_cap=None):
+    """`(R, block)` of keys `(block, D)`."""
     logits = sm_scale * dot(q, k, 1)
+    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
+
+
+def add_block(state, logits, v, visible):
+    """The state with a block's keys too; `visible (R, block)` None means all."""
+    m, l, acc = state
     if visible is not None:
         logits = jnp.where(visible, logits, MASKED)
     m_new = jnp.maximum(m, logits.max(1, keepdims=True))

@@ -5,6 +5,8 @@ A few rows: one pass over the whole cache, whose only temporary is the logits. M
 needs, so that no temporary grows with the cache.
 """
 
+import functools
+
 import jax.numpy as jnp
 from jax import lax
 
@@ -12,24 +14,57 @@ DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than 
 BLOCK = 1024  # keys per block: 1024 x 128 x f32 = 512 KB a head, inside an L2 cache
 
 
-def decode_attention(q, k, v, query_positions, key_positions, *, sm_scale, window=None):
-    """See :func:`pallas_kernels.decode_attention.decode_attention`."""
-    batch, num_q_heads, rows, head_dim = q.shape
+def decode_attention(
+    q,
+    k,
+    v,
+    query_positions,
+    key_positions,
+    *,
+    sm_scale,
+    window=None,
+    soft_cap=None,
+    with_logits=False,
+):
+    """See :func:`pallas_kernels.decode_attention.decode_attention`.
+
+    Here `key_positions (B, H, T, S)` may also differ from row to row.
+    """
+    shape = q.shape[:3]
     grouped, row_positions = _group(q, k, query_positions)
-    attend = _dense
-    if grouped.shape[2] > DENSE_ROWS and k.shape[2] > BLOCK:
-        attend = _blocked
-    out, lse = attend(grouped, k, v, row_positions, key_positions, sm_scale, window)
-    shape = (batch, num_q_heads, rows)
-    return out.reshape(*shape, head_dim), lse.reshape(shape)
+    logits_of = functools.partial(
+        _logits, sm_scale=sm_scale, window=window, soft_cap=soft_cap
+    )
+    held = _held(k, key_positions, grouped.shape[2])
+    if with_logits or grouped.shape[2] <= DENSE_ROWS or k.shape[2] <= BLOCK:
+        logits = logits_of(grouped, k, row_positions, held)
+        out, lse = _dense(logits, v)
+    else:
+        reach = row_positions.max() if key_positions is None else None
+        out, lse = _blocked(grouped, k, v, row_positions, held, reach, logits_of)
+    found = out.reshape(q.shape), lse.reshape(shape)
+    return (*found, logits.reshape(*shape, -1)) if with_logits else found
 
 
 def decode_logits(q, k, query_positions, key_positions, *, sm_scale):
-    """See :func:`pallas_kernels.decode_attention.decode_logits`."""
+    """See :func:`pallas_kernels.decode_attention.decode_logits`.
+
+    Here `key_positions (B, H, T, S)` may also differ from row to row.
+    """
     grouped, row_positions = _group(q, k, query_positions)
-    held = _held(k, key_positions)
-    logits = _logits(grouped, k, row_positions, held, sm_scale, None)
+    held = _held(k, key_positions, grouped.shape[2])
+    logits = _logits(
+        grouped, k, row_positions, held, sm_scale=sm_scale, window=None, soft_cap=None
+    )
     return logits.reshape(*q.shape[:3], k.shape[2])
+
+
+def visible_keys(slots, query_positions, key_positions, window):
+    """Which slots a query row sees, `(B or 1, H or 1, T, S)`."""
+    held = key_positions
+    if held is None:
+        held = jnp.arange(slots, dtype=jnp.int32)[None, None, :]
+    return _visible(held[:, :, None, :], query_positions[:, None, :, None], window)
 
 
 def _group(q, k, query_positions):
@@ -41,21 +76,29 @@ def _group(q, k, query_positions):
     return grouped, jnp.tile(query_positions, (1, group))[:, None, :, None]
 
 
-def _held(k, key_positions):
+def _held(k, key_positions, rows):
+    """Positions of the slots, `(B or 1, H or 1, rows or 1, S)`."""
     if key_positions is None:
-        return jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, :]
-    return key_positions
+        return jnp.arange(k.shape[2], dtype=jnp.int32)[None, None, None, :]
+    if key_positions.ndim == 3:
+        return key_positions[:, :, None, :]
+    return jnp.tile(key_positions, (1, 1, rows // key_positions.shape[2], 1))
 
 
-def _logits(grouped, keys, row_positions, held, sm_scale, window):
-    logits = jnp.einsum(
-        "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=jnp.float32
-    )
-    held = held[:, :, None, :]
+def _visible(held, row_positions, window):
     visible = (held >= 0) & (held <= row_positions)
     if window is not None:
         visible &= held > row_positions - window
-    return jnp.where(visible, logits * sm_scale, -jnp.inf)
+    return visible
+
+
+def _logits(grouped, keys, row_positions, held, *, sm_scale, window, soft_cap):
+    logits = sm_scale * jnp.einsum(
+        "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=jnp.float32
+    )
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
 
 
 def _weighted_values(weights, values):
@@ -79,25 +122,20 @@ def _finish(m, l, acc):
     return acc / positive[..., None], lse
 
 
-def _dense(grouped, k, v, row_positions, key_positions, sm_scale, window):
-    held = _held(k, key_positions)
-    logits = _logits(grouped, k, row_positions, held, sm_scale, window)
+def _dense(logits, v):
     m = logits.max(-1)
     weights = _softmax_parts(logits, m)
     return _finish(m, weights.sum(-1), _weighted_values(weights, v))
 
 
-def _blocked(grouped, k, v, row_positions, key_positions, sm_scale, window):
+def _blocked(grouped, k, v, row_positions, held, reach, logits_of):
     slots = k.shape[2]
 
     def block(start, size, carry):
         m, l, acc = carry
         keys, values = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k, v))
-        if key_positions is None:
-            held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
-        else:
-            held = lax.dynamic_slice_in_dim(key_positions, start, size, 2)
-        logits = _logits(grouped, keys, row_positions, held, sm_scale, window)
+        part = lax.dynamic_slice_in_dim(held, start, size, 3)
+        logits = logits_of(grouped, keys, row_positions, part)
         m_new = jnp.maximum(m, logits.max(-1))
         weights = _softmax_parts(logits, m_new)
         decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))
@@ -112,9 +150,7 @@ def _blocked(grouped, k, v, row_positions, key_positions, sm_scale, window):
         jnp.zeros(grouped.shape, jnp.float32),
     )
     whole = slots // BLOCK
-    needed = whole
-    if key_positions is None:
-        needed = jnp.clip(row_positions.max() // BLOCK + 1, 0, whole)
+    needed = whole if reach is None else jnp.clip(reach // BLOCK + 1, 0, whole)
     carry = lax.fori_loop(0, needed, lambda i, c: block(i * BLOCK, BLOCK, c), carry)
     if slots % BLOCK:
         carry = block(whole * BLOCK, slots % BLOCK, carry)

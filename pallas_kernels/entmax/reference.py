@@ -6,12 +6,15 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention import decode_logits
+from pallas_kernels.decode_attention.reference import decode_logits
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.entmax import equations
 from pallas_kernels.entmax.equations import Threshold, positive
 
-KERNELS = {"mosaic_tpu": "pallas_kernels.entmax.mosaic_tpu"}
+KERNELS = {
+    "mosaic_tpu": "pallas_kernels.entmax.mosaic_tpu",
+    "triton": "pallas_kernels.entmax.triton",
+}
 
 # Scores that `entmax_attention` holds at once: 64 MB.
 SCORES_AT_ONCE = 2**24
@@ -100,26 +103,32 @@ def entmax_attention(q, k, v, query_positions, key_positions, alpha, sm_scale):
     """See :func:`pallas_kernels.entmax.entmax_attention`.
 
     The threshold needs all scores of a query at once, so that blocks are of queries.
+    Here `key_positions (B, H, T, S)` may also differ from row to row.
     """
     batch, num_q_heads, rows, head_dim = q.shape
+    by_row = key_positions is not None and key_positions.ndim == 4
 
-    def attend(part):
-        q, positions = part
-        scores = decode_logits(q, k, positions, key_positions, sm_scale=sm_scale)
+    def attend(q, positions, held=key_positions):
+        scores = decode_logits(q, k, positions, held, sm_scale=sm_scale)
         threshold = _solve(scores, alpha)
         p, _ = weights(scores, threshold, alpha)
         return _combine(p, v), _value(scores, p, threshold, alpha)
 
     fits = max(SCORES_AT_ONCE // (batch * num_q_heads * k.shape[2]), 1)
     if rows <= fits:
-        return attend((q, query_positions))
-    padding = -rows % fits
-    queries = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
-    queries = queries.reshape(batch, num_q_heads, -1, fits, head_dim)
-    positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
-    positions = positions.reshape(batch, -1, fits)
-    parts = (jnp.moveaxis(queries, 2, 0), jnp.moveaxis(positions, 1, 0))
-    out, value = (jnp.moveaxis(x, 0, 2) for x in lax.map(attend, parts))
+        return attend(q, query_positions)
+
+    def parts(x, axis):
+        widths = [(0, -rows % fits if i == axis else 0) for i in range(x.ndim)]
+        padded = jnp.pad(x, widths, constant_values=-1)
+        padded = padded.reshape(*x.shape[:axis], -1, fits, *x.shape[axis + 1 :])
+        return jnp.moveaxis(padded, axis, 0)
+
+    blocks = parts(q, 2), parts(query_positions, 1)
+    if by_row:
+        blocks = (*blocks, parts(key_positions, 2))
+    found = lax.map(lambda block: attend(*block), blocks)
+    out, value = (jnp.moveaxis(x, 0, 2) for x in found)
     out = out.reshape(batch, num_q_heads, -1, head_dim)
     return out[:, :, :rows], value.reshape(batch, num_q_heads, -1)[:, :, :rows]
 

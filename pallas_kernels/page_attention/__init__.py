@@ -2,13 +2,17 @@
 
 from typing import Any
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.entmax import check_alpha
 from pallas_kernels.page_attention import reference
 
-_KERNELS = {"mosaic_tpu": "pallas_kernels.page_attention.mosaic_tpu"}
+_KERNELS = {
+    "mosaic_tpu": "pallas_kernels.page_attention.mosaic_tpu",
+    "mosaic_gpu": "pallas_kernels.page_attention.mosaic_gpu",
+    "triton": "pallas_kernels.page_attention.triton",
+}
 
 
 def page_attention(
@@ -16,6 +20,7 @@ def page_attention(
     pages: Float[Array, "B Hkv NP P D2"],
     page_ids: Int[Array, "B H K"],
     query_positions: Int[Array, "B T"],
+    mask: Bool[Array, "B H K T"] | None = None,
     *,
     sm_scale: float,
     alpha: float = 1.0,
@@ -31,6 +36,7 @@ def page_attention(
         page_ids: distinct pages to read, -1 = none, anywhere; H is Hkv or Hq. Values
             of a listed page that no row sees must be finite.
         query_positions: position of each query row.
+        mask: if given, a row sees those of the listed pages where it is True.
         sm_scale: factor on the logits.
         alpha: above 1 the weights are alpha-entmax over the listed pages instead.
         implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
@@ -53,12 +59,17 @@ def page_attention(
             f"page_ids {page_ids.shape} must list pages for {pages.shape[1]} KV heads "
             f"or {q.shape[1]} query heads."
         )
+    if mask is not None and mask.shape != (*page_ids.shape, q.shape[2]):
+        raise ValueError(
+            f"mask {mask.shape} must have a flag for each of page_ids "
+            f"{page_ids.shape} and of the {q.shape[2]} query rows."
+        )
     if alpha != 1:
         check_alpha(alpha)
     return dispatch(
         reference.page_attention,
         _KERNELS,
-        (q, pages, page_ids, query_positions),
+        (q, pages, page_ids, query_positions, mask),
         {"sm_scale": sm_scale, "alpha": float(alpha)},
         implementation=implementation,
         interpret=interpret,

@@ -3,7 +3,8 @@
 One program per batch row goes through its lists of pages, a block of pages at a time:
 online softmax, keys and values in one copy a page, several blocks on their way while
 one is used, also across lists. XLA first sorts each list: pages that every query row
-sees in full, then pages cut by a row's position, which alone are masked, then none.
+sees in full, then pages cut by a row's position or mask, which alone are masked, then
+none.
 Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache.
 """
 
@@ -21,16 +22,20 @@ from pallas_kernels.decode_attention.mosaic_tpu import (
     clear,
     empty,
     finish,
+    scaled_logits,
 )
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.page_attention import tuning
 
 SMEM_BYTES = 1 << 20
 MAX_ROWS = 256  # query rows a list: logits of a block stay within a megabyte
+MASK_BITS = 32  # a page's flags of all T rows are one number
 MAX_COPIES = 32  # per block; each is an unrolled instruction sequence
 
 
-def unsupported(q, pages, page_ids, query_positions, *, sm_scale, alpha) -> str | None:
+def unsupported(
+    q, pages, page_ids, query_positions, mask, *, sm_scale, alpha
+) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
     del query_positions, sm_scale
     if alpha != 1:
@@ -48,6 +53,10 @@ def unsupported(q, pages, page_ids, query_positions, *, sm_scale, alpha) -> str 
         return f"{rows} query rows a list must be in [1, {MAX_ROWS}]"
     # Two rows of the batch at once: one in use, one on its way.
     id_bytes = 2 * 4 * (lists + 1) * (listed + MAX_COPIES)
+    if mask is not None:
+        id_bytes *= 2
+        if q.shape[2] > MASK_BITS:
+            return f"a mask of T={q.shape[2]} rows must be of at most {MASK_BITS}"
     if listed < 1 or id_bytes > SMEM_BYTES - (64 << 10):
         return (
             f"{lists} lists of {listed} ids must be in [1, {SMEM_BYTES}] bytes, twice"
@@ -60,6 +69,7 @@ def page_attention(
     pages,
     page_ids,
     query_positions,
+    mask,
     *,
     sm_scale,
     alpha,
@@ -78,11 +88,12 @@ def page_attention(
     block = copies * page_size
     rows = num_q_heads // lists * num_rows
 
-    ids, counts = _schedule(page_ids, pages, query_positions, copies)
+    ids, counts = _schedule(page_ids, pages, query_positions, mask, copies)
     q = q.reshape(batch, lists, rows, head_dim)
     lanes = max(head_dim, LANES)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
     positions = jnp.tile(query_positions, (1, rows // num_rows))[..., None]
+    bit = jnp.tile(1 << jnp.arange(num_rows, dtype=jnp.int32), rows // num_rows)
 
     def row_of_batch(*shape, **space):
         return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
@@ -98,10 +109,11 @@ def page_attention(
         ),
         grid=(batch,),
         in_specs=[
-            row_of_batch(1, ids.shape[2], memory_space=pltpu.SMEM),
+            row_of_batch(*ids.shape[1:], memory_space=pltpu.SMEM),
             row_of_batch(1, counts.shape[2], memory_space=pltpu.SMEM),
             row_of_batch(lists, rows, lanes),
             row_of_batch(rows, 1),
+            pl.BlockSpec((rows, 1), lambda b: (0, 0)),
             pl.BlockSpec(memory_space=pl.ANY),
         ],
         out_specs=[row_of_batch(lists, rows, lanes), row_of_batch(lists, rows, 1)],
@@ -129,6 +141,7 @@ def page_attention(
         counts,
         q,
         positions,
+        bit[:, None],
         pages.reshape(batch * num_kv_heads * num_pages, page_size, width),
     )
     out = out[..., lanes - head_dim :]  # D = 64: the lanes that met the values
@@ -137,11 +150,12 @@ def page_attention(
     )
 
 
-def _schedule(page_ids, pages, query_positions, copies):
+def _schedule(page_ids, pages, query_positions, mask, copies):
     """Sorted ids `(B, 1, H * K' + copies)` and counts `(B, 1, 2 * H + 3)`.
 
     Counts of pages that every row sees in full, by list, then of pages that any sees,
     then the last position seen. A list without pages follows the last, to run into.
+    With a mask, a second row of the ids says which rows see the page, a bit for each.
     """
     batch, _, listed = page_ids.shape
     num_pages, page_size = pages.shape[2:4]
@@ -149,12 +163,21 @@ def _schedule(page_ids, pages, query_positions, copies):
     start = page_ids * page_size
     is_full = start + page_size - 1 <= first[:, None, None]
     is_seen = (start <= last[:, None, None]) & (page_ids >= 0) & (page_ids < num_pages)
+    rows = []
+    if mask is not None:
+        is_full &= mask.all(-1)
+        is_seen &= mask.any(-1)
+        bit = 1 << jnp.arange(mask.shape[3], dtype=jnp.int32)
+        rows = [jnp.where(mask, bit, 0).sum(-1, dtype=jnp.int32)]
     kind = jnp.where(is_seen, jnp.where(is_full, 0, 1), 2)
     # One key instead of a pair; three times the pages of a row are far below 2**31.
-    key = jnp.sort(kind * num_pages + jnp.where(is_seen, page_ids, 0), axis=-1)
-    padding = -listed % copies
-    ids = jnp.pad(key % num_pages, ((0, 0), (0, 0), (0, padding)))
-    ids = jnp.pad(ids.reshape(batch, 1, -1), ((0, 0), (0, 0), (0, copies)))
+    key = kind * num_pages + jnp.where(is_seen, page_ids, 0)
+    key, *rows = lax.sort((key, *rows), num_keys=1)
+    padding = ((0, 0), (0, 0), (0, -listed % copies))
+    lines = [
+        jnp.pad(x, padding).reshape(batch, 1, -1) for x in (key % num_pages, *rows)
+    ]
+    ids = jnp.pad(jnp.concatenate(lines, axis=1), ((0, 0), (0, 0), (0, copies)))
     full = (kind == 0).sum(-1, dtype=jnp.int32)
     seen = (kind < 2).sum(-1, dtype=jnp.int32)
     zero = jnp.zeros((batch, 1), jnp.int32)
@@ -164,10 +187,11 @@ def _schedule(page_ids, pages, query_positions, copies):
 
 def _kernel(
     # in
-    ids,  # (1, L * K' + copies) i32, SMEM
+    ids,  # (1, L * K' + copies) i32, SMEM; with a mask (2, ...)
     counts,  # (1, 2 * L + 3) i32, SMEM
     q_ref,  # (L, R, lanes)
     positions_ref,  # (R, 1) i32
+    bit_ref,  # (R, 1) i32
     pages,  # (B * Hkv * NP, P, 2 D), HBM
     # out
     out_ref,  # (L, R, lanes) f32
@@ -188,6 +212,7 @@ def _kernel(
     num_pages = pages.shape[0] // (pl.num_programs(0) * num_kv_heads)
     first_head = pl.program_id(0) * num_kv_heads
     last = counts[0, 2 * lists + 2]
+    has_mask = ids.shape[0] == 2
 
     def full(n):
         return counts[0, n]
@@ -223,7 +248,7 @@ def _kernel(
         k, v = fused, fused  # D = 64: q is 0 where the values are
         if head_dim >= LANES:
             k, v = fused[:, :head_dim], fused[:, head_dim:]
-        return add_block(state, q, k, v, sm_scale, visible)
+        return add_block(state, scaled_logits(q, k, sm_scale), v, visible)
 
     def one_list(n, carry):
         q = q_ref[n]
@@ -243,6 +268,7 @@ def _kernel(
             cursor = fetch(cursor)
             token = lax.broadcasted_iota(jnp.int32, (1, block), 1)
             key_positions = jnp.full((1, block), last + 1, jnp.int32)
+            rows_seeing = jnp.zeros((1, block), jnp.int32)
             for j in range(copies):
                 index = i * copies + j
                 is_here = index < seen(n)
@@ -251,10 +277,14 @@ def _kernel(
                 valid = jnp.where(is_here, jnp.clip(last + 1 - first, 0, page_size), 0)
                 clear(buffers.at[slot, pl.ds(j * page_size, page_size)], valid)
                 offset = token - j * page_size
-                key_positions = jnp.where(
-                    (offset >= 0) & (offset < valid), first + offset, key_positions
-                )
+                is_in_page = (offset >= 0) & (offset < valid)
+                key_positions = jnp.where(is_in_page, first + offset, key_positions)
+                if has_mask:
+                    seeing = ids[1, n * listed + index]
+                    rows_seeing = jnp.where(is_in_page, seeing, rows_seeing)
             visible = key_positions <= positions_ref[...]
+            if has_mask:
+                visible &= (rows_seeing & bit_ref[...]) != 0
             return cursor, after(slot), take(q, slot, visible, state)
 
         carry = (*carry, empty(rows, lanes))

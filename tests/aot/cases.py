@@ -37,23 +37,41 @@ def _array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _pages(context, page_size, *, head_dim=HEAD_DIM, tokens=4096, block=512, **more):
+def _pages(
+    context,
+    page_size,
+    *,
+    head_dim=HEAD_DIM,
+    tokens=4096,
+    block=512,
+    rows=1,
+    masked=False,
+    **more,
+):
     kernel = functools.partial(
         page_attention, sm_scale=0.1, implementation="mosaic_tpu"
     )
-    arguments = (
-        _array(1, KV_HEADS * GROUP, 1, head_dim),
+    listed = tokens // page_size
+    arguments = [
+        _array(1, KV_HEADS * GROUP, rows, head_dim),
         _array(1, KV_HEADS, context // page_size, page_size, 2 * head_dim),
-        _array(1, KV_HEADS, tokens // page_size, dtype=jnp.int32),
-        _array(1, 1, dtype=jnp.int32),
-    )
+        _array(1, KV_HEADS, listed, dtype=jnp.int32),
+        _array(1, rows, dtype=jnp.int32),
+    ]
+    if masked:
+        arguments.append(_array(1, KV_HEADS, listed, rows, dtype=jnp.bool_))
     block_bytes = block * 2 * head_dim * 2
-    return Case(kernel, arguments, "page_attention", 2, block_bytes, **more)
+    loop = 3 if masked else 2
+    return Case(kernel, tuple(arguments), "page_attention", loop, block_bytes, **more)
 
 
-def _decode(context, *, rows=1, window=None, held=False, **more):
+def _decode(context, *, rows=1, window=None, held=False, logits=False, **more):
     kernel = functools.partial(
-        decode_attention, sm_scale=0.1, window=window, implementation="mosaic_tpu"
+        decode_attention,
+        sm_scale=0.1,
+        window=window,
+        with_logits=logits,
+        implementation="mosaic_tpu",
     )
     cache = _array(1, KV_HEADS, context, HEAD_DIM)
     arguments = [
@@ -104,11 +122,16 @@ CASES = {
     "page_attention-P64-D64-128K": _pages(
         SHORT, 64, head_dim=64, block=1024, bars=("v5e",)
     ),
+    # What RetroAttention asks for: the window's rows, each with pages of its own.
+    "page_attention-P64-T8-mask-128K": _pages(
+        SHORT, 64, rows=8, masked=True, bars=("v5e",)
+    ),
     "decode_attention-1M": _decode(LONG, bars=BOTH),
     "decode_attention-T4-window-128K": _decode(
         SHORT + 8, rows=4, window=4096, bars=BOTH
     ),
     "decode_attention-ring-4K": _decode(4096 + 64, held=True, bars=BOTH),
+    "decode_attention-logits-128K": _decode(SHORT, logits=True, bars=BOTH),
     "page_bounds-P16-1M": _bounds(LONG, 16, bars=BOTH),
     # No bars: what counts is how many passes there are, over scores that stay on chip.
     "top_k-2048-of-64K": _top_k(LONG // 16, 2048),

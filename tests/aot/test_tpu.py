@@ -17,7 +17,10 @@ def _recorded():
 
 @pytest.mark.parametrize("generation", ["v5e", "v6e"])
 def test_schedules_and_temporaries(generation):
-    """No hidden copy of a cache; loops as short as recorded, and within the bars."""
+    """No hidden copy of a cache; loops as short as recorded, and within the bars.
+
+    A record is of one compiler: another's schedules only have to keep to the bars.
+    """
     recorded = _recorded()
     rows = tpu.figures(generation)
     assert [row["case"] for row in rows] == list(cases.CASES)
@@ -26,7 +29,8 @@ def test_schedules_and_temporaries(generation):
         before = recorded[generation, row["case"]]
         assert row["temp_bytes"] < case.temp_limit, row
         bundles = row["bundles_per_iteration"]
-        assert bundles <= GROWTH * before["bundles_per_iteration"], (row, before)
+        if row["libtpu"] == before["libtpu"]:
+            assert bundles <= GROWTH * before["bundles_per_iteration"], (row, before)
         if generation in case.bars:
             assert bundles <= row["hbm_cycles_per_iteration"], row
 

@@ -1,11 +1,11 @@
 """Attention of a few rows against float64 loops: positions, rings, windows, blocks."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -21,21 +21,28 @@ TOLERANCE = {"float32": 3e-6, "bfloat16": 5e-3}
 BLOCK_TOKENS = 16
 
 
-def _loops(q, k, v, query_positions, held, sm_scale, window=None):
+def _loops(q, k, v, query_positions, held, sm_scale, window=None, soft_cap=None):
+    """`(out, lse, logits)`."""
     batch, num_q_heads, rows, _ = q.shape
     group = num_q_heads // k.shape[1]
     out = np.zeros(q.shape)
     lse = np.full(q.shape[:3], -np.inf)
+    logits = np.full((*q.shape[:3], k.shape[2]), -np.inf)
     for b, h, t in np.ndindex(batch, num_q_heads, rows):
         head = held[b % held.shape[0], (h // group) % held.shape[1]]
         here = query_positions[b, t]
         first = 0 if window is None else here - window + 1
         kept = [s for s, p in enumerate(head) if max(first, 0) <= p <= here]
-        keys, values = k[b, h // group, kept], v[b, h // group, kept]
-        out[b, h, t], lse[b, h, t], _ = oracles.softmax_attention(
-            q[b, h, t], keys, values, sm_scale
-        )
-    return out, lse
+        for s in kept:
+            own = sm_scale * float(q[b, h, t].astype(float) @ k[b, h // group, s])
+            if soft_cap is not None:
+                own = soft_cap * math.tanh(own / soft_cap)
+            logits[b, h, t, s] = own
+        if kept:
+            weights = np.exp(logits[b, h, t, kept])
+            out[b, h, t] = weights @ v[b, h // group, kept] / weights.sum()
+            lse[b, h, t] = math.log(weights.sum())
+    return out, lse, logits
 
 
 def _problem(batch, heads, rows, slots, head_dim, seed=0):
@@ -48,18 +55,22 @@ def _problem(batch, heads, rows, slots, head_dim, seed=0):
     return [rng.standard_normal(shape).astype(np.float32) for shape in shapes]
 
 
-def _check(q, k, v, query_positions, held, key_positions, sm_scale=0.3, window=None):
-    out, lse = decode_attention(
+def _check(q, k, v, query_positions, held, key_positions, sm_scale=0.3, **options):
+    out, lse, *logits = decode_attention(
         *(jnp.asarray(x) for x in (q, k, v)),
         jnp.asarray(query_positions, jnp.int32),
         None if key_positions is None else jnp.asarray(key_positions, jnp.int32),
         sm_scale=sm_scale,
-        window=window,
+        **options,
     )
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
-    expected, expected_lse = _loops(q, k, v, query_positions, held, sm_scale, window)
-    np.testing.assert_allclose(out, expected, atol=3e-6)
-    np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
+    with_logits = options.pop("with_logits", False)
+    expected = _loops(q, k, v, query_positions, held, sm_scale, **options)
+    np.testing.assert_allclose(out, expected[0], atol=3e-6)
+    np.testing.assert_allclose(lse, expected[1], atol=1e-5)
+    assert len(logits) == with_logits
+    for found in logits:
+        np.testing.assert_allclose(found, expected[2], atol=1e-5)
 
 
 @pytest.mark.parametrize("heads", [(2, 2), (4, 1), (6, 2)], ids=["G1", "G4", "G3"])
@@ -91,6 +102,8 @@ def test_blocks_agree_with_one_pass(monkeypatch, blocked, given):
     held = np.arange(14)[None, None]
     _check(q, k, v, query_positions, held, held if given else None)
     _check(q, k, v, query_positions, held, held if given else None, window=3)
+    options = {"soft_cap": 0.7, "with_logits": not blocked}
+    _check(q, k, v, query_positions, held, held if given else None, **options)
 
 
 def test_half_precision_accumulates_in_single():
@@ -117,6 +130,13 @@ def test_logits_are_scaled_and_masked():
         np.testing.assert_allclose(logits[b, h, t, s], expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("bound", [{"soft_cap": 0.0}, {"window": 0}], ids=str)
+def test_bounds_must_be_positive(bound):
+    q, positions = jnp.zeros((1, 1, 1, 4)), jnp.zeros((1, 1), jnp.int32)
+    with pytest.raises(ValueError, match=r"=0(\.0)? must be positive"):
+        decode_attention(q, q, q, positions, sm_scale=1.0, **bound)
+
+
 @pytest.mark.usefixtures("unchecked_shapes")
 @pytest.mark.parametrize(
     ("shapes", "message"),
@@ -140,6 +160,8 @@ def _check_kernel(
     positions,
     held=None,
     window=None,
+    soft_cap=None,
+    with_logits=False,
     dtype="float32",
     interpret=True,
 ):
@@ -159,19 +181,26 @@ def _check_kernel(
         decode_attention,
         sm_scale=0.2,
         window=window,
+        soft_cap=soft_cap,
+        with_logits=with_logits,
         implementation="mosaic_tpu",
         interpret=interpret,
     )
     given = None if held is None else jnp.asarray(held, jnp.int32)
-    out, lse = jax.jit(run)(q, *poisoned, jnp.asarray(positions), given)
+    out, lse, *logits = jax.jit(run)(q, *poisoned, jnp.asarray(positions), given)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     inputs = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v)]
     own = slot[None, None] if held is None else held
-    expected, expected_lse = _loops(*inputs, positions, own, 0.2, window)
+    expected, expected_lse, expected_logits = _loops(
+        *inputs, positions, own, 0.2, window, soft_cap
+    )
     size = np.linalg.norm(expected, axis=-1)
     error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
     assert error.max() < TOLERANCE[dtype]
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=TOLERANCE[dtype])
+    assert len(logits) == with_logits
+    for found in logits:
+        np.testing.assert_allclose(found, expected_logits, atol=TOLERANCE[dtype])
 
 
 @pytest.fixture
@@ -193,14 +222,25 @@ def small_blocks(monkeypatch):
 def test_kernel_reads_up_to_each_row_s_position(heads, head_dim, dtype):
     """None, within a block, the last of one, the first of the next, the last slot."""
     positions = [[-1], [14], [15], [16], [39]]
-    _check_kernel(heads=heads, head_dim=head_dim, positions=positions, dtype=dtype)
+    _check_kernel(
+        heads=heads,
+        head_dim=head_dim,
+        positions=positions,
+        dtype=dtype,
+        with_logits=dtype == "bfloat16",
+    )
 
 
 @pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("window", [None, 5])
 def test_kernel_with_several_rows(window):
     """Rows of one head end in different blocks; the window begins in a later one."""
-    _check_kernel(positions=[[-1, 3, 17], [33, 36, 38]], window=window)
+    _check_kernel(
+        positions=[[-1, 3, 17], [33, 36, 38]],
+        window=window,
+        with_logits=True,
+        soft_cap=None if window else 1.5,
+    )
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -209,7 +249,7 @@ def test_kernel_with_positions_of_its_slots(shape):
     """A ring in any order, empty slots, and a window."""
     held = [np.random.default_rng(i).permutation(40) - 8 for i in range(4)]
     held = np.maximum(np.stack(held).reshape(2, 2, 40)[: shape[0], : shape[1]], -1)
-    _check_kernel(positions=[[20], [31]], held=held, window=25)
+    _check_kernel(positions=[[20], [31]], held=held, window=25, with_logits=True)
 
 
 def test_kernel_with_fewer_slots_than_a_block():
@@ -223,7 +263,9 @@ def test_copies_do_not_race():
     interpret = pltpu.InterpretParams(
         dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan"
     )
-    _check_kernel(positions=[[20], [39]], dtype="bfloat16", interpret=interpret)
+    _check_kernel(
+        positions=[[20], [39]], dtype="bfloat16", interpret=interpret, with_logits=True
+    )
 
 
 @pytest.mark.parametrize(

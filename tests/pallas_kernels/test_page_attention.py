@@ -9,6 +9,7 @@ import oracles
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.entmax import reference as entmax_reference
 from pallas_kernels.page_attention import page_attention, reference, tuning
 
 # Relative error of a row; two to three times the largest seen. What they catch: see
@@ -63,7 +64,9 @@ def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0):
     out, lse = (np.asarray(x, np.float64) for x in actual)
     inputs = [np.asarray(x.astype(jnp.float32)) for x in problem[:2]]
     inputs += [np.asarray(x) for x in problem[2:]]
-    expected, expected_lse = oracles.page_attention(*inputs, sm_scale, alpha)
+    expected, expected_lse = oracles.page_attention(
+        *inputs, sm_scale=sm_scale, alpha=alpha
+    )
     size = np.linalg.norm(expected, axis=-1)
     error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
     assert error.max() < tolerance, error.max()
@@ -71,15 +74,18 @@ def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0):
 
 
 def _check(problem, dtype, sm_scale=0.2, interpret=True):
-    q, pages, ids, positions = problem
+    q, pages, ids, positions, *mask = problem
     run = functools.partial(
         page_attention,
         sm_scale=sm_scale,
         implementation="mosaic_tpu",
         interpret=interpret,
     )
-    poisoned = _poisoned(pages, np.asarray(ids), np.asarray(positions))
-    out, lse = jax.jit(run)(q, poisoned, ids, positions)
+    read = np.asarray(ids)
+    if mask:  # what no row of a list sees is not read either
+        read = np.where(np.asarray(mask[0]).any(-1), read, -1)
+    poisoned = _poisoned(pages, read, np.asarray(positions))
+    out, lse = jax.jit(run)(q, poisoned, ids, positions, *mask)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     _assert_close((out, lse), problem, TOLERANCE[dtype], sm_scale)
 
@@ -127,6 +133,25 @@ def test_several_rows_with_a_list_for_each_query_head():
     _check(problem, "float32")
 
 
+def _masked_problem(**sizes):
+    """Pages that all rows see, some, the last alone, none; a row that sees nothing."""
+    ids = [[[0, 3, 2, 1], [3, 1, -1, 0]]]
+    flags = [[0b1110, 0b0110, 0b1000, 0], [0b1110, 0b1110, 0b1110, 0b0100]]
+    rows = np.arange(4)
+    mask = np.asarray(flags)[None, ..., None] >> rows & 1 == 1
+    problem = _problem(
+        rows=4, num_pages=4, ids=ids, positions=[[63, 50, 60, 63]], **sizes
+    )
+    return *problem, jnp.asarray(mask)
+
+
+def test_a_mask_of_pages_by_row():
+    problem = _masked_problem()
+    _check(problem, "float32")
+    alone = functools.partial(page_attention, sm_scale=0.2)
+    _assert_close(jax.jit(alone)(*problem), problem, TOLERANCE["float32"], 0.2)
+
+
 def test_copies_do_not_race():
     """Copies as late as they may be, into memory that holds NaN; races are an error."""
     interpret = pltpu.InterpretParams(
@@ -162,6 +187,15 @@ def test_entmax_over_the_union_of_the_pages(alpha):
             _assert_close(actual, problem, 1e-2, 1.0)
 
 
+@pytest.mark.parametrize("scores_at_once", [1 << 24, 3 * 2 * 64])
+def test_entmax_with_a_mask_of_pages_by_row(monkeypatch, scores_at_once):
+    """Also with three rows at a time and then the fourth."""
+    monkeypatch.setattr(entmax_reference, "SCORES_AT_ONCE", scores_at_once)
+    problem = _masked_problem(head_dim=16)
+    run = functools.partial(page_attention, sm_scale=1.0, alpha=1.5)
+    _assert_close(jax.jit(run)(*problem), problem, 1e-5, 1.0, 1.5)
+
+
 def test_gradient_is_the_reference_s():
     q, pages, ids, positions = _problem(
         num_pages=3, page_size=8, ids=[[[0, 2]] * 2], positions=[20]
@@ -175,7 +209,7 @@ def test_gradient_is_the_reference_s():
         return jax.jit(jax.grad(of, argnums=(0, 1)))(q, pages)
 
     kernel = loss(page_attention, implementation="mosaic_tpu", interpret=True)
-    defined = loss(reference.page_attention, alpha=1.0)
+    defined = loss(functools.partial(reference.page_attention, mask=None), alpha=1.0)
     for actual, expected in zip(kernel, defined, strict=True):
         np.testing.assert_array_equal(actual, expected)
 
@@ -186,6 +220,7 @@ def test_gradient_is_the_reference_s():
         ({"head_dim": 96}, "D=96"),
         ({"page_size": 4}, "P=4"),
         ({"rows": 300}, "600 query rows"),
+        ({"rows": 33, "masked": True}, "T=33 rows"),
         ({"dtype": "float16"}, "float16"),
         ({"ids": np.zeros((1, 2, 80_000))}, "2 lists of 80000"),
     ],
@@ -196,7 +231,11 @@ def test_what_the_kernel_cannot(changed, reason):
     sizes = {"num_pages": 2, "ids": [[[0, 1]] * 2], "positions": [5]} | changed
     if sizes.get("rows"):
         sizes["positions"] = [[5] * sizes["rows"]]
+    masked = sizes.pop("masked", False)
     problem = jax.eval_shape(lambda: _problem(**sizes))
+    if masked:
+        shape = (*problem[2].shape, sizes["rows"])
+        problem = (*problem, jax.ShapeDtypeStruct(shape, jnp.bool_))
     run = functools.partial(page_attention, sm_scale=0.2)
     jax.eval_shape(run, *problem)
     with pytest.raises(NotImplementedError, match=f"page_attention: .*{reason}"):
@@ -212,3 +251,6 @@ def test_errors_name_the_shapes():
         page_attention(q[..., :64], pages, ids, positions, sm_scale=1.0)
     with pytest.raises(ValueError, match="2 KV heads or 4 query heads"):
         page_attention(q, pages, ids[:, :1], positions, sm_scale=1.0)
+    mask = jnp.ones((*ids.shape, 2), bool)
+    with pytest.raises(ValueError, match=r"mask .*of the 1 query rows"):
+        page_attention(q, pages, ids, positions, mask, sm_scale=1.0)
