@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import selection
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import entmax_attention
 from pallas_kernels.page_attention import page_attention
@@ -189,15 +188,14 @@ def operations(sizes: Sizes, *, like: bool = False) -> dict[str, Operation]:
         )
     )
 
-    def bounds(q, low, high):
-        return page_bounds(q[:, :, 0], low, high)
+    def bounds(q, low, high, group_reduce="none"):
+        return page_bounds(q[:, :, 0], low, high, group_reduce=group_reduce)
 
     def chosen(scores):
         return top_k(scores, budget // page_size, order="index")[1]
 
     def sparse(q, fused, low, high, position):
-        scores = selection.reduce_group(bounds(q, low, high), num_kv_heads, "mean")
-        return attend(q, fused, chosen(scores), position)
+        return attend(q, fused, chosen(bounds(q, low, high, "mean")), position)
 
     attend = functools.partial(page_attention, sm_scale=size**-0.5)
     full = functools.partial(decode_attention, sm_scale=size**-0.5)

@@ -74,11 +74,12 @@ def quest(
     selection.check_reduce(group_reduce=group_reduce)
 
     def select(state, rotated):
-        scores = page_bounds(rotated[:, :, 0], state.page_min, state.page_max)
-        if per == "kv":
-            scores = selection.reduce_group(
-                scores, state.spec.num_kv_heads, group_reduce
-            )
+        scores = page_bounds(
+            rotated[:, :, 0],
+            state.page_min,
+            state.page_max,
+            group_reduce=group_reduce if per == "kv" else "none",
+        )
         # The newest pages come first whatever they score.
         page = jnp.arange(scores.shape[-1], dtype=jnp.int32)
         current = ((state.length - 1) // page_size)[:, None, None]

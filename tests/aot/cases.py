@@ -14,7 +14,7 @@ from pallas_kernels import rows
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
-from pallas_kernels.page_scores import page_bounds
+from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.topk import top_k
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
@@ -87,12 +87,12 @@ def _decode(context, *, rows=1, window=None, held=False, logits=False, **more):
     return Case(kernel, tuple(arguments), "decode_attention", loop, block_bytes, **more)
 
 
-def _bounds(context, page_size, **more):
-    kernel = functools.partial(page_bounds, implementation="mosaic_tpu")
-    extremes = _array(1, KV_HEADS, context // page_size, HEAD_DIM)
-    arguments = (_array(1, KV_HEADS * GROUP, HEAD_DIM), extremes, extremes)
+def _scores(score, context, page_size, *, static=None, **more):
+    kernel = functools.partial(score, implementation="mosaic_tpu", **static or {})
+    statistics = _array(1, KV_HEADS, context // page_size, HEAD_DIM)
+    arguments = (_array(1, KV_HEADS * GROUP, HEAD_DIM), statistics, statistics)
     block_bytes = 1024 * 2 * HEAD_DIM * 2
-    return Case(kernel, arguments, "page_bounds", 0, block_bytes, **more)
+    return Case(kernel, arguments, score.__name__, 0, block_bytes, **more)
 
 
 def _top_k(num_scores, k, **more):
@@ -132,7 +132,11 @@ CASES = {
     ),
     "decode_attention-ring-4K": _decode(4096 + 64, held=True, bars=BOTH),
     "decode_attention-logits-128K": _decode(SHORT, logits=True, bars=BOTH),
-    "page_bounds-P16-1M": _bounds(LONG, 16, bars=BOTH),
+    "page_bounds-P16-1M": _scores(page_bounds, LONG, 16, bars=BOTH),
+    "page_bounds-mean-P64-128K": _scores(
+        page_bounds, SHORT, 64, static={"group_reduce": "mean"}, bars=BOTH
+    ),
+    "page_moments-P16-1M": _scores(page_moments, LONG, 16, bars=BOTH),
     # No bars: what counts is how many passes there are, over scores that stay on chip.
     "top_k-2048-of-64K": _top_k(LONG // 16, 2048),
     "top_k-8192-of-1M": _top_k(LONG, 8192),
