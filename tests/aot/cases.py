@@ -46,10 +46,11 @@ def _pages(
     block=512,
     rows=1,
     masked=False,
+    alpha=1.0,
     **more,
 ):
     kernel = functools.partial(
-        page_attention, sm_scale=0.1, implementation="mosaic_tpu"
+        page_attention, sm_scale=0.1, alpha=alpha, implementation="mosaic_tpu"
     )
     listed = tokens // page_size
     arguments = [
@@ -60,7 +61,8 @@ def _pages(
     ]
     if masked:
         arguments.append(_array(1, KV_HEADS, listed, rows, dtype=jnp.bool_))
-    block_bytes = block * 2 * head_dim * 2
+    # Under entmax the keys stream by first, and values of the support alone follow.
+    block_bytes = block * head_dim * 2 * (2 if alpha == 1 else 1)
     loop = 3 if masked else 2
     return Case(kernel, tuple(arguments), "page_attention", loop, block_bytes, **more)
 
@@ -122,10 +124,10 @@ CASES = {
     "page_attention-P64-D64-128K": _pages(
         SHORT, 64, head_dim=64, block=1024, bars=("v5e",)
     ),
+    "page_attention-entmax-P64-128K": _pages(SHORT, 64, alpha=1.5, bars=BOTH),
     # What RetroAttention asks for: the window's rows, each with pages of its own.
-    "page_attention-P64-T8-mask-128K": _pages(
-        SHORT, 64, rows=8, masked=True, bars=("v5e",)
-    ),
+    # No bar: where every page is cut by a mask, its copies are waited for one by one.
+    "page_attention-P64-T8-mask-128K": _pages(SHORT, 64, rows=8, masked=True),
     "decode_attention-1M": _decode(LONG, bars=BOTH),
     "decode_attention-T4-window-128K": _decode(
         SHORT + 8, rows=4, window=4096, bars=BOTH

@@ -73,11 +73,12 @@ def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=tolerance)
 
 
-def _check(problem, dtype, sm_scale=0.2, interpret=True):
+def _check(problem, dtype, sm_scale=0.2, alpha=1.0, interpret=True):
     q, pages, ids, positions, *mask = problem
     run = functools.partial(
         page_attention,
         sm_scale=sm_scale,
+        alpha=alpha,
         implementation="mosaic_tpu",
         interpret=interpret,
     )
@@ -87,7 +88,7 @@ def _check(problem, dtype, sm_scale=0.2, interpret=True):
     poisoned = _poisoned(pages, read, np.asarray(positions))
     out, lse = jax.jit(run)(q, poisoned, ids, positions, *mask)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
-    _assert_close((out, lse), problem, TOLERANCE[dtype], sm_scale)
+    _assert_close((out, lse), problem, TOLERANCE[dtype], sm_scale, alpha)
 
 
 # Two rows, two lists: whole blocks, cut ones, -1 at every place, none at all.
@@ -152,13 +153,14 @@ def test_a_mask_of_pages_by_row():
     _assert_close(jax.jit(alone)(*problem), problem, TOLERANCE["float32"], 0.2)
 
 
-def test_copies_do_not_race():
+@pytest.mark.parametrize("alpha", [1.0, 1.5])
+def test_copies_do_not_race(alpha):
     """Copies as late as they may be, into memory that holds NaN; races are an error."""
     interpret = pltpu.InterpretParams(
         dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan"
     )
     problem = _problem(ids=IDS, positions=[141, 30], dtype="bfloat16")
-    _check(problem, "bfloat16", interpret=interpret)
+    _check(problem, "bfloat16", alpha=alpha, interpret=interpret)
 
 
 def test_tolerance_sees_one_token():
@@ -185,6 +187,42 @@ def test_entmax_over_the_union_of_the_pages(alpha):
         # Softmax is far away, and so is a threshold per page.
         with pytest.raises(AssertionError):
             _assert_close(actual, problem, 1e-2, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("alpha", "head_dim", "dtype"),
+    [(1.5, 128, "float32"), (1.3, 64, "bfloat16"), (3.0, 128, "float32")],
+    ids="{}".format,
+)
+def test_entmax_kernel(alpha, head_dim, dtype):
+    """Whole, cut and empty blocks; few tokens of many in the support; an empty list."""
+    problem = _problem(head_dim=head_dim, ids=IDS, positions=[141, 30], dtype=dtype)
+    _check(problem, dtype, 0.5, alpha)
+
+
+def test_entmax_kernel_with_rows_and_a_mask():
+    _check(_masked_problem(), "float32", 0.5, 1.5)
+
+
+def test_entmax_kernel_reads_no_value_outside_the_support():
+    """One key far above all others: the values of every other page may be NaN."""
+    q, pages, ids, positions = _problem(ids=IDS, positions=[141, 30])
+    pages = pages.at[..., :128].multiply(0.01)
+    pages = pages.at[:, :, 2, 5, :128].set(10 * (q[:, ::2, 0] + q[:, 1::2, 0]))
+    pages = pages.at[:, :, jnp.array([0, 1, 3, 4, 5, 6, 7, 8]), :, 128:].set(jnp.nan)
+    expected = np.asarray(pages[:, :, 2, 5, 128:])
+    out, _ = page_attention(
+        q,
+        pages,
+        ids,
+        positions,
+        sm_scale=1.0,
+        alpha=1.5,
+        implementation="mosaic_tpu",
+        interpret=True,
+    )
+    # The first row's first list holds page 2; two query heads share it.
+    np.testing.assert_allclose(out[0, :2, 0], expected[0, [0, 0]], rtol=1e-6)
 
 
 @pytest.mark.parametrize("scores_at_once", [1 << 24, 3 * 2 * 64])
