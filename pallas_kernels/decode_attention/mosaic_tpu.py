@@ -1,9 +1,10 @@
 """`decode_attention` on TPU: the visible part of the cache, streamed through VMEM.
 
-One program per batch row goes through its KV heads, a block of tokens at a time: online
-softmax, a ring of buffers, several blocks on their way while one is used, also across
-heads. Without `key_positions`, blocks behind the last visible position are not read,
-nor those before the window, and only blocks that a row's position cuts are masked.
+One program per batch row, and per tile of query rows where they are a prompt's, goes
+through its KV heads, a block of tokens at a time: online softmax, a ring of buffers,
+several blocks on their way while one is used, also across heads. Without
+`key_positions`, blocks behind the last visible position are not read, nor those before
+the window, and only blocks that a row's position cuts are masked.
 Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache,
 except the logits where they are asked for: four bytes a query row and token.
 """
@@ -21,14 +22,18 @@ from pallas_kernels.decode_attention.reference import visible_keys
 from pallas_kernels.dispatch import device_kind
 
 LANES = 128
-MAX_ROWS = 128  # query rows a KV head; more are a prompt's, and bound by arithmetic
+MAX_ROWS = 128  # query rows a KV head at once; more are a prompt's, in tiles
+TILE_ROWS = 256  # a tile reads its keys once: twice what keeps the MXU busy on a v5e
 MASKED = -1e30  # finite: its difference to itself is 0, not NaN
 
 
-def unsupported(q, k, v, query_positions, key_positions, **static) -> str | None:
+def unsupported(
+    q, k, v, query_positions, key_positions, *, with_logits=False, **static
+) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
     del v, query_positions, key_positions, static
-    rows = q.shape[1] * q.shape[2] // k.shape[1]
+    group = q.shape[1] // k.shape[1]
+    rows = group * q.shape[2]
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtypes {q.dtype}, {k.dtype} must be both bfloat16 or both float32"
     if q.shape[3] % LANES:
@@ -37,8 +42,10 @@ def unsupported(q, k, v, query_positions, key_positions, **static) -> str | None
         return f"D={q.shape[3]} must be a multiple of {LANES}"
     if k.shape[2] % 8:
         return f"{k.shape[2]} slots must be a multiple of 8"
-    if not 1 <= rows <= MAX_ROWS:
-        return f"{rows} query rows a KV head must be in [1, {MAX_ROWS}]"
+    if not 1 <= group <= TILE_ROWS or not rows:
+        return f"{group} query heads a KV head must be in [1, {TILE_ROWS}]"
+    if with_logits and rows > MAX_ROWS:
+        return f"{rows} query rows a KV head with logits must be at most {MAX_ROWS}"
     return None
 
 
@@ -59,12 +66,18 @@ def decode_attention(
     """See :func:`pallas_kernels.decode_attention.decode_attention`."""
     batch, num_q_heads, num_rows, head_dim = q.shape
     heads, slots = k.shape[1:3]
-    rows = num_q_heads // heads * num_rows
+    group = num_q_heads // heads
+    tile = num_rows if group * num_rows <= MAX_ROWS else TILE_ROWS // group
+    tiles = pl.cdiv(num_rows, tile)
+    rows = group * tile
     if config is None:
         config = tuning.lookup(device_kind(), str(k.dtype), head_dim)
     block = min(config.block_tokens, slots)
 
-    first, last = query_positions.min(1), query_positions.max(1)
+    spare = tiles * tile - num_rows
+    positions = jnp.pad(query_positions, ((0, 0), (0, spare)), mode="edge")
+    positions = positions.reshape(batch, tiles, tile)
+    first, last = positions.min(2), positions.max(2)
     num_blocks = pl.cdiv(slots, block)
     if key_positions is None:
         begin = jnp.zeros_like(first)
@@ -86,10 +99,21 @@ def decode_attention(
         held = (jnp.pad(padded, ((0, 0),) * 4 + ((0, lanes - block),)),)
         held_specs = (pl.BlockSpec(memory_space=pl.ANY),)
         held_scratch = (pltpu.VMEM((config.num_buffers, 1, lanes), jnp.int32),)
-    bounds = jnp.stack([begin, whole, end, last], axis=1)[:, None]
+    bounds = jnp.stack([begin, whole, end, last], axis=2)[:, :, None]
 
-    def row_of_batch(*shape, **space):
-        return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
+    def of_tile(*shape, **space):
+        index = (0,) * len(shape)
+        return pl.BlockSpec((None, None, *shape), lambda b, t: (b, t, *index), **space)
+
+    def by_tile(x):  # (B, Hq, T, ...) to (B, tiles, Hkv, R, ...)
+        padding = ((0, 0), (0, 0), (0, spare), (0, 0))
+        x = jnp.pad(x, padding).reshape(batch, heads, group, tiles, tile, -1)
+        return jnp.moveaxis(x, 3, 1).reshape(batch, tiles, heads, rows, -1)
+
+    def by_head(x):
+        x = x.reshape(batch, tiles, heads, group, tile, -1)
+        x = jnp.moveaxis(x, 1, 3).reshape(batch, num_q_heads, tiles * tile, -1)
+        return x[:, :, :num_rows]
 
     buffers = pltpu.VMEM((config.num_buffers, block, head_dim), k.dtype)
     logits_shape, logits_spec, logits_scratch = (), (), ()
@@ -109,23 +133,23 @@ def decode_attention(
             window=window,
             soft_cap=soft_cap,
         ),
-        grid=(batch,),
+        grid=(batch, tiles),
         in_specs=[
-            row_of_batch(1, 4, memory_space=pltpu.SMEM),
-            row_of_batch(heads, rows, head_dim),
-            row_of_batch(rows, 1),
+            of_tile(1, 4, memory_space=pltpu.SMEM),
+            of_tile(heads, rows, head_dim),
+            of_tile(rows, 1),
             pl.BlockSpec(memory_space=pl.ANY),
             pl.BlockSpec(memory_space=pl.ANY),
             *held_specs,
         ],
         out_specs=[
-            row_of_batch(heads, rows, head_dim),
-            row_of_batch(heads, rows, 1),
+            of_tile(heads, rows, head_dim),
+            of_tile(heads, rows, 1),
             *logits_spec,
         ],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, heads, rows, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, rows, 1), jnp.float32),
+            jax.ShapeDtypeStruct((batch, tiles, heads, rows, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, tiles, heads, rows, 1), jnp.float32),
             *logits_shape,
         ],
         scratch_shapes=[
@@ -136,33 +160,32 @@ def decode_attention(
             *logits_scratch,
         ],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
+            dimension_semantics=("parallel", "parallel"),
             disable_bounds_checks=True,  # blocks are cut at the last slot: see _kernel
         ),
         cost_estimate=pl.CostEstimate(
-            flops=4 * batch * heads * slots * rows * head_dim,
-            bytes_accessed=2 * k.size * k.dtype.itemsize,
-            transcendentals=batch * heads * slots * rows,
+            flops=4 * batch * tiles * heads * slots * rows * head_dim,
+            bytes_accessed=2 * tiles * k.size * k.dtype.itemsize,
+            transcendentals=batch * tiles * heads * slots * rows,
         ),
         interpret=interpret,
         name="decode_attention",
     )(
         bounds,
-        q.reshape(batch, heads, rows, head_dim),
-        jnp.tile(query_positions, (1, rows // num_rows))[..., None],
+        by_tile(q),
+        jnp.tile(positions, (1, 1, group))[..., None],
         k,
         v,
         *held,
     )
-    shape = (batch, num_q_heads, num_rows)
-    found = out.reshape(*shape, head_dim), lse.reshape(shape)
+    found = by_head(out), by_head(lse)[..., 0]
     if not with_logits:
         return found
     # What no row sees was not computed, and its place not written.
     visible = visible_keys(slots, query_positions, key_positions, window)
     logits = logits[0][..., :slots].reshape(batch, heads, -1, num_rows, slots)
     logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
-    return (*found, logits.reshape(*shape, slots))
+    return (*found, logits.reshape(batch, num_q_heads, num_rows, slots))
 
 
 def _kernel(

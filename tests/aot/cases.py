@@ -134,6 +134,9 @@ CASES = {
     ),
     "decode_attention-ring-4K": _decode(4096 + 64, held=True, bars=BOTH),
     "decode_attention-logits-128K": _decode(SHORT, logits=True, bars=BOTH),
+    "decode_attention-prompt-T1024-128K": _decode(
+        SHORT, rows=1024, temp_limit=64 << 20
+    ),
     "page_bounds-P16-1M": _scores(page_bounds, LONG, 16, bars=BOTH),
     "page_bounds-mean-P64-128K": _scores(
         page_bounds, SHORT, 64, static={"group_reduce": "mean"}, bars=BOTH

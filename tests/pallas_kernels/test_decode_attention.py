@@ -12,6 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import (
     decode_attention,
     decode_logits,
+    mosaic_tpu,
     reference,
     tuning,
 )
@@ -244,6 +245,18 @@ def test_kernel_with_several_rows(window):
 
 
 @pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("window", [None, 6])
+def test_kernel_with_a_prompt_in_tiles(monkeypatch, window):
+    """Seven rows of two heads, in tiles of three: each reads up to its own last row."""
+    monkeypatch.setattr(mosaic_tpu, "MAX_ROWS", 4)
+    monkeypatch.setattr(mosaic_tpu, "TILE_ROWS", 6)
+    _check_kernel(
+        positions=[[-1, 3, 14, 15, 16, 17, 18], [20, 21, 22, 36, 37, 38, 39]],
+        window=window,
+    )
+
+
+@pytest.mark.usefixtures("small_blocks")
 @pytest.mark.parametrize("shape", [(2, 2), (1, 1)], ids="{}".format)
 def test_kernel_with_positions_of_its_slots(shape):
     """A ring in any order, empty slots, and a window."""
@@ -273,19 +286,22 @@ def test_copies_do_not_race():
     [
         ({"head_dim": 64}, "D=64 must be a multiple of 128"),
         ({"slots": 20}, "20 slots"),
-        ({"rows": 65}, "130 query rows"),
+        ({"rows": 65, "with_logits": True}, "130 query rows"),
+        ({"group": 300}, "300 query heads"),
         ({"dtype": jnp.float16}, "float16"),
     ],
-    ids=["D64", "slots", "rows", "dtype"],
+    ids=["D64", "slots", "rows", "group", "dtype"],
 )
 def test_what_the_kernel_cannot(changed, reason):
     """It says so by name, and left to choose, the reference runs."""
     sizes = {"head_dim": 128, "slots": 24, "rows": 1, "dtype": jnp.float32} | changed
     dtype = sizes.pop("dtype")
-    problem = _problem(1, (4, 2), sizes["rows"], sizes["slots"], sizes["head_dim"])
+    heads = (2 * sizes.get("group", 2), 2)
+    problem = _problem(1, heads, sizes["rows"], sizes["slots"], sizes["head_dim"])
     arguments = [jax.ShapeDtypeStruct(x.shape, dtype) for x in problem]
     arguments.append(jax.ShapeDtypeStruct((1, sizes["rows"]), jnp.int32))
-    run = functools.partial(decode_attention, sm_scale=0.2)
+    with_logits = sizes.get("with_logits", False)
+    run = functools.partial(decode_attention, sm_scale=0.2, with_logits=with_logits)
     jax.eval_shape(run, *arguments)
     with pytest.raises(NotImplementedError, match=f"decode_attention: .*{reason}"):
         jax.eval_shape(functools.partial(run, implementation="mosaic_tpu"), *arguments)
