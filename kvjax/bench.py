@@ -17,7 +17,7 @@ import numpy as np
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import entmax_attention
 from pallas_kernels.page_attention import page_attention
-from pallas_kernels.page_scores import page_bounds
+from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.topk import top_k
 
 LEAST_SECONDS = 0.02  # of a sample: calls are repeated until it is that long
@@ -191,6 +191,9 @@ def operations(sizes: Sizes, *, like: bool = False) -> dict[str, Operation]:
     def bounds(q, low, high, group_reduce="none"):
         return page_bounds(q[:, :, 0], low, high, group_reduce=group_reduce)
 
+    def moments(q, mean, variance):
+        return page_moments(q[:, :, 0], mean, variance)
+
     def chosen(scores):
         return top_k(scores, budget // page_size, order="index")[1]
 
@@ -201,13 +204,23 @@ def operations(sizes: Sizes, *, like: bool = False) -> dict[str, Operation]:
     full = functools.partial(decode_attention, sm_scale=size**-0.5)
     entmax = functools.partial(entmax_attention, alpha=1.5, sm_scale=size**-0.5)
     of_pages, of_budget = num_pages * token, budget * token
+    logits = 4 * batch * num_kv_heads * group * context
     return {
         "copy": Operation(lambda x: -x, (k,), context * token, in_place=True),
         "full": Operation(full, (q, k, v, position), context * token),
         "entmax full": Operation(entmax, (q, k, v, position), context * token),
+        "full, logits": Operation(
+            functools.partial(full, with_logits=True),
+            (q, k, v, position),
+            context * token + logits,
+        ),
         "page_bounds": Operation(bounds, (q, low, high), of_pages),
+        "page_moments": Operation(moments, (q, low, high), of_pages),
         "top_k": Operation(chosen, (scores,), num_pages * batch * num_kv_heads * 4),
         "page_attention": Operation(attend, (q, fused, ids, position), of_budget),
+        "page_attention, entmax": Operation(
+            functools.partial(attend, alpha=1.5), (q, fused, ids, position), of_budget
+        ),
         "sparse": Operation(
             sparse, (q, fused, low, high, position), of_pages + of_budget
         ),

@@ -71,19 +71,24 @@ def attention_mass(
     query_positions: Int[Array, "B T"],
     combine: Callable[[Float[Array, "B Hq T s"]], Float[Array, "B H s"]],
     *,
+    key_positions: Int[Array, "#B h S"] | None = None,
     sm_scale: float,
 ) -> Float[Array, "B H S"]:
     """What each key received: `combine` of the softmax weights, block by block.
 
-    The weights of all T rows over all S keys never exist at once. A row whose position
-    is -1 gives nothing.
+    The second pass over the keys of a prompt's chunk, with the exact normaliser `lse`
+    of the first, `decode_attention`'s. The weights of all T rows over all S keys never
+    exist at once. A row whose position is -1 gives nothing; `key_positions` as there.
     """
     slots = k.shape[2]
     safe = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
 
     def block(start, size):
         keys = lax.dynamic_slice_in_dim(k, start, size, 2)
-        held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
+        if key_positions is None:
+            held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
+        else:
+            held = lax.dynamic_slice_in_dim(key_positions, start, size, 2)
         logits = decode_logits(q, keys, query_positions, held, sm_scale=sm_scale)
         return combine(jnp.exp(logits - safe))
 

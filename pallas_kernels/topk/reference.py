@@ -4,9 +4,12 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def top_k(scores, count, *, k, order):
+def top_k(scores, count, *, k, order, recall=1.0):
     """See :func:`pallas_kernels.topk.top_k`."""
-    values, indices = lax.top_k(scores, k)
+    if recall < 1:
+        values, indices = lax.approx_max_k(scores, k, recall_target=recall)
+    else:
+        values, indices = lax.top_k(scores, k)
     is_chosen = (values > -jnp.inf) | (jnp.isnan(values) & ~jnp.signbit(values))
     if count is not None:
         is_chosen &= jnp.arange(k, dtype=jnp.int32) < count[..., None]

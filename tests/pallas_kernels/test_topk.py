@@ -131,6 +131,20 @@ def _kernel_of_20(scores, count):
     return by("mosaic_tpu")(scores, 20, count=count)
 
 
+def test_a_recall_below_one_is_the_tpu_s_own_and_exact_elsewhere():
+    rng = np.random.default_rng(5)
+    scores = rng.standard_normal((2, 400)).astype(np.float32)
+    scores[0, 5:] = -np.inf
+    where, count = scores < 2, np.array([30, 7], np.int32)
+    run = jax.jit(functools.partial(top_k, k=30, recall=0.875))
+    found = jax.tree.map(np.asarray, run(scores, where=where, count=count))
+    same(found, oracles.top_k(scores, 30, where, count))
+    traced = run.trace(jnp.zeros((2, 40_000)))
+    text = traced.lower(lowering_platforms=("tpu",)).as_text()
+    assert "ApproxTopK" in text
+    assert "recall_target = 8.750000e-01" in text
+
+
 @implementations
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_narrow_scores_keep_their_dtype(run, dtype):
@@ -157,6 +171,11 @@ def test_a_row_of_a_million_fits_and_a_larger_one_says_why_not():
         (
             lambda x: top_k(x, 1, order="value"),
             "order='value' must be one of score, index",
+        ),
+        (lambda x: top_k(x, 1, recall=0.0), r"recall=0.0 must be in \(0, 1\]"),
+        (
+            lambda x: top_k(x, 1, recall=0.9, implementation="mosaic_tpu"),
+            "implementation='mosaic_tpu' is exact: recall=0.9 needs 'xla'",
         ),
     ],
 )
