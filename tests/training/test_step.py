@@ -39,7 +39,9 @@ def batch_of(config, index) -> Batch:
     return jax.tree.map(jnp.asarray, pipeline.Steps(config, toys.SOURCES)[index])
 
 
-def plain_loss(params, batch):
+@jax.jit
+@jax.value_and_grad
+def loss_and_gradient(params, batch):
     """The definition, from whole log-probabilities."""
     attend = toys.attention(
         DECODER.config.rope, segments=batch.segments, positions=batch.positions
@@ -65,8 +67,8 @@ def test_loss_and_update_are_those_of_the_definition(index):
     config, mesh, tx, state, _ = set_up()
     batch = batch_of(config, index)
     assert (batch.segments is not None) == (index == 7)
-    value, grads = jax.value_and_grad(plain_loss)(state.params, batch)
-    changes, _ = tx.update(grads, state.opt_state, state.params)
+    value, grads = loss_and_gradient(state.params, batch)
+    changes, _ = jax.jit(tx.update)(grads, state.opt_state, state.params)
     expected = optax.apply_updates(state.params, changes)
     with jax.numpy_dtype_promotion("standard"):
         norm = optax.tree.norm(grads)
@@ -120,7 +122,7 @@ def test_parts_chunks_and_remat_change_no_gradient(index, variants):
     weights = batch.weights.at[0].multiply(7.0)  # rows count unequally
     batch = batch._replace(weights=weights)
     whole, metrics = gradient_of(config, mesh, batch, state)
-    assert_close(whole, jax.grad(plain_loss)(state.params, batch), 1e-5)
+    assert_close(whole, loss_and_gradient(state.params, batch)[1], 1e-5)
     for changes, options in variants:
         changed = toys.config("stages.0.tokens=128", "stages.1.tokens=128", *changes)
         found, sums = gradient_of(changed, mesh, batch, state, **options)
@@ -207,7 +209,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_masters():
     ]
     assert {x.dtype for x in floats} == {jnp.dtype("float32")}
     loss = float(metrics["loss"].sum() / metrics["weight"].sum())
-    exact = float(plain_loss(state.params, batch))
+    exact = float(loss_and_gradient(state.params, batch)[0])
     assert loss != pytest.approx(exact, rel=1e-6)
     assert loss == pytest.approx(exact, rel=1e-2)
     # A step far below bfloat16's resolution still moves the masters.
