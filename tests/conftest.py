@@ -36,7 +36,13 @@ POISON = 1e30
 
 
 # Minutes each: first, so that no worker is left alone with one in the end.
-LONG = {"test_docs.py", "test_readme.py", "test_resume.py", "test_tpu.py"}
+LONG = {
+    "test_docs.py",
+    "test_gpu.py",
+    "test_readme.py",
+    "test_resume.py",
+    "test_tpu.py",
+}
 
 
 def pytest_collection_modifyitems(items):

@@ -127,9 +127,11 @@ def test_prefill_ends_at_each_rows_last_token():
 
 def test_greedy_decoding_repeats_the_whole_forward_pass():
     tokens = list(PROMPTS[0])
-    for _ in range(8):
-        hidden = MODEL.decoder.hidden(MODEL.params, jnp.array([tokens]), dense)
-        logits = MODEL.decoder.logits(MODEL.params, hidden[:, -1])
+
+    for _ in range(8):  # padded, so that each operation is compiled once
+        padded = jnp.array([tokens + [0] * (len(PROMPTS[0]) + 8 - len(tokens))])
+        hidden = MODEL.decoder.hidden(MODEL.params, padded, dense)
+        logits = MODEL.decoder.logits(MODEL.params, hidden[:, len(tokens) - 1])
         tokens.append(int(logits.argmax()))
     done = run(kvjax.full(), PROMPTS[:1], max_new_tokens=8, eos_ids=())
     assert done[0].tokens == tokens[len(PROMPTS[0]) :]

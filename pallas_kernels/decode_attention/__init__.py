@@ -7,7 +7,10 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.dispatch import dispatch
 
-_KERNELS = {"mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu"}
+_KERNELS = {
+    "mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu",
+    "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
+}
 
 
 def decode_attention(

@@ -13,6 +13,7 @@ from pallas_kernels.entmax.equations import Threshold, positive
 
 KERNELS = {
     "mosaic_tpu": "pallas_kernels.entmax.mosaic_tpu",
+    "mosaic_gpu": "pallas_kernels.entmax.mosaic_gpu",
     "triton": "pallas_kernels.entmax.triton",
 }
 

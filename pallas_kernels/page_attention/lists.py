@@ -1,7 +1,8 @@
-"""Lists of pages as the TPU kernels walk through them: sorted, block by block.
+"""Lists of pages as the kernels walk through them: sorted by who sees what.
 
 XLA sorts each list first: pages that every query row sees in full, then pages cut by a
-row's position or mask, which alone are masked, then none.
+row's position or mask, which alone are masked, then none. `schedule` and `Lists` are
+those of the TPU kernels.
 """
 
 import dataclasses
@@ -13,6 +14,24 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 
+def sort_keys(page_ids, num_pages, page_size, query_positions, mask):
+    """`(kind, key)` of the listed pages, both as `page_ids`.
+
+    Kind 0 is seen in full by every row, 1 by any in part, 2 by none. Keys sort by kind,
+    then by page, which is `key % num_pages`.
+    """
+    first, last = query_positions.min(1), query_positions.max(1)
+    start = page_ids * page_size
+    is_full = start + page_size - 1 <= first[:, None, None]
+    is_seen = (start <= last[:, None, None]) & (page_ids >= 0) & (page_ids < num_pages)
+    if mask is not None:
+        is_full &= mask.all(-1)
+        is_seen &= mask.any(-1)
+    kind = jnp.where(is_seen, jnp.where(is_full, 0, 1), 2)
+    # One key instead of a pair; three times the pages of a row are far below 2**31.
+    return kind, kind * num_pages + jnp.where(is_seen, page_ids, 0)
+
+
 def schedule(page_ids, pages, query_positions, mask, copies):
     """Sorted ids `(B, 1, H * K' + copies)` and counts `(B, 1, 2 * H + 3)`.
 
@@ -22,19 +41,11 @@ def schedule(page_ids, pages, query_positions, mask, copies):
     """
     batch, _, listed = page_ids.shape
     num_pages, page_size = pages.shape[2:4]
-    first, last = query_positions.min(1), query_positions.max(1)
-    start = page_ids * page_size
-    is_full = start + page_size - 1 <= first[:, None, None]
-    is_seen = (start <= last[:, None, None]) & (page_ids >= 0) & (page_ids < num_pages)
+    kind, key = sort_keys(page_ids, num_pages, page_size, query_positions, mask)
     seeing = []
     if mask is not None:
-        is_full &= mask.all(-1)
-        is_seen &= mask.any(-1)
         bit = 1 << jnp.arange(mask.shape[3], dtype=jnp.int32)
         seeing = [jnp.where(mask, bit, 0).sum(-1, dtype=jnp.int32)]
-    kind = jnp.where(is_seen, jnp.where(is_full, 0, 1), 2)
-    # One key instead of a pair; three times the pages of a row are far below 2**31.
-    key = kind * num_pages + jnp.where(is_seen, page_ids, 0)
     key, *seeing = lax.sort((key, *seeing), num_keys=1)
     padding = ((0, 0), (0, 0), (0, -listed % copies))
     lines = [
@@ -44,7 +55,8 @@ def schedule(page_ids, pages, query_positions, mask, copies):
     full = (kind == 0).sum(-1, dtype=jnp.int32)
     seen = (kind < 2).sum(-1, dtype=jnp.int32)
     zero = jnp.zeros((batch, 1), jnp.int32)
-    counts = jnp.concatenate([full, zero, seen, zero, last[:, None]], axis=1)
+    last = query_positions.max(1, keepdims=True)
+    counts = jnp.concatenate([full, zero, seen, zero, last], axis=1)
     return ids, counts.reshape(batch, 1, -1)
 
 

@@ -1,0 +1,216 @@
+"""`decode_attention` on Hopper GPUs: the visible part of the cache, by all processors.
+
+A program per KV head and part of its blocks of 64 tokens: online softmax, keys and
+values copied into a ring in shared memory; XLA merges the parts. Without
+`key_positions`, blocks behind the last visible position are not read, nor those before
+the window, programs share the rest, and only blocks that a row's position or window
+cuts are masked.
+Bytes per block: `64 * 2 * D * itemsize`; nothing else grows with the cache.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels import hopper
+from pallas_kernels.decode_attention.reference import visible_keys
+from pallas_kernels.hopper import BLOCK, ROWS, plgpu
+
+STAGES = 2  # blocks in shared memory: one in use, the other on its way
+
+
+def unsupported(
+    q,
+    k,
+    v,
+    query_positions,
+    key_positions,
+    *,
+    sm_scale,
+    window,
+    soft_cap,
+    with_logits,
+) -> str | None:
+    """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
+    del v, query_positions, key_positions, sm_scale, window, soft_cap, with_logits
+    if k.shape[2] % 8 or k.shape[2] < BLOCK:
+        return f"{k.shape[2]} slots must be a multiple of 8, and at least {BLOCK}"
+    return hopper.unsupported() or hopper.unsupported_rows(
+        q, k, q.shape[1] * q.shape[2] // k.shape[1]
+    )
+
+
+def decode_attention(
+    q,
+    k,
+    v,
+    query_positions,
+    key_positions,
+    *,
+    sm_scale,
+    window=None,
+    soft_cap=None,
+    with_logits=False,
+    interpret=False,
+):
+    """See :func:`pallas_kernels.decode_attention.decode_attention`."""
+    batch, num_q_heads, num_rows, head_dim = q.shape
+    heads, slots = k.shape[1:3]
+    rows = num_q_heads // heads * num_rows
+    blocks = pl.cdiv(slots, BLOCK)
+    splits = hopper.num_splits(batch * heads, blocks)
+
+    first, last = query_positions.min(1), query_positions.max(1)
+    begin, end = jnp.zeros_like(first), jnp.full_like(first, blocks)
+    masked = begin
+    if key_positions is None:
+        end = jnp.clip(last // BLOCK + 1, 0, blocks)
+        if window is None:
+            masked = jnp.clip((first + 1) // BLOCK, 0, slots // BLOCK)
+        else:
+            begin = masked = jnp.clip((first - window + 1) // BLOCK, 0, end)
+    bounds = jnp.stack([begin, masked, end], axis=1)
+
+    taken = hopper.padded_rows(rows)
+    q = q.reshape(batch * heads, rows, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, taken - rows), (0, 0)))
+    positions = jnp.tile(query_positions, (1, rows // num_rows))
+    positions = jnp.pad(positions, ((0, 0), (0, ROWS - rows)), constant_values=-1)
+
+    ring = hopper.operand(STAGES, BLOCK, head_dim, dtype=k.dtype)
+    scored = ()
+    if with_logits:
+        scored = (jax.ShapeDtypeStruct((batch * heads, taken, slots), jnp.float32),)
+    out, lse, *scored = hopper.kernel(
+        functools.partial(
+            _kernel,
+            is_held=key_positions is not None,
+            sm_scale=sm_scale,
+            window=window,
+            soft_cap=soft_cap,
+        ),
+        out_type=(
+            jax.ShapeDtypeStruct((batch * heads, splits, taken, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads, splits, taken), jnp.float32),
+            *scored,
+        ),
+        grid=(batch * heads, splits),
+        grid_names=("head", "split"),
+        scratch_types=(
+            hopper.scratch(head_dim, k.dtype),
+            ring,
+            ring,
+            plgpu.Barrier(),
+            plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+        ),
+        interpret=interpret,
+        kernel_name="decode_attention",
+    )(bounds, positions, q, k, v, *([] if key_positions is None else [key_positions]))
+    shape = batch, heads, splits, taken
+    out, lse = hopper.merge(out.reshape(*shape, head_dim), lse.reshape(shape))
+    out, lse = out[:, :, :rows], lse[:, :, :rows]
+    shape = batch, num_q_heads, num_rows
+    results = out.reshape(*shape, head_dim), lse.reshape(shape)
+    for logits in scored:  # those of blocks that were read; others were not written
+        logits = logits[:, :rows].reshape(batch, heads, -1, num_rows, slots)
+        visible = visible_keys(slots, query_positions, key_positions, window)
+        logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
+        results += (logits.reshape(*shape, slots),)
+    return results
+
+
+def _kernel(
+    # in
+    bounds,  # (B, 3) i32: first block, first masked, end
+    positions,  # (B, 64) i32
+    q,  # (B * Hkv, R, D)
+    k,  # (B, Hkv, S, D)
+    v,  # (B, Hkv, S, D)
+    *refs,  # if slots hold positions of their own: (#B, H, S) i32
+    # out: (B * Hkv, splits, R, D) f32, (B * Hkv, splits, R) f32; if they are asked
+    # for, logits (B * Hkv, R, S) f32
+    # scratch: as `hopper.scratch`, two rings (stages, 64, D), q's barrier, theirs
+    is_held,
+    sm_scale,
+    window,
+    soft_cap,
+):
+    held, refs = refs[:is_held], refs[is_held:]
+    out, lse, *scored, buffers, k_ring, v_ring, q_arrived, arrived = refs
+    heads, slots = k.shape[1:3]
+    taken, head_dim = q.shape[1:]
+    stages = k_ring.shape[0]
+    n, split = lax.axis_index("head"), lax.axis_index("split")
+    row, head = lax.div(n, heads), lax.rem(n, heads)
+    first, masked, end = (bounds[row, i] for i in range(3))
+    start, stop = hopper.share(split, out.shape[1], end - first)
+    begin, end = first + start, first + stop
+    masked = jnp.clip(masked, begin, end)
+
+    def at(i):
+        """First slot of what is copied as block i: the last ones may overlap."""
+        return pl.multiple_of(jnp.minimum(i * BLOCK, slots - BLOCK), 8)
+
+    def fetch(i, slot):
+        for source, ring in ((k, k_ring), (v, v_ring)):
+            part = source.at[row, head, pl.ds(at(i), BLOCK)]
+            plgpu.copy_gmem_to_smem(part, ring.at[slot], arrived.at[slot])
+
+    def visible_in(i):
+        shape = ROWS, BLOCK
+        token = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=hopper.tile())
+        slot = own = token + at(i)
+        for ref in held:
+            b = 0 if ref.shape[0] == 1 else row
+            h = 0 if ref.shape[1] == 1 else head
+            part = ref.at[b, h, pl.ds(at(i), BLOCK)]
+            own = plgpu.load(part, layout=hopper.line(), optimized=False)
+            own = lax.broadcast_in_dim(own, shape, [1])
+        visible = (slot >= i * BLOCK) & (own >= 0) & (own <= rows_at)
+        if window is not None:
+            visible &= own > rows_at - window
+        return visible
+
+    def write(i, logits):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffers["out"][...] = logits
+        plgpu.commit_smem()
+        for ref in scored:
+            plgpu.copy_smem_to_gmem(
+                buffers["out"].at[pl.ds(0, taken)],
+                ref.at[n, :, pl.ds(at(i), BLOCK)],
+            )
+
+    def step(i, state, is_masked):
+        slot = lax.rem(i - begin, stages)
+        visible = visible_in(i) if is_masked else None
+        plgpu.barrier_wait(arrived.at[slot])
+        state = hopper.add_block(
+            state,
+            buffers["q"],
+            k_ring.at[slot],
+            v_ring.at[slot],
+            buffers["weights"],
+            sm_scale,
+            visible,
+            soft_cap,
+            functools.partial(write, i) if scored else None,
+        )
+        pl.when(i + stages < end)(lambda: fetch(i + stages, slot))
+        return state
+
+    plgpu.copy_gmem_to_smem(q.at[n], buffers["q"].at[pl.ds(0, taken)], q_arrived)
+    for stage in range(stages):
+        i = begin + stage
+        pl.when(i < end)(functools.partial(fetch, i, stage))
+    own = plgpu.load(positions.at[row], layout=hopper.column(), optimized=False)
+    rows_at = hopper.across(own, BLOCK)
+    plgpu.barrier_wait(q_arrived)
+    state = hopper.empty(head_dim)
+    unmasked, cut = (functools.partial(step, is_masked=x) for x in (False, True))
+    state = lax.fori_loop(begin, masked, unmasked, state)
+    state = lax.fori_loop(masked, end, cut, state)
+    hopper.store(state, buffers, out.at[n, split], lse.at[n, split])

@@ -1,0 +1,206 @@
+"""What the kernels of Hopper GPUs share: tiles, and attention to a block of keys.
+
+A program is one warpgroup. The rows of a matrix product are 64 there, so that the query
+rows of a KV head, of which there are few, are a part of a tile whose rest is ignored.
+Two programs fit on a multiprocessor: one computes while the copies of the other come.
+"""
+
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+
+from pallas_kernels.dispatch import device_kind
+
+# An older one may not even be imported, and `unsupported` has to be.
+plgpu: Any = None
+if jax.__version_info__ >= (0, 11):
+    from jax.experimental.pallas import mosaic_gpu as plgpu
+
+ROWS = 64  # query rows of a program
+BLOCK = 64  # keys of a step
+PROGRAMS = 2 * 132  # at once on a H100 or H200
+WIDTH = 64  # values of a product, which registers hold beside what it is added to
+MASKED = -1e30  # finite: its difference to itself is 0, not NaN
+
+
+def unsupported() -> str | None:
+    """Why no kernel of this kind runs here, or None; a CPU simulates or compiles."""
+    if plgpu is None:
+        return f"jax {jax.__version__} must be 0.11 or newer"
+    kind = device_kind()
+    if kind != "cpu" and not re.search(r"\bG?H\d", kind):
+        return f"{kind} must be a Hopper GPU"
+    return None
+
+
+def unsupported_rows(q, keys, rows) -> str | None:
+    """Why not, from the query's sizes; `rows` share keys."""
+    if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"dtypes {q.dtype}, {keys.dtype} must be both bfloat16 or both float16"
+    if q.shape[3] not in (64, 128, 256):
+        return f"D={q.shape[3]} must be 64, 128 or 256"
+    if not 1 <= rows <= ROWS:
+        return f"{rows} query rows must be in [1, {ROWS}]"
+    return None
+
+
+def kernel(body, *, interpret, approx_math=True, **sizes):
+    """A Mosaic GPU kernel; `interpret` True is its simulation as it is.
+
+    An approximate exp2 or log2 errs by a few units of the last place of a float32.
+    """
+    return plgpu.kernel(
+        body,
+        compiler_params=plgpu.CompilerParams(approx_math=approx_math),
+        interpret=plgpu.InterpretGPUParams() if interpret is True else interpret,
+        **sizes,
+    )
+
+
+def tile():
+    """Layout of a matrix product's result."""
+    return plgpu.Layout.WGMMA
+
+
+def column():
+    """Layout of a number for each row of it."""
+    return plgpu.Layout.WGMMA.reduce(1)
+
+
+def line():
+    """Layout of a number for each column of it."""
+    return plgpu.Layout.WGMMA.reduce(0)
+
+
+def num_splits(programs: int, blocks: int) -> int:
+    """Parts of a sequence of blocks that fill the device when computed at once."""
+    return max(1, min(PROGRAMS // programs, blocks))
+
+
+def share(split, splits, blocks):
+    """First block of a part, and the first of the next."""
+    return lax.div(split * blocks, splits), lax.div((split + 1) * blocks, splits)
+
+
+def padded_rows(rows: int) -> int:
+    """Rows that are copied: of a shape that copies can have."""
+    return rows + -rows % 8
+
+
+def operand(*shape, dtype):
+    """Shared memory of a matrix product's operand, its lines in tiles of 128 bytes."""
+    return plgpu.SMEM(
+        shape,
+        dtype,
+        transforms=(plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128)),
+    )
+
+
+def scratch(head_dim, dtype) -> dict:
+    """Shared memory of `empty`, `add_block` and `store`."""
+    return {
+        "q": operand(ROWS, head_dim, dtype=dtype),
+        "weights": operand(ROWS, BLOCK, dtype=dtype),
+        "out": plgpu.SMEM((ROWS, WIDTH), jnp.float32),
+        "lse": plgpu.SMEM((ROWS,), jnp.float32),
+    }
+
+
+def empty(head_dim):
+    """The running maximum, sum and weighted values of no key."""
+
+    def full(value, shape, layout):
+        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+    return (
+        full(MASKED, (ROWS,), column()),
+        full(0.0, (ROWS,), column()),
+        (full(0.0, (ROWS, WIDTH), tile()),) * (head_dim // WIDTH),
+    )
+
+
+def add_block(state, q, k, v, weights_ref, sm_scale, visible, soft_cap=None, see=None):
+    """The state with the keys `(BLOCK, D)` too; `visible` as the logits, or None: all.
+
+    `see`, if given, is called with the logits of all. Those of the state are in units
+    of log 2. The operands, in shared memory, are free again afterwards.
+    """
+    m, l, acc = state
+    logits = product(q, k.T, BLOCK)
+    per_log2 = math.log2(math.e)
+    if soft_cap is None:
+        logits = logits * (sm_scale * per_log2)
+    else:
+        # tanh(x) = 1 - 2 / (1 + exp(2 x)): that of the hardware has 11 bits.
+        grown = jnp.exp2(logits * (2 * per_log2 * sm_scale / soft_cap))
+        logits = (soft_cap * per_log2) * (1.0 - 2.0 / (1.0 + grown))
+    if see is not None:
+        see(logits * math.log(2))
+    if visible is not None:
+        logits = jnp.where(visible, logits, MASKED)
+    m_new = jnp.maximum(m, logits.max(1))
+    weights = jnp.exp2(logits - across(m_new, BLOCK))
+    if visible is not None:  # a row that has seen no key yet has m_new = MASKED
+        weights = jnp.where(visible, weights, 0.0)
+    decay = jnp.exp2(m - m_new)
+    l = l * decay + weights.sum(1)
+    weights_ref[...] = weights.astype(weights_ref.dtype)
+    plgpu.commit_smem()
+    parts = [v.at[:, pl.ds(i * WIDTH, WIDTH)] for i in range(len(acc))]
+    acc = tuple(
+        x * across(decay, WIDTH) + product(weights_ref, part, WIDTH)
+        for x, part in zip(acc, parts, strict=True)
+    )
+    return m_new, l, acc
+
+
+def product(a, b, width):
+    """A matrix product of two operands in shared memory, in float32."""
+
+    def run(acc):
+        plgpu.wgmma(acc, a, b)
+        return acc[...]
+
+    return pl.run_scoped(run, plgpu.ACC((ROWS, width), jnp.float32))
+
+
+def across(column, width):
+    """A number for each row, along the row."""
+    return lax.broadcast_in_dim(column, (ROWS, width), [0])
+
+
+def store(state, buffers, out, lse):
+    """Writes `(out, lse)` of a state; 0 and -inf for a row that saw no key."""
+    m, l, acc = state
+    taken = pl.ds(0, lse.shape[0])
+    positive = jnp.where(l == 0.0, 1.0, l)
+    buffers["lse"][...] = jnp.where(
+        l == 0.0, -jnp.inf, m * math.log(2) + jnp.log(positive)
+    )
+    plgpu.commit_smem()
+    plgpu.copy_smem_to_gmem(buffers["lse"].at[taken], lse)
+    for i, values in enumerate(acc):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        buffers["out"][...] = values / across(positive, WIDTH)
+        plgpu.commit_smem()
+        part = out.at[:, pl.ds(i * WIDTH, WIDTH)]
+        plgpu.copy_smem_to_gmem(buffers["out"].at[taken], part)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def merge(out, lse):
+    """`(..., rows, D)` and `(..., rows)` of parts along axis 2, as of their union."""
+    top = lse.max(2, keepdims=True)
+    # A row that sees no key in any part: -inf - -inf would be NaN.
+    shares = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
+    total = shares.sum(2)
+    positive = jnp.where(total == 0, 1.0, total)
+    merged = (shares[..., None] * out).sum(2) / positive[..., None]
+    return merged, jnp.where(
+        total == 0, -jnp.inf, jnp.squeeze(top, 2) + jnp.log(positive)
+    )

@@ -1,0 +1,252 @@
+"""Compiles for real GPUs on a machine without one, and reads what the compiler used.
+
+XLA compiles for the GPU that a file of `gpu_targets` describes. Of each Mosaic kernel
+the assembler tells registers and spills, Pallas the shared memory: how many programs
+a multiprocessor holds at once follows. Nothing here was run or timed on a device.
+
+Records the figures of every case, or compares them: see `test_gpu.py`.
+
+    python tests/aot/gpu.py           # prints the table and writes the JSON
+    python tests/aot/gpu.py h100      # one target, as JSON lines
+"""
+
+import functools
+import importlib.util
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.entmax import solve
+from pallas_kernels.page_attention import page_attention
+
+RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/gpu-static.json"
+TARGETS = pathlib.Path(__file__).parent / "gpu_targets"
+ENVIRONMENT = {
+    "JAX_PLATFORMS": "cpu",
+    "MOSAIC_GPU_DUMP_PTXAS": "1",
+    "MOSAIC_GPU_DUMP_RESOURCES": "1",
+}
+
+# Of a multiprocessor of both an A100 and a H100.
+REGISTERS = 65536
+THREADS = 128  # of a program: one warpgroup
+RESERVED_BYTES = 1024  # of shared memory, for each program
+
+KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+SHORT, LONG = 1 << 17, 1 << 20
+
+
+class Case(NamedTuple):
+    """One compilation."""
+
+    target: str  # a file of `gpu_targets`; one compute capability a process
+    function: Callable
+    arguments: tuple
+    kernel: str  # name of its Mosaic kernel
+    temp_limit: int = 8 << 20  # bytes: parts to merge, far below any cache
+    programs: int = 2  # a multiprocessor holds at least so many at once
+
+
+def unavailable() -> str | None:
+    """Why nothing can be compiled for a GPU here, or None."""
+    found = importlib.util.find_spec("jax_plugins")
+    if jax.__version_info__ >= (0, 11) and found is not None:
+        found = importlib.util.find_spec("jax_plugins.xla_cuda13")
+        if found is not None:
+            return None
+    return (
+        "compiling for GPUs without one needs Python 3.12, jax >= 0.11 and its CUDA "
+        "plugin: pip install 'kvjax[aot]'"
+    )
+
+
+def _array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _pages(
+    context,
+    page_size,
+    *,
+    tokens=4096,
+    batch=1,
+    heads=(KV_HEADS * GROUP, KV_HEADS),
+    lists=KV_HEADS,
+    rows=1,
+    head_dim=HEAD_DIM,
+    dtype=jnp.bfloat16,
+    masked=False,
+    **more,
+):
+    """The operation as it is called, and left to choose."""
+    arguments = (
+        _array(batch, heads[0], rows, head_dim, dtype=dtype),
+        _array(
+            batch, heads[1], context // page_size, page_size, 2 * head_dim, dtype=dtype
+        ),
+        _array(batch, lists, tokens // page_size, dtype=jnp.int32),
+        _array(batch, rows, dtype=jnp.int32),
+    )
+    if masked:
+        arguments += (_array(batch, lists, tokens // page_size, rows, dtype=bool),)
+    function = functools.partial(page_attention, sm_scale=0.1)
+    return Case("h100", function, arguments, "page_attention", **more)
+
+
+def _decode(context, *, rows=1, held=False, temp_limit=8 << 20, **static):
+    cache = _array(1, KV_HEADS, context, HEAD_DIM)
+    arguments = (
+        _array(1, KV_HEADS * GROUP, rows, HEAD_DIM),
+        cache,
+        cache,
+        _array(1, rows, dtype=jnp.int32),
+    )
+    if held:
+        arguments += (_array(1, KV_HEADS, context, dtype=jnp.int32),)
+    function = functools.partial(decode_attention, sm_scale=0.1, **static)
+    return Case("h100", function, arguments, "decode_attention", temp_limit)
+
+
+def _entmax(num_scores, alpha, rows=KV_HEADS * GROUP):
+    function = functools.partial(solve, alpha=alpha)
+    scores = _array(1, rows, num_scores, dtype=jnp.float32)
+    return Case("h100", function, (scores,), "entmax_solve")
+
+
+CASES = {
+    "page_attention-P64-128K": _pages(SHORT, 64),
+    "page_attention-P64-1M": _pages(LONG, 64, tokens=LONG // 16),
+    "page_attention-P16-T8-mask-128K": _pages(SHORT, 16, rows=8, masked=True),
+    "decode_attention-1M": _decode(LONG),
+    "decode_attention-T4-window-cap-128K": _decode(
+        SHORT + 8, rows=4, window=4096, soft_cap=50.0
+    ),
+    "decode_attention-ring-4K": _decode(4096 + 64, held=True),
+    "decode_attention-logits-128K": _decode(
+        SHORT, with_logits=True, temp_limit=64 << 20
+    ),
+    "entmax-1.5-128K": _entmax(SHORT, 1.5),
+    "entmax-1.7-128K": _entmax(SHORT, 1.7),
+    # At the edges of what the kernels say they support.
+    "page_attention-P8-T16-D256": _pages(
+        SHORT, 8, batch=2, rows=16, head_dim=256, programs=1, temp_limit=32 << 20
+    ),
+    "page_attention-P256-D64-f16-list-a-query-head": _pages(
+        SHORT, 256, heads=(8, 2), lists=8, head_dim=64, dtype=jnp.float16
+    ),
+    "entmax-3-1K": _entmax(1024, 3.0, rows=1),
+}
+
+
+def _target(name):
+    text = (TARGETS / f"{name}.txtpb").read_text()
+    kind = re.search(r'device_description_str: "(.*)"', text)
+    shared = re.search(r"shared_memory_per_core: (\d+)", text)
+    return text, kind.group(1), int(shared.group(1))
+
+
+def compiled(case):
+    """The case's executable for its target."""
+    from jax.experimental import topologies
+    from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
+
+    text, kind, _ = _target(case.target)
+    topology = topologies.get_topology_desc(
+        platform="cuda", target_config=text, topology="1x1x1"
+    )
+    sharding = SingleDeviceSharding(topology.devices[0])
+    arguments = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        case.arguments,
+    )
+    device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        return jax.jit(case.function).lower(*arguments).compile()
+
+
+def resources(listing: str, shared_bytes: int) -> list[dict]:
+    """What a program of each Mosaic kernel takes, from what its compilation printed."""
+    assembled = re.findall(
+        r"entry function '(\w+)_mosaic_gpu_kernel'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        listing,
+        re.DOTALL,
+    )
+    scratch = re.findall(r"Resources\(smem_scratch_bytes=(\d+)", listing)
+    found = []
+    for (kernel, *numbers), shared in zip(assembled, map(int, scratch), strict=True):
+        stores, loads, registers = map(int, numbers)
+        # Registers are given to a warp in eights a thread.
+        by_registers = REGISTERS // (THREADS * (registers + -registers % 8))
+        by_shared = shared_bytes // (shared + RESERVED_BYTES)
+        found.append(
+            {
+                "kernel": kernel,
+                "registers": registers,
+                "spilled_bytes": max(stores, loads),
+                "shared_bytes": shared,
+                "programs": min(by_registers, by_shared),
+            }
+        )
+    return found
+
+
+def _child(target, names):
+    """Compiles the cases and prints a line of JSON for each."""
+    for name in names:
+        memory = compiled(CASES[name]).memory_analysis()
+        figures = {
+            "target": target,
+            "case": name,
+            "temp_bytes": memory.temp_size_in_bytes,
+            "argument_bytes": memory.argument_size_in_bytes,
+            "jax": jax.__version__,
+        }
+        print(json.dumps(figures), flush=True)
+
+
+def figures(target: str, *names: str) -> list[dict]:
+    """Static figures of a target's cases (all by default), from a process of their own.
+
+    Raises:
+        RuntimeError: if the compiler fails; carries the end of what it said.
+        ValueError: if not every case made one kernel.
+    """
+    names = names or tuple(x for x in CASES if CASES[x].target == target)
+    done = subprocess.run(
+        [sys.executable, __file__, target, *names],
+        env=os.environ | ENVIRONMENT,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"compiling for {target}: {done.stderr[-3000:]}")
+    lines = done.stdout.splitlines()
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    # One each: an operation that did not take its kernel is an error.
+    kernels = resources(done.stdout, _target(target)[2])
+    return [row | kernel for row, kernel in zip(rows, kernels, strict=True)]
+
+
+def main():
+    if len(sys.argv) > 1:
+        _child(sys.argv[1], sys.argv[2:])
+        return
+    targets = dict.fromkeys(case.target for case in CASES.values())
+    rows = [row for target in targets for row in figures(target)]
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+    for row in rows:
+        print(*row.values(), sep="\t")
+
+
+if __name__ == "__main__":
+    main()
