@@ -87,7 +87,7 @@ def dispatch(
         else:
             reasons[name] = reason
     if _is_for_gpu() and "cuda" not in branches:
-        _note(reference.__name__, device_kind(), tuple(reasons.items()))
+        _note(reference.__name__, reasons)
     defined = functools.partial(reference, **dict(static))
     if not branches:
         return defined(*arrays)
@@ -111,12 +111,19 @@ def _is_for_gpu():
     return _device().platform in ("gpu", "cuda")
 
 
-@functools.cache
-def _note(operation, device, reasons):
-    # Once for each: the program is right, and slower than it could be.
-    said = "; ".join(f"{name}: {reason}" for name, reason in reasons) or "none exists"
+_noted = set()
+
+
+def _note(operation, reasons):
+    # Once for an operation and a device: programs are right, and slower than they need.
+    if (operation, device_kind()) in _noted:
+        return
+    _noted.add((operation, device_kind()))
+    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     warnings.warn(
-        f"{operation} runs without a kernel on {device} ({said}).", stacklevel=2
+        f"{operation} runs without a kernel on {device_kind()} "
+        f"({said or 'there is none'}).",
+        stacklevel=3,
     )
 
 

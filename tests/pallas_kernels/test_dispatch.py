@@ -1,6 +1,7 @@
 """Which code runs: decided at lowering, by support; never silently against a name."""
 
 import functools
+import importlib.util
 import subprocess
 import sys
 import types
@@ -41,9 +42,17 @@ def kernel(monkeypatch):
     return module
 
 
-def _call(x, offset=None, by=3.0, **options):
-    kernels = {"mosaic_tpu": MODULE}
+def _call(x, offset=None, by=3.0, kernels=("mosaic_tpu",), **options):
+    kernels = dict.fromkeys(kernels, MODULE)
     return dispatch(scaled, kernels, (x, offset), {"by": by}, **options)
+
+
+def _on(kind, platform):
+    device = jax.sharding.AbstractDevice(
+        device_kind=kind, num_cores=None, platform=platform
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
 
 
 def _lowered(function, *arguments, platform):
@@ -146,12 +155,33 @@ def test_errors_name_the_choices(kernel):
 
 def test_an_abstract_device_goes_first():
     assert device_kind() == jax.devices()[0].device_kind
-    device = jax.sharding.AbstractDevice(
-        device_kind="TPU v5 lite", num_cores=1, platform="tpu"
-    )
-    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
-    with jax.sharding.use_abstract_mesh(mesh):
+    with _on("TPU v5 lite", "tpu"):
         assert device_kind() == "TPU v5 lite"
+
+
+def test_kernels_of_gpus_run_on_gpus_alone(kernel):
+    x = jnp.arange(4.0)
+    run = functools.partial(_call, kernels=("mosaic_tpu", "mosaic_gpu"))
+    assert "tanh" not in _lowered(run, x, platform="cuda")  # traced on a CPU
+    with _on("NVIDIA H100", "gpu"):
+        assert "tanh" in _lowered(run, x, platform="cuda")
+
+
+def test_a_gpu_without_a_kernel_gets_the_reference_and_one_note(kernel):
+    x = jnp.arange(3.0)
+    run = functools.partial(_call, kernels=("mosaic_tpu", "mosaic_gpu"))
+    message = r"scaled runs without a kernel on NVIDIA L4 .*mosaic_gpu: 3 rows are odd"
+    with _on("NVIDIA L4", "gpu"):
+        with pytest.warns(UserWarning, match=message):
+            assert "tanh" not in _lowered(run, x, platform="cuda")
+        run(jnp.arange(5.0))  # a second warning would be an error here
+
+
+def test_an_optional_backend_says_how_to_get_it(kernel, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run = functools.partial(_call, kernels=("triton",), implementation="triton")
+    with pytest.raises(NotImplementedError, match=r"jax_triton: .*'kvjax\[triton\]'"):
+        run(jnp.arange(4.0))
 
 
 @pytest.mark.parametrize(("head_dim", "is_kernel"), [(128, True), (64, False)])
