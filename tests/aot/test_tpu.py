@@ -5,7 +5,7 @@ import json
 import pytest
 from aot import cases, tpu
 
-pytest.importorskip("libtpu", reason="libtpu compiles for TPU without a TPU: .[test]")
+pytest.importorskip("libtpu", reason=tpu.REASON)
 
 GROWTH = 1.1  # of bundles per iteration, over what is recorded
 
@@ -29,7 +29,7 @@ def test_schedules_and_temporaries(generation):
         before = recorded[generation, row["case"]]
         assert row["temp_bytes"] < case.temp_limit, row
         bundles = row["bundles_per_iteration"]
-        if row["libtpu"] == before["libtpu"]:
+        if row["compiler"] == before["compiler"]:
             assert bundles <= GROWTH * before["bundles_per_iteration"], (row, before)
         if generation in case.bars:
             assert bundles <= row["hbm_cycles_per_iteration"], row

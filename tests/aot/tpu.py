@@ -20,6 +20,7 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+REASON = "libtpu compiles for TPUs without one: pip install 'kvjax[aot]'"
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/tpu-static.json"
 
 # libtpu looks for a TPU's host otherwise, logs into a folder, and locks other processes
@@ -115,6 +116,7 @@ def _dumped(folder, kernel):
 def _child(generation, names):
     """Compiles the cases and prints a line of JSON for each."""
     import cases
+    import jax
     import libtpu
 
     folder = os.environ["LIBTPU_INIT_ARGS"].split("--xla_jf_dump_to=")[1].split()[0]
@@ -131,7 +133,7 @@ def _child(generation, names):
             "hbm_cycles_per_iteration": round(cycles),
             "temp_bytes": memory.temp_size_in_bytes,
             "argument_bytes": memory.argument_size_in_bytes,
-            "libtpu": libtpu.__version__,
+            "compiler": f"libtpu {libtpu.__version__}, jax {jax.__version__}",
         }
         print(json.dumps(figures), flush=True)
 

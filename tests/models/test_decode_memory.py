@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.experimental import topologies
+from aot import tpu
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import cache, registry
@@ -79,11 +79,8 @@ def test_cpu_temporaries_are_logits_not_caches(name, batch):
 
 @pytest.mark.parametrize("name", registry.names())
 def test_tpu_temporaries_are_a_few_megabytes(name):
-    pytest.importorskip("libtpu", reason="libtpu compiles for TPU without a TPU")
-    topology = topologies.get_topology_desc(
-        platform="tpu", topology_name="v5e:2x2", chips_per_host_bounds=(2, 2, 1)
-    )
-    sharding = SingleDeviceSharding(topology.devices[0])
+    pytest.importorskip("libtpu", reason=tpu.REASON)
+    sharding = SingleDeviceSharding(tpu.topology("v5e").devices[0])
     memory, held = compile_step(name, "bfloat16", sharding)
     assert memory.temp_size_in_bytes < TPU_LIMIT
     assert memory.alias_size_in_bytes >= held

@@ -117,7 +117,7 @@ def test_a_shard_of_a_mesh_runs(kernel, check_vma):
 @pytest.mark.parametrize("by_hand", [False, True], ids=["partitioned", "shard_map"])
 def test_several_tpus(kernel, by_hand):
     """The compiler cannot partition a kernel: there the reference runs."""
-    pytest.importorskip("libtpu", reason="libtpu compiles for TPU without a TPU")
+    pytest.importorskip("libtpu", reason=tpu.REASON)
     topology = tpu.topology("v5e")
     mesh = jax.sharding.Mesh(np.array(topology.devices), ("x",))
     spec = jax.sharding.PartitionSpec("x")
