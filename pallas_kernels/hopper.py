@@ -191,16 +191,3 @@ def store(state, buffers, out, lse):
         part = out.at[:, pl.ds(i * WIDTH, WIDTH)]
         plgpu.copy_smem_to_gmem(buffers["out"].at[taken], part)
     plgpu.wait_smem_to_gmem(0)
-
-
-def merge(out, lse):
-    """`(..., rows, D)` and `(..., rows)` of parts along axis 2, as of their union."""
-    top = lse.max(2, keepdims=True)
-    # A row that sees no key in any part: -inf - -inf would be NaN.
-    shares = jnp.exp(lse - jnp.where(top == -jnp.inf, 0.0, top))
-    total = shares.sum(2)
-    positive = jnp.where(total == 0, 1.0, total)
-    merged = (shares[..., None] * out).sum(2) / positive[..., None]
-    return merged, jnp.where(
-        total == 0, -jnp.inf, jnp.squeeze(top, 2) + jnp.log(positive)
-    )

@@ -18,6 +18,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import hopper
 from pallas_kernels.decode_attention.reference import visible_keys
 from pallas_kernels.hopper import BLOCK, ROWS, plgpu
+from pallas_kernels.splits import merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
 
@@ -61,7 +62,7 @@ def decode_attention(
     heads, slots = k.shape[1:3]
     rows = num_q_heads // heads * num_rows
     blocks = pl.cdiv(slots, BLOCK)
-    splits = hopper.num_splits(batch * heads, blocks)
+    parts = hopper.num_splits(batch * heads, blocks)
 
     first, last = query_positions.min(1), query_positions.max(1)
     begin, end = jnp.zeros_like(first), jnp.full_like(first, blocks)
@@ -93,11 +94,11 @@ def decode_attention(
             soft_cap=soft_cap,
         ),
         out_type=(
-            jax.ShapeDtypeStruct((batch * heads, splits, taken, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * heads, splits, taken), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads, parts, taken, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * heads, parts, taken), jnp.float32),
             *scored,
         ),
-        grid=(batch * heads, splits),
+        grid=(batch * heads, parts),
         grid_names=("head", "split"),
         scratch_types=(
             hopper.scratch(head_dim, k.dtype),
@@ -109,8 +110,8 @@ def decode_attention(
         interpret=interpret,
         kernel_name="decode_attention",
     )(bounds, positions, q, k, v, *([] if key_positions is None else [key_positions]))
-    shape = batch, heads, splits, taken
-    out, lse = hopper.merge(out.reshape(*shape, head_dim), lse.reshape(shape))
+    shape = batch, heads, parts, taken
+    out, lse = merge(out.reshape(*shape, head_dim), lse.reshape(shape), axis=2)
     out, lse = out[:, :, :rows], lse[:, :, :rows]
     shape = batch, num_q_heads, num_rows
     results = out.reshape(*shape, head_dim), lse.reshape(shape)

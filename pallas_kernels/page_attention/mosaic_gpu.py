@@ -17,6 +17,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels import hopper
 from pallas_kernels.hopper import BLOCK, ROWS, plgpu
 from pallas_kernels.page_attention.lists import sort_keys
+from pallas_kernels.splits import merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
 NOWHERE = 1 << 30  # a position behind every query
@@ -66,7 +67,7 @@ def page_attention(
     num_pieces = num_pages * pieces
     copies = BLOCK // piece
     blocks = pl.cdiv(page_ids.shape[2], copies)
-    splits = hopper.num_splits(batch * lists, blocks)
+    parts = hopper.num_splits(batch * lists, blocks)
 
     ids, counts, order = _schedule(page_ids, num_pieces, piece, query_positions, mask)
     flags = ()
@@ -90,10 +91,10 @@ def page_attention(
             sm_scale=sm_scale,
         ),
         out_type=(
-            jax.ShapeDtypeStruct((batch * lists, splits, taken, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * lists, splits, taken), jnp.float32),
+            jax.ShapeDtypeStruct((batch * lists, parts, taken, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch * lists, parts, taken), jnp.float32),
         ),
-        grid=(batch * lists, splits),
+        grid=(batch * lists, parts),
         grid_names=("list", "split"),
         scratch_types=(
             hopper.scratch(head_dim, pages.dtype),
@@ -111,8 +112,8 @@ def page_attention(
         pages.reshape(batch * num_kv_heads * num_pieces, piece, width),
         *flags,
     )
-    shape = batch, lists, splits, taken
-    out, lse = hopper.merge(out.reshape(*shape, head_dim), lse.reshape(shape))
+    shape = batch, lists, parts, taken
+    out, lse = merge(out.reshape(*shape, head_dim), lse.reshape(shape), axis=2)
     out, lse = out[:, :, :rows], lse[:, :, :rows]
     shape = batch, num_q_heads, num_rows
     return out.reshape(*shape, head_dim), lse.reshape(shape)

@@ -8,7 +8,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.topk import reference
 
-_KERNELS = {"mosaic_tpu": "pallas_kernels.topk.mosaic_tpu"}
+_KERNELS = {
+    "mosaic_tpu": "pallas_kernels.topk.mosaic_tpu",
+    "triton": "pallas_kernels.topk.triton",
+}
 
 ORDERS = "score", "index"
 

@@ -1,0 +1,126 @@
+"""Triton kernels: numerics in Triton's interpreter, and who gets to run them."""
+
+import functools
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.entmax import solve
+from pallas_kernels.page_attention import page_attention
+from pallas_kernels.topk import top_k
+
+if importlib.util.find_spec("jax_triton") is None:
+    pytest.skip(
+        "Triton kernels need jax-triton: pip install 'kvjax[triton]'",
+        allow_module_level=True,
+    )
+
+from pallas_kernels import triton_call
+
+ALONE = "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"
+INTERPRETED = pathlib.Path(__file__).with_name("triton_interpreted.py")
+
+
+def _array(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _pages(head_dim=64, dtype=jnp.bfloat16):
+    return (
+        _array(1, 4, 1, head_dim, dtype=dtype),
+        _array(1, 2, 9, 16, 2 * head_dim, dtype=dtype),
+        _array(1, 2, 4, dtype=jnp.int32),
+        _array(1, 1, dtype=jnp.int32),
+    )
+
+
+def test_in_the_interpreter():
+    """In a process of its own: what kernels are is decided when Triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", INTERPRETED, *ALONE],
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        cwd=INTERPRETED.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.fixture
+def on_a100():
+    """As if for an A100 that is not there."""
+    device = jax.sharding.AbstractDevice(
+        device_kind="NVIDIA A100-SXM4-80GB", num_cores=None, platform="gpu"
+    )
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    with jax.sharding.use_abstract_mesh(mesh):
+        yield
+
+
+@pytest.mark.usefixtures("on_a100")
+def test_an_a100_takes_them_unasked():
+    scores = _array(2, 300, dtype=jnp.float32)
+    for function, arguments in (
+        (functools.partial(page_attention, sm_scale=0.1), _pages()),
+        (functools.partial(solve, alpha=1.5), (scores,)),
+        (functools.partial(top_k, k=5), (scores,)),
+    ):
+        traced = jax.jit(function).trace(*arguments)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        assert text.count("triton_kernel_call") == 1
+
+
+def _named(function, **static):
+    return functools.partial(function, implementation="triton", **static)
+
+
+@pytest.mark.usefixtures("on_a100")
+@pytest.mark.parametrize(
+    ("function", "arguments", "reason"),
+    [
+        (_named(page_attention, sm_scale=1.0, alpha=1.5), _pages(), "alpha=1.5"),
+        (_named(page_attention, sm_scale=1.0), _pages(48), "D=48 must be a power of"),
+        (
+            _named(page_attention, sm_scale=1.0),
+            _pages(dtype=jnp.float8_e5m2),
+            "dtypes f",
+        ),
+        (_named(solve, alpha=1.5), (_array(2, 9),), "bfloat16, it knows float32"),
+        (_named(top_k, k=1), (_array(0, 9),), r"scores \(0, 9\) must be from 1 to"),
+    ],
+    ids=["alpha", "D", "dtype", "scores", "empty"],
+)
+def test_what_they_cannot(function, arguments, reason):
+    with pytest.raises(NotImplementedError, match=reason):
+        jax.eval_shape(function, *arguments)
+
+
+def test_a_device_that_is_no_gpu_says_so():
+    if jax.devices()[0].platform == "gpu":
+        pytest.skip("a GPU is there")
+    with pytest.raises(
+        NotImplementedError, match=r"the device is 'cpu': .*INTERPRET=1"
+    ):
+        jax.eval_shape(_named(solve, alpha=1.5), _array(2, 9, dtype=jnp.float32))
+
+
+@pytest.mark.usefixtures("on_a100")
+def test_versions_that_were_not_seen_to_work(monkeypatch):
+    monkeypatch.setitem(triton_call.VERSIONS, "triton", "9.9.")
+    triton_call.versions_fit.cache_clear()
+    with pytest.raises(NotImplementedError, match=r"with jax-triton 0.3.* and triton"):
+        jax.eval_shape(_named(solve, alpha=1.5), _array(2, 9, dtype=jnp.float32))
+    triton_call.versions_fit.cache_clear()
+
+
+@pytest.mark.usefixtures("on_a100")
+def test_interpretation_is_decided_before_triton_is_imported():
+    run = _named(solve, alpha=1.5, interpret=True)
+    with pytest.raises(RuntimeError, match="needs TRITON_INTERPRET=1"):
+        jax.eval_shape(run, _array(2, 9, dtype=jnp.float32))
