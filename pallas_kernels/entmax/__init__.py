@@ -67,6 +67,7 @@ def solve(
     scores: Float[Array, "*B S"],
     *,
     alpha: float,
+    axis_name: str | tuple[str, ...] | None = None,
     implementation: str | None = None,
     interpret: Any = False,
 ) -> Threshold:
@@ -74,9 +75,17 @@ def solve(
 
     `scores` are float32 or float64, -inf where masked. Together with :func:`weights`
     the pieces of :func:`entmax`, for attention that computes its weights again from
-    the threshold alone. `implementation` and `interpret`: see
-    :func:`pallas_kernels.dispatch.dispatch`.
+    the threshold alone: weighted values of disjoint sets of keys then just add up.
+
+    Args:
+        scores: what to choose from.
+        alpha: above 1.
+        axis_name: inside a `jax.shard_map`, axes of the mesh over which the scores of
+            a row are spread: two numbers a row cross them for each step.
+        implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
     """
+    if axis_name is not None:
+        return reference.solve(scores, alpha=float(alpha), axis_name=axis_name)
     return dispatch(
         reference.solve,
         reference.KERNELS,

@@ -82,18 +82,21 @@ def weights(scores, threshold, alpha):
     return equations.powers(jnp.maximum(z - threshold.tau, 0.0), alpha)
 
 
-def solve(scores, *, alpha):
+def solve(scores, *, alpha, axis_name=None):
     """See :func:`pallas_kernels.entmax.solve`."""
-    top = scores.max(-1, keepdims=True)
+    top, number = scores.max(-1, keepdims=True), scores.shape[-1]
+    if axis_name is not None:
+        top, number = lax.pmax(top, axis_name), number * lax.axis_size(axis_name)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     z = equations.shifted(scores, top, alpha)
 
     def sums(tau):
         parts = equations.powers(jnp.maximum(z - tau, 0.0), alpha)
-        return tuple(part.sum(-1, keepdims=True) for part in parts)
+        found = tuple(part.sum(-1, keepdims=True) for part in parts)
+        return found if axis_name is None else lax.psum(found, axis_name)
 
     start = jnp.full_like(top, -1.0)
-    return Threshold(top, equations.find_tau(sums, start, z.shape[-1], alpha))
+    return Threshold(top, equations.find_tau(sums, start, number, alpha))
 
 
 def _solve(scores, alpha):

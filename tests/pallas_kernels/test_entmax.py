@@ -234,6 +234,32 @@ def test_rows_do_not_see_each_other():
         np.testing.assert_array_equal(_jitted(1.25)(mixed)[0], alone)
 
 
+@pytest.mark.parametrize("alpha", [1.5, 3.0])
+def test_a_row_spread_over_devices_has_one_threshold(alpha):
+    """Shards of equal weights, of none of the support, and of nothing but masked."""
+    rng = np.random.default_rng(8)
+    scores = rng.standard_normal((4, 64)).astype(np.float32)
+    scores[1, :32] -= 10
+    scores[2, 32:] = -np.inf
+    scores[3] = -np.inf
+    spec = jax.sharding.PartitionSpec(None, "seq")
+    mesh = jax.make_mesh((2,), ("seq",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=spec, out_specs=spec)
+    def shares(scores):
+        threshold = solve(scores, alpha=alpha, axis_name="seq")
+        return weights(scores, threshold, alpha=alpha)[0]
+
+    found = np.asarray(jax.jit(shares)(scores))
+    for row, expected in zip(found[:3], scores[:3], strict=True):
+        kept = expected > -np.inf
+        np.testing.assert_allclose(
+            row[kept], oracles.entmax(expected[kept], alpha), atol=2e-6
+        )
+        assert not row[~kept].any()
+    assert not found[3].any()
+
+
 def test_a_step_past_the_root_by_rounding_is_not_taken_back():
     """4,095 scores a hair above the least tau: going back there adds 0.4 of mass."""
     scores = jnp.full((1, 4096), -1 + 1e-4).at[0, 0].set(0.0)
