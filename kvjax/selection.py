@@ -1,6 +1,5 @@
 """From scores to kept slots: reductions over heads and queries, pooling, top-k."""
 
-from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -8,10 +7,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import topk
-from pallas_kernels.decode_attention import decode_logits
 
 Reduce = Literal["mean", "max"]
-BLOCK = 1024  # keys per step of `attention_mass`
 
 _REDUCE = {"mean": jnp.mean, "max": jnp.max}
 
@@ -62,45 +59,6 @@ def pool(
         return lax.reduce_window(scores, -jnp.inf, lax.max, window, strides, padding)
     scores = jnp.where(valid, scores, 0.0)
     return lax.reduce_window(scores, 0.0, lax.add, window, strides, padding) / kernel
-
-
-def attention_mass(
-    q: Float[Array, "B Hq T D"],
-    k: Float[Array, "B Hkv S D"],
-    lse: Float[Array, "B Hq T"],
-    query_positions: Int[Array, "B T"],
-    combine: Callable[[Float[Array, "B Hq T s"]], Float[Array, "B H s"]],
-    *,
-    key_positions: Int[Array, "#B h S"] | None = None,
-    sm_scale: float,
-) -> Float[Array, "B H S"]:
-    """What each key received: `combine` of the softmax weights, block by block.
-
-    The second pass over the keys of a prompt's chunk, with the exact normaliser `lse`
-    of the first, `decode_attention`'s. The weights of all T rows over all S keys never
-    exist at once. A row whose position is -1 gives nothing; `key_positions` as there.
-    """
-    slots = k.shape[2]
-    safe = jnp.where(lse == -jnp.inf, 0.0, lse)[..., None]
-
-    def block(start, size):
-        keys = lax.dynamic_slice_in_dim(k, start, size, 2)
-        if key_positions is None:
-            held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
-        else:
-            held = lax.dynamic_slice_in_dim(key_positions, start, size, 2)
-        logits = decode_logits(q, keys, query_positions, held, sm_scale=sm_scale)
-        return combine(jnp.exp(logits - safe))
-
-    size = min(BLOCK, slots)
-    whole = slots // size
-    starts = jnp.arange(whole, dtype=jnp.int32) * size
-    mass = lax.map(lambda start: block(start, size), starts)  # (blocks, B, H, size)
-    mass = jnp.moveaxis(mass, 0, 2).reshape(*mass.shape[1:3], whole * size)
-    if slots % size:
-        rest = block(whole * size, slots % size)
-        mass = jnp.concatenate([mass, rest], axis=-1)
-    return mass
 
 
 def lowest(

@@ -84,9 +84,9 @@ def dispatch(
         kernel, reason = _kernel(reference, name, module, arrays, static)
         if reason is None:
             branches[platform] = _runner(reference, kernel, static, None)
-        else:
+        elif platform == "cuda":
             reasons[name] = reason
-    if _is_for_gpu() and "cuda" not in branches:
+    if reasons and "cuda" not in branches:
         _note(reference.__name__, reasons)
     defined = functools.partial(reference, **dict(static))
     if not branches:
@@ -121,9 +121,7 @@ def _note(operation, reasons):
     _noted.add((operation, device_kind()))
     said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     warnings.warn(
-        f"{operation} runs without a kernel on {device_kind()} "
-        f"({said or 'there is none'}).",
-        stacklevel=3,
+        f"{operation} runs without a kernel on {device_kind()} ({said}).", stacklevel=3
     )
 
 

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 from kvjax import cache, selection
 from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.partials import softmax_only, weighted_attention
+from pallas_kernels.received_attention import received_attention
 
 
 class H2OPrompt(NamedTuple):
@@ -85,13 +86,13 @@ def h2o(
         rotated, positions = cache.rotate_queries(spec, q, store.length, lengths)
         out, lse = cache.attend(store, rotated, positions)
         voters = jnp.where(positions < store.length[:, None], positions, -1)
-
-        def received(weights):
-            per_head = selection.reduce_group(weights, spec.num_kv_heads, group_reduce)
-            return per_head.sum(2)
-
-        mass = selection.attention_mass(
-            rotated, store.k, lse, voters, received, sm_scale=spec.sm_scale
+        mass = received_attention(
+            rotated,
+            store.k,
+            lse,
+            voters,
+            sm_scale=spec.sm_scale,
+            group_reduce=group_reduce,
         )
         return H2OPrompt(store, state.scores + mass), out.astype(q.dtype)
 

@@ -9,6 +9,7 @@ from kvjax import cache, selection
 from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.partials import softmax_only
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.received_attention import received_attention
 
 
 class SnapKVPrompt(NamedTuple):
@@ -95,13 +96,8 @@ def snapkv(
         _, lse = decode_attention(
             state.queries, store.k, store.v, voters, sm_scale=spec.sm_scale
         )
-        votes = selection.attention_mass(
-            state.queries,
-            store.k,
-            lse,
-            voters,
-            lambda weights: weights.sum(2),
-            sm_scale=spec.sm_scale,
+        votes = received_attention(
+            state.queries, store.k, lse, voters, sm_scale=spec.sm_scale
         )
         votes = selection.reduce_group(votes, spec.num_kv_heads, group_reduce)
         prefix = jnp.arange(spec.capacity, dtype=jnp.int32)

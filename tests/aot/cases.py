@@ -15,6 +15,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds, page_moments
+from pallas_kernels.received_attention import received_attention
 from pallas_kernels.topk import top_k
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
@@ -97,6 +98,23 @@ def _scores(score, context, page_size, *, static=None, **more):
     return Case(kernel, arguments, score.__name__, 0, block_bytes, **more)
 
 
+def _received(context, rows, **more):
+    kernel = functools.partial(
+        received_attention,
+        sm_scale=0.1,
+        group_reduce="max",
+        implementation="mosaic_tpu",
+    )
+    arguments = (
+        _array(1, KV_HEADS * GROUP, rows, HEAD_DIM),
+        _array(1, KV_HEADS, context, HEAD_DIM),
+        _array(1, KV_HEADS * GROUP, rows, dtype=jnp.float32),
+        _array(1, rows, dtype=jnp.int32),
+    )
+    block_bytes = 512 * HEAD_DIM * 2
+    return Case(kernel, arguments, "received_attention", 0, block_bytes, **more)
+
+
 def _top_k(num_scores, k, **more):
     """The pass that fixes a bit; 32 of them see every tile."""
     kernel = functools.partial(top_k, k=k, order="index", implementation="mosaic_tpu")
@@ -142,6 +160,8 @@ CASES = {
         page_bounds, SHORT, 64, static={"group_reduce": "mean"}, bars=BOTH
     ),
     "page_moments-P16-1M": _scores(page_moments, LONG, 16, bars=BOTH),
+    # No bar: arithmetic, of 256 rows of 4 heads with 512 keys.
+    "received_attention-T1024-128K": _received(SHORT, 1024, temp_limit=2 << 20),
     # No bars: what counts is how many passes there are, over scores that stay on chip.
     "top_k-2048-of-64K": _top_k(LONG // 16, 2048),
     "top_k-8192-of-1M": _top_k(LONG, 8192),

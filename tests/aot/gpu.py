@@ -10,6 +10,7 @@ Records the figures of every case, or compares them: see `test_gpu.py`.
     python tests/aot/gpu.py h100      # one target, as JSON lines
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -154,22 +155,28 @@ def _target(name):
     return text, kind.group(1), int(shared.group(1))
 
 
-def compiled(case):
-    """The case's executable for its target."""
+@contextlib.contextmanager
+def target(name):
+    """Programs are traced for a GPU that is not there; yields its sharding."""
     from jax.experimental import topologies
     from jax.sharding import AbstractDevice, AbstractMesh, SingleDeviceSharding
 
-    text, kind, _ = _target(case.target)
+    text, kind, _ = _target(name)
     topology = topologies.get_topology_desc(
         platform="cuda", target_config=text, topology="1x1x1"
     )
-    sharding = SingleDeviceSharding(topology.devices[0])
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        case.arguments,
-    )
     device = AbstractDevice(device_kind=kind, num_cores=None, platform="gpu")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+        yield SingleDeviceSharding(topology.devices[0])
+
+
+def compiled(case):
+    """The case's executable for its target."""
+    with target(case.target) as sharding:
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+            case.arguments,
+        )
         return jax.jit(case.function).lower(*arguments).compile()
 
 

@@ -8,7 +8,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from aot import tpu
+from aot import gpu, tpu
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import cache, registry
@@ -35,6 +35,7 @@ CONFIG = LlamaConfig(
 LOGITS = 32 * CONTEXT * 4
 CPU_LIMIT = 4 * LOGITS + 8_000_000
 TPU_LIMIT = 16_000_000
+GPU_LIMIT = 16_000_000
 
 
 @pytest.fixture(autouse=True)
@@ -83,4 +84,13 @@ def test_tpu_temporaries_are_a_few_megabytes(name):
     sharding = SingleDeviceSharding(tpu.topology("v5e").devices[0])
     memory, held = compile_step(name, "bfloat16", sharding)
     assert memory.temp_size_in_bytes < TPU_LIMIT
+    assert memory.alias_size_in_bytes >= held
+
+
+@pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
+def test_gpu_temporaries_are_a_few_megabytes():
+    """Pages and their statistics are written where they are, and chosen ones read."""
+    with gpu.target("h100") as sharding:
+        memory, held = compile_step("quest", "bfloat16", sharding)
+    assert memory.temp_size_in_bytes < GPU_LIMIT
     assert memory.alias_size_in_bytes >= held
