@@ -21,7 +21,7 @@ PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (45, 1, 70)]
 # Smaller than the longest prompt here, so that every method leaves something out.
 
 
-# What keeps all, in one piece and in pages, what forgets at the prompt's end, and a ring.
+# What keeps all, in one piece and in pages; what forgets at the prompt's end; a ring.
 # Every method's own rows and chunks are the contract's: `test_contract.py`.
 @pytest.fixture(scope="module", params=["full", "quest", "snapkv", "streaming_llm"])
 def method(request):
