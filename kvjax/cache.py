@@ -278,6 +278,18 @@ def put(
     )
 
 
+def holds_all(
+    attended: Int[Array, "B H N"], length: Int[Array, "B"], num_q_heads: int
+) -> Bool[Array, "B Hq"]:
+    """Heads whose list of distinct positions has every token: H divides `num_q_heads`.
+
+    What :class:`kvjax.interface.Diagnostics` calls exact, for methods with no better
+    proof than having attended to everything.
+    """
+    count = (attended >= 0).sum(-1, dtype=jnp.int32)
+    return jnp.repeat(count == length[:, None], num_q_heads // count.shape[1], axis=1)
+
+
 def kv_bytes(spec: CacheSpec, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens, all rows and KV heads."""
     itemsize = jnp.dtype(spec.dtype).itemsize

@@ -101,6 +101,7 @@ class Diagnostics(NamedTuple):
     attended: Int[Array, "B H N"]  # absolute positions, -1 = none; H is Hkv or Hq
     lse: Float[Array, "B Hq T"]  # log-sum-exp of the attended logits (see below)
     refreshed: Bool[Array, "B"]  # this step read the whole cache
+    exact: Bool[Array, "B Hq"]  # proved equal to attention over every token so far
 
 
 class Traffic(NamedTuple):

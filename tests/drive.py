@@ -240,7 +240,9 @@ def assert_consistent(run: Run, stream: Stream, dtype="float32", is_rotated=True
                 given = run.diagnostics.lse[i, b, h, 0]
                 assert abs(given - lse) < slack, where
                 everything = slice(t + 1)
-                _, most, _ = softmax_attention(
+                whole, most, _ = softmax_attention(
                     query, keys[kv, everything], row.v[kv, everything]
                 )
                 assert given <= most + slack, f"{where}: more mass than there is"
+                if run.diagnostics.exact[i, b, h]:
+                    assert_rows_close(run.out[i, b, h], whole, dtype, where)

@@ -184,6 +184,10 @@ def test_a_step_leaves_the_state_as_it_was(case):
         (spec.batch,),
         jnp.bool_,
     )
+    assert (diagnostics.exact.shape, diagnostics.exact.dtype) == (
+        (spec.batch, spec.num_q_heads),
+        jnp.bool_,
+    )
 
 
 # --- what is computed
@@ -196,6 +200,7 @@ def test_is_full_attention_when_the_budget_covers_the_context(spec):
     method = registry.parse(spelled(spec, budget=24))
     run = drive.run(method, drive.make_spec(stream, capacity=20, layer=LAYER), stream)
     drive.assert_matches(run, stream, oracles.full)
+    assert run.diagnostics.exact.all()
 
 
 def _unrotated(x, positions, length=None):

@@ -46,7 +46,9 @@ def full() -> Method:
         attended = jnp.where(slots < state.length[:, None, None], slots, -1)
         attended = jnp.broadcast_to(attended, state.k.shape[:3])
         refreshed = jnp.ones_like(state.length, bool)
-        return state, out.astype(q.dtype), Diagnostics(attended, lse, refreshed)
+        exact = jnp.ones(q.shape[:2], bool)
+        diagnostics = Diagnostics(attended, lse, refreshed, exact)
+        return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
         return Traffic(kv=cache.kv_bytes(spec, length), metadata=0)

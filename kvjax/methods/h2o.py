@@ -135,7 +135,8 @@ def h2o(
             weights[:, :, 0], spec.num_kv_heads, group_reduce
         )
         refreshed = cache.num_kept(kept) == kept.length
-        diagnostics = Diagnostics(kept.positions, lse, refreshed)
+        exact = cache.holds_all(kept.positions, kept.length, spec.num_q_heads)
+        diagnostics = Diagnostics(kept.positions, lse, refreshed, exact)
         return H2OState(kept, state.scores + given), out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

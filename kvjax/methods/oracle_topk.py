@@ -90,6 +90,7 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
             attended=chosen,
             lse=lse.reshape(spec.batch, spec.num_q_heads, 1),
             refreshed=jnp.ones_like(state.length, bool),
+            exact=cache.holds_all(chosen, state.length, q.shape[1]),
         )
         return state, out.reshape(q.shape).astype(q.dtype), diagnostics
 

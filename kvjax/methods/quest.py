@@ -103,7 +103,8 @@ def quest(
             rotated, state.pages, chosen, positions, sm_scale=state.spec.sm_scale
         )
         attended = paging.tokens_of(chosen, page_size, state.length)
-        diagnostics = Diagnostics(attended, lse, state.length <= budget)
+        exact = cache.holds_all(attended, state.length, q.shape[1])
+        diagnostics = Diagnostics(attended, lse, state.length <= budget, exact)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

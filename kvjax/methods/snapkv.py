@@ -126,7 +126,8 @@ def snapkv(
             sm_scale=state.spec.sm_scale,
         )
         refreshed = cache.num_kept(state) == state.length
-        diagnostics = Diagnostics(state.positions, lse, refreshed)
+        exact = cache.holds_all(state.positions, state.length, q.shape[1])
+        diagnostics = Diagnostics(state.positions, lse, refreshed, exact)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

@@ -163,7 +163,8 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         attended = jnp.broadcast_to(
             attended, (attended.shape[0], state.k.shape[1], budget)
         )
-        diagnostics = Diagnostics(attended, lse, state.length <= budget)
+        exact = cache.holds_all(attended, state.length, q.shape[1])
+        diagnostics = Diagnostics(attended, lse, state.length <= budget, exact)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

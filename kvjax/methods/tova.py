@@ -111,7 +111,9 @@ def tova(*, budget: int = 1024) -> Method:
         )
         shape = (spec.batch, spec.num_kv_heads, budget)
         attended = jnp.broadcast_to(kept.positions, shape)
-        diagnostics = Diagnostics(attended, lse, cache.num_kept(kept) == kept.length)
+        refreshed = cache.num_kept(kept) == kept.length
+        exact = cache.holds_all(attended, kept.length, spec.num_q_heads)
+        diagnostics = Diagnostics(attended, lse, refreshed, exact)
         return TovaState(kept, head_mean(weights)), out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
