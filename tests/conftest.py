@@ -19,6 +19,15 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tiny programs; LLVM's optimiser most of that.
 jax.config.update("jax_disable_most_optimizations", True)
+# In one piece each, and by the older code generator while XLA has it. XLA reads its flags
+# once, now; another reader of them, as libtpu, ends the process over one it lacks.
+FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
+if jax.__version_info__ < (0, 11):
+    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+if "XLA_FLAGS" not in os.environ:
+    os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+    jax.numpy.zeros(()).block_until_ready()
+    del os.environ["XLA_FLAGS"]
 
 # Shapes and dtypes in signatures are checked in tests only: users pay nothing.
 jaxtyping.install_import_hook(

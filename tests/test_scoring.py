@@ -57,7 +57,7 @@ def test_where_the_prompt_ends_changes_nothing_under_full():
         np.testing.assert_allclose(other, first, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", registry.names())
+@pytest.mark.parametrize("name", ["full", "snapkv", "streaming_llm"])
 def test_scores_belong_to_the_tokens_the_method_generates(name):
     """Generate greedily, then score: the logits of every step choose that token."""
     method = registry.parse(name, **SMALL)
