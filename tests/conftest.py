@@ -19,8 +19,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tiny programs; LLVM's optimiser most of that.
 jax.config.update("jax_disable_most_optimizations", True)
-# In one piece each, and by the older code generator while XLA has it. XLA reads its flags
-# once, now; another reader of them, as libtpu, ends the process over one it lacks.
+# In one piece each, and by the older code generator while XLA has it. XLA reads flags
+# once, now; another reader, as libtpu, ends the process over one that it lacks.
 FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
 if jax.__version_info__ < (0, 11):
     FLAGS.append("--xla_cpu_use_fusion_emitters=false")
