@@ -87,9 +87,38 @@ def share(split, splits, blocks):
     return lax.div(split * blocks, splits), lax.div((split + 1) * blocks, splits)
 
 
-def padded_rows(rows: int) -> int:
-    """Rows that are copied: of a shape that copies can have."""
-    return rows + -rows % 8
+def tiled(q, query_positions, heads):
+    """Query rows as programs take them: `(q, rows_at, positions)`.
+
+    A tile is the rows of all query heads of one of H heads at a few of the T positions,
+    all of them where they fit. q is `(B * H, tiles, R, D)`, R rows being a shape that
+    copies can have; positions are `(B, tiles, steps)`, the last one repeated behind the
+    end, and `rows_at` the same for each of 64 rows `(B, tiles, 64)`, -1 where none is.
+    """
+    batch, num_q_heads, num_rows, head_dim = q.shape
+    group = num_q_heads // heads
+    steps = num_rows if group * num_rows <= ROWS else ROWS // group
+    tiles = pl.cdiv(num_rows, steps)
+    rows, spare = group * steps, tiles * steps - num_rows
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, spare), (0, 0)))
+    q = q.reshape(batch * heads, group, tiles, steps, head_dim)
+    q = jnp.moveaxis(q, 2, 1).reshape(batch * heads, tiles, rows, head_dim)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, -rows % 8), (0, 0)))
+    positions = jnp.pad(query_positions, ((0, 0), (0, spare)), mode="edge")
+    positions = positions.reshape(batch, tiles, steps)
+    rows_at = jnp.tile(positions, (1, 1, group))
+    padding = ((0, 0), (0, 0), (0, ROWS - rows))
+    return q, jnp.pad(rows_at, padding, constant_values=-1), positions
+
+
+def untiled(x, shape, heads):
+    """`(B * H, tiles, R, ...)` of `tiled` rows as `(B, Hq, T, ...)`, `shape` first."""
+    batch, num_q_heads, num_rows = shape
+    group, (tiles, _, *rest) = num_q_heads // heads, x.shape[1:]
+    steps = num_rows if tiles == 1 else ROWS // group
+    x = x[:, :, : group * steps].reshape(batch * heads, tiles, group, steps, *rest)
+    x = jnp.moveaxis(x, 1, 2).reshape(batch, num_q_heads, tiles * steps, *rest)
+    return x[:, :, :num_rows]
 
 
 def operand(*shape, dtype):

@@ -6,6 +6,7 @@ twice, in two ways, to go unnoticed. Speed does not matter here, being obvious d
 
 import functools
 import math
+import statistics
 from typing import NamedTuple
 
 import numpy as np
@@ -75,9 +76,9 @@ def entmax(scores, alpha):
     low, high = z.max() - 1, z.max()
     for _ in range(100):
         middle = (low + high) / 2
-        mass = sum(max(x - middle, 0.0) ** (1 / (alpha - 1)) for x in z if x > middle)
-        low, high = (middle, high) if mass >= 1 else (low, middle)
-    p = np.array([max(x - low, 0.0) ** (1 / (alpha - 1)) for x in z])
+        mass = (z[z > middle] - middle) ** (1 / (alpha - 1))
+        low, high = (middle, high) if mass.sum() >= 1 else (low, middle)
+    p = np.maximum(z - low, 0.0) ** (1 / (alpha - 1))
     return p / p.sum()
 
 
@@ -379,6 +380,104 @@ def quest(
     return record.trace()
 
 
+def entmax_threshold(mean, deviation, count, alpha):
+    """Expected mass 1 of mixed normal scores: moments by recursion, root by halving."""
+    beta, a = round(1 / (alpha - 1)), alpha - 1
+
+    def mass(tau):
+        total = 0.0
+        for mu, sigma, n in zip(mean, deviation, count, strict=True):
+            y, s = a * mu - tau, a * max(sigma, 1e-6)
+            below = [math.erfc(-y / s / math.sqrt(2)) / 2]
+            density = math.exp(-((y / s) ** 2) / 2) / math.sqrt(2 * math.pi)
+            below.append(y * below[0] + s * density)
+            for k in range(2, beta + 1):
+                below.append(y * below[k - 1] + (k - 1) * s * s * below[k - 2])
+            total += n * below[beta]
+        return total
+
+    low = min(a * mu for mu in mean) - 1
+    high = max(a * (mu + 10 * sigma) for mu, sigma in zip(mean, deviation, strict=True))
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if mass(middle) > 1 else (low, middle)
+    return low
+
+
+def gaussian_pages(
+    query, keys, page_size, alpha, sm_scale, *, max_quantile, safety_margin_z, excess
+):
+    """Margins of the pages before the newest token's, from moments of their keys."""
+    a, num_pages = alpha - 1, (len(keys) - 1) // page_size
+    if num_pages == 0:
+        return {}
+    mean, deviation = [], []
+    for page in range(num_pages):
+        part = np.array(keys[page * page_size : (page + 1) * page_size])
+        mean.append(sm_scale * float(query @ part.mean(0)))
+        deviation.append(sm_scale * math.sqrt(float(query**2 @ part.var(0))))
+    mean, deviation = np.array(mean), np.array(deviation)
+    spread = math.sqrt((deviation**2).mean() + mean.var())
+    tokens = num_pages * page_size
+    tau = entmax_threshold([mean.mean()], [spread], [tokens], alpha)
+    typical = (mean + 1.5 * deviation).mean()
+    lowered = max(safety_margin_z * spread, excess * max(tau / a - typical, 0))
+    z_page = statistics.NormalDist().inv_cdf(max_quantile ** (1 / page_size))
+    margins = a * (mean + z_page * deviation) - (tau - a * lowered)
+    return dict(enumerate(margins))
+
+
+def entmaxkv(
+    row: Row,
+    *,
+    alpha: float,
+    budget: int | None,
+    page_size: int,
+    selector: str = "topk",
+    per: str = "kv",
+    group_reduce: str = "max",
+    max_quantile: float = 0.995,
+    safety_margin_z: float = 0.0,
+    excess: float = 0.1,
+) -> Trace:
+    """The newest page, and those with the highest bounds or above the threshold."""
+    attention, record = _Attention(row, alpha), _Recorder(row)
+    sm_scale = row.q.shape[-1] ** -0.5 if row.sm_scale is None else row.sm_scale
+    margin = {"max_quantile": max_quantile, "safety_margin_z": safety_margin_z}
+    margin |= {"excess": excess}
+
+    def scores_of(t, h):
+        keys = attention.k[h // row.group][: t + 1]
+        query = attention.q[h, t]
+        if selector == "gaussian":
+            return gaussian_pages(query, keys, page_size, alpha, sm_scale, **margin)
+        bounds = {}
+        for page in range(t // page_size):
+            part = keys[page * page_size : (page + 1) * page_size]
+            bounds[page] = page_bound(query, part)
+        if group_reduce == "max" and per == "kv" and bounds:
+            best = max(bounds.values())
+            bounds = {page: bound - best for page, bound in bounds.items()}
+        return bounds
+
+    for t in range(row.num_tokens):
+        if t < row.prompt:
+            _step(attention, record, t, _everything(row, t))
+            continue
+        kept_of_head = []
+        for h in range(row.q.shape[0]):
+            heads = _heads_of(row, h // row.group) if per == "kv" else [h]
+            each = [scores_of(t, g) for g in heads]
+            scores = {p: _reduce([s[p] for s in each], group_reduce) for p in each[0]}
+            if selector == "gaussian":
+                scores = {p: score for p, score in scores.items() if score > 0}
+            most = len(scores) if budget is None else budget // page_size - 1
+            pages = _best(scores, most) | {t // page_size}
+            kept_of_head.append([j for j in range(t + 1) if j // page_size in pages])
+        _step(attention, record, t, kept_of_head)
+    return record.trace()
+
+
 def oracle_topk(row: Row, *, budget: int, per: str = "kv") -> Trace:
     """The tokens with the largest true weights, found by looking at all of them."""
     attention, record = _Attention(row), _Recorder(row)
@@ -396,13 +495,115 @@ def oracle_topk(row: Row, *, budget: int, per: str = "kv") -> Trace:
     return record.trace()
 
 
+class CascadeRings:
+    """One head's cascade, token by token; entries are `[slot, token, score]`."""
+
+    def __init__(self, num_sinks, num_rings, width, eager_fill=True, periods=None):
+        self.num_sinks, self.width, self.eager_fill = num_sinks, width, eager_fill
+        self.periods = periods or [2**i for i in range(num_rings)]
+        self.sinks, self.rings = [], [[] for _ in range(num_rings)]  # oldest first
+
+    def insert(self, token, score):
+        if token < self.num_sinks:
+            self.sinks.append(token)
+            return
+        t = token - self.num_sinks
+        is_filling = self.eager_fill and t <= self.width * len(self.rings)
+        for ring, period in zip(self.rings, self.periods, strict=True):
+            if ring and not is_filling and t % period:
+                newest = ring[-1]
+                if score >= newest[2]:
+                    newest[1:] = [token, score]
+                return
+            if len(ring) < self.width:
+                ring.append([len(ring), token, score])
+                return
+            slot, *expelled = ring.pop(0)
+            ring.append([slot, token, score])
+            token, score = expelled
+
+    def kept(self):
+        """Tokens in the order of their positions 0, 1, 2, ... in the cache."""
+        return self.sinks + [entry[1] for ring in self.rings[::-1] for entry in ring]
+
+    def slots(self):
+        """Slot of all rings one after another -> `(token, score)`."""
+        return {
+            i * self.width + slot: (token, score)
+            for i, ring in enumerate(self.rings)
+            for slot, token, score in ring
+        }
+
+
+def cascade(
+    row: Row,
+    *,
+    budget: int,
+    num_cascades: int,
+    num_sinks: int,
+    beta: float,
+    stride: int,
+    head_reduction: str = "max",
+    homogeneous_heads: bool = False,
+    eager_fill: bool = True,
+) -> Trace:
+    """Chunks attend to rings and to themselves, then enter the rings one by one."""
+    record, num_kv_heads = _Recorder(row), row.k.shape[0]
+    width = (budget - num_sinks - 1) // num_cascades
+    heads = [
+        CascadeRings(num_sinks, num_cascades, width, eager_fill)
+        for _ in range(num_kv_heads)
+    ]
+    starts = [*range(0, row.prompt, stride), *range(row.prompt, row.num_tokens)]
+    for start, end in zip(starts, [*starts[1:], row.num_tokens], strict=True):
+        before = [head.kept() for head in heads]
+        given = [{} for _ in range(row.q.shape[0])]  # token -> decayed sum of weights
+        for t in range(start, end):
+            outs, lses, attended = [], [], []
+            for h in range(row.q.shape[0]):
+                kv = h // row.group
+                seen = [*before[kv], *range(start, t + 1)]
+                keys = [rotate(row.k[kv, j], p, row.theta) for p, j in enumerate(seen)]
+                query = rotate(row.q[h, t], len(seen) - 1, row.theta)
+                values = [row.v[kv, j] for j in seen]
+                out, lse, weights = softmax_attention(query, keys, values, row.sm_scale)
+                for j, weight in zip(seen, weights, strict=True):
+                    given[h][j] = given[h].get(j, 0.0) + beta ** (end - 1 - t) * weight
+                outs.append(out)
+                lses.append(lse)
+                attended.append(seen)
+            record.add(outs, lses, attended)
+        for kv, head in enumerate(heads):
+            voters = range(row.q.shape[0]) if homogeneous_heads else _heads_of(row, kv)
+
+            def received(token, given=given, voters=voters):
+                return _reduce_any([given[h][token] for h in voters], head_reduction)
+
+            for ring in head.rings:
+                for entry in ring:
+                    decayed = beta ** (end - start) * entry[2]
+                    entry[2] = decayed + received(entry[1])
+            for t in range(start, end):
+                head.insert(t, received(t))
+    return record.trace()
+
+
+def _reduce_any(values, how):
+    if how == "median":
+        return sorted(values)[(len(values) - 1) // 2]
+    return _reduce(values, how)
+
+
 # --- operations of the kernels
 
 
 def page_attention(
-    q, pages, page_ids, query_positions, mask=None, sm_scale=1.0, alpha=1.0
+    q, pages, page_ids, query_positions, mask=None, sm_scale=1.0, alpha=1.0, tau=None
 ):
-    """`(out, lse)`, one query row at a time over the tokens of its listed pages."""
+    """`(out, lse)`, one query row at a time over the tokens of its listed pages.
+
+    With entmax and a threshold tau `(B, Hq, T)`, as it is: `(out, mass)`.
+    """
     page_size, head_dim = pages.shape[3], q.shape[3]
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -math.inf)
     for b, h, t in np.ndindex(q.shape[:3]):
@@ -420,10 +621,21 @@ def page_attention(
         attend = softmax_attention
         if alpha != 1:
             attend = functools.partial(entmax_attention, alpha=alpha)
+        if tau is not None:
+            attend = functools.partial(_above, alpha=alpha, tau=tau[b, h, t])
         out[b, h, t], lse[b, h, t], _ = attend(
             q[b, h, t], keys, values, sm_scale=sm_scale
         )
     return out, lse
+
+
+def _above(query, keys, values, alpha, tau, sm_scale):
+    out, mass = np.zeros_like(query), 0.0
+    for key, value in zip(keys, values, strict=True):
+        z = (alpha - 1) * sm_scale * float(np.dot(query, key))
+        weight = max(z - tau, 0.0) ** (1 / (alpha - 1))
+        out, mass = out + weight * value, mass + weight
+    return out, mass, None
 
 
 def top_k(scores, k, where=None, count=None, *, order="score"):

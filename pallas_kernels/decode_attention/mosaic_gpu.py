@@ -1,11 +1,13 @@
 """`decode_attention` on Hopper GPUs: the visible part of the cache, by all processors.
 
-A program per KV head and part of its blocks of 64 tokens: online softmax, keys and
-values copied into a ring in shared memory; XLA merges the parts. Without
-`key_positions`, blocks behind the last visible position are not read, nor those before
-the window, programs share the rest, and only blocks that a row's position or window
-cuts are masked.
-Bytes per block: `64 * 2 * D * itemsize`; nothing else grows with the cache.
+A program per KV head, tile of 64 query rows and part of its blocks of 64 tokens: online
+softmax, keys and values copied into a ring in shared memory; XLA merges the parts.
+There is one tile in decoding and one part where a prompt's tiles fill the device.
+Without `key_positions`, blocks behind a tile's last visible position are not read, nor
+those before its window, programs share the rest, and only blocks that a row's position
+or window cuts are masked.
+Bytes per block: `64 * 2 * D * itemsize`, from memory or, where the tiles of a head are
+at the same block, from the cache that they share; nothing else grows with the cache.
 """
 
 import functools
@@ -36,12 +38,13 @@ def unsupported(
     with_logits,
 ) -> str | None:
     """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
-    del v, query_positions, key_positions, sm_scale, window, soft_cap, with_logits
+    del v, query_positions, key_positions, sm_scale, window, soft_cap
     if k.shape[2] % 8 or k.shape[2] < BLOCK:
         return f"{k.shape[2]} slots must be a multiple of 8, and at least {BLOCK}"
-    return hopper.unsupported() or hopper.unsupported_rows(
-        q, k, q.shape[1] * q.shape[2] // k.shape[1]
-    )
+    group = q.shape[1] // k.shape[1]
+    # A prompt's rows come in tiles, of which each holds every query head of the group.
+    rows = group * (q.shape[2] if with_logits else min(q.shape[2], 1))
+    return hopper.unsupported() or hopper.unsupported_rows(q, k, rows)
 
 
 def decode_attention(
@@ -58,13 +61,14 @@ def decode_attention(
     interpret=False,
 ):
     """See :func:`pallas_kernels.decode_attention.decode_attention`."""
-    batch, num_q_heads, num_rows, head_dim = q.shape
+    batch, _, num_rows, head_dim = shape = q.shape
     heads, slots = k.shape[1:3]
-    rows = num_q_heads // heads * num_rows
     blocks = pl.cdiv(slots, BLOCK)
-    parts = hopper.num_splits(batch * heads, blocks)
+    q, rows_at, positions = hopper.tiled(q, query_positions, heads)
+    tiles, taken = q.shape[1:3]
+    parts = hopper.num_splits(batch * heads * tiles, blocks)
 
-    first, last = query_positions.min(1), query_positions.max(1)
+    first, last = positions.min(2), positions.max(2)
     begin, end = jnp.zeros_like(first), jnp.full_like(first, blocks)
     masked = begin
     if key_positions is None:
@@ -73,13 +77,7 @@ def decode_attention(
             masked = jnp.clip((first + 1) // BLOCK, 0, slots // BLOCK)
         else:
             begin = masked = jnp.clip((first - window + 1) // BLOCK, 0, end)
-    bounds = jnp.stack([begin, masked, end], axis=1)
-
-    taken = hopper.padded_rows(rows)
-    q = q.reshape(batch * heads, rows, head_dim)
-    q = jnp.pad(q, ((0, 0), (0, taken - rows), (0, 0)))
-    positions = jnp.tile(query_positions, (1, rows // num_rows))
-    positions = jnp.pad(positions, ((0, 0), (0, ROWS - rows)), constant_values=-1)
+    bounds = jnp.stack([begin, masked, end], axis=2)
 
     ring = hopper.operand(STAGES, BLOCK, head_dim, dtype=k.dtype)
     scored = ()
@@ -94,12 +92,12 @@ def decode_attention(
             soft_cap=soft_cap,
         ),
         out_type=(
-            jax.ShapeDtypeStruct((batch * heads, parts, taken, head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch * heads, parts, taken), jnp.float32),
+            jax.ShapeDtypeStruct((*q.shape[:2], parts, taken, head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((*q.shape[:2], parts, taken), jnp.float32),
             *scored,
         ),
-        grid=(batch * heads, parts),
-        grid_names=("head", "split"),
+        grid=(batch * heads, tiles, parts),
+        grid_names=("head", "tile", "split"),
         scratch_types=(
             hopper.scratch(head_dim, k.dtype),
             ring,
@@ -109,30 +107,28 @@ def decode_attention(
         ),
         interpret=interpret,
         kernel_name="decode_attention",
-    )(bounds, positions, q, k, v, *([] if key_positions is None else [key_positions]))
-    shape = batch, heads, parts, taken
-    out, lse = merge(out.reshape(*shape, head_dim), lse.reshape(shape), axis=2)
-    out, lse = out[:, :, :rows], lse[:, :, :rows]
-    shape = batch, num_q_heads, num_rows
-    results = out.reshape(*shape, head_dim), lse.reshape(shape)
+    )(bounds, rows_at, q, k, v, *([] if key_positions is None else [key_positions]))
+    out, lse = merge(out, lse, axis=2)
+    results = tuple(hopper.untiled(x, shape[:3], heads) for x in (out, lse))
     for logits in scored:  # those of blocks that were read; others were not written
-        logits = logits[:, :rows].reshape(batch, heads, -1, num_rows, slots)
+        logits = hopper.untiled(logits[:, None], shape[:3], heads)
         visible = visible_keys(slots, query_positions, key_positions, window)
-        logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
-        results += (logits.reshape(*shape, slots),)
+        by_group = logits.reshape(batch, heads, -1, num_rows, slots)
+        by_group = jnp.where(visible[:, :, None], by_group, -jnp.inf)
+        results += (by_group.reshape(logits.shape),)
     return results
 
 
 def _kernel(
     # in
-    bounds,  # (B, 3) i32: first block, first masked, end
-    positions,  # (B, 64) i32
-    q,  # (B * Hkv, R, D)
+    bounds,  # (B, tiles, 3) i32: first block, first masked, end
+    positions,  # (B, tiles, 64) i32
+    q,  # (B * Hkv, tiles, R, D)
     k,  # (B, Hkv, S, D)
     v,  # (B, Hkv, S, D)
     *refs,  # if slots hold positions of their own: (#B, H, S) i32
-    # out: (B * Hkv, splits, R, D) f32, (B * Hkv, splits, R) f32; if they are asked
-    # for, logits (B * Hkv, R, S) f32
+    # out: (B * Hkv, tiles, splits, R, D) f32, (B * Hkv, tiles, splits, R) f32; if they
+    # are asked for, logits (B * Hkv, R, S) f32, of the only tile
     # scratch: as `hopper.scratch`, two rings (stages, 64, D), q's barrier, theirs
     is_held,
     sm_scale,
@@ -142,12 +138,12 @@ def _kernel(
     held, refs = refs[:is_held], refs[is_held:]
     out, lse, *scored, buffers, k_ring, v_ring, q_arrived, arrived = refs
     heads, slots = k.shape[1:3]
-    taken, head_dim = q.shape[1:]
+    taken, head_dim = q.shape[2:]
     stages = k_ring.shape[0]
-    n, split = lax.axis_index("head"), lax.axis_index("split")
+    n, tile, split = (lax.axis_index(x) for x in ("head", "tile", "split"))
     row, head = lax.div(n, heads), lax.rem(n, heads)
-    first, masked, end = (bounds[row, i] for i in range(3))
-    start, stop = hopper.share(split, out.shape[1], end - first)
+    first, masked, end = (bounds[row, tile, i] for i in range(3))
+    start, stop = hopper.share(split, out.shape[2], end - first)
     begin, end = first + start, first + stop
     masked = jnp.clip(masked, begin, end)
 
@@ -203,15 +199,15 @@ def _kernel(
         pl.when(i + stages < end)(lambda: fetch(i + stages, slot))
         return state
 
-    plgpu.copy_gmem_to_smem(q.at[n], buffers["q"].at[pl.ds(0, taken)], q_arrived)
+    plgpu.copy_gmem_to_smem(q.at[n, tile], buffers["q"].at[pl.ds(0, taken)], q_arrived)
     for stage in range(stages):
         i = begin + stage
         pl.when(i < end)(functools.partial(fetch, i, stage))
-    own = plgpu.load(positions.at[row], layout=hopper.column(), optimized=False)
+    own = plgpu.load(positions.at[row, tile], layout=hopper.column(), optimized=False)
     rows_at = hopper.across(own, BLOCK)
     plgpu.barrier_wait(q_arrived)
     state = hopper.empty(head_dim)
     unmasked, cut = (functools.partial(step, is_masked=x) for x in (False, True))
     state = lax.fori_loop(begin, masked, unmasked, state)
     state = lax.fori_loop(masked, end, cut, state)
-    hopper.store(state, buffers, out.at[n, split], lse.at[n, split])
+    hopper.store(state, buffers, out.at[n, tile, split], lse.at[n, tile, split])

@@ -53,6 +53,16 @@ def powers(excess: Array, alpha: float) -> tuple[Array, Array]:
     return slope * excess, slope
 
 
+def value(top: Array, tau: Array, total: Array, moment: Array, alpha: float) -> Array:
+    """max over p of p . scores + H(p), -inf where nothing has any mass.
+
+    Of a row whose weights sum to `total`, and times their excess to `moment`.
+    """
+    # p ** alpha = p * x, and p . z = p . x + tau where p sums to 1.
+    found = top + (tau + moment + (1 - moment) / alpha) / (alpha - 1)
+    return jnp.where(total == 0, -jnp.inf, found)
+
+
 def find_tau(sums: Sums, start: Array, num_scores: int, alpha: float) -> Array:
     """`tau` of :class:`Threshold`, as many as `start`, which is -1 everywhere."""
     if alpha <= 2:

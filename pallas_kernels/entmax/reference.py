@@ -103,20 +103,28 @@ def _solve(scores, alpha):
     return dispatch(solve, KERNELS, (scores,), {"alpha": alpha})
 
 
-def entmax_attention(q, k, v, query_positions, key_positions, alpha, sm_scale):
+def entmax_attention(
+    q, k, v, query_positions, key_positions, alpha, sm_scale, tau=None
+):
     """See :func:`pallas_kernels.entmax.entmax_attention`.
 
     The threshold needs all scores of a query at once, so that blocks are of queries.
-    Here `key_positions (B, H, T, S)` may also differ from row to row.
+    Here `key_positions (B, H, T, S)` may also differ from row to row. With a threshold
+    `tau (B, Hq, T)`, nothing is solved or divided, and the value is the mass.
     """
     batch, num_q_heads, rows, head_dim = q.shape
     by_row = key_positions is not None and key_positions.ndim == 4
 
-    def attend(q, positions, held=key_positions):
+    def attend(q, positions, held=key_positions, tau=tau):
         scores = decode_logits(q, k, positions, held, sm_scale=sm_scale)
+        if tau is not None:
+            excess = jnp.maximum((alpha - 1) * scores - tau[..., None], 0.0)
+            p, _ = equations.powers(excess, alpha)
+            return _combine(p, v), p.sum(-1)
         threshold = _solve(scores, alpha)
         p, _ = weights(scores, threshold, alpha)
-        return _combine(p, v), _value(scores, p, threshold, alpha)
+        out = _combine(p, v) / positive(p.sum(-1, keepdims=True))
+        return out, _value(scores, p, threshold, alpha)
 
     fits = max(SCORES_AT_ONCE // (batch * num_q_heads * k.shape[2]), 1)
     if rows <= fits:
@@ -128,10 +136,12 @@ def entmax_attention(q, k, v, query_positions, key_positions, alpha, sm_scale):
         padded = padded.reshape(*x.shape[:axis], -1, fits, *x.shape[axis + 1 :])
         return jnp.moveaxis(padded, axis, 0)
 
-    blocks = parts(q, 2), parts(query_positions, 1)
+    blocks = {"q": parts(q, 2), "positions": parts(query_positions, 1)}
     if by_row:
-        blocks = (*blocks, parts(key_positions, 2))
-    found = lax.map(lambda block: attend(*block), blocks)
+        blocks["held"] = parts(key_positions, 2)
+    if tau is not None:
+        blocks["tau"] = parts(tau, 2)
+    found = lax.map(lambda block: attend(**block), blocks)
     out, value = (jnp.moveaxis(x, 0, 2) for x in found)
     out = out.reshape(batch, num_q_heads, -1, head_dim)
     return out[:, :, :rows], value.reshape(batch, num_q_heads, -1)[:, :, :rows]
@@ -145,16 +155,13 @@ def _combine(p, v):
         v,
         preferred_element_type=jnp.float32,
     )
-    total = positive(p.sum(-1, keepdims=True))
-    return out.reshape(batch, num_q_heads, rows, -1) / total
+    return out.reshape(batch, num_q_heads, rows, -1)
 
 
 def _value(scores, p, threshold, alpha):
-    # p ** alpha = p * x, and p . z = p . x + tau where p sums to 1.
     top, tau = (part[..., 0] for part in threshold)
     excess = jnp.maximum(
         equations.shifted(scores, threshold.top, alpha) - threshold.tau, 0.0
     )
     moment = (p * excess).sum(-1)
-    value = top + (tau + moment + (1 - moment) / alpha) / (alpha - 1)
-    return jnp.where(p.sum(-1) == 0, -jnp.inf, value)
+    return equations.value(top, tau, p.sum(-1), moment, alpha)

@@ -39,8 +39,6 @@ def solve(scores, *, alpha, interpret=False):
     chunk = triton.next_power_of_2(length)
     chunk = chunk if chunk <= RESIDENT else CHUNK
     one = jax.ShapeDtypeStruct((*batch, 1), jnp.float32)
-    exponent = 1 / (alpha - 1) - 1
-    is_whole = exponent >= 0 and abs(exponent - round(exponent)) < 1e-9
     call = functools.partial(
         triton_call.call,
         grid=(math.prod(batch),),
@@ -51,9 +49,7 @@ def solve(scores, *, alpha, interpret=False):
         _entmax_solve,
         scores,
         out_shape=(one, one),
-        scale=alpha - 1,
-        exponent=exponent,
-        WHOLE=round(exponent) if is_whole else -1,
+        **static(alpha),
         NEWTON=alpha <= 2,
         STEPS=equations.MAX_STEPS if alpha <= 2 else 30,
         tolerance=16 * float(jnp.finfo(jnp.float32).eps),
@@ -64,26 +60,26 @@ def solve(scores, *, alpha, interpret=False):
     return equations.Threshold(top, tau)
 
 
-@triton.jit
-@no_type_check
-def _scores(row_ptr, i, LENGTH: tl.constexpr, CHUNK: tl.constexpr):
-    place = i * CHUNK + tl.arange(0, CHUNK)
-    return tl.load(row_ptr + place, mask=place < LENGTH, other=float("-inf"))
+def static(alpha: float) -> dict:
+    """What `excess_of` and `powers` are told of alpha."""
+    exponent = 1 / (alpha - 1) - 1
+    is_whole = exponent >= 0 and abs(exponent - round(exponent)) < 1e-9
+    whole = round(exponent) if is_whole else -1
+    return {"scale": alpha - 1, "exponent": exponent, "WHOLE": whole}
 
 
 @triton.jit
 @no_type_check
-def _terms(
-    scores,
-    top,
-    tau,
-    scale: tl.constexpr,
-    exponent: tl.constexpr,
-    WHOLE: tl.constexpr,
-):
-    """Of each score, `equations.powers` of its excess."""
+def excess_of(scores, top, tau, scale: tl.constexpr):
+    """How far `equations.shifted` is above tau, or 0."""
     z = tl.where(scores == top, 0.0, scale * (scores - top))
-    excess = tl.maximum(z - tau, 0.0)
+    return tl.maximum(z - tau, 0.0)
+
+
+@triton.jit
+@no_type_check
+def powers(excess, exponent: tl.constexpr, WHOLE: tl.constexpr):
+    """`equations.powers`."""
     if WHOLE == 0:
         slope = tl.where(excess > 0, 1.0, 0.0)
     elif WHOLE > 0:
@@ -94,6 +90,13 @@ def _terms(
         log = tl.log(tl.where(excess > 0, excess, 1.0))
         slope = tl.where(excess > 0, tl.exp(exponent * log), 0.0)
     return slope * excess, slope
+
+
+@triton.jit
+@no_type_check
+def _scores(row_ptr, i, LENGTH: tl.constexpr, CHUNK: tl.constexpr):
+    place = i * CHUNK + tl.arange(0, CHUNK)
+    return tl.load(row_ptr + place, mask=place < LENGTH, other=float("-inf"))
 
 
 @triton.jit
@@ -110,10 +113,12 @@ def _sums(
     CHUNK: tl.constexpr,
 ):
     """`equations.Sums` of the scores held, or else of the row."""
-    totals, slopes = _terms(held, top, tau, scale, exponent, WHOLE)
+    excess = excess_of(held, top, tau, scale)
+    totals, slopes = powers(excess, exponent, WHOLE)
     for i in range(1, tl.cdiv(LENGTH, CHUNK)):
         scores = _scores(row_ptr, i, LENGTH, CHUNK)
-        total, slope = _terms(scores, top, tau, scale, exponent, WHOLE)
+        excess = excess_of(scores, top, tau, scale)
+        total, slope = powers(excess, exponent, WHOLE)
         totals += total
         slopes += slope
     return tl.sum(totals, 0), tl.sum(slopes, 0)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import dispatch
@@ -21,6 +22,7 @@ def page_attention(
     page_ids: Int[Array, "B H K"],
     query_positions: Int[Array, "B T"],
     mask: Bool[Array, "B H K T"] | None = None,
+    tau: Float[Array, "B Hq T"] | None = None,
     *,
     sm_scale: float,
     alpha: float = 1.0,
@@ -37,16 +39,21 @@ def page_attention(
             of a listed page that no row sees must be finite.
         query_positions: position of each query row.
         mask: if given, a row sees those of the listed pages where it is True.
+        tau: if given, with alpha above 1, the threshold in units of z = (alpha - 1) *
+            logits, float32: weights are max(z - tau, 0) ** (1 / (alpha - 1)) as they
+            are, so that disjoint lists with the same threshold just add up.
         sm_scale: factor on the logits.
         alpha: above 1 the weights are alpha-entmax over the listed pages instead.
         implementation, interpret: see :func:`pallas_kernels.dispatch.dispatch`.
 
     Returns:
         `(out, lse)` in float32. A row that sees no key has out 0 and lse -inf. Under
-        entmax the second is :func:`pallas_kernels.entmax.entmax_attention`'s value.
+        entmax the second is :func:`pallas_kernels.entmax.entmax_attention`'s value;
+        with `tau` it is the mass, the sum of the weights, 0 where there is no key.
 
     Raises:
-        ValueError: if the shapes disagree, or alpha is below 1.
+        ValueError: if the shapes disagree, alpha is below 1, or there is a `tau`
+            without entmax.
         NotImplementedError: if the kernel asked for by name cannot.
     """
     if pages.shape[4] != 2 * q.shape[3]:
@@ -66,10 +73,16 @@ def page_attention(
         )
     if alpha != 1:
         check_alpha(alpha)
+    if tau is not None and alpha == 1:
+        raise ValueError(f"tau is a threshold of entmax: {alpha=} must be above 1.")
+    if tau is not None and (tau.shape, tau.dtype) != (q.shape[:3], jnp.float32):
+        raise ValueError(
+            f"tau {tau.dtype}{tau.shape} must be float32 for the rows {q.shape[:3]}."
+        )
     return dispatch(
         reference.page_attention,
         _KERNELS,
-        (q, pages, page_ids, query_positions, mask),
+        (q, pages, page_ids, query_positions, mask, tau),
         {"sm_scale": sm_scale, "alpha": float(alpha)},
         implementation=implementation,
         interpret=interpret,

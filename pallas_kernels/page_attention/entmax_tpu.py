@@ -52,17 +52,13 @@ def kernel(
     positions_ref,  # (R, 1) i32
     bit_ref,  # (R, 1) i32
     pages,  # (B * Hkv * NP, P, 2 D), HBM
+    *refs,  # if the threshold is given: it, (L, R, 1) f32
     # out
-    out_ref,  # (L, R, lanes) f32
-    value_ref,  # (L, R, 1) f32
+    #   out_ref (L, R, lanes) f32, value_ref (L, R, 1) f32
     # scratch
-    k_buffers,  # (N, block, D); D = 64: with the values, 2 D
-    k_arrived,  # (N,) DMA semaphores
-    v_buffers,
-    v_arrived,
-    z_ref,  # (blocks, R, block) f32: logits, then z
-    needed,  # (blocks * copies,) i32, SMEM: pages with a token of the support
-    *,
+    #   k_buffers (N, block, D), with the values at D = 64: 2 D; their semaphores (N,);
+    #   v_buffers and theirs; z_ref (blocks, R, block) f32: logits, then z;
+    #   needed (blocks * copies,) i32, SMEM: pages with a token of the support
     copies,
     head_dim,
     num_kv_heads,
@@ -70,19 +66,17 @@ def kernel(
     alpha,
 ):
     """Of one batch row; in the place of `mosaic_tpu`'s softmax kernel."""
+    *given, out_ref, value_ref, k_buffers, k_arrived = refs[:-4]
+    v_buffers, v_arrived, z_ref, needed = refs[-4:]
     number, rows, lanes = q_ref.shape
-    num_buffers, block, _ = k_buffers.shape
-    page_size = block // copies
-    lists = Lists(ids, counts, number, copies, page_size, num_buffers)
-    num_pages = pages.shape[0] // (pl.num_programs(0) * num_kv_heads)
-    first_head = pl.program_id(0) * num_kv_heads
+    lists = Lists.of(ids, counts, pages, q_ref, k_buffers, copies, num_kv_heads)
+    num_buffers, page_size = lists.num_buffers, lists.page_size
 
     def copy(buffers, arrived, lane, n, index, j, slot):
-        head = first_head + lax.div(n, number // num_kv_heads)
-        page = pages.at[head * num_pages + lists.page(n, index)]
+        page = lists.source(n, index)
         if head_dim >= LANES:
             page = page.at[:, pl.ds(lane, head_dim)]
-        into = buffers.at[slot, pl.ds(j * page_size, page_size)]
+        into = lists.target(buffers, slot, j)
         return pltpu.make_async_copy(page, into, arrived.at[slot])
 
     copy_k = functools.partial(copy, k_buffers, k_arrived, 0)
@@ -123,13 +117,15 @@ def kernel(
         step = functools.partial(score, is_cut=True)
         cursor, slot, top = lax.fori_loop(whole, num_blocks, step, carry)
         top = jnp.where(top == MASKED, 0.0, top)  # a row that sees no key
+        if given:  # its units are those of the logits, whatever the largest is
+            top = jnp.zeros_like(top)
 
         def shift(i, _):
             z_ref[i] = equations.shifted(z_ref[i], top, alpha)
             return _
 
         lax.fori_loop(0, num_blocks, shift, 0)
-        tau = _threshold(z_ref, num_blocks, alpha)
+        tau = given[0][n] if given else _threshold(z_ref, num_blocks, alpha)
 
         def mark(i, _):
             excess = (z_ref[i] - tau).max(0, keepdims=True)
@@ -155,8 +151,7 @@ def kernel(
 
             def arrive(n, index, j, slot):
                 copy_v(n, index, j, slot).wait()
-                part = v_buffers.at[slot, pl.ds(j * page_size, page_size)]
-                clear(part, lists.valid(n, index))
+                clear(lists.target(v_buffers, slot, j), lists.valid(n, index))
 
             each_needed(n, i, slot, arrive)
             excess = jnp.maximum(z_ref[i] - tau, 0.0)
@@ -170,9 +165,11 @@ def kernel(
         zero = jnp.zeros((rows, 1), jnp.float32)
         carry = jnp.int32(0), zero, zero, jnp.zeros((rows, lanes), jnp.float32)
         _, total, moment, acc = lax.fori_loop(0, num_blocks, weigh, carry)
-        out_ref[n] = acc / equations.positive(total)
-        value = top + (tau + moment + (1 - moment) / alpha) / (alpha - 1)
-        value_ref[n] = jnp.where(total == 0, -jnp.inf, value)
+        if given:
+            out_ref[n], value_ref[n] = acc, total
+        else:
+            out_ref[n] = acc / equations.positive(total)
+            value_ref[n] = equations.value(top, tau, total, moment, alpha)
         return cursor, slot
 
     # Places of pages that are not needed keep what was there: it must be a number.

@@ -66,10 +66,34 @@ class Lists:
 
     ids: Any
     counts: Any
+    pages: Any  # (B * Hkv * NP, P, 2 D), HBM
     number: int  # of lists
     copies: int  # pages of a block
-    page_size: int
     num_buffers: int  # blocks in the ring
+    num_kv_heads: int
+    first: Any  # of this batch row's pages
+    num_pages: int  # of a KV head
+
+    @classmethod
+    def of(cls, ids, counts, pages, q_ref, buffers, copies, num_kv_heads) -> "Lists":
+        """Of the batch row of this program; a list is a line of `q_ref`."""
+        row_pages = pages.shape[0] // pl.num_programs(0)
+        return cls(
+            ids,
+            counts,
+            pages,
+            number=q_ref.shape[0],
+            copies=copies,
+            num_buffers=buffers.shape[0],
+            num_kv_heads=num_kv_heads,
+            first=pl.program_id(0) * row_pages,
+            num_pages=row_pages // num_kv_heads,
+        )
+
+    @property
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.pages.shape[1]
 
     @property
     def listed(self) -> int:
@@ -89,6 +113,15 @@ class Lists:
     def page(self, n, index):
         """Of place `index` of list n."""
         return self.ids[0, n * self.listed + index]
+
+    def source(self, n, index):
+        """The page at place `index` of list n, where it lies in HBM."""
+        head = lax.div(n, self.number // self.num_kv_heads)
+        return self.pages.at[self.first + head * self.num_pages + self.page(n, index)]
+
+    def target(self, buffers, slot, j):
+        """Where page j of a block lies in a buffer of the ring."""
+        return buffers.at[slot, pl.ds(j * self.page_size, self.page_size)]
 
     def seen(self, n):
         """How many pages of list n are read."""

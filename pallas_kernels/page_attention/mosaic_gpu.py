@@ -24,10 +24,10 @@ NOWHERE = 1 << 30  # a position behind every query
 
 
 def unsupported(
-    q, pages, page_ids, query_positions, mask, *, sm_scale, alpha
+    q, pages, page_ids, query_positions, mask, tau=None, *, sm_scale, alpha
 ) -> str | None:
     """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
-    del query_positions, mask, sm_scale
+    del query_positions, mask, tau, sm_scale
     lists = page_ids.shape[1]
     page_size = pages.shape[3]
     if alpha != 1:
@@ -45,13 +45,14 @@ def page_attention(
     page_ids,
     query_positions,
     mask,
+    tau=None,
     *,
     sm_scale,
     alpha,
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
-    del alpha  # 1
+    del tau, alpha  # None, 1
     batch, num_q_heads, num_rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists = page_ids.shape[1]
@@ -76,11 +77,10 @@ def page_attention(
         mask = jnp.tile(mask, (1, 1, 1, rows // num_rows)).astype(jnp.int32)
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, ROWS - rows)))
         flags = (mask.reshape(batch * lists, -1, ROWS),)
-    taken = hopper.padded_rows(rows)
-    q = q.reshape(batch * lists, rows, head_dim)
-    q = jnp.pad(q, ((0, 0), (0, taken - rows), (0, 0)))
-    positions = jnp.tile(query_positions, (1, rows // num_rows))
-    positions = jnp.pad(positions, ((0, 0), (0, ROWS - rows)), constant_values=-1)
+    shape = q.shape[:3]
+    q, rows_at, _ = hopper.tiled(q, query_positions, lists)
+    q, rows_at = q[:, 0], rows_at[:, 0]  # the only tile
+    taken = q.shape[1]
 
     out, lse = hopper.kernel(
         functools.partial(
@@ -107,16 +107,13 @@ def page_attention(
     )(
         ids,
         counts,
-        positions,
+        rows_at,
         q,
         pages.reshape(batch * num_kv_heads * num_pieces, piece, width),
         *flags,
     )
-    shape = batch, lists, parts, taken
-    out, lse = merge(out.reshape(*shape, head_dim), lse.reshape(shape), axis=2)
-    out, lse = out[:, :, :rows], lse[:, :, :rows]
-    shape = batch, num_q_heads, num_rows
-    return out.reshape(*shape, head_dim), lse.reshape(shape)
+    found = merge(out, lse, axis=1)
+    return tuple(hopper.untiled(x[:, None], shape, lists) for x in found)
 
 
 def _schedule(page_ids, num_pages, page_size, query_positions, mask):

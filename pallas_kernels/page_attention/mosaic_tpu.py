@@ -34,10 +34,10 @@ MAX_COPIES = 32  # per block; each is an unrolled instruction sequence
 
 
 def unsupported(
-    q, pages, page_ids, query_positions, mask, *, sm_scale, alpha
+    q, pages, page_ids, query_positions, mask, tau=None, *, sm_scale, alpha
 ) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
-    del query_positions, sm_scale
+    del query_positions, tau, sm_scale
     head_dim, page_size = q.shape[3], pages.shape[3]
     lists, listed = page_ids.shape[1:]
     rows = q.shape[1] * q.shape[2] // lists
@@ -74,6 +74,7 @@ def page_attention(
     page_ids,
     query_positions,
     mask,
+    tau=None,
     *,
     sm_scale,
     alpha,
@@ -112,6 +113,7 @@ def page_attention(
         scratch = entmax_tpu.scratch(
             page_ids.shape[2], rows, head_dim, pages.dtype, config, copies, page_size
         )
+    given = () if tau is None else (tau.reshape(batch, lists, rows, 1),)
     read = batch * lists * page_ids.shape[2] * page_size
     out, lse = pl.pallas_call(
         functools.partial(
@@ -129,6 +131,7 @@ def page_attention(
             row_of_batch(rows, 1),
             pl.BlockSpec((rows, 1), lambda b: (0, 0)),
             pl.BlockSpec(memory_space=pl.ANY),
+            *(row_of_batch(lists, rows, 1) for _ in given),
         ],
         out_specs=[row_of_batch(lists, rows, lanes), row_of_batch(lists, rows, 1)],
         out_shape=[
@@ -154,6 +157,7 @@ def page_attention(
         positions,
         bit[:, None],
         pages.reshape(batch * num_kv_heads * num_pages, page_size, width),
+        *given,
     )
     out = out[..., lanes - head_dim :]  # D = 64: the lanes that met the values
     return out.reshape(batch, num_q_heads, num_rows, head_dim), lse.reshape(
@@ -182,17 +186,12 @@ def _kernel(
     sm_scale,
 ):
     number, rows, lanes = q_ref.shape
-    num_buffers, block, _ = buffers.shape
-    page_size = block // copies
-    lists = Lists(ids, counts, number, copies, page_size, num_buffers)
-    num_pages = pages.shape[0] // (pl.num_programs(0) * num_kv_heads)
-    first_head = pl.program_id(0) * num_kv_heads
+    lists = Lists.of(ids, counts, pages, q_ref, buffers, copies, num_kv_heads)
+    num_buffers = lists.num_buffers
 
     def copy(n, index, j, slot):
-        head = first_head + lax.div(n, number // num_kv_heads)
-        page = pages.at[head * num_pages + lists.page(n, index)]
-        into = buffers.at[slot, pl.ds(j * page_size, page_size)]
-        return pltpu.make_async_copy(page, into, arrived.at[slot])
+        into = lists.target(buffers, slot, j)
+        return pltpu.make_async_copy(lists.source(n, index), into, arrived.at[slot])
 
     def take(q, slot, visible, state):
         fused = buffers[slot]
@@ -219,8 +218,7 @@ def _kernel(
             for j in range(copies):
                 index = i * copies + j
                 pl.when(index < lists.seen(n))(copy(n, index, j, slot).wait)
-                part = buffers.at[slot, pl.ds(j * page_size, page_size)]
-                clear(part, lists.valid(n, index))
+                clear(lists.target(buffers, slot, j), lists.valid(n, index))
             visible = lists.visible(n, i, positions_ref[...], bit_ref[...])
             return cursor, lists.after(slot), take(q, slot, visible, state)
 

@@ -7,7 +7,10 @@ from jaxtyping import Array, Float
 from pallas_kernels.dispatch import dispatch
 from pallas_kernels.page_scores import reference
 
-_KERNELS = {"mosaic_tpu": "pallas_kernels.page_scores.mosaic_tpu"}
+_KERNELS = {
+    "mosaic_tpu": "pallas_kernels.page_scores.mosaic_tpu",
+    "triton": "pallas_kernels.page_scores.triton",
+}
 
 
 def page_bounds(

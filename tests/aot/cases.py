@@ -1,7 +1,4 @@
-"""What is compiled for TPUs that are not there: every operation at an 8B model's sizes.
-
-8 KV heads of 4 query heads and 128 dimensions, bfloat16, one row, 128K or 1M tokens.
-"""
+"""What is compiled for TPUs that are not there: every operation, at its sizes."""
 
 import functools
 from collections.abc import Callable
@@ -9,6 +6,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from aot import shapes
+from aot.shapes import GROUP, HEAD_DIM, KV_HEADS, LONG, SHORT
+from aot.shapes import array as _array
 
 from pallas_kernels import rows
 from pallas_kernels.decode_attention import decode_attention
@@ -17,9 +17,6 @@ from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.received_attention import received_attention
 from pallas_kernels.topk import top_k
-
-KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
-SHORT, LONG = 1 << 17, 1 << 20
 
 
 class Case(NamedTuple):
@@ -32,10 +29,6 @@ class Case(NamedTuple):
     block_bytes: int  # moved by a whole iteration of it
     temp_limit: int = 1 << 20  # bytes: far below any cache
     bars: tuple[str, ...] = ()  # where its bundles must not exceed the HBM's cycles
-
-
-def _array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _pages(
@@ -53,19 +46,18 @@ def _pages(
     kernel = functools.partial(
         page_attention, sm_scale=0.1, alpha=alpha, implementation="mosaic_tpu"
     )
-    listed = tokens // page_size
-    arguments = [
-        _array(1, KV_HEADS * GROUP, rows, head_dim),
-        _array(1, KV_HEADS, context // page_size, page_size, 2 * head_dim),
-        _array(1, KV_HEADS, listed, dtype=jnp.int32),
-        _array(1, rows, dtype=jnp.int32),
-    ]
-    if masked:
-        arguments.append(_array(1, KV_HEADS, listed, rows, dtype=jnp.bool_))
+    arguments = shapes.pages(
+        context,
+        page_size,
+        tokens=tokens,
+        rows=rows,
+        head_dim=head_dim,
+        masked=masked,
+    )
     # Under entmax the keys stream by first, and values of the support alone follow.
     block_bytes = block * head_dim * 2 * (2 if alpha == 1 else 1)
     loop = 3 if masked else 2
-    return Case(kernel, tuple(arguments), "page_attention", loop, block_bytes, **more)
+    return Case(kernel, arguments, "page_attention", loop, block_bytes, **more)
 
 
 def _decode(context, *, rows=1, window=None, held=False, logits=False, **more):
@@ -76,24 +68,15 @@ def _decode(context, *, rows=1, window=None, held=False, logits=False, **more):
         with_logits=logits,
         implementation="mosaic_tpu",
     )
-    cache = _array(1, KV_HEADS, context, HEAD_DIM)
-    arguments = [
-        _array(1, KV_HEADS * GROUP, rows, HEAD_DIM),
-        cache,
-        cache,
-        _array(1, rows, dtype=jnp.int32),
-    ]
-    if held:
-        arguments.append(_array(1, KV_HEADS, context, dtype=jnp.int32))
+    arguments = shapes.cache(context, rows=rows, held=held)
     block_bytes = 512 * 2 * HEAD_DIM * 2
     loop = 3 if held or window else 2  # where every block is masked
-    return Case(kernel, tuple(arguments), "decode_attention", loop, block_bytes, **more)
+    return Case(kernel, arguments, "decode_attention", loop, block_bytes, **more)
 
 
 def _scores(score, context, page_size, *, static=None, **more):
     kernel = functools.partial(score, implementation="mosaic_tpu", **static or {})
-    statistics = _array(1, KV_HEADS, context // page_size, HEAD_DIM)
-    arguments = (_array(1, KV_HEADS * GROUP, HEAD_DIM), statistics, statistics)
+    arguments = shapes.statistics(context, page_size)
     block_bytes = 1024 * 2 * HEAD_DIM * 2
     return Case(kernel, arguments, score.__name__, 0, block_bytes, **more)
 
@@ -118,14 +101,14 @@ def _received(context, rows, **more):
 def _top_k(num_scores, k, **more):
     """The pass that fixes a bit; 32 of them see every tile."""
     kernel = functools.partial(top_k, k=k, order="index", implementation="mosaic_tpu")
-    arguments = (_array(1, KV_HEADS, num_scores, dtype=jnp.float32),)
+    arguments = shapes.scores(num_scores, KV_HEADS)
     return _over_rows(kernel, arguments, "top_k", 3, num_scores, 3, **more)
 
 
 def _entmax(num_scores, **more):
     """A step of Newton's method; each sees every tile."""
     kernel = functools.partial(solve, alpha=1.5, implementation="mosaic_tpu")
-    arguments = (_array(1, KV_HEADS * GROUP, num_scores, dtype=jnp.float32),)
+    arguments = shapes.scores(num_scores, shapes.Q_HEADS)
     return _over_rows(kernel, arguments, "entmax_solve", 2, num_scores, 2, **more)
 
 
@@ -197,6 +180,15 @@ def _edges():
             _array(2, 2, 9, 24, 128),
             _array(2, 8, 3, dtype=index),
             position,
+        ),
+        "entmax-with-a-threshold": (
+            functools.partial(pages, alpha=1.7),
+            _array(2, 8, 4, 64),
+            _array(2, 2, 9, 24, 128),
+            _array(2, 2, 3, dtype=index),
+            position,
+            None,
+            _array(2, 8, 4, dtype=single),
         ),
         "a-ring-below-a-block": (
             decode,

@@ -6,24 +6,24 @@ a multiprocessor holds at once follows. Nothing here was run or timed on a devic
 
 Records the figures of every case, or compares them: see `test_gpu.py`.
 
-    python tests/aot/gpu.py           # prints the table and writes the JSON
-    python tests/aot/gpu.py h100      # one target, as JSON lines
+    PYTHONPATH=tests python -m aot.gpu         # prints the table and writes the JSON
+    PYTHONPATH=tests python -m aot.gpu h100    # one target, as JSON lines
 """
 
 import contextlib
 import functools
 import importlib.util
 import json
-import os
 import pathlib
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from aot import child, shapes
+from aot.shapes import LONG, SHORT
 
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve
@@ -41,9 +41,6 @@ ENVIRONMENT = {
 REGISTERS = 65536
 THREADS = 128  # of a program: one warpgroup
 RESERVED_BYTES = 1024  # of shared memory, for each program
-
-KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
-SHORT, LONG = 1 << 17, 1 << 20
 
 
 class Case(NamedTuple):
@@ -70,57 +67,22 @@ def unavailable() -> str | None:
     )
 
 
-def _array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
-
-
-def _pages(
-    context,
-    page_size,
-    *,
-    tokens=4096,
-    batch=1,
-    heads=(KV_HEADS * GROUP, KV_HEADS),
-    lists=KV_HEADS,
-    rows=1,
-    head_dim=HEAD_DIM,
-    dtype=jnp.bfloat16,
-    masked=False,
-    **more,
-):
+def _pages(context, page_size, *, programs=2, temp_limit=8 << 20, **sizes):
     """The operation as it is called, and left to choose."""
-    arguments = (
-        _array(batch, heads[0], rows, head_dim, dtype=dtype),
-        _array(
-            batch, heads[1], context // page_size, page_size, 2 * head_dim, dtype=dtype
-        ),
-        _array(batch, lists, tokens // page_size, dtype=jnp.int32),
-        _array(batch, rows, dtype=jnp.int32),
-    )
-    if masked:
-        arguments += (_array(batch, lists, tokens // page_size, rows, dtype=bool),)
     function = functools.partial(page_attention, sm_scale=0.1)
-    return Case("h100", function, arguments, "page_attention", **more)
+    arguments = shapes.pages(context, page_size, **sizes)
+    return Case("h100", function, arguments, "page_attention", temp_limit, programs)
 
 
 def _decode(context, *, rows=1, held=False, temp_limit=8 << 20, **static):
-    cache = _array(1, KV_HEADS, context, HEAD_DIM)
-    arguments = (
-        _array(1, KV_HEADS * GROUP, rows, HEAD_DIM),
-        cache,
-        cache,
-        _array(1, rows, dtype=jnp.int32),
-    )
-    if held:
-        arguments += (_array(1, KV_HEADS, context, dtype=jnp.int32),)
     function = functools.partial(decode_attention, sm_scale=0.1, **static)
+    arguments = shapes.cache(context, rows=rows, held=held)
     return Case("h100", function, arguments, "decode_attention", temp_limit)
 
 
-def _entmax(num_scores, alpha, rows=KV_HEADS * GROUP):
+def _entmax(num_scores, alpha, heads=shapes.Q_HEADS):
     function = functools.partial(solve, alpha=alpha)
-    scores = _array(1, rows, num_scores, dtype=jnp.float32)
-    return Case("h100", function, (scores,), "entmax_solve")
+    return Case("h100", function, shapes.scores(num_scores, heads), "entmax_solve")
 
 
 CASES = {
@@ -135,6 +97,9 @@ CASES = {
     "decode_attention-logits-128K": _decode(
         SHORT, with_logits=True, temp_limit=64 << 20
     ),
+    "decode_attention-prompt-T1024-128K": _decode(
+        SHORT, rows=1024, temp_limit=64 << 20
+    ),
     "entmax-1.5-128K": _entmax(SHORT, 1.5),
     "entmax-1.7-128K": _entmax(SHORT, 1.7),
     # At the edges of what the kernels say they support.
@@ -144,7 +109,7 @@ CASES = {
     "page_attention-P256-D64-f16-list-a-query-head": _pages(
         SHORT, 256, heads=(8, 2), lists=8, head_dim=64, dtype=jnp.float16
     ),
-    "entmax-3-1K": _entmax(1024, 3.0, rows=1),
+    "entmax-3-1K": _entmax(1024, 3.0, heads=1),
 }
 
 
@@ -229,18 +194,11 @@ def figures(target: str, *names: str) -> list[dict]:
         ValueError: if not every case made one kernel.
     """
     names = names or tuple(x for x in CASES if CASES[x].target == target)
-    done = subprocess.run(
-        [sys.executable, __file__, target, *names],
-        env=os.environ | ENVIRONMENT,
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(f"compiling for {target}: {done.stderr[-3000:]}")
-    lines = done.stdout.splitlines()
+    printed = child.output("gpu", target, *names, **ENVIRONMENT)
+    lines = printed.splitlines()
     rows = [json.loads(line) for line in lines if line.startswith("{")]
     # One each: an operation that did not take its kernel is an error.
-    kernels = resources(done.stdout, _target(target)[2])
+    kernels = resources(printed, _target(target)[2])
     return [row | kernel for row, kernel in zip(rows, kernels, strict=True)]
 
 

@@ -7,18 +7,19 @@ transfer has cycles can be bound by memory; nothing here was timed on a device.
 
 Records the figures of every case, or compares them: see `test_tpu.py`.
 
-    python tests/aot/tpu.py           # prints the table and writes the JSON
-    python tests/aot/tpu.py v5e       # one generation, as JSON lines
+    PYTHONPATH=tests python -m aot.tpu        # prints the table and writes the JSON
+    PYTHONPATH=tests python -m aot.tpu v5e    # one generation, as JSON lines
 """
 
 import json
 import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 from typing import NamedTuple
+
+from aot import child
 
 REASON = "libtpu compiles for TPUs without one: pip install 'kvjax[aot]'"
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/tpu-static.json"
@@ -115,9 +116,9 @@ def _dumped(folder, kernel):
 
 def _child(generation, names):
     """Compiles the cases and prints a line of JSON for each."""
-    import cases
     import jax
     import libtpu
+    from aot import cases
 
     folder = os.environ["LIBTPU_INIT_ARGS"].split("--xla_jf_dump_to=")[1].split()[0]
     for name in names or cases.CASES:
@@ -146,15 +147,10 @@ def figures(generation: str, *names: str) -> list[dict]:
     """
     with tempfile.TemporaryDirectory() as folder:
         dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-        done = subprocess.run(
-            [sys.executable, __file__, generation, *names],
-            env=os.environ | ENVIRONMENT | {"LIBTPU_INIT_ARGS": dump},
-            capture_output=True,
-            text=True,
+        printed = child.output(
+            "tpu", generation, *names, **ENVIRONMENT, LIBTPU_INIT_ARGS=dump
         )
-    if done.returncode:
-        raise RuntimeError(f"compiling for {generation}: {done.stderr[-3000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def main():

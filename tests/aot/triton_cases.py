@@ -1,11 +1,10 @@
 """Compiles the Triton kernels for GPUs that are not there, at an 8B model's sizes.
 
-8 KV heads of 4 query heads and 128 dimensions, one row, 128K or 1M tokens. What the
-assembler says of registers and spills, and the shared memory that a program takes,
-decide how many programs a GPU can hold at once; nothing here was timed on a device.
+What the assembler says of registers and spills, and the shared memory that a program
+takes, decide how many programs a GPU can hold at once; nothing here was timed on one.
 
-    python tests/aot/triton_cases.py         # prints the table and writes the JSON
-    python tests/aot/triton_cases.py a100    # one target, as JSON lines
+    PYTHONPATH=tests python -m aot.triton_cases         # prints and writes the JSON
+    PYTHONPATH=tests python -m aot.triton_cases a100    # one target, as JSON lines
 """
 
 import functools
@@ -19,17 +18,17 @@ import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
+from aot import child, gpu, shapes
+from aot.shapes import LONG, SHORT
 
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.topk import top_k
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/triton-static.json"
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "0"}
-KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
-SHORT, LONG = 1 << 17, 1 << 20
 
 
 class Case(NamedTuple):
@@ -40,39 +39,24 @@ class Case(NamedTuple):
     arguments: tuple
 
 
-def _array(*shape, dtype=jnp.bfloat16):
-    return jax.ShapeDtypeStruct(shape, dtype)
+def _pages(context, page_size, *, alpha=1.0, **sizes):
+    function = functools.partial(page_attention, sm_scale=0.1, alpha=alpha)
+    return function, shapes.pages(context, page_size, **sizes)
 
 
-def _pages(
-    context,
-    page_size,
-    *,
-    tokens=4096,
-    rows=1,
-    masked=False,
-    dtype=jnp.bfloat16,
-):
-    listed = tokens // page_size
-    arguments = (
-        _array(1, KV_HEADS * GROUP, rows, HEAD_DIM, dtype=dtype),
-        _array(1, KV_HEADS, context // page_size, page_size, 2 * HEAD_DIM, dtype=dtype),
-        _array(1, KV_HEADS, listed, dtype=jnp.int32),
-        _array(1, rows, dtype=jnp.int32),
-    )
-    if masked:
-        arguments += (_array(1, KV_HEADS, listed, rows, dtype=jnp.bool),)
-    return functools.partial(page_attention, sm_scale=0.1), arguments
+def _scores(score, context, page_size, **static):
+    function = functools.partial(score, **static)
+    return function, shapes.statistics(context, page_size)
 
 
 def _entmax(num_scores, alpha):
-    scores = _array(1, KV_HEADS * GROUP, num_scores, dtype=jnp.float32)
-    return functools.partial(solve, alpha=alpha), (scores,)
+    function = functools.partial(solve, alpha=alpha)
+    return function, shapes.scores(num_scores, shapes.Q_HEADS)
 
 
 def _top_k(num_scores, k):
-    scores = _array(1, KV_HEADS, num_scores, dtype=jnp.float32)
-    return functools.partial(top_k, k=k, order="index"), (scores,)
+    function = functools.partial(top_k, k=k, order="index")
+    return function, shapes.scores(num_scores, shapes.KV_HEADS)
 
 
 # (function, arguments)
@@ -81,6 +65,13 @@ CASES = {
     "page_attention-P16-1M": _pages(LONG, 16, tokens=LONG // 16),
     "page_attention-P128-T16-mask-128K": _pages(SHORT, 128, rows=16, masked=True),
     "page_attention-P64-f32-128K": _pages(SHORT, 64, dtype=jnp.float32),
+    "page_attention-entmax-P16-1M": _pages(LONG, 16, tokens=LONG // 16, alpha=1.5),
+    "page_attention-entmax-tau-P64-128K": _pages(SHORT, 64, alpha=1.7, given=True),
+    "page_bounds-P16-1M": _scores(page_bounds, LONG, 16),
+    "page_bounds-mean-P64-128K": _scores(page_bounds, SHORT, 64, group_reduce="mean"),
+    "page_bounds-max-P64-128K": _scores(page_bounds, SHORT, 64, group_reduce="max"),
+    "page_moments-P16-1M": _scores(page_moments, LONG, 16),
+    "page_moments-P64-128K": _scores(page_moments, SHORT, 64),
     "entmax-1.5-8K": _entmax(8192, 1.5),
     "entmax-1.5-1M": _entmax(LONG, 1.5),
     "entmax-1.7-128K": _entmax(SHORT, 1.7),
@@ -88,13 +79,30 @@ CASES = {
     "top_k-8192-of-1M": _top_k(LONG, 8192),
 }
 # Every kernel for both; its variants for one, as compiling takes time.
-BOTH = "page_attention-P64-128K", "entmax-1.5-1M", "top_k-64-of-2K", "top_k-8192-of-1M"
+BOTH = (
+    "page_attention-P64-128K",
+    "page_bounds-P16-1M",
+    "page_moments-P64-128K",
+    "entmax-1.5-1M",
+    "top_k-64-of-2K",
+    "top_k-8192-of-1M",
+)
 TARGETS = {
-    "a100": (*BOTH, "page_attention-P16-1M", "entmax-1.5-8K", "entmax-1.7-128K"),
+    "a100": (
+        *BOTH,
+        "page_attention-P16-1M",
+        "page_attention-entmax-P16-1M",
+        "page_bounds-mean-P64-128K",
+        "entmax-1.5-8K",
+        "entmax-1.7-128K",
+    ),
     "h100": (
         *BOTH,
         "page_attention-P128-T16-mask-128K",
         "page_attention-P64-f32-128K",
+        "page_attention-entmax-tau-P64-128K",
+        "page_bounds-max-P64-128K",
+        "page_moments-P16-1M",
     ),
 }
 # Bytes: parts to merge, counts by digit; no copy of a cache or of the scores.
@@ -130,8 +138,6 @@ def assembled(ptx: pathlib.Path) -> dict:
 
 def _child(target, names):
     """Compiles the cases and prints a line of JSON for each of their kernels."""
-    import gpu
-
     folder = pathlib.Path(os.environ["JAX_TRITON_DUMP_DIR"])
     for name in names or TARGETS[target]:
         before = set(folder.glob("*/*.ptx"))
@@ -163,15 +169,10 @@ def figures(target: str, *names: str) -> list[dict]:
         RuntimeError: if the compiler fails; carries the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [sys.executable, __file__, target, *names],
-            env=os.environ | ENVIRONMENT | {"JAX_TRITON_DUMP_DIR": folder},
-            capture_output=True,
-            text=True,
+        printed = child.output(
+            "triton_cases", target, *names, **ENVIRONMENT, JAX_TRITON_DUMP_DIR=folder
         )
-    if done.returncode:
-        raise RuntimeError(f"compiling for {target}: {done.stderr[-3000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in printed.splitlines()]
 
 
 def main():

@@ -218,6 +218,32 @@ def test_decode_in_a_window_without_races(one_program):
 
 
 @needs_mosaic
+def test_a_prompt_in_tiles_without_races():
+    """Three heads at 43 positions, in three tiles; the last has one position."""
+    positions = np.stack([np.arange(130, 173), np.arange(20, 63)])
+    _check_decode((3, 1), 64, 200, positions, window=100, races=True)
+
+
+@needs_mosaic
+def test_a_tile_of_a_prompt_reads_what_its_own_rows_see():
+    """Values that the second tile alone sees are NaN, and so is its output alone."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal(shape), jnp.bfloat16)
+        for shape in ((1, 2, 60, 64), (1, 1, 192, 64), (1, 1, 192, 64))
+    )
+    positions = jnp.arange(96, 156, dtype=jnp.int32)[None]  # a tile has 32 of them
+    run = functools.partial(decode_attention, sm_scale=0.3)
+    expected = jax.jit(run)(q, k, v, positions)
+    poisoned = v.at[:, :, 128:].set(jnp.nan)
+    found = _simulated(decode_attention, sm_scale=0.3)(q, k, poisoned, positions)
+    np.testing.assert_allclose(found[1], expected[1], rtol=2e-6, atol=2e-6)
+    out = np.asarray(found[0])
+    np.testing.assert_allclose(out[:, :, :32], expected[0][:, :, :32], atol=2e-2)
+    assert np.isnan(out[:, :, 32:]).all()
+
+
+@needs_mosaic
 @pytest.mark.parametrize("shape", [(2, 2), (1, 1)], ids="{}".format)
 def test_decode_with_positions_of_its_slots(shape):
     """A ring in any order, empty slots, a window, and a cap on the logits."""
@@ -317,6 +343,20 @@ def test_what_decode_the_kernel_cannot(slots, reason):
     k = jax.ShapeDtypeStruct((1, 2, slots, 64), jnp.bfloat16)
     position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
     _refuses(reason, q, k, k, position, operation=decode_attention)
+
+
+@needs_mosaic
+@pytest.mark.parametrize(
+    ("heads", "rows", "static"),
+    [(130, 1, {}), (4, 33, {"with_logits": True})],
+    ids=["group", "logits-of-a-prompt"],
+)
+def test_what_rows_the_kernel_cannot(heads, rows, static):
+    q = jax.ShapeDtypeStruct((1, heads, rows, 64), jnp.bfloat16)
+    k = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.bfloat16)
+    position = jax.ShapeDtypeStruct((1, rows), jnp.int32)
+    reason = r"6[56] query rows must be in \[1, 64\]"
+    _refuses(reason, q, k, k, position, operation=decode_attention, **static)
 
 
 @needs_mosaic

@@ -60,12 +60,12 @@ def _poisoned(pages, ids, positions):
     return jnp.where(keep, pages, jnp.nan)
 
 
-def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0):
+def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0, tau=None):
     out, lse = (np.asarray(x, np.float64) for x in actual)
     inputs = [np.asarray(x.astype(jnp.float32)) for x in problem[:2]]
     inputs += [np.asarray(x) for x in problem[2:]]
     expected, expected_lse = oracles.page_attention(
-        *inputs, sm_scale=sm_scale, alpha=alpha
+        *inputs, sm_scale=sm_scale, alpha=alpha, tau=tau
     )
     size = np.linalg.norm(expected, axis=-1)
     error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
@@ -73,7 +73,7 @@ def _assert_close(actual, problem, tolerance, sm_scale, alpha=1.0):
     np.testing.assert_allclose(lse, expected_lse, rtol=1e-6, atol=tolerance)
 
 
-def _check(problem, dtype, sm_scale=0.2, alpha=1.0, interpret=True):
+def _check(problem, dtype, sm_scale=0.2, alpha=1.0, interpret=True, tau=None):
     q, pages, ids, positions, *mask = problem
     run = functools.partial(
         page_attention,
@@ -86,9 +86,9 @@ def _check(problem, dtype, sm_scale=0.2, alpha=1.0, interpret=True):
     if mask:  # what no row of a list sees is not read either
         read = np.where(np.asarray(mask[0]).any(-1), read, -1)
     poisoned = _poisoned(pages, read, np.asarray(positions))
-    out, lse = jax.jit(run)(q, poisoned, ids, positions, *mask)
+    out, lse = jax.jit(run)(q, poisoned, ids, positions, *mask, tau=tau)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
-    _assert_close((out, lse), problem, TOLERANCE[dtype], sm_scale, alpha)
+    _assert_close((out, lse), problem, TOLERANCE[dtype], sm_scale, alpha, tau)
 
 
 # Two rows, two lists: whole blocks, cut ones, -1 at every place, none at all.
@@ -225,6 +225,36 @@ def test_entmax_kernel_reads_no_value_outside_the_support():
     np.testing.assert_allclose(out[0, :2, 0], expected[0, [0, 0]], rtol=1e-6)
 
 
+def test_entmax_with_a_given_threshold(monkeypatch):
+    """Much, little and no mass; three rows at a time and then the fourth."""
+    monkeypatch.setattr(entmax_reference, "SCORES_AT_ONCE", 3 * 2 * 64)
+    tau = np.linspace(-2, 2, 16, dtype=np.float32).reshape(1, 4, 4)
+    problem = _masked_problem(head_dim=16)
+    run = functools.partial(page_attention, sm_scale=1.0, alpha=1.5)
+    actual = jax.jit(run)(*problem, tau=tau)
+    mass = np.asarray(actual[1])
+    assert mass[0, 0, 1] > 1
+    assert (mass[:, :2, 0] == 0).all()  # a row that sees no key
+    _assert_close(actual, problem, 3e-6, 1.0, 1.5, tau)
+    # The solved threshold is the one whose mass is 1.
+    solved = functools.partial(run, alpha=1.7)
+    out, _ = jax.jit(solved)(*problem)
+    low, high = np.full_like(tau, -50), np.full_like(tau, 50)
+    given = jax.jit(solved)
+    for _ in range(40):
+        middle = (low + high) / 2
+        found = given(*problem, tau=middle)
+        is_low = np.asarray(found[1]) > 1
+        low, high = np.where(is_low, middle, low), np.where(is_low, high, middle)
+    np.testing.assert_allclose(found[0], out, rtol=0, atol=1e-4)
+
+
+def test_entmax_kernel_with_a_given_threshold():
+    tau = np.linspace(-1, 2, 8, dtype=np.float32).reshape(2, 4, 1)
+    problem = _problem(ids=IDS, positions=[141, 30])
+    _check(problem, "float32", 0.5, 1.5, tau=tau)
+
+
 @pytest.mark.parametrize("scores_at_once", [1 << 24, 3 * 2 * 64])
 def test_entmax_with_a_mask_of_pages_by_row(monkeypatch, scores_at_once):
     """Also with three rows at a time and then the fourth."""
@@ -289,6 +319,14 @@ def test_errors_name_the_shapes():
         page_attention(q[..., :64], pages, ids, positions, sm_scale=1.0)
     with pytest.raises(ValueError, match="2 KV heads or 4 query heads"):
         page_attention(q, pages, ids[:, :1], positions, sm_scale=1.0)
+    run = functools.partial(page_attention, q, pages, ids, positions, sm_scale=1.0)
+    with pytest.raises(ValueError, match=r"tau .*: alpha=1.0 must be above 1"):
+        run(tau=jnp.zeros((1, 4, 1)))
+    for tau in (jnp.zeros((1, 4, 2)), jnp.zeros((1, 4, 1), "bfloat16")):
+        with pytest.raises(
+            ValueError, match=r"tau .*must be float32 for .*\(1, 4, 1\)"
+        ):
+            run(tau=tau, alpha=1.5)
     mask = jnp.ones((*ids.shape, 2), bool)
     with pytest.raises(ValueError, match=r"mask .*of the 1 query rows"):
         page_attention(q, pages, ids, positions, mask, sm_scale=1.0)

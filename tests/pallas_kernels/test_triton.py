@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.topk import top_k
 
 if importlib.util.find_spec("jax_triton") is None:
@@ -31,13 +32,18 @@ def _array(*shape, dtype=jnp.bfloat16):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _pages(head_dim=64, dtype=jnp.bfloat16):
+def _pages(head_dim=64, dtype=jnp.bfloat16, rows=1):
     return (
-        _array(1, 4, 1, head_dim, dtype=dtype),
+        _array(1, 4, rows, head_dim, dtype=dtype),
         _array(1, 2, 9, 16, 2 * head_dim, dtype=dtype),
         _array(1, 2, 4, dtype=jnp.int32),
-        _array(1, 1, dtype=jnp.int32),
+        _array(1, rows, dtype=jnp.int32),
     )
+
+
+def _statistics(heads=4, head_dim=64, num_pages=9, dtype=jnp.bfloat16):
+    of_pages = _array(1, 2, num_pages, head_dim)
+    return _array(1, heads, head_dim, dtype=dtype), of_pages, of_pages
 
 
 def test_in_the_interpreter():
@@ -66,14 +72,19 @@ def on_a100():
 @pytest.mark.usefixtures("on_a100")
 def test_an_a100_takes_them_unasked():
     scores = _array(2, 300, dtype=jnp.float32)
-    for function, arguments in (
-        (functools.partial(page_attention, sm_scale=0.1), _pages()),
-        (functools.partial(solve, alpha=1.5), (scores,)),
-        (functools.partial(top_k, k=5), (scores,)),
+    pages = functools.partial(page_attention, sm_scale=0.1)
+    # Under entmax: the keys, the threshold, the values.
+    for function, arguments, kernels in (
+        (pages, _pages(), 1),
+        (functools.partial(pages, alpha=1.5), _pages(), 3),
+        (functools.partial(page_bounds, group_reduce="mean"), _statistics(), 1),
+        (page_moments, _statistics(), 1),
+        (functools.partial(solve, alpha=1.5), (scores,), 1),
+        (functools.partial(top_k, k=5), (scores,), 1),
     ):
         traced = jax.jit(function).trace(*arguments)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        assert text.count("triton_kernel_call") == 1
+        assert text.count("triton_kernel_call") == kernels
 
 
 def _named(function, **static):
@@ -84,7 +95,15 @@ def _named(function, **static):
 @pytest.mark.parametrize(
     ("function", "arguments", "reason"),
     [
-        (_named(page_attention, sm_scale=1.0, alpha=1.5), _pages(), "alpha=1.5"),
+        (
+            _named(page_attention, sm_scale=1.0, alpha=1.5),
+            _pages(rows=1 << 19),
+            r"scores of 536,870,912 bytes must be at most 268,435,456",
+        ),
+        (_named(page_bounds), _statistics(130), "130 query heads must be at most 64"),
+        (_named(page_bounds), _statistics(head_dim=48), "D=48 must be a power of"),
+        (_named(page_moments), _statistics(num_pages=0), r"\(1, 2, 0, 64\) must be"),
+        (_named(page_moments), _statistics(dtype=jnp.float32), "bfloat16, float32"),
         (_named(page_attention, sm_scale=1.0), _pages(48), "D=48 must be a power of"),
         (
             _named(page_attention, sm_scale=1.0),
@@ -94,7 +113,17 @@ def _named(function, **static):
         (_named(solve, alpha=1.5), (_array(2, 9),), "bfloat16, it knows float32"),
         (_named(top_k, k=1), (_array(0, 9),), r"scores \(0, 9\) must be from 1 to"),
     ],
-    ids=["alpha", "D", "dtype", "scores", "empty"],
+    ids=[
+        "prompt",
+        "group",
+        "statistics",
+        "no-pages",
+        "mixed",
+        "D",
+        "dtype",
+        "scores",
+        "empty",
+    ],
 )
 def test_what_they_cannot(function, arguments, reason):
     with pytest.raises(NotImplementedError, match=reason):

@@ -15,8 +15,10 @@ from triton.runtime import interpreter
 from pallas_kernels import triton_call
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.entmax import triton as entmax_triton
-from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_attention import page_attention, triton_blocks
 from pallas_kernels.page_attention import triton as page_attention_triton
+from pallas_kernels.page_scores import page_bounds, page_moments
+from pallas_kernels.page_scores import triton as page_scores_triton
 from pallas_kernels.topk import top_k
 from pallas_kernels.topk import triton as topk_triton
 
@@ -57,6 +59,22 @@ def patched_once(monkeypatch):
     monkeypatch.setattr(interpreter, "GridExecutor", Executor)
 
 
+@pytest.fixture(autouse=True)
+def guarded(monkeypatch):
+    """Nothing is written behind the end of an output."""
+    poisoned, guards = triton_call._poisoned, []
+
+    def with_guard(shape):
+        found = poisoned(jax.ShapeDtypeStruct((2, *shape.shape), shape.dtype))
+        guards.append((found[1], found[1].copy()))
+        return found[0]
+
+    monkeypatch.setattr(triton_call, "_poisoned", with_guard)
+    yield
+    for guard, before in guards:
+        np.testing.assert_array_equal(guard, before)
+
+
 def _problem(
     *, ids, positions, heads=(4, 2), head_dim=16, page_size=16, dtype="float32"
 ):
@@ -86,18 +104,21 @@ def _poisoned(pages, ids, positions):
     return jnp.where(keep[..., None], pages, jnp.nan)
 
 
-def _check(problem, mask=None, sm_scale=0.4):
+_pages = functools.partial(page_attention, implementation="triton", interpret=True)
+
+
+def _check(problem, mask=None, sm_scale=0.4, alpha=1.0):
     q, pages, ids, positions = problem
-    run = functools.partial(
-        page_attention, sm_scale=sm_scale, implementation="triton", interpret=True
-    )
+    run = functools.partial(_pages, sm_scale=sm_scale, alpha=alpha)
     poisoned = _poisoned(pages, np.asarray(ids), np.asarray(positions))
     out, lse = jax.jit(run)(q, poisoned, ids, positions, mask)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     tolerance = TOLERANCE[q.dtype.name]
     inputs = [np.asarray(x, np.float64) for x in (q, pages)]
     inputs += [x if x is None else np.asarray(x) for x in (ids, positions, mask)]
-    expected, expected_lse = oracles.page_attention(*inputs, sm_scale=sm_scale)
+    expected, expected_lse = oracles.page_attention(
+        *inputs, sm_scale=sm_scale, alpha=alpha
+    )
     size = np.linalg.norm(expected, axis=-1)
     error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
     assert error.max() < tolerance, error.max()
@@ -107,7 +128,7 @@ def _check(problem, mask=None, sm_scale=0.4):
 @pytest.fixture
 def splits(monkeypatch, request):
     """Lists in as many parts, each in blocks of 32 tokens of 16 dimensions."""
-    monkeypatch.setattr(page_attention_triton, "BLOCK_BYTES", 2 << 10)
+    monkeypatch.setattr(triton_blocks, "BLOCK_BYTES", 2 << 10)
     monkeypatch.setattr(triton_call, "num_cores", lambda: 2 * request.param)
 
 
@@ -141,6 +162,78 @@ class TestPageAttention:
         _check(_problem(heads=(4, 1), ids=ids, positions=positions))
 
 
+@pytest.mark.usefixtures("splits")
+class TestPageEntmax:
+    @pytest.mark.parametrize(
+        ("splits", "dtype", "alpha"),
+        [(1, "float32", 1.5), (3, "float32", 2.0), (3, "bfloat16", 1.3)],
+        indirect=["splits"],
+    )
+    def test_ragged_lists(self, dtype, alpha):
+        """Pages past a row's position are listed and not read; one list is empty."""
+        _check(
+            _problem(ids=IDS, positions=[[141], [30]], dtype=dtype), None, 0.7, alpha
+        )
+
+    @pytest.mark.parametrize("splits", [3], indirect=True)
+    def test_rows_see_what_their_mask_and_position_let_them(self):
+        """The first of three rows sees no key; the last block of a list is cut."""
+        ids = np.array([[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]])
+        problem = _problem(ids=ids, positions=[[-1, 17, 94]], page_size=28)
+        mask = np.random.default_rng(1).random((*ids.shape, 3)) < 0.6
+        mask[0, 0] = True
+        _check(problem, jnp.asarray(mask), alpha=1.25)
+
+    @pytest.mark.parametrize("splits", [3], indirect=True)
+    def test_no_value_outside_the_support_is_read(self):
+        """One key far above all others: the values of every other token may be NaN."""
+        q, pages, ids, positions = _problem(ids=IDS, positions=[[141], [30]])
+        pages = pages.at[..., :16].multiply(0.01)
+        pages = pages.at[:, :, 2, 5, :16].set(10 * (q[:, ::2, 0] + q[:, 1::2, 0]))
+        others = np.arange(9 * 16).reshape(9, 16, 1) != 2 * 16 + 5
+        pages = pages.at[..., 16:].set(jnp.where(others, jnp.nan, pages[..., 16:]))
+        run = functools.partial(_pages, sm_scale=1.0, alpha=1.5)
+        out, _ = jax.jit(run)(q, pages, ids, positions)
+        expected = np.asarray(pages[0, 0, 2, 5, 16:])
+        # The first row's first list holds page 2; two query heads share it.
+        np.testing.assert_allclose(out[0, :2, 0], [expected] * 2, rtol=1e-6)
+
+    @pytest.mark.parametrize("splits", [3], indirect=True)
+    def test_a_key_that_is_no_number_shows(self):
+        """In the rows that see it, and in no other; with a threshold given too."""
+        q, pages, ids, positions = _problem(ids=IDS, positions=[[141], [30]])
+        pages = pages.at[0, 0, 4, 3, 2].set(jnp.nan)
+        run = functools.partial(_pages, sm_scale=1.0, alpha=1.5)
+        for tau in (None, jnp.zeros(q.shape[:3])):
+            out, value = jax.jit(run)(q, pages, ids, positions, None, tau)
+            np.testing.assert_array_equal(np.isnan(out[0, :, 0, 0]), [1, 1, 0, 0])
+            np.testing.assert_array_equal(np.isnan(value[0, :, 0]), [1, 1, 0, 0])
+            assert np.isfinite(out[1]).all()
+
+    @pytest.mark.parametrize(
+        ("splits", "alpha"), [(1, 1.7), (3, 1.5)], indirect=["splits"]
+    )
+    def test_parts_of_a_list_with_one_threshold_add_up(self, alpha):
+        """Of two disjoint lists: out, and the mass."""
+        problem = _problem(ids=IDS, positions=[[141], [30]])
+        q, pages, ids, positions = problem
+        inputs = [np.asarray(x, np.float64) for x in (q, pages)]
+        inputs += [np.asarray(x) for x in (ids, positions)]
+        # Some rows keep much, some little, some nothing.
+        tau = np.linspace(-1.5, 1.5, 8).reshape(2, 4, 1).astype(np.float32)
+        expected = oracles.page_attention(*inputs, None, 0.4, alpha, tau)
+        assert (expected[1] == 0).any()
+        assert (expected[1] > 1).any()
+        run = jax.jit(functools.partial(_pages, sm_scale=0.4, alpha=alpha))
+        poisoned = _poisoned(pages, np.asarray(ids), np.asarray(positions))
+        parts = [
+            run(q, poisoned, jnp.where(keep, ids, -1), positions, None, tau)
+            for keep in (ids % 3 == 0, ids % 3 != 0)
+        ]
+        for first, second, wanted in zip(*parts, expected, strict=True):
+            np.testing.assert_allclose(first + second, wanted, rtol=1e-6, atol=2e-5)
+
+
 def test_a_cache_of_more_than_2_to_the_31_elements(monkeypatch):
     """Four gigabytes that are never touched but for two pages, 2**32 bytes apart."""
 
@@ -167,6 +260,62 @@ def test_a_cache_of_more_than_2_to_the_31_elements(monkeypatch):
     )
     np.testing.assert_allclose(out, expected[0], atol=1e-3)
     np.testing.assert_allclose(lse, expected[1], atol=1e-3)
+
+
+@pytest.fixture
+def blocks_of_16_pages(monkeypatch):
+    """For up to 128 dimensions of 32 bits: two blocks, and a third in part."""
+    monkeypatch.setattr(page_scores_triton, "BLOCK_BYTES", 1 << 10)
+
+
+def _statistics(heads, head_dim, dtype):
+    """A query and two arrays for each of 37 pages; again, as they are, in float64."""
+    rng = np.random.default_rng(0)
+    shape = (2, heads[1], 37, head_dim)
+    q = rng.standard_normal((2, heads[0], head_dim))
+    first, spread = rng.standard_normal(shape), np.abs(rng.standard_normal(shape))
+    arrays = [jnp.asarray(x, dtype) for x in (q, first, spread)]
+    return arrays, [np.asarray(x.astype(jnp.float32), np.float64) for x in arrays]
+
+
+@pytest.mark.usefixtures("blocks_of_16_pages")
+@pytest.mark.parametrize(
+    ("heads", "head_dim", "dtype"),
+    [((8, 2), 128, "float32"), ((2, 2), 16, "bfloat16"), ((20, 1), 64, "float16")],
+    ids="{}".format,
+)
+class TestPageScores:
+    def test_bounds_and_what_they_reduce_to(self, heads, head_dim, dtype):
+        (q, low, spread), (q64, low64, _) = _statistics(heads, head_dim, dtype)
+        high = low + spread
+        keys = np.stack([low64, np.asarray(high.astype(jnp.float32), np.float64)], 3)
+        group = heads[0] // heads[1]
+        expected = np.empty((2, *heads[1:], group, 37))
+        for b, h, g, page in np.ndindex(expected.shape):
+            expected[b, h, g, page] = oracles.page_bound(
+                q64[b, h * group + g], keys[b, h, page]
+            )
+        for how, reduced in (
+            ("none", expected.reshape(2, -1, 37)),
+            ("mean", expected.mean(2)),
+            ("max", expected.max(2)),
+        ):
+            run = functools.partial(page_bounds, group_reduce=how)
+            run = functools.partial(run, implementation="triton", interpret=True)
+            found = jax.jit(run)(q, low, high)
+            assert found.dtype == jnp.float32
+            np.testing.assert_allclose(found, reduced, rtol=0, atol=1e-5)
+
+    def test_moments(self, heads, head_dim, dtype):
+        arrays, (q, mean, variance) = _statistics(heads, head_dim, dtype)
+        run = functools.partial(page_moments, implementation="triton", interpret=True)
+        found = jax.jit(run)(*arrays)
+        q = q.reshape(2, heads[1], -1, 1, head_dim)
+        expected = (q * mean[:, :, None]).sum(-1), (q**2 * variance[:, :, None]).sum(-1)
+        for actual, wanted in zip(found, expected, strict=True):
+            assert actual.dtype == jnp.float32
+            wanted = wanted.reshape(actual.shape)
+            np.testing.assert_allclose(actual, wanted, rtol=2e-6, atol=1e-5)
 
 
 @functools.cache

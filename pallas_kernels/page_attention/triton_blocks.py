@@ -1,0 +1,167 @@
+"""Lists of pages as the Triton kernels walk through them: a block of tokens at a time.
+
+Each token's page is looked up on its own, so that pages are of any size. A list is as
+long as its last page that is seen; a -1 before that costs no bytes.
+"""
+
+from typing import Any, no_type_check
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from pallas_kernels import triton_call
+
+BLOCK_BYTES = 16 << 10  # of the keys of a block: two stages fit twice into 100 KB
+MAX_ROWS = 64  # query rows of a program
+MAX_SPLITS = 64
+PROGRAMS_PER_CORE = 2
+
+_TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
+
+
+def unsupported(q, pages, page_ids) -> str | None:
+    """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
+    head_dim, dtypes = q.shape[3], (jnp.bfloat16, jnp.float16, jnp.float32)
+    if q.dtype != pages.dtype or q.dtype not in dtypes:
+        return f"dtypes {q.dtype}, {pages.dtype} must be one of 16 or 32 bits"
+    if head_dim not in (16, 32, 64, 128, 256):
+        return f"D={head_dim} must be a power of two from 16 to 256"
+    if not page_ids.shape[2] or not q.shape[2]:
+        return f"{page_ids.shape[2]} pages and {q.shape[2]} rows must be positive"
+    if page_ids.shape[2] * pages.shape[3] >= 1 << 31:
+        return f"{page_ids.shape[2]} pages of {pages.shape[3]} must be below 2**31"
+    return triton_call.unsupported()
+
+
+def grid(q, pages, page_ids) -> tuple[int, int, int]:
+    """Lists, parts of a list so that they fill the device, blocks of query rows."""
+    batch, (lists, listed) = q.shape[0], page_ids.shape[1:]
+    sizes = _sizes(q, pages, page_ids)
+    row_blocks = triton.cdiv(sizes["ROWS"], sizes["BLOCK_ROWS"])
+    most = triton.cdiv(listed * pages.shape[3], 2 * sizes["BLOCK_TOKENS"])
+    wanted = PROGRAMS_PER_CORE * triton_call.num_cores()
+    wanted = triton.cdiv(wanted, batch * lists * row_blocks)
+    return batch * lists, max(min(wanted, most, MAX_SPLITS), 1), row_blocks
+
+
+def static(q, pages, page_ids, interpret) -> dict[str, Any]:
+    """The sizes that every kernel takes."""
+    num_kv_heads, num_pages, page_size, width = pages.shape[1:]
+    return {
+        # Products of float32 are sums in registers.
+        "num_warps": 8 if q.dtype == jnp.float32 else 4,
+        "LISTS": page_ids.shape[1],
+        "LISTED": page_ids.shape[2],
+        "KV_HEADS": num_kv_heads,
+        "NUM_PAGES": num_pages,
+        "PAGE_SIZE": page_size,
+        "HEAD_DIM": q.shape[3],
+        "STEPS": q.shape[2],
+        **_sizes(q, pages, page_ids),
+        # Where a head's elements exceed 32 bits, its offsets do.
+        "OFFSET": tl.int64 if num_pages * page_size * width >= 1 << 31 else tl.int32,
+        # The interpreter multiplies bfloat16 as the integers that hold it.
+        "OPERAND": tl.float32 if interpret else _TYPES[q.dtype.name],
+    }
+
+
+def _sizes(q, pages, page_ids):
+    rows = q.shape[1] // page_ids.shape[1] * q.shape[2]
+    block_tokens = BLOCK_BYTES // (q.shape[3] * pages.dtype.itemsize)
+    return {
+        "ROWS": rows,
+        "BLOCK_ROWS": min(max(triton.next_power_of_2(rows), 16), MAX_ROWS),
+        "BLOCK_TOKENS": min(max(block_tokens, 16), 128),
+    }
+
+
+def ends(page_ids, pages, query_positions):
+    """`(B, H)`: how long each list is, up to its last page that a row sees."""
+    listed, (num_pages, page_size) = page_ids.shape[2], pages.shape[2:4]
+    last = query_positions.max(1)[:, None, None]
+    is_seen = (page_ids >= 0) & (page_ids < num_pages) & (page_ids * page_size <= last)
+    place = jnp.arange(1, listed + 1, dtype=jnp.int32)
+    return jnp.where(is_seen, place, 0).max(-1)
+
+
+@triton.jit
+@no_type_check
+def head_of(which, LISTS: tl.constexpr, KV_HEADS: tl.constexpr):
+    """Of list `which` in the batch, the KV head of a row of it."""
+    return which // LISTS * KV_HEADS + which % LISTS // (LISTS // KV_HEADS)
+
+
+@triton.jit
+@no_type_check
+def rows_of(
+    q_ptr,  # (B * L, R, D)
+    positions_ptr,  # (B, T) i32
+    which,
+    row,
+    LISTS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Query rows of a list, `(BLOCK_ROWS, D)`, and their positions."""
+    is_row = row < ROWS
+    place = row[:, None] * HEAD_DIM + tl.arange(0, HEAD_DIM)
+    q_ptr += which * (ROWS * HEAD_DIM)
+    q = tl.load(q_ptr + place, mask=is_row[:, None], other=0.0)
+    positions_ptr += which // LISTS * STEPS
+    return q, tl.load(positions_ptr + row % STEPS, mask=is_row, other=-1)
+
+
+@triton.jit
+@no_type_check
+def tokens_of(
+    ids_ptr,  # (K,) i32, of the list
+    i,
+    LISTED: tl.constexpr,
+    NUM_PAGES: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+):
+    """Of block i: each token's slot of the list, its position, and if it has a page."""
+    token = i * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    slot = token // PAGE_SIZE
+    page = tl.load(ids_ptr + slot, mask=slot < LISTED, other=-1)
+    is_page = (page >= 0) & (page < NUM_PAGES)
+    return slot, page * PAGE_SIZE + token % PAGE_SIZE, is_page
+
+
+@triton.jit
+@no_type_check
+def seen_by(
+    mask_ptr,  # (B * L, K, T) i8, or anything
+    which,
+    slot,
+    position,
+    is_held,
+    row,
+    positions,
+    LISTED: tl.constexpr,
+    STEPS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """`(BLOCK_ROWS, BLOCK_TOKENS)`: which rows see which tokens."""
+    seen = is_held & (position <= positions[:, None])
+    if HAS_MASK:
+        flag = (which * LISTED + slot) * STEPS + (row % STEPS)[:, None]
+        seen &= tl.load(mask_ptr + flag, mask=slot < LISTED, other=0) != 0
+    return seen
+
+
+@triton.jit
+@no_type_check
+def vectors(
+    head_ptr,  # (NP, P, 2 D), of the keys' half or of the values'
+    position,
+    is_needed,
+    HEAD_DIM: tl.constexpr,
+    OFFSET: tl.constexpr,
+):
+    """`(BLOCK_TOKENS, D)` at these positions, 0 where not needed."""
+    offset = position.to(OFFSET)[:, None] * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
+    return tl.load(head_ptr + offset, mask=is_needed[:, None], other=0.0)
