@@ -1,11 +1,12 @@
 """Runs a method over random streams, as a model would; compares with the oracles."""
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from oracles import Row, Trace, rotate, softmax_attention
+from oracles import Row, Trace, entmax_attention, rotate, softmax_attention
 
 from kvjax.interface import CacheSpec, Diagnostics, Method, State
 from kvjax.rope import Rope
@@ -210,8 +211,10 @@ def assert_matches(run: Run, stream: Stream, oracle, dtype="float32", **options)
             )
 
 
-def assert_consistent(run: Run, stream: Stream, dtype="float32", is_rotated=True):
-    """Outputs and lse are the softmax attention over exactly what `attended` lists.
+def assert_consistent(
+    run: Run, stream: Stream, dtype="float32", is_rotated=True, alpha=1.0
+):
+    """Outputs and lse are the attention over exactly what `attended` lists.
 
     For keys rotated at their absolute positions, or not at all; which tokens were kept
     is not judged, except that no set can hold more mass than the whole.
@@ -220,6 +223,9 @@ def assert_consistent(run: Run, stream: Stream, dtype="float32", is_rotated=True
     def turn(x, position):
         return rotate(x, position) if is_rotated else x
 
+    attend = softmax_attention
+    if alpha != 1:
+        attend = functools.partial(entmax_attention, alpha=alpha)
     num_q_heads = stream.q.shape[1]
     slack = 1e-4 if dtype == "float32" else 5e-2
     for b, prompt in enumerate(stream.prompts):
@@ -235,12 +241,12 @@ def assert_consistent(run: Run, stream: Stream, dtype="float32", is_rotated=True
                 assert kept[-1] <= t, f"{where}: sees the future"
                 kv = h // row.group
                 query = turn(row.q[h, t], t)
-                out, lse, _ = softmax_attention(query, keys[kv, kept], row.v[kv, kept])
+                out, lse, _ = attend(query, keys[kv, kept], row.v[kv, kept])
                 assert_rows_close(run.out[i, b, h], out, dtype, where)
                 given = run.diagnostics.lse[i, b, h, 0]
                 assert abs(given - lse) < slack, where
                 everything = slice(t + 1)
-                whole, most, _ = softmax_attention(
+                whole, most, _ = attend(
                     query, keys[kv, everything], row.v[kv, everything]
                 )
                 assert given <= most + slack, f"{where}: more mass than there is"

@@ -1,0 +1,73 @@
+"""The operations of `pallas_kernels`."""
+
+import functools
+import math
+
+import numpy as np
+
+from oracles.attention import (
+    entmax_attention,
+    softmax_attention,
+)
+
+
+def page_attention(
+    q, pages, page_ids, query_positions, mask=None, sm_scale=1.0, alpha=1.0, tau=None
+):
+    """`(out, lse)`, one query row at a time over the tokens of its listed pages.
+
+    With entmax and a threshold tau `(B, Hq, T)`, as it is: `(out, mass)`.
+    """
+    page_size, head_dim = pages.shape[3], q.shape[3]
+    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -math.inf)
+    for b, h, t in np.ndindex(q.shape[:3]):
+        kv = h * pages.shape[1] // q.shape[1]
+        own = h * page_ids.shape[1] // q.shape[1]
+        tokens = []
+        for place, page in enumerate(page_ids[b, own]):
+            if mask is not None and not mask[b, own, place, t]:
+                continue
+            for i in range(page_size if page >= 0 else 0):
+                if page * page_size + i <= query_positions[b, t]:
+                    tokens.append(pages[b, kv, page, i])
+        keys = [token[:head_dim] for token in tokens]
+        values = [token[head_dim:] for token in tokens]
+        attend = softmax_attention
+        if alpha != 1:
+            attend = functools.partial(entmax_attention, alpha=alpha)
+        if tau is not None:
+            attend = functools.partial(above, alpha=alpha, tau=tau[b, h, t])
+        out[b, h, t], lse[b, h, t], _ = attend(
+            q[b, h, t], keys, values, sm_scale=sm_scale
+        )
+    return out, lse
+
+
+def above(query, keys, values, alpha, tau, sm_scale):
+    out, mass = np.zeros_like(query), 0.0
+    for key, value in zip(keys, values, strict=True):
+        z = (alpha - 1) * sm_scale * float(np.dot(query, key))
+        weight = max(z - tau, 0.0) ** (1 / (alpha - 1))
+        out, mass = out + weight * value, mass + weight
+    return out, mass, None
+
+
+def top_k(scores, k, where=None, count=None, *, order="score"):
+    """`(values, indices)` by a stable sort of integers in IEEE's total order."""
+    bits = scores.astype(np.float32).view(np.int32).astype(np.int64)
+    keys = np.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
+    lowest = -(0x7F800000) - 1  # -inf; NaNs with a sign lie below
+    is_open = keys > lowest
+    if where is not None:
+        is_open &= where
+    values = np.full((*scores.shape[:-1], k), -np.inf)
+    indices = np.full(values.shape, -1, np.int32)
+    for row in np.ndindex(scores.shape[:-1]):
+        most = k if count is None else count[row]
+        ranked = np.argsort(-keys[row], kind="stable")
+        chosen = [i for i in ranked if is_open[row][i]][:most]
+        if order == "index":
+            chosen = sorted(chosen)
+        values[row][: len(chosen)] = scores[row][chosen]
+        indices[row][: len(chosen)] = chosen
+    return values, indices
