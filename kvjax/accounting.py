@@ -1,6 +1,7 @@
 """Bytes a method reads per token and holds, from shapes alone: one accounting."""
 
 import dataclasses
+import functools
 
 import jax
 
@@ -24,6 +25,20 @@ def bytes_held(
     """Bytes all layers hold while decoding, every row."""
     specs = _layers(decoder, batch, capacity, max_new_tokens)
     return sum(state_bytes(method, spec) for spec in specs)
+
+
+@functools.cache
+def is_constant(method: Method, decoder: DecoderLM) -> bool:
+    """Whether no layer's state grows with the context: inputs of any length fit.
+
+    Such a method re-numbers positions, or has none: the model's context is no limit.
+    """
+    held = []
+    for capacity in (1 << 24, 1 << 25):
+        specs = _layers(decoder, 1, capacity, capacity)
+        sizes = [(prompt_bytes(method, s), state_bytes(method, s)) for s in specs]
+        held.append(sizes)
+    return held[0] == held[1]
 
 
 def traffic(

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import accounting
 from kvjax.detokenize import TextRow
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
 from kvjax.sampling import Sampling, active, row_keys, sample, validate
@@ -76,7 +77,8 @@ def generate(
 
     Raises:
         ValueError: if a prompt is empty, holds an id outside the vocabulary or is too
-            long for the model's context, or if an option is out of its range.
+            long for the model's context (no prompt is, for a method of constant
+            memory), or if an option is out of its range.
     """
     events = _start(
         model,
@@ -144,7 +146,7 @@ def prefill(
     Raises:
         ValueError: as :func:`generate`.
     """
-    check_prompts(model.decoder, prompts, max_new_tokens, chunk_size)
+    check_prompts(model.decoder, method, prompts, max_new_tokens, chunk_size)
     longest = max(map(len, prompts))
     decoder, params = model.decoder, model.params
     states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
@@ -169,6 +171,7 @@ def bucket(tokens: int) -> int:
 
 def check_prompts(
     decoder: DecoderLM,
+    method: Method,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     chunk_size: int,
@@ -183,7 +186,8 @@ def check_prompts(
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} has no tokens: give it at least one.")
-        if len(prompt) + max_new_tokens > decoder.context:
+        is_long = len(prompt) + max_new_tokens > decoder.context
+        if is_long and not accounting.is_constant(method, decoder):
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens=} that "
                 f"exceeds the model's context of {decoder.context}: shorten either."
@@ -373,7 +377,11 @@ def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
         for prompt in prompts
     ]
     check_prompts(
-        model.decoder, prompts, options["max_new_tokens"], options["chunk_size"]
+        model.decoder,
+        method,
+        prompts,
+        options["max_new_tokens"],
+        options["chunk_size"],
     )
     return _events(
         model,
@@ -399,25 +407,64 @@ def _events(
     chunk_size: int,
     stream_every: int,
 ) -> Generator[tuple[int, str], None, list[Generation]]:
+    seen = None
+    if active(sampling).repetition_penalty is not None:
+        seen = np.zeros((len(prompts), model.decoder.vocab_size), bool)
+        for row, prompt in enumerate(prompts):
+            seen[row, prompt] = True
+    prefilled = prefill(
+        model, method, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
+    )
+    return (
+        yield from continued(
+            model,
+            method,
+            prefilled,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            stop=stop,
+            eos_ids=eos_ids,
+            seed=seed,
+            stream_every=stream_every,
+            seen=seen,
+        )
+    )
+
+
+def continued(
+    model: LanguageModel,
+    method: Method,
+    prefilled: Prefilled,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    stream_every: int = 16,
+    seen: Bool[np.ndarray, "B V"] | None = None,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """What :func:`stream` yields and :func:`generate` returns, from a prompt's end.
+
+    `prefilled` is used up. `seen` are the tokens of each prompt, which a repetition
+    penalty needs; other arguments as there.
+    """
     decoder, params = model.decoder, model.params
     eos_ids = frozenset(model.eos_ids if eos_ids is None else eos_ids)
     eos_array = np.array(sorted(eos_ids), np.int32)
     sampling = active(sampling)
-    keys = None if sampling.temperature is None else row_keys(seed, len(prompts))
-    seen = None
-    if sampling.repetition_penalty is not None:
-        seen = np.zeros((len(prompts), decoder.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
-
-    states, hidden, window = prefill(
-        model, method, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
-    )
-    tail = _Tail(window, np.zeros(len(prompts), bool), seen)
+    states, hidden, window = prefilled
+    batch = len(window)
+    keys = None if sampling.temperature is None else row_keys(seed, batch)
+    seen = None if sampling.repetition_penalty is None else seen
+    tail = _Tail(window, np.zeros(batch, bool), seen)
     newest, tail = _first_token(
         decoder, params, hidden, tail, keys, sampling, eos_array
     )
-    rows = [TextRow(model.tokenizer, stop, eos_ids, max_new_tokens) for _ in prompts]
+    stop = tuple(stop)
+    rows = [
+        TextRow(model.tokenizer, stop, eos_ids, max_new_tokens) for _ in range(batch)
+    ]
     block, produced = np.asarray(newest)[:, None], 1
     while True:
         for index, row in enumerate(rows):

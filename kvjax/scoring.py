@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from kvjax import accounting
 from kvjax.generate import (
     PAD,
     check_vocabulary,
@@ -57,7 +58,8 @@ def score(
 
     Raises:
         ValueError: if `prefill` is not in [1, length) of every row, an id is outside
-            the vocabulary, or a row is too long for the model's context.
+            the vocabulary, or a row is too long for the model's context (none is, for a
+            method of constant memory).
     """
     tokens = [[int(token) for token in row] for row in tokens]
     lengths = np.array([len(row) for row in tokens], np.int32)
@@ -69,7 +71,7 @@ def score(
         )
     decoder, params = model.decoder, model.params
     longest = int(lengths.max())
-    if longest > decoder.context:
+    if longest > decoder.context and not accounting.is_constant(method, decoder):
         raise ValueError(
             f"a row has {longest} tokens, more than the model's context of "
             f"{decoder.context}: shorten it."

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax.cli import bench, decode, evaluate, heads, info, train
+from kvjax.cli import bench, decode, evaluate, heads, info, stream, train
 from kvjax.cli.common import arguments_given
 
 app = typer.Typer(
@@ -101,6 +101,7 @@ _EXAMPLES = {
     info.cite: "kvjax cite quest",
     decode.generate: ("kvjax generate --method quest:budget=256 --prompt 'def main('"),
     decode.score: "kvjax score --method snapkv:budget=256 --text book.txt",
+    stream.stream: "kvjax stream --text book.txt --method cascade:budget=1024",
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
     evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",

@@ -1,5 +1,6 @@
 """The methods. One import line here makes a method known to the registry."""
 
+from kvjax.methods.cascade import cascade as cascade
 from kvjax.methods.dense_layers import dense_layers as dense_layers
 from kvjax.methods.full import full as full
 from kvjax.methods.h2o import h2o as h2o

@@ -1,0 +1,149 @@
+"""`kvjax stream`: text without end, scored as it comes, then continued."""
+
+import json
+import pathlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import typer
+
+from kvjax import registry
+from kvjax.cli.common import (
+    METHOD_HELP,
+    DtypeOption,
+    ModelOption,
+    SeedOption,
+    load,
+    positive,
+)
+
+BLOCK = 1 << 16  # bytes read at once
+
+
+def stream(
+    text: Annotated[
+        pathlib.Path,
+        typer.Option("--text", help="UTF-8 file of any size; - is stdin."),
+    ] = pathlib.Path("-"),
+    model: ModelOption = None,
+    method: Annotated[
+        str, typer.Option("--method", help=METHOD_HELP + " Of constant memory.")
+    ] = "cascade:budget=1024",
+    every: Annotated[
+        int, typer.Option(help="Least tokens between two lines of output.")
+    ] = 16_384,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", help="Tokens to go on with at the end.")
+    ] = 0,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="Probability kept; 1 is all.")] = 1.0,
+    seed: SeedOption = 0,
+    chunk_size: Annotated[int, typer.Option(help="Tokens read at once.")] = 512,
+    dtype: DtypeOption = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON lines instead of text.")
+    ] = False,
+) -> None:
+    """Scores text without end in constant memory, and goes on with it.
+
+    One line now and then: tokens read, bits per byte so far and since the last line,
+    perplexity. With --new-tokens these lines go to stderr, and what the model goes on
+    with to stdout.
+    """
+    from kvjax import stream as streaming
+    from kvjax.sampling import Sampling, validate
+
+    parsed = registry.parse(method)
+    positive(every=every, chunk_size=chunk_size)
+    if new_tokens < 0:
+        raise ValueError(f"{new_tokens=} must be at least 0.")
+    sampling = Sampling(temperature=temperature, top_p=top_p)
+    validate(sampling)
+    blocks = _blocks(text)
+    first = next(blocks, b"")  # a file that is not there is known before the model
+    language_model = load(model, dtype)
+    streaming.check_method(language_model, parsed, method)
+
+    def all_blocks():
+        yield first
+        yield from blocks
+
+    found = streaming.read(
+        language_model,
+        parsed,
+        streaming.pieces(all_blocks(), name=str(text)),
+        chunk_size=chunk_size,
+    )
+    to = sys.stdout if as_json or not new_tokens else sys.stderr
+    start, shown, latest = time.perf_counter(), None, None
+    try:
+        while True:
+            latest = next(found)
+            if shown is None or latest.tokens - shown.tokens >= every:
+                _show(latest, shown, start, to, as_json)
+                shown = latest
+    except StopIteration as end:
+        read = end.value
+    if latest is not shown:
+        _show(latest, shown, start, to, as_json)
+    if not new_tokens:
+        return
+    events = streaming.extend(
+        language_model,
+        parsed,
+        read,
+        max_new_tokens=new_tokens,
+        sampling=sampling,
+        seed=seed,
+    )
+    try:
+        while True:
+            _, piece = next(events)
+            if not as_json:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+    except StopIteration as end:
+        (generation,) = end.value
+    if as_json:
+        print(json.dumps(generation._asdict()), flush=True)
+    else:
+        print()
+
+
+def _blocks(path: pathlib.Path) -> Iterator[bytes]:
+    """What is there to read, as soon as there is any."""
+    if str(path) == "-":
+        yield from iter(lambda: sys.stdin.buffer.read1(BLOCK), b"")
+        return
+    with path.open("rb") as file:
+        yield from iter(lambda: file.read1(BLOCK), b"")
+
+
+def _show(latest: Any, shown: Any, start: float, to: Any, as_json: bool) -> None:
+    last = latest if shown is None else latest.since(shown)
+    seconds = time.perf_counter() - start
+    document = {
+        "tokens": latest.tokens,
+        "bytes": latest.num_bytes,
+        "nats": latest.nats,
+        "bits_per_byte": _number(latest.bits_per_byte),
+        "bits_per_byte_last": _number(last.bits_per_byte),
+        "perplexity": _number(latest.perplexity),
+        "seconds": round(seconds, 3),
+    }
+    if as_json:
+        print(json.dumps(document), file=to, flush=True)
+        return
+    print(
+        f"{latest.tokens:>14,} tokens  {latest.bits_per_byte:.4f} bits/byte  "
+        f"{last.bits_per_byte:.4f} last  perplexity {latest.perplexity:.3f}  "
+        f"{latest.tokens / seconds:,.0f} tokens/s",
+        file=to,
+        flush=True,
+    )
+
+
+def _number(value: float) -> float | None:
+    return value if value == value else None  # NaN is no JSON
