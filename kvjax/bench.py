@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import reading, support, thresholds
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import entmax_attention
 from pallas_kernels.page_attention import page_attention
@@ -21,6 +22,8 @@ from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.topk import top_k
 
 LEAST_SECONDS = 0.02  # of a sample: calls are repeated until it is that long
+ALPHA = 1.5  # of entmax
+CLUSTER = 6.0  # score of the pages that the Gaussian selector is to find
 BLOCK = 4096  # tokens that are drawn at random; the rest are these, scaled
 
 
@@ -200,9 +203,54 @@ def operations(sizes: Sizes, *, like: bool = False) -> dict[str, Operation]:
     def sparse(q, fused, low, high, position):
         return attend(q, fused, chosen(bounds(q, low, high, "mean")), position)
 
+    def entmax_pages(q, fused, ids, position):
+        options = {"sm_scale": size**-0.5, "alpha": ALPHA}
+        found = reading.attend_pages(
+            q[:, :, 0], fused, ids, position[:, 0] + 1, **options
+        )
+        return reading.fastest(found, q, fused, ids, position, **options)
+
+    def sparse_entmax(q, fused, low, high, position):
+        return entmax_pages(q, fused, chosen(bounds(q, low, high, "max")), position)
+
+    def clusters(q, ids):
+        """Means of keys that score `CLUSTER` under every query of the group."""
+        grouped = q[:, :, 0].astype(jnp.float32).reshape(*shape, group, size)
+        towards = grouped / jnp.square(grouped).sum(-1, keepdims=True)
+        centre = CLUSTER * size**0.5 * towards.sum(2)
+        listed = support.is_listed(ids, num_pages)[..., None]
+        return jnp.where(listed, centre[:, :, None], 0.0)
+
+    def gaussian_pages(q, mean, variance, position):
+        length = position[:, 0] + 1
+        historical = support.is_historical(length, num_pages, page_size)
+        mu, sigma = support.page_moments(
+            q[:, :, 0], mean, variance, sm_scale=size**-0.5
+        )
+        middle, spread = support.global_moments(mu, sigma, historical)
+        count = page_size * historical.sum(-1).astype(jnp.float32)[:, None, None]
+        tau = thresholds.estimate_threshold(
+            middle[..., None], spread[..., None], count, alpha=ALPHA
+        )
+        margins = support.gaussian_margins(
+            mu, sigma, tau, historical, alpha=ALPHA, page_size=page_size
+        )
+        margins = margins.reshape(*shape, group, num_pages).max(2)
+        wanted = jnp.where(margins > 0, margins, -jnp.inf)
+        options = {"page_size": page_size, "size": num_pages}
+        return support.list_pages(wanted, length, **options)[0]
+
+    def sparse_gaussian(q, fused, mean, variance, position):
+        ids = gaussian_pages(q, mean, variance, position)
+        return entmax_pages(q, fused, ids, position)
+
     attend = functools.partial(page_attention, sm_scale=size**-0.5)
     full = functools.partial(decode_attention, sm_scale=size**-0.5)
-    entmax = functools.partial(entmax_attention, alpha=1.5, sm_scale=size**-0.5)
+    entmax = functools.partial(entmax_attention, alpha=ALPHA, sm_scale=size**-0.5)
+    mean = make(lambda: jnp.zeros((*shape, num_pages, size), jnp.float32))
+    if not like:
+        mean = make(lambda: clusters(q, ids))
+    variance = make(lambda: jnp.full((*shape, num_pages, size), 1e-4, jnp.float32))
     of_pages, of_budget = num_pages * token, budget * token
     logits = 4 * batch * num_kv_heads * group * context
     return {
@@ -219,9 +267,18 @@ def operations(sizes: Sizes, *, like: bool = False) -> dict[str, Operation]:
         "top_k": Operation(chosen, (scores,), num_pages * batch * num_kv_heads * 4),
         "page_attention": Operation(attend, (q, fused, ids, position), of_budget),
         "page_attention, entmax": Operation(
-            functools.partial(attend, alpha=1.5), (q, fused, ids, position), of_budget
+            functools.partial(attend, alpha=ALPHA), (q, fused, ids, position), of_budget
         ),
         "sparse": Operation(
             sparse, (q, fused, low, high, position), of_pages + of_budget
+        ),
+        "sparse, entmax": Operation(
+            sparse_entmax, (q, fused, low, high, position), of_pages + of_budget
+        ),
+        # As many pages: means are such that these, and the newest, pass the threshold.
+        "sparse, entmax, gaussian": Operation(
+            sparse_gaussian,
+            (q, fused, mean, variance, position),
+            of_pages * 4 // width + of_budget,
         ),
     }

@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import cache
 from kvjax.interface import CacheSpec
 from kvjax.partials import Partial
-from pallas_kernels.decode_attention import decode_attention
+from kvjax.support import page_statistics
 
 
 class Paged(NamedTuple):
@@ -76,9 +76,52 @@ def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv 
 def attend_all(
     store: Paged, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
 ) -> Partial:
-    """Causal attention of rotated queries at `positions` over every page."""
-    k, v = views(store)
-    return Partial(*decode_attention(q, k, v, positions, sm_scale=store.spec.sm_scale))
+    """Causal attention of rotated queries at `positions` over every page.
+
+    By the model's own normaliser, as :func:`kvjax.cache.attend`.
+    """
+    whole = cache.Contiguous(store.spec, *views(store), store.length)
+    return cache.attend(whole, q, positions)
+
+
+class Moments(NamedTuple):
+    """Mean and variance of the keys of each complete page, element by element."""
+
+    mean: Float[Array, "B Hkv NP D"]  # float32; undefined while the page is incomplete
+    variance: Float[Array, "B Hkv NP D"]  # float32, over all P tokens
+
+
+def moments(store: Paged) -> Moments:
+    """Those of an empty store."""
+    shape = store.page_min.shape
+    return Moments(*(cache.allocate(shape, jnp.float32) for _ in range(2)))
+
+
+def update_moments(held: Moments, store: Paged, added: int) -> Moments:
+    """With the pages that the newest of at most `added` tokens a row completed.
+
+    Each is read again as a whole, whatever calls filled it, so that how tokens came
+    does not change its statistics.
+
+    Args:
+        held: statistics before.
+        store: with the new tokens written.
+        added: most tokens that are new in any row.
+    """
+    num_pages, page_size = store.pages.shape[2:4]
+    most = min(-(-added // page_size), num_pages)
+    complete = store.length // page_size
+    # A page is written again if it was complete before: to the same numbers.
+    first = jnp.maximum(complete - most, 0)
+    which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
+    keys = cache.gather(store.pages, which)[..., : store.spec.head_dim]
+    *_, mean, variance = page_statistics(keys)
+    count = complete - first
+
+    def put(buffer, rows):
+        return cache.write_run(buffer, rows, first, count)
+
+    return Moments(put(held.mean, mean), put(held.variance, variance))
 
 
 def is_available(store: Paged) -> Bool[Array, "B NP"]:

@@ -50,13 +50,46 @@ def softmax_only(factory: Callable[..., Method]) -> Callable[..., Method]:
                 raise ValueError(
                     f"method {factory.__name__} approximates softmax attention, but "
                     f"the model's attention is entmax with alpha={spec.alpha}; "
-                    "use full."
+                    "use entmaxkv, or full."
                 )
             return method.init(spec, weights)
 
         return method._replace(init=init)
 
+    make.attention = "softmax"
     return make
+
+
+def entmax_only(factory: Callable[..., Method]) -> Callable[..., Method]:
+    """Decorates the factory of a method that needs the exact zeros of entmax.
+
+    Returns:
+        The factory, whose methods raise `ValueError` in `init` for softmax attention.
+    """
+
+    @functools.wraps(factory)
+    def make(*args, **options):
+        method = factory(*args, **options)
+
+        def init(spec, weights=None):
+            if spec.alpha == 1:
+                raise ValueError(
+                    f"method {factory.__name__} approximates entmax attention, but the "
+                    f"model's attention is softmax (alpha={spec.alpha}); use quest, or "
+                    "an entmax model."
+                )
+            return method.init(spec, weights)
+
+        return method._replace(init=init)
+
+    make.attention = "entmax"
+    return make
+
+
+def suits(factory: Callable[..., Method], alpha: float) -> bool:
+    """Whether the factory's methods take a model of that alpha (1 is softmax)."""
+    made_for = getattr(factory, "attention", None)
+    return made_for in (None, "softmax" if alpha == 1 else "entmax")
 
 
 def weighted_attention(

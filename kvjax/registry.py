@@ -13,15 +13,21 @@ from collections.abc import Callable
 
 from kvjax import methods
 from kvjax.interface import Method
+from kvjax.partials import suits
 
 _FACTORIES = {
     name: value for name, value in vars(methods).items() if inspect.isfunction(value)
 }
 
 
-def names() -> tuple[str, ...]:
-    """Every method, `full` first; transforms not included."""
+def names(alpha: float | None = None) -> tuple[str, ...]:
+    """Every method, `full` first; transforms not included.
+
+    With `alpha`, those that a model of that alpha can use (1 is softmax).
+    """
     found = sorted(name for name in _FACTORIES if not is_transform(name))
+    if alpha is not None:
+        found = [name for name in found if suits(_FACTORIES[name], alpha)]
     return ("full", *(name for name in found if name != "full"))
 
 

@@ -216,6 +216,49 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
     return table
 
 
+ATTENTION_HEADINGS = (
+    "method",
+    "read / token, at most",
+    "measured",
+    "output error",
+    "dropped mass",
+    "support kept",
+    "proved exact",
+)
+
+
+def attention_rows(results: Mapping[str, Any]) -> list[list[str]]:
+    """The cells under `ATTENTION_HEADINGS`, one list a method."""
+    return [
+        [
+            row["method"],
+            format_bytes(row["bytes_read"]),
+            format_bytes(round(row["bytes_measured"])),
+            _small(row["output_error"]),
+            _small(row["dropped_mass"]),
+            format_share(row["support"]),
+            f"{100 * row['proved_exact']['mean']:.1f}%",
+        ]
+        for row in results["rows"]
+    ]
+
+
+def _small(interval: Mapping[str, Any]) -> str:
+    mean, high = interval["mean"], interval["high"]
+    if mean is None:
+        return "not finite"
+    return f"{mean:.2g}" if high is None else f"{mean:.2g} ±{high - mean:.1g}"
+
+
+ATTENTION_CAPTION = (
+    "Attention of the layers, each fed what the first row's is, over the tokens that "
+    "decode steps predict. Measured: what choosing reads, and the keys and values "
+    "attended to. Dropped mass: of the first row's weights, on what was not attended "
+    "to. Support kept: share of the tokens with any weight that was. Proved exact: "
+    "share of heads and steps known to equal attention over every token."
+)
+
+
 def caption(results: Mapping[str, Any]) -> str:
     """How the table was measured, in a sentence or two."""
     settings = results["manifest"]["settings"]
@@ -233,7 +276,7 @@ def caption(results: Mapping[str, Any]) -> str:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """The comparison on stdout."""
+    """The comparison on stdout: what is answered, then what attention loses."""
     from rich.console import Console
     from rich.table import Table
 
@@ -241,15 +284,20 @@ def print_table(results: Mapping[str, Any]) -> None:
     console = Console(markup=False)
     if not console.is_terminal:
         console = Console(markup=False, width=160)
-    table = Table(caption=caption(results), caption_justify="left")
-    for heading in HEADINGS:
-        is_name = heading == "method"
-        table.add_column(
-            heading, justify="left" if is_name else "right", overflow="fold"
-        )
-    for cells in table_rows(results):
-        table.add_row(*cells)
-    console.print(table)
+
+    def show(headings, rows, said):
+        table = Table(caption=said, caption_justify="left")
+        for heading in headings:
+            is_name = heading == "method"
+            table.add_column(
+                heading, justify="left" if is_name else "right", overflow="fold"
+            )
+        for cells in rows:
+            table.add_row(*cells)
+        console.print(table)
+
+    show(HEADINGS, table_rows(results), caption(results))
+    show(ATTENTION_HEADINGS, attention_rows(results), ATTENTION_CAPTION)
 
 
 def print_task(document: Mapping[str, Any]) -> None:
@@ -280,11 +328,12 @@ def print_task(document: Mapping[str, Any]) -> None:
             f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows"
         )
         for layer in document["layers"]:
-            mass = layer["mass"]["mean"]
-            line = f"layer {layer['layer']}: output error {layer['error']['mean']:.4f}"
-            if mass is not None:  # entmax has no softmax mass
-                line += f", softmax mass recovered {mass:.4f}"
-            print(f"  {line}")
+            print(
+                f"  layer {layer['layer']}: output error {layer['error']['mean']:.4f}, "
+                f"dropped mass {layer['dropped']['mean']:.2g}, support kept "
+                f"{layer['support']['mean']:.0%}, proved exact "
+                f"{layer['exact']['mean']:.0%}"
+            )
 
 
 @contextlib.contextmanager
@@ -319,6 +368,9 @@ def html(results: Mapping[str, Any]) -> str:
         caption=caption(results),
         headings=HEADINGS,
         rows=table_rows(results),
+        attention_caption=ATTENTION_CAPTION,
+        attention_headings=ATTENTION_HEADINGS,
+        attention_rows=attention_rows(results),
         scatter=svg(scatter(results)),
         needles=svg(needles(results)),
         manifest=results["manifest"],

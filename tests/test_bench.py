@@ -2,6 +2,7 @@
 
 import jax
 import numpy as np
+import oracles
 import pytest
 
 from kvjax import bench
@@ -54,6 +55,22 @@ def test_sparse_is_attention_over_the_pages_of_highest_bounds():
         weights = np.exp(k @ q[b, h, 0] * 8**-0.5)
         expected = weights @ v / weights.sum()
         np.testing.assert_allclose(out[b, h, 0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_sparse_entmax_reads_as_many_pages():
+    """By bounds, the same number; by Gaussians, the pages made to stand out."""
+    sizes = SIZES._replace(context=1024, budget=64, batch=1)
+    found = bench.operations(sizes)
+    _, (q, fused, ids, position), _, _ = found["page_attention, entmax"]
+    run, (*_, mean, variance, _), _, _ = found["sparse, entmax, gaussian"]
+    out, _ = jax.jit(run)(q, fused, mean, variance, position)
+    last = sizes.context // sizes.page_size - 1
+    for h in range(6):
+        pages = sorted({*np.asarray(ids)[0, h // 3].tolist(), last})
+        k, v = np.split(np.asarray(fused)[0, h // 3, pages].reshape(-1, 16), 2, axis=-1)
+        weights = oracles.entmax(k @ np.asarray(q)[0, h, 0] * 8**-0.5, 1.5)
+        np.testing.assert_allclose(out[0, h], weights @ v, rtol=1e-4, atol=1e-5)
+    assert found["sparse, entmax"].num_bytes == found["sparse"].num_bytes
 
 
 def test_timings_share_one_yardstick():

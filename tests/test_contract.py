@@ -16,12 +16,13 @@ import oracles
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kvjax import accounting, cache, registry
+from kvjax import accounting, cache, partials, registry
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 
 # Small legal values, by the name of the option. An option with a large default that is
 # missing here fails `test_has_small_options`, so that no method is tested idle.
 SMALL = {"budget": 8, "page_size": 4, "window": 4, "kernel": 3, "num_sinks": 2}
+SMALL |= {"stride": 4}
 LARGEST_DEFAULT = 8
 SPECS = [*registry.names(), *(f"{name}+quest" for name in registry.transforms())]
 
@@ -41,13 +42,21 @@ def spelled(spec: str, **overrides) -> str:
     return "+".join(parts)
 
 
+def alpha_of(spec: str) -> float:
+    """Of a model that the method takes: softmax's 1 if it can."""
+    name = spec.split("+")[-1].partition(":")[0]
+    return 1.0 if partials.suits(registry.get(name), 1.0) else 1.5
+
+
 class Case:
     """One method on one stream, compiled once for all tests of a worker."""
 
     def __init__(self, text: str):
         self.method: Method = registry.parse(text)
         self.stream = drive.make_stream(PROMPTS, STEPS, head_dim=6)
-        self.spec: CacheSpec = drive.make_spec(self.stream, layer=LAYER)
+        self.spec: CacheSpec = drive.make_spec(
+            self.stream, layer=LAYER, alpha=alpha_of(text)
+        )
         self.jitted_prefill = jax.jit(self.method.prefill)
         self.jitted_finish = jax.jit(self.method.finish)
 
@@ -198,8 +207,10 @@ def test_is_full_attention_when_the_budget_covers_the_context(spec):
     """To the last slot; a budget above the capacity; all query heads on one KV head."""
     stream = drive.make_stream((1, 4, 15), 5, heads=(4, 1), seed=1)
     method = registry.parse(spelled(spec, budget=24))
-    run = drive.run(method, drive.make_spec(stream, capacity=20, layer=LAYER), stream)
-    drive.assert_matches(run, stream, oracles.full)
+    alpha = alpha_of(spec)
+    cache_spec = drive.make_spec(stream, capacity=20, layer=LAYER, alpha=alpha)
+    run = drive.run(method, cache_spec, stream)
+    drive.assert_matches(run, stream, oracles.full, alpha=alpha)
     assert run.diagnostics.exact.all()
 
 
@@ -213,28 +224,34 @@ def _unrotated(x, positions, length=None):
 def test_output_is_attention_over_what_was_attended(spec):
     stream = drive.make_stream((1, 5, 23), 6, heads=(6, 2), seed=2)
     method = registry.parse(spelled(spec))
-    cache_spec = drive.make_spec(stream, layer=LAYER, rope=_unrotated)
-    drive.assert_consistent(
-        drive.run(method, cache_spec, stream), stream, "float32", False
-    )
+    alpha = alpha_of(spec)
+    cache_spec = drive.make_spec(stream, layer=LAYER, rope=_unrotated, alpha=alpha)
+    run = drive.run(method, cache_spec, stream)
+    drive.assert_consistent(run, stream, "float32", False, alpha)
 
 
 @pytest.mark.parametrize("name", registry.names())
-def test_only_full_takes_an_entmax_model(name):
-    """A method made for softmax says so before it returns something else."""
+def test_a_method_made_for_another_attention_says_so(name):
+    """Before it returns something else; and `full` takes every model."""
     stream = drive.make_stream((1, 5), 1)
-    method = registry.parse(spelled(name))
-    spec = drive.make_spec(stream, layer=LAYER, alpha=1.5)
+    method, alpha = registry.parse(spelled(name)), alpha_of(name)
+    fitting = drive.make_spec(stream, layer=LAYER, alpha=alpha)
+    other = dataclasses.replace(fitting, alpha=1.5 if alpha == 1 else 1.0)
     if name == "full":
         drive.assert_matches(
-            drive.run(method, spec, stream), stream, oracles.full, alpha=1.5
+            drive.run(method, other, stream), stream, oracles.full, alpha=1.5
         )
         return
-    message = f"{name} approximates softmax .* entmax with alpha=1.5; use full"
+    message = {
+        "entmax_full": "entmax_full with alpha=None takes the model's alpha, .* is 1.0",
+        "entmaxkv": "entmaxkv approximates entmax .* softmax .alpha=1.0.; use quest",
+    }.get(name, f"{name} approximates softmax .* entmax with alpha=1.5; use entmaxkv")
     for wrapped in (method, registry.parse("dense_layers+" + spelled(name))):
         with pytest.raises(ValueError, match=message):
-            wrapped.init(spec)
-    method.init(dataclasses.replace(spec, alpha=1.0))
+            wrapped.init(other)
+    method.init(fitting)
+    assert name in registry.names(alpha)
+    assert name not in registry.names(other.alpha)
 
 
 # --- rows, chunks, loops

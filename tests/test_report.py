@@ -18,6 +18,7 @@ def make_row(name, *, read, hits, lost=0.1):
     return Row(
         method=name,
         bytes_read=read,
+        bytes_measured=0.75 * read,
         bytes_held=2 * read,
         perplexity=Interval(7.1234, 6.0, 8.0, 3),
         nats_lost=Interval(lost, lost - 0.05, lost + 0.05, 3),
@@ -29,6 +30,10 @@ def make_row(name, *, read, hits, lost=0.1):
         multikey_by_depth=((0.0, 1, 2), (1.0, 0, 2)),
         top1_agreement=Interval(0.5, -math.inf, math.inf, 1),
         kl=Interval(0.2, 0.1, 0.3, 3),
+        output_error=Interval(0.0123, 0.01, 0.0146, 3),
+        dropped_mass=Interval(0.00456, -math.inf, math.inf, 1),
+        support=Interval(0.75, 0.7, 0.8, 3),
+        proved_exact=Interval(0.125, 0.1, 0.15, 3),
         tokens_per_second=1234.5,
         prefill_seconds=0.25,
     )
@@ -114,8 +119,11 @@ def test_the_page_holds_the_table_and_loads_nothing(page, results):
     reader = Reader()
     reader.feed(page)
     assert reader.loads == []
-    expected = [cell for row in report.table_rows(results) for cell in row]
-    assert reader.cells == expected
+    tables = report.table_rows(results), report.attention_rows(results)
+    assert reader.cells == [cell for table in tables for row in table for cell in row]
+    assert reader.cells[-6:] == [
+        *("16.0 KiB", "12.0 KiB", "0.012 ±0.002", "0.0046", "75% [70, 80]", "12.5%")
+    ]
     assert "quest:budget=<32>" in reader.cells  # escaped, so it survives
     assert "url(http" not in page
 

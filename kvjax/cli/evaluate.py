@@ -114,10 +114,13 @@ def compare(
         seed=seed,
         chunk_size=chunk_size,
     )
-    parsed = _methods(method, context, budget)
+    parsed = _methods(method or [], context, budget)
     report.check_writable(out)
     content = held_out_text() if text is None else read_text(text)
     language_model = load(model, dtype)
+    if not method:
+        alpha = language_model.decoder.cache_spec(1, 1).alpha
+        parsed = _methods(_every(alpha), context, budget)
     inputs = comparison.make_inputs(language_model, content, settings)
     with report.progress() as progress:
         rows = comparison.compare(
@@ -139,9 +142,20 @@ def compare(
     print(f"wrote {page} and {data}", file=sys.stderr)
 
 
-def _methods(
-    given: list[str] | None, context: int, budget: int
-) -> dict[str, kvjax.Method]:
+# More than one way of a method that is worth a line of its own.
+VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
+
+
+def _every(alpha: float) -> list[str]:
+    """Spec strings of what a model of that alpha can be compared under (1: softmax)."""
+    specs = []
+    for name in registry.names(alpha):
+        variants = VARIANTS.get(name, ())
+        specs += [name, *(f"{name}:{options}" for options in variants)]
+    return specs
+
+
+def _methods(given: list[str], context: int, budget: int) -> dict[str, kvjax.Method]:
     """Methods by their full spec strings, `full` first."""
     positive(context=context, budget=budget)
     if budget >= context:
@@ -150,7 +164,7 @@ def _methods(
             "every method is exact."
         )
     parsed = {"full": registry.parse("full")}
-    for spec in given or registry.names():
+    for spec in given:
         outer, plus, innermost = spec.rpartition("+")
         name, _, options = innermost.partition(":")
         takes_budget = "budget" in registry.options(name.strip())

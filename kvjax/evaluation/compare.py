@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from kvjax import accounting
+from kvjax import accounting, cache
 from kvjax.evaluation import chain, fidelity, statistics, tasks
 from kvjax.evaluation.chain import Chain
 from kvjax.evaluation.haystack import Prompted
@@ -86,7 +86,8 @@ class Row(NamedTuple):
     """One method's line of the comparison."""
 
     method: str
-    bytes_read: int  # of cache, per decoded token of one row at the full context
+    bytes_read: int  # of cache, per decoded token of one row at the full context: most
+    bytes_measured: float  # what was read of it, mean over steps; see `measured_bytes`
     bytes_held: int  # of cache, while decoding, per row
     perplexity: Interval  # of tokens predicted by decode steps; over windows
     nats_lost: Interval  # log-probability given away per token, paired with reference
@@ -98,6 +99,11 @@ class Row(NamedTuple):
     multikey_by_depth: tuple[tuple[float, int, int], ...]
     top1_agreement: Interval  # same likeliest token as the reference; over windows
     kl: Interval  # KL(reference || method), nats per token
+    # Of the layers, each fed what the reference's is; means over heads, over windows.
+    output_error: Interval  # relative L2 error of the attention output
+    dropped_mass: Interval  # of the reference's attention, on what was not attended to
+    support: Interval  # share of the tokens with weight that was attended to
+    proved_exact: Interval  # share of heads and steps: `Diagnostics.exact`
     tokens_per_second: float  # median over batches, all rows together
     prefill_seconds: float  # median over batches
 
@@ -225,7 +231,7 @@ def compare(
             new_tokens=settings.new_tokens,
             batch=settings.batch,
             chunk_size=settings.chunk_size,
-            progress=lambda done: report(0.6 * done),
+            progress=lambda done: report(0.5 * done),
         )
         predicted = predict(
             model,
@@ -234,10 +240,23 @@ def compare(
             new_tokens=settings.new_tokens,
             batch=settings.batch,
             chunk_size=settings.chunk_size,
-            progress=lambda done: report(0.6 + 0.4 * done),
+            progress=lambda done: report(0.5 + 0.3 * done),
+        )
+        layers = layer_fidelity(
+            model,
+            methods[reference],
+            method,
+            inputs.windows,
+            new_tokens=settings.new_tokens,
+            batch=settings.batch,
+            chunk_size=settings.chunk_size,
         )
         expected = predicted if expected is None else expected
-        rows.append(_row(name, sizes[name], inputs, answered, predicted, expected))
+        read, held = sizes[name]
+        measured = measured_bytes(model, method, layers, settings)
+        num_bytes = read, measured, held
+        found = answered, predicted, expected, layers
+        rows.append(_row(name, num_bytes, inputs, *found))
         report(1.0)
     return rows
 
@@ -249,14 +268,40 @@ def _bytes(model, method, settings) -> tuple[int, int]:
     return read, held
 
 
-def _row(name, sizes, inputs, answered, predicted, expected) -> Row:
+def measured_bytes(
+    model: LanguageModel,
+    method: Method,
+    layers: fidelity.LayerFidelity,
+    settings: Settings,
+) -> float:
+    """Bytes of cache a decode step of one row read, all layers.
+
+    Keys and values of the tokens that were attended to, counted, and what is read only
+    to choose, which is the same at every step. A method that chooses by the very keys
+    it then attends to has these counted twice.
+    """
+    decoder = model.decoder
+    spec = decoder.cache_spec(1, 1)
+    token = cache.kv_bytes(spec, 1) / spec.num_kv_heads
+    context, new_tokens = settings.context, settings.new_tokens
+    chosen = accounting.traffic(method, decoder, context, new_tokens).metadata
+    return float(layers.read.mean(1).sum() * token) + chosen
+
+
+def of_windows(values: Float[np.ndarray, "L B Hq"]) -> Interval:
+    """The mean over layers and heads; rows are the independent samples."""
+    return statistics.mean_interval(values.mean((0, 2)))
+
+
+def _row(name, num_bytes, inputs, answered, predicted, expected, layers) -> Row:
     passkey, multikey, links = (answered.scores[task::3] for task in range(3))
     window_means = predicted.log_probs.mean(1)
     agreement = fidelity.agreement(expected.logits, predicted.logits)
     return Row(
         method=name,
-        bytes_read=sizes[0],
-        bytes_held=sizes[1],
+        bytes_read=num_bytes[0],
+        bytes_measured=num_bytes[1],
+        bytes_held=num_bytes[2],
         perplexity=statistics.perplexity(window_means),
         nats_lost=statistics.paired_difference(
             expected.log_probs.mean(1), window_means
@@ -269,6 +314,10 @@ def _row(name, sizes, inputs, answered, predicted, expected) -> Row:
         multikey_by_depth=by_depth(inputs.multikey, multikey),
         top1_agreement=statistics.mean_interval(agreement.top1.mean(1)),
         kl=statistics.mean_interval(agreement.kl.mean(1)),
+        output_error=of_windows(layers.error),
+        dropped_mass=of_windows(layers.dropped),
+        support=of_windows(layers.support),
+        proved_exact=of_windows(layers.exact),
         tokens_per_second=float(np.median(answered.tokens_per_second)),
         prefill_seconds=float(np.median(answered.prefill_seconds)),
     )
@@ -411,7 +460,7 @@ def layer_fidelity(
     batch: int,
     chunk_size: int = 512,
 ) -> fidelity.LayerFidelity:
-    """Attention error and recovered mass of each layer over the windows' last tokens.
+    """What attention loses in each layer over the windows' last tokens.
 
     Raises:
         ValueError: as :func:`kvjax.generate.prefill` and

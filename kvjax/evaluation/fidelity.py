@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax import cache, dense
 from kvjax.interface import DecoderLM, Method, Params, State
+from kvjax.support import is_listed
 
 
 class Agreement(NamedTuple):
@@ -57,12 +59,15 @@ def _log_softmax(logits):
 
 
 class SideBySideState(NamedTuple):
-    """State of :func:`side_by_side`, one layer."""
+    """State of :func:`side_by_side`, one layer: sums over the steps so far."""
 
     reference: State
     candidate: State
-    error: Float[Array, "B Hq"]  # sum over steps of the relative L2 error
-    mass: Float[Array, "B Hq"]  # sum over steps of exp(lse_candidate - lse_reference)
+    error: Float[Array, "B Hq"]  # relative L2 error of the output
+    dropped: Float[Array, "B Hq"]  # of the reference's weights, where not attended to
+    support: Float[Array, "B Hq"]  # share of the tokens with weight that are
+    exact: Float[Array, "B Hq"]  # steps that are proved exact
+    read: Float[Array, "B"]  # tokens attended to, over all lists
     steps: Int[Array, "B"]
 
 
@@ -71,19 +76,22 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     """Runs two methods on the same q, k, v and adds up how far they are apart.
 
     The model goes on with the reference's output. The relative L2 error of a step is
-    ``|candidate - reference| / |reference|`` over the head's D elements; the recovered
-    mass is the share of the reference's softmax denominator the candidate attends to
-    (it may exceed 1 for a method that re-numbers positions; NaN for entmax attention).
+    ``|candidate - reference| / |reference|`` over the head's D elements. The dropped
+    mass is what the reference, which sees every token, weighs the tokens with that the
+    candidate does not attend to; the support retained is the share of those with any
+    weight that it does attend to. Under softmax every token has weight.
 
     Args:
-        reference: usually :func:`kvjax.full`.
+        reference: attends to everything: :func:`kvjax.full` or
+            :func:`kvjax.entmax_full`.
         candidate: the method to look at.
 
     Returns:
         A :class:`kvjax.Method` over :class:`SideBySideState`.
 
     Raises:
-        ValueError: if the two have a different number of query rows per step.
+        ValueError: if the two have a different number of query rows per step; from
+            `init`, if the reference does not keep every token in one store.
     """
     if reference.rows != candidate.rows:
         raise ValueError(
@@ -92,14 +100,18 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         )
 
     def init(spec, weights=None):
-        zeros = jnp.zeros((spec.batch, spec.num_q_heads), jnp.float32)
-        # Entmax has no denominator to share: its `lse` tells no mass.
-        mass = zeros if spec.alpha == 1 else jnp.full_like(zeros, jnp.nan)
+        first = reference.init(spec)
+        if not isinstance(first, cache.Contiguous):
+            raise ValueError(
+                f"a reference with state {type(first).__name__} does not keep every "
+                "token in one store, whose weights are the truth: use full."
+            )
+        sums = [jnp.zeros((spec.batch, spec.num_q_heads), jnp.float32)] * 4
         return SideBySideState(
-            reference.init(spec),
+            first,
             candidate.init(spec, weights),
-            error=zeros,
-            mass=mass,
+            *sums,
+            read=jnp.zeros((spec.batch,), jnp.float32),
             steps=jnp.zeros((spec.batch,), jnp.int32),
         )
 
@@ -121,17 +133,26 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         )
 
     def inspect_step(state, q):
-        first, expected, seen = reference.inspect_step(state.reference, q)
+        truth = dense.weights(state.reference, q)
+        first, expected, _ = reference.inspect_step(state.reference, q)
         second, actual, found = candidate.inspect_step(state.candidate, q)
         wide = expected.astype(jnp.float32)
         gap = jnp.linalg.norm(actual.astype(jnp.float32) - wide, axis=-1)
         scale = jnp.linalg.norm(wide, axis=-1)
         relative = gap / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
+
+        seen = is_listed(found.attended, truth.shape[-1])
+        seen = jnp.repeat(seen, q.shape[1] // seen.shape[1], axis=1)[:, :, None]
+        has_weight = truth > 0
+        kept = (has_weight & seen).sum(-1) / has_weight.sum(-1)
         state = SideBySideState(
             first,
             second,
             error=state.error + relative.mean(-1),
-            mass=state.mass + jnp.exp(found.lse - seen.lse).mean(-1),
+            dropped=state.dropped + jnp.where(seen, 0.0, truth).sum(-1).mean(-1),
+            support=state.support + kept.astype(jnp.float32).mean(-1),
+            exact=state.exact + found.exact.astype(jnp.float32),
+            read=state.read + (found.attended >= 0).sum((1, 2)).astype(jnp.float32),
             steps=state.steps + 1,
         )
         return state, expected, found
@@ -151,19 +172,24 @@ class LayerFidelity(NamedTuple):
     """Means over the decoded tokens, a layer at a time."""
 
     error: Float[np.ndarray, "L B Hq"]  # relative L2 error of the attention output
-    mass: Float[np.ndarray, "L B Hq"]  # share of its softmax mass; NaN for entmax
+    dropped: Float[np.ndarray, "L B Hq"]  # attention mass on what was not attended to
+    support: Float[np.ndarray, "L B Hq"]  # share of the tokens with weight that was
+    exact: Float[np.ndarray, "L B Hq"]  # share of steps proved exact
+    read: Float[np.ndarray, "L B"]  # tokens attended to, over all lists
 
 
 def layers(states: tuple[State, ...]) -> LayerFidelity:
     """Reads the accumulators of :func:`side_by_side` out of a model's states."""
 
     def mean(name):
-        totals = [
-            getattr(s, name) / s.steps[:, None].astype(jnp.float32) for s in states
-        ]
-        return np.stack([np.asarray(total) for total in totals])
+        def of_state(state):
+            total = np.asarray(getattr(state, name))
+            steps = np.asarray(state.steps, np.float32)
+            return total / steps.reshape(-1, *[1] * (total.ndim - 1))
 
-    return LayerFidelity(error=mean("error"), mass=mean("mass"))
+        return np.stack([of_state(state) for state in states])
+
+    return LayerFidelity(*map(mean, LayerFidelity._fields))
 
 
 @functools.partial(jax.jit, static_argnames=("decoder", "method"), donate_argnums=(3,))

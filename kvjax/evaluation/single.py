@@ -133,15 +133,17 @@ def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, 
     layers = compare.layer_fidelity(model, reference, method, windows, **shapes)
     progress(1.0)
     lost = expected.log_probs.mean(1), predicted.log_probs.mean(1)
+    per_head = {
+        name: getattr(layers, name) for name in ("error", "dropped", "support", "exact")
+    }
     return {
         "top1_agreement": _mean(agreement.top1.mean(1)),
         "kl": _mean(agreement.kl.mean(1)),
         "nats_lost": statistics.paired_difference(*lost)._asdict(),
         "layers": [
-            {"layer": layer, "error": _mean(error), "mass": _mean(mass)}
-            for layer, (error, mass) in enumerate(
-                zip(layers.error.mean(-1), layers.mass.mean(-1), strict=True)
-            )
+            {"layer": layer}
+            | {name: _mean(x[layer].mean(-1)) for name, x in per_head.items()}
+            for layer in range(len(layers.error))
         ],
     }
 

@@ -2,6 +2,8 @@
 
 from kvjax.methods.cascade import cascade as cascade
 from kvjax.methods.dense_layers import dense_layers as dense_layers
+from kvjax.methods.entmax_full import entmax_full as entmax_full
+from kvjax.methods.entmaxkv import entmaxkv as entmaxkv
 from kvjax.methods.full import full as full
 from kvjax.methods.h2o import h2o as h2o
 from kvjax.methods.oracle_topk import oracle_topk as oracle_topk

@@ -1,9 +1,7 @@
 """Full attention over the whole cache: the baseline, and the oracle of the others."""
 
-import jax.numpy as jnp
-
-from kvjax import cache
-from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax import dense
+from kvjax.interface import Method
 
 
 def full() -> Method:
@@ -29,35 +27,4 @@ def full() -> Method:
         >>> method = kvjax.full()
         >>> state = method.init(spec)
     """
-
-    def init(spec, weights=None):
-        del weights
-        return cache.contiguous(spec)
-
-    def prefill(state, q, k, v, lengths):
-        state = cache.extend(state, k, v, lengths)
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length, lengths)
-        return state, cache.attend(state, rotated, positions).out.astype(q.dtype)
-
-    def inspect_step(state, q):
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length)
-        out, lse = cache.attend(state, rotated, positions)
-        slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
-        attended = jnp.where(slots < state.length[:, None, None], slots, -1)
-        attended = jnp.broadcast_to(attended, state.k.shape[:3])
-        refreshed = jnp.ones_like(state.length, bool)
-        exact = jnp.ones(q.shape[:2], bool)
-        diagnostics = Diagnostics(attended, lse, refreshed, exact)
-        return state, out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        return Traffic(kv=cache.kv_bytes(spec, length), metadata=0)
-
-    return Method(
-        init=init,
-        prefill=prefill,
-        finish=lambda state: state,
-        append=cache.extend,
-        inspect_step=inspect_step,
-        traffic=traffic,
-    )
+    return dense.method()

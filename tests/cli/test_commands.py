@@ -208,8 +208,12 @@ def test_the_budget_goes_to_every_method_that_does_not_say():
         "dense_layers:first=1+quest:budget=32,page_size=8",
         "tova:budget=5",
     ]
-    every = cli.evaluate._methods(None, 1024, 256)
-    assert [spec.partition(":")[0] for spec in every] == list(registry.names())
+    for alpha in (1.0, 1.5):
+        every = cli.evaluate._methods(cli.evaluate._every(alpha), 1024, 256)
+        named = dict.fromkeys(spec.partition(":")[0] for spec in every)
+        assert list(named) == list(registry.names(alpha))
+    assert "entmaxkv:budget=256,selector=gaussian" in every
+    assert "quest:budget=256" not in every
 
 
 def test_compiled_code_is_kept_between_runs(run, checkpoint, tmp_path):

@@ -86,6 +86,24 @@ def test_bytes_are_the_accountings(rows):
     assert rows[2].bytes_read < rows[0].bytes_read / 10
 
 
+def test_what_attention_loses_is_measured(rows):
+    full, same, forgetful = rows
+    layer = MODEL.decoder.cache_spec(1, 352)
+    token = 2 * 4 * layer.num_kv_heads * layer.head_dim  # bytes, float32
+    held = np.arange(337, 352)  # tokens of each of the 15 steps
+    assert full.bytes_measured == pytest.approx(held.mean() * token)
+    metadata = accounting.traffic(METHODS["same"], MODEL.decoder, 352, 16).metadata
+    assert same.bytes_measured == pytest.approx(held.mean() * token + metadata)
+    assert forgetful.bytes_measured == 16 * token == forgetful.bytes_read
+    for exact in (full, same):
+        assert exact.proved_exact.mean == exact.support.mean == 1
+        assert exact.dropped_mass.mean == 0
+        assert exact.output_error.mean < 1e-5
+    assert forgetful.proved_exact.mean == 0
+    assert forgetful.support.mean == pytest.approx((16 / held).mean(), rel=1e-4)
+    assert forgetful.output_error.mean > 0.01
+
+
 def test_depths_add_up(rows):
     for row in rows:
         assert [cell[0] for cell in row.passkey_by_depth] == [0.0, 1.0]
@@ -245,15 +263,17 @@ def test_a_task_alone(task):
         assert [layer["layer"] for layer in result["layers"]] == [0]
         for layer in result["layers"]:
             assert layer["error"]["mean"] > 0.01
-            # It re-numbers nothing it keeps: what it sees is a share of the whole.
-            assert layer["mass"]["mean"] > 0
+            assert 0 < layer["dropped"]["mean"] < 1
+            # Under softmax every token has weight: of 352 it sees 16.
+            assert layer["support"]["mean"] == pytest.approx(16 / 344, rel=0.05)
+            assert layer["exact"]["mean"] == 0
 
 
-def test_an_entmax_models_layers_have_errors_and_no_softmax_mass(capsys):
+def test_an_entmax_models_layers_say_what_was_lost(capsys):
     result = single.run(
         "fidelity",
         tiny_model(num_layers=1, attention_alpha=1.5),
-        METHODS["full"],
+        kvjax.parse("entmaxkv:budget=8,page_size=4"),
         METHODS["full"],
         TEXT,
         context=64,
@@ -262,12 +282,16 @@ def test_an_entmax_models_layers_have_errors_and_no_softmax_mass(capsys):
         batch=2,
     )
     (layer,) = result["layers"]
-    assert layer["error"]["mean"] == 0
-    assert np.isnan(layer["mass"]["mean"])
+    assert 0 < layer["dropped"]["mean"] < 1
+    assert 0 < layer["support"]["mean"] < 1
     names = {"task": "fidelity", "method": "m", "context": 64, "n": 2}
     report.print_task(names | result)
     last = capsys.readouterr().out.splitlines()[-1]
-    assert last == f"  layer 0: output error {layer['error']['mean']:.4f}"
+    assert last == (
+        f"  layer 0: output error {layer['error']['mean']:.4f}, dropped mass "
+        f"{layer['dropped']['mean']:.2g}, support kept {layer['support']['mean']:.0%}, "
+        f"proved exact {layer['exact']['mean']:.0%}"
+    )
 
 
 def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):

@@ -2,6 +2,7 @@
 
 import drive
 import numpy as np
+import oracles
 import pytest
 from scipy import special, stats
 from tiny import tiny_model
@@ -36,35 +37,75 @@ def test_agreement_needs_equal_shapes():
         fidelity.agreement(np.zeros((1, 2, 3)), np.zeros((1, 2, 4)))
 
 
-def run(method):
+def run(method, alpha=1.0):
     stream = drive.make_stream(PROMPTS, STEPS, seed=3)
-    return drive.run(method, drive.make_spec(stream), stream)
+    return drive.run(method, drive.make_spec(stream, alpha=alpha), stream)
 
 
-@pytest.mark.parametrize("spec", ["streaming_llm:budget=8", "snapkv:budget=8,window=4"])
-def test_side_by_side_measures_the_gap_between_two_runs(spec):
+def true_weights(alpha):
+    """Of every step, row and query head over the tokens so far, in float64."""
+    stream = drive.make_stream(PROMPTS, STEPS, seed=3)
+    for b in range(len(PROMPTS)):
+        row = stream.row(b)
+        attention = oracles._Attention(row, alpha)
+        for i, h in np.ndindex(STEPS, stream.q.shape[1]):
+            t = PROMPTS[b] + i
+            yield i, b, h, attention(t, h, range(t + 1))[2]
+
+
+@pytest.mark.parametrize(
+    ("spec", "alpha"),
+    [
+        ("streaming_llm:budget=8", 1.0),
+        ("snapkv:budget=8,window=4", 1.0),
+        ("entmaxkv:budget=8,page_size=4", 1.5),
+    ],
+)
+def test_side_by_side_measures_the_gap_between_two_runs(spec, alpha):
     candidate = kvjax.parse(spec)
-    full_run, candidate_run = run(kvjax.full()), run(candidate)
-    both = run(fidelity.side_by_side(kvjax.full(), candidate))
+    full_run, candidate_run = run(kvjax.full(), alpha), run(candidate, alpha)
+    both = run(fidelity.side_by_side(kvjax.full(), candidate), alpha)
     # The model goes on with the reference's output, bit for bit.
     np.testing.assert_array_equal(both.out, full_run.out)
 
     gap = np.linalg.norm(candidate_run.out - full_run.out, axis=-1)  # steps, B, Hq
     error = (gap / np.linalg.norm(full_run.out, axis=-1)).mean(0)
-    lse = candidate_run.diagnostics.lse, full_run.diagnostics.lse
-    mass = np.exp(lse[0] - lse[1])[..., 0].mean(0)
+    attended, exact = (
+        candidate_run.diagnostics.attended,
+        candidate_run.diagnostics.exact,
+    )
+    dropped, support = np.zeros((2, *error.shape))
+    for i, b, h, weights in true_weights(alpha):
+        lists = attended[i, b]
+        seen = np.isin(np.arange(len(weights)), lists[h * len(lists) // 4])
+        dropped[b, h] += weights[~seen].sum() / STEPS
+        support[b, h] += (weights[seen] > 0).sum() / (weights > 0).sum() / STEPS
     found = fidelity.layers((both.state,))
     assert found.error.shape == (1, len(PROMPTS), 4)
     np.testing.assert_allclose(found.error[0], error, rtol=1e-4)
-    np.testing.assert_allclose(found.mass[0], mass, rtol=1e-4)
+    np.testing.assert_allclose(found.dropped[0], dropped, atol=2e-6)
+    np.testing.assert_allclose(found.support[0], support, rtol=1e-5)
+    np.testing.assert_allclose(found.exact[0], exact.mean(0), rtol=1e-6)
+    read = (attended >= 0).sum((2, 3)).mean(0)
+    np.testing.assert_allclose(found.read[0], read, rtol=1e-6)
     assert (error[0] > 1e-3).all()  # something was left out of the long prompt
+    assert (dropped[0] > 1e-3).all()
 
 
 def test_a_method_beside_itself_loses_nothing():
     both = run(fidelity.side_by_side(kvjax.full(), kvjax.parse("quest:budget=64")))
     found = fidelity.layers((both.state,))
     np.testing.assert_allclose(found.error, 0, atol=1e-5)
-    np.testing.assert_allclose(found.mass, 1, atol=1e-5)
+    np.testing.assert_array_equal(found.dropped, 0)
+    np.testing.assert_array_equal(found.support, 1)
+    np.testing.assert_array_equal(found.exact, 1)
+
+
+def test_the_reference_must_keep_every_token():
+    both = fidelity.side_by_side(kvjax.parse("quest:budget=64"), kvjax.full())
+    spec = drive.make_spec(drive.make_stream((4,), 1))
+    with pytest.raises(ValueError, match=r"reference with state Paged .* use full"):
+        both.init(spec)
 
 
 def test_side_by_side_is_one_object_per_pair():

@@ -1,0 +1,60 @@
+"""Dense entmax attention: baseline and oracle of the methods for entmax models."""
+
+import dataclasses
+
+from kvjax import dense
+from kvjax.interface import Method
+from pallas_kernels.entmax import check_alpha
+
+
+def entmax_full(*, alpha: float | None = None) -> Method:
+    """Keeps every key and value; entmax over all of them, of the model's alpha or any.
+
+    With the model's own alpha the same as :func:`kvjax.full`. Another alpha changes
+    what the model computes: to see what a softmax model loses when its attention is
+    made sparse, say.
+
+    Args:
+        alpha: above 1; None is the model's, which must then be an entmax model.
+
+    Returns:
+        A :class:`kvjax.Method` over :class:`kvjax.cache.Contiguous`.
+
+    State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32.
+    Reads per step and layer: 2*length*D*Hkv elements of KV, per row.
+    Exact when: always.
+
+    Raises:
+        ValueError: if alpha is given and not a finite number above 1; from `init`, if
+            it is not and the model's attention is softmax.
+
+    Source:
+        Peters, Niculae, Martins, "Sparse Sequence-to-Sequence Models", ACL 2019,
+        arXiv:1905.05702.
+    Deviations:
+        none known.
+
+    Example:
+        >>> method = kvjax.entmax_full(alpha=1.5)
+        >>> state = method.init(spec)
+    """
+    if alpha is not None:
+        check_alpha(alpha)
+    plain = dense.method()
+
+    def init(spec, weights=None):
+        if alpha is not None:
+            spec = dataclasses.replace(spec, alpha=float(alpha))
+        if spec.alpha == 1:
+            raise ValueError(
+                f"method entmax_full with {alpha=} takes the model's alpha, and that "
+                f"is {spec.alpha}, softmax: give alpha, as in entmax_full:alpha=1.5, "
+                "or use an entmax model."
+            )
+        return plain.init(spec, weights)
+
+    return plain._replace(init=init)
+
+
+# What it takes without options; see `kvjax.partials.suits`.
+entmax_full.attention = "entmax"
