@@ -15,8 +15,12 @@ LONGEST_FILE = 500
 
 SHARED = {
     f"kvjax.{name}"
-    for name in ("cache", "partials", "selection", "paging", "accounting")
+    for name in (
+        *("cache", "partials", "selection", "paging", "accounting"),
+        *("dense", "support", "thresholds", "reading"),
+    )
 }
+SHARED |= {"kvjax.cascading", "kvjax.rings", "kvjax.refreshing"}
 BASE = {"kvjax.interface", "kvjax.rope"}
 # Of the scripts that say how the embedded models were made, not of the models.
 MAKES_EMBEDDED = {"kvjax.words", "kvjax.training.data.text"}
@@ -67,7 +71,7 @@ def is_allowed(module: str, imported: str) -> bool:
     if module.startswith("kvjax.methods."):
         return imported in BASE | SHARED or package == "pallas_kernels"
     if module == "kvjax.registry":
-        return imported in BASE | {"kvjax.methods"}
+        return imported in BASE | {"kvjax.methods", "kvjax.partials"}
     uses_kernels = module in ("kvjax.training.attention", "kvjax.bench")
     if uses_kernels and package == "pallas_kernels":
         return True
