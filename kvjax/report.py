@@ -64,13 +64,21 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def results(rows: Sequence, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A comparison's rows and its manifest as one JSON-ready document."""
+def results(
+    rows: Sequence, manifest: Mapping[str, Any], kept: Sequence = ()
+) -> dict[str, Any]:
+    """A comparison's rows, its manifest and `kept_figure.Kept`s, JSON-ready."""
     return json_ready(
         {
             "format": FORMAT,
             "manifest": dict(manifest),
             "rows": [_as_dict(row) for row in rows],
+            "kept": [
+                found._replace(
+                    positions=[x.tolist() for x in found.positions]
+                )._asdict()
+                for found in kept
+            ],
         }
     )
 
@@ -373,8 +381,18 @@ def html(results: Mapping[str, Any]) -> str:
         attention_rows=attention_rows(results),
         scatter=svg(scatter(results)),
         needles=svg(needles(results)),
+        kept=_kept(results["kept"]),
         manifest=results["manifest"],
     )
+
+
+def _kept(found: Sequence[Mapping[str, Any]]) -> str:
+    if not found:
+        return ""
+    from kvjax.evaluation import kept_figure
+
+    held = [kept_figure.Kept(**one) for one in found]
+    return svg(kept_figure.figure(held, columns=256))
 
 
 def svg(figure) -> str:

@@ -23,6 +23,7 @@ from kvjax.generate import (
     last_hidden,
     recent,
 )
+from kvjax.generate import prefill as read_prompts
 from kvjax.interface import LanguageModel, Method
 
 STEPS = 64  # teacher-forced tokens between two looks of the host
@@ -46,6 +47,7 @@ def score(
     *,
     prefill: int,
     chunk_size: int = 512,
+    prompt_scores: bool = True,
     return_logits: bool = False,
 ) -> Scores:
     """How likely each token is, with the first `prefill` of every row as the prompt.
@@ -54,6 +56,8 @@ def score(
         tokens: one list of token ids a row, each longer than `prefill`.
         prefill: tokens in the prompt.
         chunk_size: most prompt tokens processed at once.
+        prompt_scores: False leaves NaN for what the prompt predicts, and reads it by
+            the program that generation compiles.
         return_logits: also return the logits of what follows the prompt.
 
     Raises:
@@ -84,23 +88,21 @@ def score(
         padded[row, : len(line)] = line
 
     prompts = [row[:prefill] for row in tokens]
-    states = empty_states(decoder, method, len(tokens), prefill, longest - prefill)
-    hidden, log_probs, start = None, [], 0
-    for chunk, fresh in chunks(decoder, prompts, chunk_size):
-        targets = np.full_like(chunk, PAD)
-        ahead = padded[:, start + 1 : start + 1 + chunk.shape[1]]
-        targets[:, : ahead.shape[1]] = ahead
-        states, hidden, likely = _score_chunk(
-            decoder, method, params, states, chunk, targets, fresh, hidden
+    if prompt_scores:
+        read = _read_and_score(model, method, padded, prompts, longest, chunk_size)
+        states, hidden, window, prompt_log_probs = read
+    else:
+        states, hidden, window = read_prompts(
+            model,
+            method,
+            prompts,
+            max_new_tokens=longest - prefill,
+            chunk_size=chunk_size,
         )
-        log_probs.append(np.asarray(likely)[:, : int(fresh.max())])
-        start += chunk.shape[1]
-    states = finish(method, states)
-    logits = []
+        prompt_log_probs = np.full((len(tokens), prefill), np.nan, np.float32)
+    log_probs, logits = [prompt_log_probs], []
     if return_logits:
         logits.append(np.asarray(_logits(decoder, params, hidden))[:, None])
-
-    window = jnp.asarray(recent(prompts, method.rows))
     steps = longest - 1 - prefill  # the last token is never fed
     for start in range(prefill, prefill + steps, STEPS):
         ahead = np.full((len(tokens), STEPS + 1), PAD, np.int32)
@@ -124,6 +126,25 @@ def score(
     result = np.concatenate(log_probs, axis=1)
     result[np.arange(longest - 1) >= lengths[:, None] - 1] = np.nan
     return Scores(result, np.concatenate(logits, axis=1) if return_logits else None)
+
+
+def _read_and_score(model, method, padded, prompts, longest, chunk_size):
+    """As `read_prompts`, with the log-probabilities of what the prompts predict."""
+    decoder, params = model.decoder, model.params
+    length = len(prompts[0])
+    states = empty_states(decoder, method, len(prompts), length, longest - length)
+    hidden, log_probs, start = None, [], 0
+    for chunk, fresh in chunks(decoder, prompts, chunk_size):
+        targets = np.full_like(chunk, PAD)
+        ahead = padded[:, start + 1 : start + 1 + chunk.shape[1]]
+        targets[:, : ahead.shape[1]] = ahead
+        states, hidden, likely = _score_chunk(
+            decoder, method, params, states, chunk, targets, fresh, hidden
+        )
+        log_probs.append(np.asarray(likely)[:, : int(fresh.max())])
+        start += chunk.shape[1]
+    window = jnp.asarray(recent(prompts, method.rows))
+    return finish(method, states), hidden, window, np.concatenate(log_probs, axis=1)
 
 
 @functools.partial(jax.jit, static_argnums=0)

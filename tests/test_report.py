@@ -7,10 +7,12 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 
+import numpy as np
 import pytest
 
 from kvjax import report
 from kvjax.evaluation.compare import Row
+from kvjax.evaluation.kept_figure import Kept
 from kvjax.evaluation.statistics import Interval, wilson
 
 
@@ -54,7 +56,9 @@ def results():
         arguments=["compare", "--budget", "32"],
         settings=SETTINGS,
     )
-    return report.results(ROWS, about)
+    held = [np.array([0, 1]), np.array([0, 3]), np.array([0, 5])]
+    kept = [Kept("streaming_llm:budget=2", [2, 4, 6], held, layer=3, head=0)]
+    return report.results(ROWS, about, kept)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +78,7 @@ class Reader(html.parser.HTMLParser):
         if tag in ("script", "link", "img", "iframe"):
             self.loads.append(tag)
         for key in ("src", "href", "xlink:href"):
-            if not attributes.get(key, "#").startswith("#"):
+            if not attributes.get(key, "#").startswith(("#", "data:")):
                 self.loads.append(attributes[key])
         if tag == "td":
             self.cells.append("")
@@ -155,6 +159,13 @@ def test_figures_are_svg_that_parses_and_shows_every_method(results):
         said = "".join(root.itertext())
         assert "full" in said
         assert "quest:budget=<32>" in said
+
+
+def test_what_is_held_is_drawn_if_there_is_any(page, results):
+    assert page.count("<h2>What is held</h2>") == 1
+    assert "streaming_llm:budget=2: 2 of 6 tokens" in page
+    assert results["kept"][0]["positions"] == [[0, 1], [0, 3], [0, 5]]
+    assert "What is held" not in report.html(results | {"kept": []})
 
 
 def test_the_heat_map_shows_the_counts_at_their_depths(results):

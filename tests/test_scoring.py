@@ -57,6 +57,19 @@ def test_where_the_prompt_ends_changes_nothing_under_full():
         np.testing.assert_allclose(other, first, atol=1e-5)
 
 
+def test_without_the_prompts_scores_the_rest_is_the_same():
+    method = kvjax.full()
+    whole = score(MODEL, method, TOKENS, prefill=60, return_logits=True)
+    rest = score(
+        MODEL, method, TOKENS, prefill=60, prompt_scores=False, return_logits=True
+    )
+    assert np.isnan(rest.log_probs[:, :60]).all()
+    np.testing.assert_allclose(
+        rest.log_probs[:, 60:], whole.log_probs[:, 60:], atol=1e-5
+    )
+    np.testing.assert_allclose(rest.logits, whole.logits, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", ["full", "snapkv", "streaming_llm"])
 def test_scores_belong_to_the_tokens_the_method_generates(name):
     """Generate greedily, then score: the logits of every step choose that token."""

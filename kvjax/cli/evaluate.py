@@ -126,6 +126,7 @@ def compare(
         rows = comparison.compare(
             language_model, parsed, inputs, settings, progress=progress
         )
+    kept = _kept(language_model, parsed, inputs.windows[0])
     arguments = dataclasses.asdict(settings) | {"budget": budget, "dtype": dtype}
     about = report.manifest(
         version=kvjax.__version__,
@@ -133,13 +134,26 @@ def compare(
         arguments=arguments_given.get(),
         settings=arguments,
     )
-    results = report.results(rows, about)
+    results = report.results(rows, about, kept)
     page, data = report.write(out, results)
     if as_json:
         print(data.read_text(encoding="utf-8"), end="")
     else:
         report.print_table(results)
     print(f"wrote {page} and {data}", file=sys.stderr)
+
+
+def _kept(language_model, methods: dict[str, kvjax.Method], tokens: list[int]) -> list:
+    """What methods of constant memory hold of a text, for the report's picture."""
+    from kvjax import accounting
+    from kvjax.evaluation import kept_figure
+
+    every = max(len(tokens) // 16, 1)
+    return [
+        kept_figure.kept(language_model, method, tokens, every=every, name=name)
+        for name, method in methods.items()
+        if accounting.is_constant(method, language_model.decoder)
+    ]
 
 
 # More than one way of a method that is worth a line of its own.

@@ -441,6 +441,7 @@ def predict(
             group,
             prefill=before,
             chunk_size=chunk_size,
+            prompt_scores=False,
             return_logits=True,
         )
         log_probs.append(scores.log_probs[:, before:])
