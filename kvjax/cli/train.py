@@ -5,7 +5,7 @@ import hashlib
 import pathlib
 import re
 import sysconfig
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
 
@@ -31,6 +31,13 @@ def train(
         list[str] | None,
         typer.Option("--set", help="key=value of the config; may be repeated."),
     ] = None,
+    setting: Annotated[
+        Literal["refreshkv"] | None,
+        typer.Option(
+            help="Attention to train for: refreshkv, as the paper does unless the "
+            "config or --set refreshkv.KEY=value says how."
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Go on from the newest checkpoint in --out."),
@@ -50,7 +57,10 @@ def train(
     if config is None and not resume:
         known = ", ".join(config_files.presets())
         raise ValueError(f"give --config a YAML file or a preset ({known}).")
-    settings = config_files.load(config or out / run_folder.CONFIG, changes or ())
+    source, changes = config or out / run_folder.CONFIG, changes or ()
+    settings = config_files.load(source, changes)
+    if setting is not None and settings.refreshkv is None:
+        settings = config_files.load(source, [f"{setting}={{}}", *changes])
     keep_compiled_code()
     model = _model(settings, out)
     sources, held_out, data_id = _data(settings, model)

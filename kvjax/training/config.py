@@ -182,6 +182,31 @@ class Precision(Section):
     compute: Literal["float32", "bfloat16"] = "float32"
 
 
+class RefreshKV(Section):
+    """The end of every row attends as :func:`kvjax.refreshkv` decodes (softmax models).
+
+    The defaults are the paper's, but for its 8K rows: one selection of 2,047 tokens at
+    the end of the prompt, kept whole for the 50 tokens after it.
+
+    Attributes:
+        decoded: last targets of a row, which attend so; those before are its prompt.
+        budget, stride, schedule, threshold, kernel, group_reduce, max_gap, self_mode,
+            qc_rope, eviction: of :func:`kvjax.training.refresh.refresh_attention`.
+    """
+
+    decoded: Count = 50
+    budget: Annotated[Whole, Field(ge=2)] = 2048
+    stride: Count = 50
+    schedule: Literal["fixed", "qc"] = "fixed"
+    threshold: Annotated[float, Field(allow_inf_nan=False)] = 0.85
+    kernel: Count = 7
+    group_reduce: Literal["max", "mean"] = "max"
+    max_gap: Count | None = None
+    self_mode: Literal["paper", "snapkv", "drop"] = "paper"
+    qc_rope: Literal["post", "pre"] = "post"
+    eviction: Literal["exact", "none"] = "none"
+
+
 class Mesh(Section):
     """Devices: batches are split over data x fsdp, weights over fsdp."""
 
@@ -244,7 +269,10 @@ class Log(Section):
 
 
 class Config(Section):
-    """A whole run. `seed` is of the first weights, `data.seed` of what is read."""
+    """A whole run. `seed` is of the first weights, `data.seed` of what is read.
+
+    `refreshkv` trains for decoding with that method; None is full attention.
+    """
 
     model: Model
     data: Data = Data()
@@ -252,6 +280,7 @@ class Config(Section):
     optimizer: Optimizer = Optimizer()
     precision: Precision = Precision()
     remat: bool = False
+    refreshkv: RefreshKV | None = None
     mesh: Mesh = Mesh()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -312,6 +341,19 @@ class Config(Section):
                         f"multiple of {parts} (optimizer.accumulate * mesh.data * "
                         "mesh.fsdp)"
                     )
+        if self.refreshkv is not None:
+            decoded = self.refreshkv.decoded
+            lengths = {n for stage in self.stages for n in stage.lengths}
+            shortest = min(lengths | {length for _, length in self.checks})
+            if shortest <= decoded:
+                raise ValueError(
+                    f"refreshkv.decoded={decoded} must be below every length of rows "
+                    f"and checks; the shortest is {shortest}"
+                )
+            if any(stage.shortest is not None for stage in self.stages):
+                raise ValueError(
+                    "refreshkv needs rows of one sequence: leave out stages.shortest"
+                )
         best = self.checkpoint.best
         if best is not None:
             known = [f"{s}@{n}/{metric}" for s, n in self.checks for metric in METRICS]

@@ -312,5 +312,5 @@ def _recipe(config: Config, step: int) -> dict[str, Any]:
 def _value(config: Config, key: str) -> Any:
     value: Any = config
     for part in key.split("."):
-        value = getattr(value, part)
+        value = getattr(value, part, None)  # of a section that one of two lacks
     return value

@@ -17,7 +17,8 @@ from kvjax.interface import CacheSpec, Params
 from kvjax.training import sharding
 from kvjax.training.attention import causal_attention
 from kvjax.training.batch import Batch
-from kvjax.training.config import Config
+from kvjax.training.config import Config, RefreshKV
+from kvjax.training.refresh import refresh_attention
 
 # Logits held at once, elements per device; beyond that the loss is computed in chunks.
 MAX_LOGITS = 2**27
@@ -144,6 +145,7 @@ def token_losses(
     compute: jax.typing.DTypeLike = jnp.float32,
     remat: bool = False,
     max_logits: int = MAX_LOGITS,
+    setting: RefreshKV | None = None,
 ) -> tuple[Float[Array, "B T"], Bool[Array, "B T"]]:
     """Cross-entropy in nats of every target, and whether it was the likeliest token.
 
@@ -152,15 +154,24 @@ def token_losses(
         remat: keep one hidden state a layer for the gradient.
         max_logits: elements; a batch with more is computed in chunks of the row, each
             of which the gradient computes again.
+        setting: the last tokens of every row attend as RefreshKV decodes; None is full
+            attention.
+
+    Raises:
+        ValueError: if a setting meets packed rows, or an entmax model.
     """
     params = jax.tree.map(lambda leaf: leaf.astype(compute), params)
     num_rows, length = batch.tokens.shape
-    attention = causal_attention(
-        decoder.cache_spec(num_rows, length).rope,
-        alpha=decoder.alpha,
-        segments=batch.segments,
-        positions=batch.positions,
-    )
+    rope = decoder.cache_spec(num_rows, length).rope
+    if setting is None:
+        attention = causal_attention(
+            rope,
+            alpha=decoder.alpha,
+            segments=batch.segments,
+            positions=batch.positions,
+        )
+    else:
+        attention = _refresh(setting, rope, batch, decoder.alpha)
     hidden = decoder.hidden(params, batch.tokens, attention, remat=remat)
 
     def losses(hidden, targets):
@@ -186,6 +197,17 @@ def token_losses(
         lambda c: one(*c), (chunks(hidden), chunks(batch.targets))
     )
     return join(nats), join(right)
+
+
+def _refresh(setting, rope, batch, alpha):
+    if batch.segments is not None or alpha != 1:
+        raise ValueError(
+            "refreshkv needs rows of one sequence and softmax attention; the rows are "
+            f"{'packed' if batch.segments is not None else 'single'}, {alpha=}."
+        )
+    options = setting.model_dump(exclude={"decoded"})
+    prompt = batch.tokens.shape[1] - setting.decoded
+    return refresh_attention(rope, prompt=prompt, **options)
 
 
 def sums(
@@ -244,6 +266,7 @@ def make_train_step(
             compute=compute,
             remat=config.remat,
             max_logits=max_logits * mesh.size,
+            setting=config.refreshkv,
         )
         metrics = sums(part, nats, right, num_sources)
         return jnp.sum(nats * part.weights), metrics
@@ -304,7 +327,12 @@ def make_check(
 
     def check(weights, batch):
         nats, right = token_losses(
-            decoder, weights, batch, compute=compute, max_logits=MAX_LOGITS * mesh.size
+            decoder,
+            weights,
+            batch,
+            compute=compute,
+            max_logits=MAX_LOGITS * mesh.size,
+            setting=config.refreshkv,
         )
         batch = batch._replace(sources=jnp.zeros_like(batch.sources))
         return sums(batch, nats, right, 1)

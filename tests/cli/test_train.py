@@ -68,6 +68,17 @@ def test_train_goes_on_from_a_checkpoint(run, recipe, checkpoint, tmp_path):
     )
 
 
+def test_a_checkpoint_goes_on_in_the_setting_of_refreshkv(
+    run, recipe, checkpoint, tmp_path
+):
+    options = ["--set", "model.config=null", "--set", "model.tokenizer=null"]
+    options += ["--set", f"model.checkpoint={checkpoint}"]
+    options += ["--setting", "refreshkv", "--set", "refreshkv.decoded=9"]
+    run("train", "--config", recipe, "--out", tmp_path / "run", *options)
+    saved = (tmp_path / "run" / "config.yaml").read_text()
+    assert "refreshkv:\n  decoded: 9\n  budget: 2048\n" in saved
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

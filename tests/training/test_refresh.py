@@ -1,14 +1,23 @@
 """All steps at once equal the decode loop, gradients those of a masked softmax."""
 
+import dataclasses
+
 import drive
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toys
+from tiny import tiny_model
 
+import kvjax
 from kvjax.methods.refreshkv import refreshkv
 from kvjax.rope import Rope
+from kvjax.scoring import score
+from kvjax.training import step
 from kvjax.training.attention import causal_attention
+from kvjax.training.batch import Batch
+from kvjax.training.config import RefreshKV
 from kvjax.training.refresh import refresh_attention
 
 PROMPT, STEPS = 12, 25
@@ -150,3 +159,54 @@ def test_errors_name_the_value(options, message):
 def test_a_row_must_be_longer_than_its_prompt():
     with pytest.raises(ValueError, match="rows of 37 tokens must be longer than"):
         refresh_attention(ROPE, prompt=37, budget=4)(0, *map(jnp.asarray, STREAM[:3]))
+
+
+# --- of a model
+
+
+def batch_of(tokens):
+    tokens = jnp.asarray(tokens, jnp.int32)
+    ones = jnp.ones(tokens[:, 1:].shape, jnp.float32)
+    return Batch(
+        tokens[:, :-1], tokens[:, 1:], ones, ones > 0, tokens[:, 1:] * 0, None, None
+    )
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "qc"])
+def test_the_loss_is_that_of_decoding(schedule):
+    """Every layer and token of a model: trained on what `score` then measures."""
+    model = tiny_model(deviation=0.1)
+    tokens = np.random.default_rng(3).integers(0, 260, (2, 48))
+    options = {"budget": 7, "stride": 3, "schedule": schedule, "threshold": 0.3}
+    setting = RefreshKV(decoded=25, eviction="exact", **options)
+    nats, _ = jax.jit(step.token_losses, static_argnums=0, static_argnames="setting")(
+        model.decoder, model.params, batch_of(tokens), setting=setting
+    )
+    scores = score(model, kvjax.refreshkv(**options), tokens.tolist(), prefill=22)
+    np.testing.assert_allclose(-nats, scores.log_probs, atol=3e-5)
+    full = score(model, kvjax.full(), tokens.tolist(), prefill=22).log_probs
+    assert np.abs(scores.log_probs - full)[:, 24:].max() > 1e-3
+
+
+def test_packed_rows_and_entmax_are_refused():
+    decoder = toys.decoder()
+    batch = batch_of(np.zeros((1, 9)))
+    packed = batch._replace(segments=jnp.ones_like(batch.tokens))
+    entmax = dataclasses.replace(decoder.config, attention_alpha=1.5)
+    for other, bad in ((decoder, packed), (type(decoder)(entmax), batch)):
+        with pytest.raises(ValueError, match="rows of one sequence and softmax"):
+            step.token_losses(other, decoder.init(0), bad, setting=RefreshKV(decoded=4))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("refreshkv.decoded=16", "refreshkv.decoded=16 must be below every length"),
+        ("refreshkv.decoded=4", "rows of one sequence: leave out stages.shortest"),
+        ("refreshkv.budgets=4", "unknown key refreshkv.budgets; did you mean"),
+        ("refreshkv.budget=1", "refreshkv.budget=1: Input should be greater"),
+    ],
+)
+def test_a_config_that_cannot_be_trained_is_an_error(changes, message):
+    with pytest.raises(ValueError, match=message):
+        toys.config(changes)
