@@ -82,26 +82,35 @@ class Plan:
         return seen - n + sum(min(count, self.width) for count in pushed)
 
 
-def pushes(plan: Plan, ring: int, n: Int[Array, "*B"]) -> Int[Array, "*B"]:
+def pushes(
+    plan: Plan, ring: int | Int[Array, ""], n: Int[Array, "*B"]
+) -> Int[Array, "*B"]:
     """P_i(n): entries ever pushed into ring i by the first `n` tokens after sinks."""
-    step, window = plan.steps[ring], plan.window
+    step, first, window = _of_ring(plan, ring)
     if plan.eager_fill:
         filling = jnp.maximum(jnp.minimum(n, window + 1) - ring * plan.width, 0)
-        return filling + lax.div(jnp.maximum(n - 1, window), step) - window // step
-    first = plan.firsts[ring]
+        steps = lax.div(jnp.maximum(n - 1, window), step)
+        return filling + steps - lax.div(window, step)
     later = lax.div(jnp.maximum(n - 1, 0), step)
-    return jnp.where(n <= first, 0, 1 + later - first // step)
+    return jnp.where(n <= first, 0, 1 + later - lax.div(first, step))
 
 
-def push_time(plan: Plan, ring: int, push: Int[Array, "*B"]) -> Int[Array, "*B"]:
+def push_time(
+    plan: Plan, ring: int | Int[Array, ""], push: Int[Array, "*B"]
+) -> Int[Array, "*B"]:
     """The t that causes push number `push` (from 0) into ring i."""
-    step, window = plan.steps[ring], plan.window
+    step, first, window = _of_ring(plan, ring)
     if plan.eager_fill:
         last = window + 1 - ring * plan.width
-        later = (window // step + 1 + push - last) * step
+        later = (lax.div(window, step) + 1 + push - last) * step
         return jnp.where(push < last, push + ring * plan.width, later)
-    first = plan.firsts[ring]
-    return jnp.where(push == 0, first, (first // step + push) * step)
+    return jnp.where(push == 0, first, (lax.div(first, step) + push) * step)
+
+
+def _of_ring(plan, ring):
+    """L_i, tau_i and C, of a ring that may be traced."""
+    step, first = (jnp.array(x, jnp.int32)[ring] for x in (plan.steps, plan.firsts))
+    return step, first, jnp.int32(plan.window)
 
 
 class Layout(NamedTuple):
@@ -176,8 +185,9 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
     row = jnp.minimum(sinks + order, fresh - 1)
     score = new_scores[:, row]
     index = jnp.broadcast_to(window + row, score.shape)
-    found = []
-    for i in range(plan.num_rings):
+
+    def one_ring(candidates, i):
+        is_real, time, score, index = candidates
         a, z = pushes(plan, i, before), pushes(plan, i, after)
         # Candidates between two pushes compete for one entry: group 0 is the entry that
         # was the newest before, group u the u-th new one.
@@ -208,7 +218,7 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
         place = push - (a - 1)
         is_new = (push >= 0) & (place >= 0) & ((a > 0) | (push >= a))
         own = jnp.broadcast_to(i * width + slot, (scores.shape[0], width))
-        found.append(jnp.where(is_new, best[:, jnp.clip(place, 0, fresh)], own))
+        found = jnp.where(is_new, best[:, jnp.clip(place, 0, fresh)], own)
 
         # What this ring expels comes to the next one. It was final: an entry leaves
         # by a later push, which ended its group.
@@ -220,7 +230,12 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
         place = jnp.clip(gone - (a - 1), 0, fresh)
         score = jnp.where(was_there, scores[:, where], best_score[:, place])
         index = jnp.where(was_there, where, best[:, place])
-    return jnp.concatenate(found, axis=1)
+        return (is_real, time, score, index), found
+
+    # A loop, not N copies: it is the sort that takes long to compile.
+    rings = jnp.arange(plan.num_rings, dtype=jnp.int32)
+    _, found = lax.scan(one_ring, (is_real, time, score, index), rings)
+    return jnp.moveaxis(found, 0, 1).reshape(scores.shape)
 
 
 # --- scores
