@@ -48,7 +48,9 @@ def optimised():
 
 
 def compile_step(name, dtype, sharding=None, batch=1):
-    decoder = LlamaDecoder(dataclasses.replace(CONFIG, dtype=dtype))
+    alpha = 1.0 if name in registry.names(1.0) else 1.5
+    config = dataclasses.replace(CONFIG, dtype=dtype, attention_alpha=alpha)
+    decoder = LlamaDecoder(config)
     method = registry.parse(name, budget=2048)
     spec = decoder.cache_spec(batch, CONTEXT // batch, 1024)
 
