@@ -161,6 +161,22 @@ def test_a_row_must_be_longer_than_its_prompt():
         refresh_attention(ROPE, prompt=37, budget=4)(0, *map(jnp.asarray, STREAM[:3]))
 
 
+def test_memory_is_linear_in_the_length():
+    """Of the gradient, compiled and not run; every weight at once would be 16 times."""
+
+    def temporaries(length):
+        attention = refresh_attention(
+            ROPE, prompt=length // 2, budget=64, stride=8, schedule="qc"
+        )
+        gradient = jax.grad(lambda *x: attention(0, *x).sum(), argnums=(0, 1, 2))
+        q = jax.ShapeDtypeStruct((1, 4, length, 8), jnp.float32)
+        k = jax.ShapeDtypeStruct((1, 2, length, 8), jnp.float32)
+        compiled = jax.jit(gradient).lower(q, k, k).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporaries(8192) < 4.4 * temporaries(2048)
+
+
 # --- of a model
 
 
