@@ -6,7 +6,6 @@ import shlex
 import subprocess
 import sys
 
-import flags
 import pytest
 
 from models import embedded
@@ -70,12 +69,7 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     assert shown
     for command in shown:
         done = subprocess.run(
-            runnable(command),
-            env=flags.environment(),
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=900,
+            runnable(command), cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
 

@@ -11,7 +11,6 @@ import shutil
 import subprocess
 import sys
 
-import flags
 import pytest
 
 from kvjax import registry
@@ -89,7 +88,6 @@ def test_shown_command_runs(command, tmp_path):
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "kvjax", *arguments],
-        env=flags.environment(),
         cwd=tmp_path,
         capture_output=True,
         text=True,
@@ -102,11 +100,7 @@ def test_shown_command_runs(command, tmp_path):
 def test_shown_python_runs(tmp_path):
     (code,) = blocks("python")
     done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=flags.environment(),
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
