@@ -47,7 +47,7 @@ def true_weights(alpha):
     stream = drive.make_stream(PROMPTS, STEPS, seed=3)
     for b in range(len(PROMPTS)):
         row = stream.row(b)
-        attention = oracles._Attention(row, alpha)
+        attention = oracles.Attention(row, alpha)
         for i, h in np.ndindex(STEPS, stream.q.shape[1]):
             t = PROMPTS[b] + i
             yield i, b, h, attention(t, h, range(t + 1))[2]
