@@ -18,13 +18,13 @@ import argparse
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import resource
 import time
 
 import jax
 import numpy as np
+from entries import add
 
 import models
 from kvjax import cache, registry, report
@@ -210,21 +210,6 @@ PARTS = {
     "prefill": prefill_times,
     "memory": memory,
 }
-
-
-def add(path, entry):
-    document = {"entries": []}
-    if path.exists():
-        document = json.loads(path.read_text(encoding="utf-8"))
-    about = {
-        "jax": jax.__version__,
-        "cores": os.cpu_count(),
-        "device": jax.devices()[0].device_kind,
-    }
-    document = about | document
-    document["entries"].append(entry)
-    text = json.dumps(report.json_ready(document), indent=2)
-    report.write_text(path, text + "\n")
 
 
 def main(argv=None):

@@ -12,6 +12,8 @@ from models import embedded
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+# What it prints, test_planning.py compares with the page.
+ELSEWHERE = ("pip install", "kvjax plan")
 TINY = "stages=[{steps: 2, tokens: 128, lengths: {64: 1}, mixture: {text: 1}}]"
 QUICK = [
     *("--set", "data.corpus=book.txt", "--set", "data.held_out=book.txt"),
@@ -22,8 +24,15 @@ SHORTER = {
     "kvjax train --config toy": [
         *QUICK,
         *("--set", "stages.0.steps=2", "--set", "stages.1.steps=1"),
+        *("--set", "stages.1.lengths={64: 1}"),
+        *("--set", "model.config.num_hidden_layers=1"),
     ],
-    "kvjax train --config embedded": [
+    "kvjax train --config embedded-refreshkv": [
+        *QUICK,
+        *("--set", TINY, "--set", "optimizer.decay_steps=1"),
+        *("--set", "refreshkv.decoded=16", "--set", "refreshkv.budget=8"),
+    ],
+    "kvjax train --config embedded-": [
         *QUICK,
         *("--set", TINY, "--set", "optimizer.decay_steps=1"),
     ],
@@ -42,14 +51,14 @@ SHORTER = {
 
 
 def commands(page: pathlib.Path) -> list[str]:
-    """The lines of a page's shell blocks, in their order, installing left out."""
+    """The lines of a page's shell blocks, in their order, but for `ELSEWHERE`."""
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.strip().splitlines()]
-    return [line for line in lines if not line.startswith("pip install")]
+    return [line for line in lines if not line.startswith(ELSEWHERE)]
 
 
 def runnable(command: str) -> list[str]:
-    (begin,) = [begin for begin in SHORTER if command.startswith(begin)]
+    begin = max((b for b in SHORTER if command.startswith(b)), key=len)
     # The page goes on for 60 steps; so few must do.
     command = command.replace("stages.1.steps=60", "stages.1.steps=2")
     program, *arguments = shlex.split(command)
@@ -61,13 +70,15 @@ def runnable(command: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_pages_show_commands():
+    assert "train_your_own" in [page.stem for page in PAGES if commands(page)]
+
+
+@pytest.mark.parametrize("page", filter(commands, PAGES), ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     (tmp_path / "book.txt").write_text(embedded.heldout_text()[:100_000], "utf-8")
     (tmp_path / "CONTRIBUTING.md").write_text("Some text of one's own.\n" * 200)
-    shown = commands(page)
-    assert shown
-    for command in shown:
+    for command in commands(page):
         done = subprocess.run(
             runnable(command), cwd=tmp_path, capture_output=True, text=True, timeout=900
         )

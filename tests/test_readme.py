@@ -4,6 +4,7 @@
 """
 
 import ast
+import json
 import pathlib
 import re
 import shlex
@@ -12,9 +13,11 @@ import subprocess
 import sys
 
 import pytest
+import safetensors.numpy
 
 from kvjax import registry
 from kvjax.describe import describe
+from models import embedded
 
 ROOT = pathlib.Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -81,10 +84,28 @@ def test_every_method_has_a_source():
     )
 
 
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory):
+    """The first layer of the embedded model: compiles in a quarter of the time."""
+    folder = tmp_path_factory.mktemp("models") / "one-layer"
+    shutil.copytree(embedded.path(), folder)
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    assert config["num_hidden_layers"] > 1
+    text = json.dumps(config | {"num_hidden_layers": 1})
+    (folder / "config.json").write_text(text, "utf-8")
+    (file,) = folder.glob("*.safetensors")
+    weights = safetensors.numpy.load_file(file)
+    kept = {n: w for n, w in weights.items() if not re.search(r"layers\.[1-9]", n)}
+    safetensors.numpy.save_file(kept, file, {"format": "pt"})
+    return folder
+
+
 @pytest.mark.parametrize("command", commands())
-def test_shown_command_runs(command, tmp_path):
+def test_shown_command_runs(command, tmp_path, one_layer):
     program, *arguments = shlex.split(command)
     assert program == "kvjax"
+    if arguments == ["compare"]:  # every method, three programs each
+        arguments += ["--model", str(one_layer)]
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "kvjax", *arguments],

@@ -5,7 +5,7 @@ what a method keeps of the prompt when decoding starts cannot be chosen for all 
 """
 
 import functools
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -125,7 +125,7 @@ def chain_of_key(
             whole = "".join([*alone.lines, alone.question, alone.answer])
             return len(tokenizer.encode(whole)) <= context
 
-        count = keys or _largest(fits, links + 1, len(words))
+        count = keys or haystack.largest(fits, links + 1, len(words))
         lines, sizes = [], {}
         if keys is not None or count == len(words):  # there may be room left
             lines = haystack.cut(source(), rng, context)
@@ -156,17 +156,6 @@ def _list(words: Sequence[str], ranks: np.ndarray, links: int) -> Needles:
     question = f"\nchain: {cycle[0]}, {words[1]}"
     answer = ", ".join(cycle[1 : links + 1]).removeprefix(words[1])
     return Needles(lines, np.sort(ranks).tolist(), question, answer)
-
-
-def _largest(fits: Callable[[int], bool], least: int, most: int) -> int:
-    """The largest count that fits; `least` if none does."""
-    while least < most:
-        middle = (least + most + 1) // 2
-        if fits(middle):
-            least = middle
-        else:
-            most = middle - 1
-    return least
 
 
 def _is_key_like(line: str) -> bool:

@@ -126,6 +126,17 @@ def insert(lines: Sequence[str], sizes: Sequence[int], needles: Needles) -> str:
     return "".join(pieces)
 
 
+def largest(fits: Callable[[int], bool], least: int, most: int) -> int:
+    """The largest count that fits; `least` if none does."""
+    while least < most:
+        middle = (least + most + 1) // 2
+        if fits(middle):
+            least = middle
+        else:
+            most = middle - 1
+    return least
+
+
 def new_numbers(rng: np.random.Generator, text: str, count: int) -> list[str]:
     """Five digits each that the text does not contain, not even inside a number."""
     numbers: list[str] = []

@@ -5,7 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from kvjax.evaluation import chain, compare, fidelity, forced, statistics, tasks
+from kvjax.evaluation import (
+    chain,
+    compare,
+    extraction,
+    fidelity,
+    forced,
+    statistics,
+    tasks,
+)
 from kvjax.interface import LanguageModel, Method
 
 RETRIEVAL = {
@@ -13,6 +21,7 @@ RETRIEVAL = {
     "multikey": tasks.multikey,
     "variables": tasks.variable_tracking,
     "chain": chain.chain_of_key,
+    "extraction": extraction.extraction,
 }
 TASKS = (*RETRIEVAL, "perplexity", "fidelity")
 
@@ -41,9 +50,9 @@ def run(
     """Runs a task and returns its numbers, ready for JSON.
 
     Args:
-        task: `passkey`, `multikey`, `variables` and `chain` ask for something said
-            earlier, `perplexity` predicts held-out text by decode steps, `fidelity`
-            compares with the reference.
+        task: `passkey`, `multikey`, `variables`, `chain` and `extraction` ask for
+            something said earlier, `perplexity` predicts held-out text by decode steps,
+            `fidelity` compares with the reference.
         model: decoder, weights and tokenizer.
         method: under test.
         reference: what `fidelity` compares with; other tasks do not run it.
@@ -96,6 +105,10 @@ def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
         interval = statistics.share_interval(answers.scores)
         asked = {"links": examples[0].links}
         return {"valid_prefix": interval._asdict(), **asked, "examples": listed}
+    if isinstance(examples[0], extraction.Extraction):
+        interval = statistics.share_interval(answers.scores)
+        asked = {"rows": len(examples[0].rows)}
+        return {"f1": interval._asdict(), **asked, "examples": listed}
     for entry, example in zip(listed, examples, strict=True):
         entry["depth"] = example.depth
         entry["correct"] = entry.pop("score") == 1
@@ -136,6 +149,7 @@ def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, 
     per_head = {
         name: getattr(layers, name) for name in ("error", "dropped", "support", "exact")
     }
+    per_head["refreshed"] = layers.refreshed[:, :, None]
     return {
         "top1_agreement": _mean(agreement.top1.mean(1)),
         "kl": _mean(agreement.kl.mean(1)),

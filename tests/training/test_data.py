@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from kvjax.evaluation.chain import chain_of_key
+from kvjax.evaluation.extraction import extraction
 from kvjax.evaluation.tasks import multikey, passkey
 from kvjax.training import data
 from kvjax.training.data import retrieval, text
@@ -156,6 +157,29 @@ def test_a_chain_goes_through_its_list(sources, backend, length):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
+def test_a_table_repeats_its_list_in_order(sources, backend, length):
+    asked = 0
+    for sample in drawn(sources["extraction"], length):
+        content, runs = spoken(backend, sample)
+        before, found, table = content.partition("\ntable:\n")
+        if not found:
+            assert not runs
+            continue
+        items = re.findall(r"^([a-z]+) (\d{3})$", before, re.MULTILINE)
+        assert len(dict(items)) == len({number for _, number in items}) == len(items)
+        cells = [cell for item in items for cell in item]
+        said = re.findall(r"[a-z]+|\d+", table)
+        at = cells.index(said[0])
+        assert at % 2 == 0
+        # Cut off at the sample's end, at most the last one is not whole.
+        assert said == cells[at : at + len(said)]
+        assert [answer for _, answer in runs] == said[1 : len(runs) + 1]
+        assert "\t" not in before
+        asked += len(runs)
+    assert asked >= 20
+
+
+@pytest.mark.parametrize("length", LENGTHS)
 def test_a_variable_leads_back_to_its_number(sources, backend, length):
     asked = 0
     for sample in drawn(sources["variables"], length):
@@ -182,11 +206,12 @@ def test_questions_are_worded_as_the_evaluation_words_them(sources, backend):
     (one,) = passkey(words, haystack, context=60, n=1)
     (many,) = multikey(words, haystack, context=60, n=1, keys=3)
     (chain,) = chain_of_key(words, haystack, context=60, n=1, keys=7)
+    (table,) = extraction(words, haystack, context=60, n=1, items=20)
     trained = {
         name: "\n".join(
             spoken(backend, sample)[0] for sample in drawn(sources[name], 128, 40)
         )
-        for name in ("passkey", "keys", "chain")
+        for name in ("passkey", "keys", "chain", "extraction")
     }
     assert "\nThe pass key is " in trained["passkey"]
     assert one.text.endswith("\nThe pass key is ")
@@ -196,10 +221,14 @@ def test_questions_are_worded_as_the_evaluation_words_them(sources, backend):
     assert re.search(rf"{key}\n\nchain: {key}, {key}", trained["chain"])
     whole = chain.text + chain.answer
     assert re.search(rf"\n\nchain: {key}(, {key}){{5}}$", whole)
+    row = r"[a-z]+\t\d{3}"
+    for said in (trained["extraction"], table.text + table.answer):
+        assert re.search(r"<pre>\n([a-z]+ \d{3}\n)+</pre>\n", said)
+        assert re.search(rf"</pre>\n(.*\n)*\ntable:\n{row}\n{row}", said)
 
 
 def test_half_of_the_loss_is_on_answers(sources):
-    for name in ("keys", "chain"):
+    for name in ("keys", "chain", "extraction"):
         for sample in drawn(sources[name], 200):
             answers = sample.weights[sample.answers].sum()
             if answers > 0 and sample.weights.max() < retrieval.MOST_WEIGHT:

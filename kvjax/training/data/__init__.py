@@ -18,6 +18,7 @@ _SOURCES = {
     "passkey": retrieval.passkey,
     "keys": retrieval.keys,
     "chain": retrieval.chain,
+    "extraction": retrieval.extraction,
     "variables": retrieval.variables,
 }
 

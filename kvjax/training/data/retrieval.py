@@ -116,6 +116,28 @@ def chain(rng: np.random.Generator, corpus: Corpus, length: int) -> Sample:
     return _write(corpus, [*pieces, ("\n", PLAIN)], length)
 
 
+def extraction(rng: np.random.Generator, corpus: Corpus, length: int) -> Sample:
+    """A list in HTML, then a part of it as a table, row after row.
+
+    After LongProc's HTML-to-TSV (arXiv:2501.05414), as the evaluation words it.
+    """
+    # An item takes 4 tokens of the list, a row of the table as many.
+    most = min((length - 24) // 6, len(WORDS))
+    count = int(rng.integers(2, max(most, 3) + 1))
+    names = rng.permutation(WORDS)[:count].tolist()
+    numbers = rng.choice(np.arange(100, 1000), count, replace=False).astype(str)
+    pairs = list(zip(names, numbers.tolist(), strict=True))
+    listed = "".join(f"{name} {number}\n" for name, number in pairs)
+    num_rows = max(min((length - 4 * count - 16) // 4, count - 1), 1)
+    start = int(rng.integers(count - num_rows + 1))
+    asked = pairs[start : start + num_rows]
+    table: list[Piece] = [(f"\ntable:\n{asked[0][0]}\t", PLAIN), (asked[0][1], ANSWER)]
+    for name, number in asked[1:]:
+        table += [("\n", PLAIN), (name, ANSWER), ("\t", PLAIN), (number, ANSWER)]
+    said: list[Piece] = [(f"<pre>\n{listed}</pre>\n", PLAIN)]
+    return _scatter(rng, corpus, length, [said], [[*table, ("\n", PLAIN)]])
+
+
 def variables(rng: np.random.Generator, corpus: Corpus, length: int) -> Sample:
     """Assignments `b = a` of words that lead back to numbers; their values are asked.
 
