@@ -18,6 +18,8 @@ from pallas_kernels.entmax import entmax_attention
 # unwritten values with a weight of exactly 0, and masking them would copy the cache.
 fill_value: float = 0.0
 
+MOST_SCATTERS = 16  # of one token each; a longer chunk is one scatter
+
 
 def allocate(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, fill: float | None = None
@@ -75,14 +77,29 @@ def write_run(
 
     As :func:`write`, in place. A scatter is in place where XLA keeps it; on CPU it
     becomes a slice update fused into every reader of the buffer, and each such fusion
-    writes into a copy of its own. So there it goes row by row.
+    writes into a copy of its own. So there it goes row by row. Elsewhere a scatter of
+    more than one token copies: a few tokens are as many scatters.
     """
     run = jnp.arange(rows.shape[2], dtype=jnp.int32)
     slots, valid = start[:, None] + run, run < count[:, None]
     return lax.platform_dependent(
         cpu=lambda: _write_slices(buffer, rows, start, count, update),
-        default=lambda: _scatter(buffer, rows, slots, valid, update),
+        default=lambda: _scatters(buffer, rows, slots, valid, update),
     )
+
+
+def few(tokens: int) -> list[slice]:
+    """Parts of `tokens` to scatter one after the other: singles if they are few."""
+    if tokens > MOST_SCATTERS:
+        return [slice(0, tokens)]
+    return [slice(i, i + 1) for i in range(tokens)]
+
+
+def _scatters(buffer, rows, slots, valid, update):
+    for part in few(rows.shape[2]):
+        given = rows[:, :, part], slots[:, part], valid[:, part]
+        buffer = _scatter(buffer, *given, update)
+    return buffer
 
 
 def _scatter(buffer, rows, slots, valid, update):
@@ -113,16 +130,19 @@ def _write_slices(buffer, rows, start, count, update):
     batch, heads, size, *rest = rows.shape
     slots = buffer.shape[2]
     rows = rows.astype(buffer.dtype)
-    zeros = (0,) * len(rest)
+    zero = jnp.int32(0)  # of one type with the indices also where 64 bits are on
+    zeros = (zero,) * len(rest)
     if size > slots:  # more than fits: what does not is dropped before
         rows, size = rows[:, :, :slots], slots
 
     def one_row(b, buffer):
-        fresh = lax.dynamic_slice(rows, (b, 0, 0, *zeros), (1, heads, size, *rest))
+        fresh = lax.dynamic_slice(
+            rows, (b, zero, zero, *zeros), (1, heads, size, *rest)
+        )
         # A slice that would pass the end is moved back, and its rows up, by `over`.
         first = jnp.minimum(start[b], slots - size)
         over = start[b] - first
-        where = (b, 0, first, *zeros)
+        where = (b, zero, first, *zeros)
 
         def put(buffer):
             if size == 1 and update == "set":
@@ -138,7 +158,7 @@ def _write_slices(buffer, rows, start, count, update):
         is_due = (count[b] > 0) & (over < size)
         return lax.cond(is_due, put, lambda buffer: buffer, buffer)
 
-    return lax.fori_loop(0, batch, one_row, buffer)
+    return lax.fori_loop(zero, jnp.int32(batch), one_row, buffer)
 
 
 def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
@@ -192,6 +212,33 @@ def extend(
         v=write_run(store.v, v, store.length, count),
         length=length,
     )
+
+
+def revise(
+    store: Contiguous,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    count: Int[Array, "B"],
+) -> Contiguous:
+    """Appends one token, and gives the count - 1 before it new keys and values.
+
+    Args:
+        store: without the new token.
+        k, v: un-rotated, the new token last.
+        count: from 1 to T, how many of the last rows are real; at most all the tokens.
+    """
+    before = store._replace(length=store.length - (count - 1))
+    return extend(before, real_first(k, count), real_first(v, count), count)
+
+
+def real_first(
+    rows: Float[Array, "B H T D"], count: Int[Array, "B"]
+) -> Float[Array, "B H T D"]:
+    """The last `count` rows first, as a chunk has them; what follows is undefined."""
+    size = rows.shape[2]
+    order = jnp.arange(size, dtype=jnp.int32) + (size - count)[:, None]
+    order = jnp.minimum(order, size - 1)[:, None, :, None]
+    return jnp.take_along_axis(rows, order, axis=2)
 
 
 def rotate_queries(

@@ -1,8 +1,10 @@
 """Attention to every token so far, by the model's normaliser: for the baselines."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax import cache
 from kvjax.interface import CacheSpec, Diagnostics, Method, State, Traffic
@@ -23,6 +25,7 @@ def method() -> Method:
         append=cache.extend,
         inspect_step=_inspect_step,
         traffic=_traffic,
+        rewind=_rewind,
     )
 
 
@@ -46,6 +49,79 @@ def _inspect_step(state, q) -> tuple[State, Array, Diagnostics]:
     refreshed = jnp.ones_like(state.length, bool)
     exact = jnp.ones(q.shape[:2], bool)
     return state, out.astype(q.dtype), Diagnostics(attended, lse, refreshed, exact)
+
+
+def _rewind(state, count, most) -> cache.Contiguous:
+    del most
+    return state._replace(length=state.length - count)
+
+
+class Windowed(NamedTuple):
+    """State of :func:`windowed`, one layer."""
+
+    store: cache.Contiguous  # of the method
+    start: Int[Array, "B"]  # the first position that a step decoded
+
+
+def windowed(method: Method, rows: int) -> Method:
+    """A method of one row, in steps that feed the newest `rows` tokens.
+
+    For beside, or below, a method that revises past tokens: of those that a step
+    decoded it takes the new keys and values; the prompt's stay. Every row attends to
+    all tokens up to its own.
+
+    Args:
+        method: attends to everything in one store, such as :func:`kvjax.full`.
+        rows: tokens in a step, the new one included.
+
+    Returns:
+        A :class:`kvjax.Method` over :class:`Windowed`.
+
+    Raises:
+        ValueError: if `method` has more than one row; from `init`, if it does not keep
+            every token in one store.
+    """
+    if method.rows != 1:
+        raise ValueError(f"{method.rows=} must be 1 to be given {rows=}.")
+
+    def init(spec, weights=None):
+        store = method.init(spec, weights)
+        if not isinstance(store, cache.Contiguous):
+            raise ValueError(
+                f"a method with state {type(store).__name__} does not keep every token "
+                f"in one store, so it cannot revise its last {rows} rows: use full."
+            )
+        return Windowed(store, cache.lengths(spec))
+
+    def prefill(state, q, k, v, lengths):
+        store, out = method.prefill(state.store, q, k, v, lengths)
+        return Windowed(store, store.length), out
+
+    def finish(state):
+        return state._replace(store=method.finish(state.store))
+
+    def append(state, k, v):
+        count = jnp.minimum(state.store.length - state.start + 1, rows)
+        return state._replace(store=cache.revise(state.store, k, v, count))
+
+    def inspect_step(state, q):
+        store, out, diagnostics = method.inspect_step(state.store, q)
+        return state._replace(store=store), out, diagnostics
+
+    def rewind(state, count, most):
+        store = method.rewind(state.store, count, most)
+        return Windowed(store, store.length)
+
+    return Method(
+        init=init,
+        prefill=prefill,
+        finish=finish,
+        append=append,
+        inspect_step=inspect_step,
+        traffic=method.traffic,
+        rows=rows,
+        rewind=rewind if method.rewind else None,
+    )
 
 
 def weights(

@@ -135,7 +135,15 @@ class Method(NamedTuple):
         append: `append(state, k, v) -> state` writes the KV of this step's rows.
         inspect_step: `inspect_step(state, q) -> (state, out, diagnostics)`.
         traffic: `traffic(spec, length) -> Traffic` when `length` tokens are cached.
-        rows: query rows per decode step.
+        rows: query rows per decode step: the newest token last, and before it the
+            tokens that the step revises.
+        select: `select(state, q) -> page_ids (B, H, K)`, of methods whose state is a
+            :class:`kvjax.paging.Paged` and whose step attends to listed pages: those
+            that a rotated query `(B, Hq, 1, D)` of the newest token reads, -1 = none.
+            Transforms of such methods choose by it; None elsewhere.
+        rewind: `rewind(state, count, most) -> state` after `finish`: without the newest
+            `count (B,)` tokens, at most `most`, as if they had not come; of methods
+            that keep every token and take more of a prompt at any time. None elsewhere.
 
     Shapes: q `(B, Hq, T, D)`; k, v `(B, Hkv, T, D)`; out as q, in q's dtype; T is the
     chunk in prefill and `rows` in decode.
@@ -148,6 +156,8 @@ class Method(NamedTuple):
     inspect_step: Callable[..., tuple[State, Array, Diagnostics]]
     traffic: Callable[[CacheSpec, int], Traffic]
     rows: int = 1
+    select: Callable[..., Array] | None = None
+    rewind: Callable[..., State] | None = None
 
     def decode_step(
         self, state: State, q: Float[Array, "B Hq T D"]

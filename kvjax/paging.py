@@ -40,6 +40,43 @@ def extend(
     lengths: Int[Array, "B"] | None = None,
 ) -> Paged:
     """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
+    written, k, page, valid = _write(store, k, v, lengths)
+    return written._replace(
+        page_min=cache.write(store.page_min, k, page, valid, "min"),
+        page_max=cache.write(store.page_max, k, page, valid, "max"),
+    )
+
+
+def revise(
+    store: Paged,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    count: Int[Array, "B"],
+) -> Paged:
+    """Appends one token, and gives the count - 1 before it new keys and values.
+
+    The extremes of their pages are taken from the keys that are there then: what was
+    overwritten leaves no trace.
+
+    Args:
+        store: without the new token.
+        k, v: un-rotated, the new token last.
+        count: from 1 to T, how many of the last rows are real; at most all the tokens.
+    """
+    before = store._replace(length=store.length - (count - 1))
+    k, v = cache.real_first(k, count), cache.real_first(v, count)
+    written = _write(before, k, v, count)[0]
+    return _take_extremes(written, written.length, k.shape[2])
+
+
+def rewind(store: Paged, count: Int[Array, "B"], most: int) -> Paged:
+    """Without the newest `count` tokens, at most `most`: as if they had not come."""
+    shorter = store._replace(length=store.length - count)
+    return _take_extremes(shorter, store.length, most)
+
+
+def _write(store, k, v, lengths):
+    """The store but for its extremes; rotated keys, their pages, which are real."""
     positions, valid = cache.chunk_positions(store.length, lengths, k.shape[2])
     count = valid.sum(-1, dtype=jnp.int32)
     length = store.length + count
@@ -52,7 +89,11 @@ def extend(
         def one_row(pages, fused, page, slot):
             return pages.at[:, page, slot].set(fused, mode="drop")
 
-        return jax.vmap(one_row)(store.pages, fused, page, positions % page_size)
+        slot, pages = positions % page_size, store.pages
+        for part in cache.few(fused.shape[2]):
+            given = fused[:, :, part], page[:, part], slot[:, part]
+            pages = jax.vmap(one_row)(pages, *given)
+        return pages
 
     def by_token():
         flat = store.pages.reshape(*store.pages.shape[:2], -1, width)
@@ -60,9 +101,26 @@ def extend(
         return written.reshape(store.pages.shape)
 
     pages = lax.platform_dependent(cpu=by_token, default=by_page)
-    page_min = cache.write(store.page_min, k, page, valid, "min")
-    page_max = cache.write(store.page_max, k, page, valid, "max")
-    return Paged(store.spec, pages, page_min, page_max, length)
+    return store._replace(pages=pages, length=length), k, page, valid
+
+
+def _take_extremes(store, end, newest):
+    """The store with those of the pages of the `newest` tokens before `end` anew."""
+    num_pages, page_size = store.pages.shape[2:4]
+    most = min(-(-(newest - 1) // page_size) + 1, num_pages)
+    last = jnp.maximum(end - 1, 0) // page_size
+    first = jnp.maximum(last - (most - 1), 0)
+    which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
+    keys = cache.gather(store.pages, which)[..., : store.spec.head_dim]
+    position = which[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
+    held = (position < store.length[:, None, None, None])[..., None]
+    low = jnp.where(held, keys, jnp.inf).min(3)
+    high = jnp.where(held, keys, -jnp.inf).max(3)
+    count = last - first + 1
+    return store._replace(
+        page_min=cache.write_run(store.page_min, low, first, count),
+        page_max=cache.write_run(store.page_max, high, first, count),
+    )
 
 
 def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:

@@ -37,7 +37,7 @@ class Run(NamedTuple):
     """What a method gave: one entry a row for the prompt, one a step for the rest."""
 
     prompt_out: list[np.ndarray]  # per row (Hq, prompt, D)
-    out: np.ndarray  # (steps, B, Hq, D)
+    out: np.ndarray  # (steps, B, Hq, D), of the newest token
     diagnostics: Diagnostics  # fields with a leading axis of steps
     state: State
 
@@ -125,16 +125,22 @@ def _prompt_rows(stream, chunks, outs):
     ]
 
 
-def step_inputs(stream: Stream, dtype="float32"):
-    """q, k, v of the generated tokens, `(steps, B, H, 1, D)`."""
+def step_inputs(stream: Stream, dtype="float32", rows=1):
+    """q, k, v of the generated tokens, `(steps, B, H, rows, D)`.
+
+    Each behind the generated tokens before it; rows without one are padding, also where
+    a model would give the prompt's tokens again.
+    """
     arrays = []
     for x in stream[:3]:
-        steps = [
-            [x[b, :, n + i : n + i + 1] for b, n in enumerate(stream.prompts)]
-            for i in range(stream.steps)
-        ]
-        arrays.append(np.array(steps).astype(jnp.dtype(dtype)))
-    return tuple(jnp.asarray(x) for x in arrays)
+        shape = (stream.steps, *x.shape[:2], rows, x.shape[3])
+        steps = np.full(shape, PADDING, np.float32)
+        for b, n in enumerate(stream.prompts):
+            for i in range(stream.steps):
+                count = min(rows, i + 1)
+                steps[i, b, :, rows - count :] = x[b, :, n + i + 1 - count : n + i + 1]
+        arrays.append(jnp.asarray(steps.astype(jnp.dtype(dtype))))
+    return tuple(arrays)
 
 
 def step(method: Method, state: State, inputs):
@@ -154,10 +160,11 @@ def run(method: Method, spec: CacheSpec, stream: Stream, chunks=None) -> Run:
         state = method.finish(state)
         return jax.lax.scan(lambda s, x: step(method, s, x), state, inputs)
 
-    state, (out, diagnostics) = decode(state, step_inputs(stream, spec.dtype))
+    inputs = step_inputs(stream, spec.dtype, method.rows)
+    state, (out, diagnostics) = decode(state, inputs)
     return Run(
         prompt_out,
-        np.asarray(out)[:, :, :, 0].astype(np.float32),
+        np.asarray(out)[:, :, :, -1].astype(np.float32),
         jax.tree.map(np.asarray, diagnostics),
         state,
     )
@@ -204,7 +211,7 @@ def assert_matches(run: Run, stream: Stream, oracle, dtype="float32", **options)
             assert attended == trace.attended[prompt + i], where
             assert_rows_close(run.out[i, b], trace.out[prompt + i], dtype, where)
             np.testing.assert_allclose(
-                run.diagnostics.lse[i, b, :, 0],
+                run.diagnostics.lse[i, b, :, -1],
                 trace.lse[prompt + i],
                 atol=2e-5 if dtype == "float32" else 5e-2,
                 err_msg=where,
@@ -243,7 +250,7 @@ def assert_consistent(
                 query = turn(row.q[h, t], t)
                 out, lse, _ = attend(query, keys[kv, kept], row.v[kv, kept])
                 assert_rows_close(run.out[i, b, h], out, dtype, where)
-                given = run.diagnostics.lse[i, b, h, 0]
+                given = run.diagnostics.lse[i, b, h, -1]
                 assert abs(given - lse) < slack, where
                 everything = slice(t + 1)
                 whole, most, _ = attend(

@@ -91,7 +91,7 @@ def test_a_spec_that_cannot_be_is_refused(field, value, message):
 @pytest.mark.parametrize("update", ["set", "min", "max"])
 @pytest.mark.parametrize("size", [1, 3, 7], ids="T{}".format)
 def test_a_run_is_written_token_by_token_and_never_clamped(size, update):
-    """Both forms, row by row (CPU) and a scatter, against a loop; also past the end."""
+    """All forms, row by row (CPU) and scatters, against a loop; also past the end."""
     slots, starts = 5, np.array([0, 1, 3, 4, 5, 9], np.int32)
     rng = np.random.default_rng(size)
     counts = np.array([size, max(size - 1, 0), size, size, size, size], np.int32)
@@ -108,6 +108,7 @@ def test_a_run_is_written_token_by_token_and_never_clamped(size, update):
     by_row = cache.write_run(*arrays, update)
     run = starts[:, None] + np.arange(size, dtype=np.int32)
     valid = np.arange(size) < counts[:, None]
-    scattered = cache._scatter(*arrays[:2], jnp.asarray(run), valid, update)
     np.testing.assert_array_equal(by_row, expected)
-    np.testing.assert_array_equal(scattered, expected)
+    for scatter in (cache._scatter, cache._scatters):
+        scattered = scatter(*arrays[:2], jnp.asarray(run), jnp.asarray(valid), update)
+        np.testing.assert_array_equal(scattered, expected)

@@ -104,6 +104,7 @@ class Row(NamedTuple):
     dropped_mass: Interval  # of the reference's attention, on what was not attended to
     support: Interval  # share of the tokens with weight that was attended to
     proved_exact: Interval  # share of heads and steps: `Diagnostics.exact`
+    full_steps: Interval  # share of steps and layers: `Diagnostics.refreshed`
     tokens_per_second: float  # median over batches, all rows together
     prefill_seconds: float  # median over batches
 
@@ -318,6 +319,7 @@ def _row(name, num_bytes, inputs, answered, predicted, expected, layers) -> Row:
         dropped_mass=of_windows(layers.dropped),
         support=of_windows(layers.support),
         proved_exact=of_windows(layers.exact),
+        full_steps=statistics.mean_interval(layers.refreshed.mean(0)),
         tokens_per_second=float(np.median(answered.tokens_per_second)),
         prefill_seconds=float(np.median(answered.prefill_seconds)),
     )
@@ -471,16 +473,16 @@ def layer_fidelity(
     parts = []
     for group in _batches(windows, batch):
         before = len(group[0]) - new_tokens
-        states = prefill(
+        states, _, recent = prefill(
             model,
             both,
             [window[:before] for window in group],
             max_new_tokens=new_tokens,
             chunk_size=chunk_size,
-        ).states
+        )
         tokens = np.array([window[before:-1] for window in group], np.int32)
         states = fidelity.teacher_forced(
-            model.decoder, both, model.params, states, tokens
+            model.decoder, both, model.params, states, tokens, recent
         )
         parts.append(jax.tree.map(np.asarray, fidelity.layers(states)))
     return jax.tree.map(lambda *x: np.concatenate(x, 1)[:, : len(windows)], *parts)

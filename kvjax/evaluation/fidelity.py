@@ -68,6 +68,7 @@ class SideBySideState(NamedTuple):
     support: Float[Array, "B Hq"]  # share of the tokens with weight that are
     exact: Float[Array, "B Hq"]  # steps that are proved exact
     read: Float[Array, "B"]  # tokens attended to, over all lists
+    refreshed: Float[Array, "B"]  # steps that read the whole cache
     steps: Int[Array, "B"]
 
 
@@ -79,7 +80,8 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     ``|candidate - reference| / |reference|`` over the head's D elements. The dropped
     mass is what the reference, which sees every token, weighs the tokens with that the
     candidate does not attend to; the support retained is the share of those with any
-    weight that it does attend to. Under softmax every token has weight.
+    weight that it does attend to. Under softmax every token has weight. Of a step of
+    several rows the newest token's is judged.
 
     Args:
         reference: attends to everything: :func:`kvjax.full` or
@@ -90,9 +92,12 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         A :class:`kvjax.Method` over :class:`SideBySideState`.
 
     Raises:
-        ValueError: if the two have a different number of query rows per step; from
-            `init`, if the reference does not keep every token in one store.
+        ValueError: if the reference has more query rows per step than one, and not as
+            many as the candidate; from `init`, if the reference does not keep every
+            token in one store.
     """
+    if candidate.rows != reference.rows == 1:
+        reference = dense.windowed(reference, candidate.rows)
     if reference.rows != candidate.rows:
         raise ValueError(
             f"reference rows={reference.rows} and candidate rows={candidate.rows} must "
@@ -101,7 +106,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
 
     def init(spec, weights=None):
         first = reference.init(spec)
-        if not isinstance(first, cache.Contiguous):
+        if not isinstance(_store(first), cache.Contiguous):
             raise ValueError(
                 f"a reference with state {type(first).__name__} does not keep every "
                 "token in one store, whose weights are the truth: use full."
@@ -112,6 +117,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
             candidate.init(spec, weights),
             *sums,
             read=jnp.zeros((spec.batch,), jnp.float32),
+            refreshed=jnp.zeros((spec.batch,), jnp.float32),
             steps=jnp.zeros((spec.batch,), jnp.int32),
         )
 
@@ -133,11 +139,12 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         )
 
     def inspect_step(state, q):
-        truth = dense.weights(state.reference, q)
+        truth = dense.weights(_store(state.reference), q[:, :, -1:])
         first, expected, _ = reference.inspect_step(state.reference, q)
         second, actual, found = candidate.inspect_step(state.candidate, q)
-        wide = expected.astype(jnp.float32)
-        gap = jnp.linalg.norm(actual.astype(jnp.float32) - wide, axis=-1)
+        wide = expected[:, :, -1:].astype(jnp.float32)
+        newest = actual[:, :, -1:].astype(jnp.float32)
+        gap = jnp.linalg.norm(newest - wide, axis=-1)
         scale = jnp.linalg.norm(wide, axis=-1)
         relative = gap / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
 
@@ -153,6 +160,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
             support=state.support + kept.astype(jnp.float32).mean(-1),
             exact=state.exact + found.exact.astype(jnp.float32),
             read=state.read + (found.attended >= 0).sum((1, 2)).astype(jnp.float32),
+            refreshed=state.refreshed + found.refreshed.astype(jnp.float32),
             steps=state.steps + 1,
         )
         return state, expected, found
@@ -168,6 +176,10 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     )
 
 
+def _store(state):
+    return state.store if isinstance(state, dense.Windowed) else state
+
+
 class LayerFidelity(NamedTuple):
     """Means over the decoded tokens, a layer at a time."""
 
@@ -176,6 +188,7 @@ class LayerFidelity(NamedTuple):
     support: Float[np.ndarray, "L B Hq"]  # share of the tokens with weight that was
     exact: Float[np.ndarray, "L B Hq"]  # share of steps proved exact
     read: Float[np.ndarray, "L B"]  # tokens attended to, over all lists
+    refreshed: Float[np.ndarray, "L B"]  # share of steps that read the whole cache
 
 
 def layers(states: tuple[State, ...]) -> LayerFidelity:
@@ -199,13 +212,25 @@ def teacher_forced(
     params: Params,
     states: tuple[State, ...],
     tokens: Int[Array, "B T"],
+    recent: Int[Array, "B R"] | None = None,
 ) -> tuple[State, ...]:
     """Decodes given tokens and returns the states: for methods that keep a record.
 
-    `states` are those of a prompt, after `finish`; `tokens` are what comes next.
+    `states` are those of a prompt, after `finish`, and `recent` its newest
+    `method.rows` tokens, which methods of one row do not need; `tokens` are what comes
+    next.
+
+    Raises:
+        ValueError: if the method has several rows and there is no `recent`.
     """
+    if recent is None:
+        if method.rows > 1:
+            raise ValueError(f"{method.rows=} needs the newest tokens: give recent.")
+        recent = jnp.zeros_like(tokens[:, :1])
 
-    def step(states, token):
-        return decoder.decode_step(params, states, token[:, None], method)[0], None
+    def step(carry, token):
+        states, window = carry
+        window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
+        return (decoder.decode_step(params, states, window, method)[0], window), None
 
-    return jax.lax.scan(step, states, tokens.T)[0]
+    return jax.lax.scan(step, (states, recent), tokens.T)[0][0]

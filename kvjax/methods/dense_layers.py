@@ -2,6 +2,7 @@
 
 from typing import Any, NamedTuple
 
+from kvjax import dense as dense_attention
 from kvjax.interface import Method
 
 
@@ -21,7 +22,8 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     """Uses `dense` in the first layers and `method` in the rest.
 
     Attention of the first layers is spread over the whole context, so that selecting
-    there costs most; Quest leaves two of them dense.
+    there costs most; Quest leaves two of them dense. Where `method` feeds more rows a
+    step than `dense`, as `retro` does, so do the dense layers.
 
     Args:
         method: for the layers from `first` on.
@@ -36,7 +38,8 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     Exact when: `method` is, or all layers are dense.
 
     Raises:
-        ValueError: if `first` is negative or the methods disagree in `rows`.
+        ValueError: if `first` is negative, or `dense` has more rows than one and not
+            those of `method`.
 
     Source:
         Tang et al., "Quest", ICML 2024, arXiv:2406.10774, Sec. 3.4.
@@ -48,6 +51,8 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     """
     if first < 0:
         raise ValueError(f"{first=} must be at least 0 layers.")
+    if method.rows != dense.rows == 1:
+        dense = dense_attention.windowed(dense, method.rows)
     if method.rows != dense.rows:
         raise ValueError(f"{method.rows=} must equal {dense.rows=}.")
 
@@ -76,4 +81,17 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     def traffic(spec, length):
         return (dense if spec.layer < first else method).traffic(spec, length)
 
-    return Method(init, prefill, finish, append, inspect_step, traffic, method.rows)
+    def rewind(state, count, most):
+        inner = in_charge(state).rewind(state.state, count, most)
+        return state._replace(state=inner)
+
+    return Method(
+        init=init,
+        prefill=prefill,
+        finish=finish,
+        append=append,
+        inspect_step=inspect_step,
+        traffic=traffic,
+        rows=method.rows,
+        rewind=rewind if method.rewind and dense.rewind else None,
+    )

@@ -2,7 +2,9 @@
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvjax import cache, paging, selection
 from kvjax.interface import Diagnostics, Method, Traffic
@@ -19,6 +21,7 @@ def quest(
     per: Literal["kv", "query"] = "kv",
     group_reduce: selection.Reduce = "mean",
     recent: int = 1,
+    budget_ratio: float | None = None,
 ) -> Method:
     """Keeps every key; per step reads page summaries, then `budget` tokens.
 
@@ -35,6 +38,8 @@ def quest(
         per: one list of pages per `kv` head, or per `query` head.
         group_reduce: `mean` or `max` of the scores over a group, for per="kv".
         recent: newest pages that are always read. Official: 1.
+        budget_ratio: if given, this share of the tokens so far is read where that is
+            more than `budget`. RetroAttention: 0.15, with a budget of 256.
 
     Returns:
         A :class:`kvjax.Method` over :class:`kvjax.paging.Paged`.
@@ -47,7 +52,7 @@ def quest(
 
     Raises:
         ValueError: unless `budget` is a multiple of `page_size` of at least `recent`
-            pages.
+            pages, and `budget_ratio` in (0, 1].
 
     Source:
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM
@@ -71,11 +76,19 @@ def quest(
         )
     if per not in ("kv", "query"):
         raise ValueError(f"{per=} must be 'kv' or 'query'.")
+    if budget_ratio is not None and not 0 < budget_ratio <= 1:
+        raise ValueError(f"{budget_ratio=} must be in (0, 1], or None.")
     selection.check_reduce(group_reduce=group_reduce)
 
-    def select(state, rotated):
+    def pages_read(length):
+        """Of a number or an array of tokens so far: the most that a list holds."""
+        xp = jnp if isinstance(length, jax.Array) else np
+        share = xp.floor(np.float32(budget_ratio) * xp.asarray(length, np.float32))
+        return xp.maximum(budget, share.astype(np.int32)) // page_size
+
+    def select(state, q):
         scores = page_bounds(
-            rotated[:, :, 0],
+            q[:, :, 0],
             state.page_min,
             state.page_max,
             group_reduce=group_reduce if per == "kv" else "none",
@@ -85,7 +98,12 @@ def quest(
         current = ((state.length - 1) // page_size)[:, None, None]
         scores = jnp.where(page > current - recent, jnp.inf, scores)
         available = paging.is_available(state)[:, None]
-        return selection.top_k(scores, budget // page_size, available)
+        if budget_ratio is None:
+            return selection.top_k(scores, budget // page_size, available)
+        most = int(pages_read(state.spec.capacity))
+        chosen = selection.top_k(scores, most, available)
+        rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)
+        return jnp.where(rank < pages_read(state.length)[:, None, None], chosen, -1)
 
     def prefill(state, q, k, v, lengths):
         state = paging.extend(state, k, v, lengths)
@@ -104,12 +122,15 @@ def quest(
         )
         attended = paging.tokens_of(chosen, page_size, state.length)
         exact = cache.holds_all(attended, state.length, q.shape[1])
-        diagnostics = Diagnostics(attended, lse, state.length <= budget, exact)
+        diagnostics = Diagnostics(attended, lse, exact.all(-1), exact)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
         num_pages = -(-length // page_size)
-        read = min(budget // page_size, num_pages) * page_size
+        most = budget // page_size
+        if budget_ratio is not None:
+            most = int(pages_read(length))
+        read = min(most, num_pages) * page_size
         lists = spec.group if per == "query" else 1
         return Traffic(
             kv=lists * cache.kv_bytes(spec, read),
@@ -123,4 +144,6 @@ def quest(
         append=paging.extend,
         inspect_step=inspect_step,
         traffic=traffic,
+        select=select,
+        rewind=paging.rewind,
     )

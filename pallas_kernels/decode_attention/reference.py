@@ -2,7 +2,8 @@
 
 A few rows: one pass over the whole cache, whose only temporary is the logits. Many rows
 (a chunk of a prompt): blocks of keys with an online softmax, as many as the longest row
-needs, so that no temporary grows with the cache.
+needs, so that no temporary grows with the cache. Both accumulate in float32, and what
+is float64 in float64.
 """
 
 import functools
@@ -92,9 +93,13 @@ def _visible(held, row_positions, window):
     return visible
 
 
+def _wide(x):
+    return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
+
+
 def _logits(grouped, keys, row_positions, held, *, sm_scale, window, soft_cap):
     logits = sm_scale * jnp.einsum(
-        "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=jnp.float32
+        "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=_wide(keys)
     )
     if soft_cap is not None:
         logits = soft_cap * jnp.tanh(logits / soft_cap)
@@ -107,7 +112,7 @@ def _weighted_values(weights, values):
         "bkrs,bksd->bkrd",
         weights.astype(values.dtype),
         values,
-        preferred_element_type=jnp.float32,
+        preferred_element_type=_wide(values),
     )
 
 
@@ -143,11 +148,11 @@ def _blocked(grouped, k, v, row_positions, held, reach, logits_of):
         acc = acc * decay[..., None] + _weighted_values(weights, values)
         return m_new, l, acc
 
-    shape = grouped.shape[:3]
+    shape, wide = grouped.shape[:3], _wide(v)
     carry = (
-        jnp.full(shape, -jnp.inf, jnp.float32),
-        jnp.zeros(shape, jnp.float32),
-        jnp.zeros(grouped.shape, jnp.float32),
+        jnp.full(shape, -jnp.inf, wide),
+        jnp.zeros(shape, wide),
+        jnp.zeros(grouped.shape, wide),
     )
     whole = slots // BLOCK
     needed = whole if reach is None else jnp.clip(reach // BLOCK + 1, 0, whole)

@@ -99,7 +99,8 @@ def test_what_attention_loses_is_measured(rows):
         assert exact.proved_exact.mean == exact.support.mean == 1
         assert exact.dropped_mass.mean == 0
         assert exact.output_error.mean < 1e-5
-    assert forgetful.proved_exact.mean == 0
+    assert full.full_steps.mean == 1
+    assert forgetful.full_steps.mean == forgetful.proved_exact.mean == 0
     assert forgetful.support.mean == pytest.approx((16 / held).mean(), rel=1e-4)
     assert forgetful.output_error.mean > 0.01
 
@@ -290,7 +291,7 @@ def test_an_entmax_models_layers_say_what_was_lost(capsys):
     assert last == (
         f"  layer 0: output error {layer['error']['mean']:.4f}, dropped mass "
         f"{layer['dropped']['mean']:.2g}, support kept {layer['support']['mean']:.0%}, "
-        f"proved exact {layer['exact']['mean']:.0%}"
+        f"proved exact {layer['exact']['mean']:.0%}, full steps 0%"
     )
 
 

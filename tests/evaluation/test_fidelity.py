@@ -1,5 +1,7 @@
 """Agreement against SciPy, and the side-by-side transform against methods run alone."""
 
+import functools
+
 import drive
 import numpy as np
 import oracles
@@ -8,10 +10,13 @@ from scipy import special, stats
 from tiny import tiny_model
 
 import kvjax
+from kvjax import dense
 from kvjax.evaluation import fidelity
 from kvjax.generate import prefill
 
 PROMPTS, STEPS = (21, 9), 5
+
+any_model = functools.cache(tiny_model)
 
 
 def test_agreement_is_scipys_divergence():
@@ -59,6 +64,8 @@ def true_weights(alpha):
         ("streaming_llm:budget=8", 1.0),
         ("snapkv:budget=8,window=4", 1.0),
         ("entmaxkv:budget=8,page_size=4", 1.5),
+        ("refreshkv:budget=8,stride=2,schedule=fixed", 1.0),
+        ("retro:window=3+quest:budget=8,page_size=4", 1.0),
     ],
 )
 def test_side_by_side_measures_the_gap_between_two_runs(spec, alpha):
@@ -86,6 +93,8 @@ def test_side_by_side_measures_the_gap_between_two_runs(spec, alpha):
     np.testing.assert_allclose(found.dropped[0], dropped, atol=2e-6)
     np.testing.assert_allclose(found.support[0], support, rtol=1e-5)
     np.testing.assert_allclose(found.exact[0], exact.mean(0), rtol=1e-6)
+    refreshed = candidate_run.diagnostics.refreshed.mean(0)
+    np.testing.assert_allclose(found.refreshed[0], refreshed, rtol=1e-6)
     read = (attended >= 0).sum((2, 3)).mean(0)
     np.testing.assert_allclose(found.read[0], read, rtol=1e-6)
     assert (error[0] > 1e-3).all()  # something was left out of the long prompt
@@ -117,18 +126,26 @@ def test_side_by_side_is_one_object_per_pair():
 
 def test_rows_must_agree():
     two = kvjax.full()._replace(rows=2)
-    with pytest.raises(ValueError, match="reference rows=1 and candidate rows=2"):
-        fidelity.side_by_side(kvjax.full(), two)
+    with pytest.raises(ValueError, match="reference rows=2 and candidate rows=1"):
+        fidelity.side_by_side(two, kvjax.full())
+    model = any_model()
+    with pytest.raises(ValueError, match="rows=2 needs the newest tokens"):
+        fidelity.teacher_forced(
+            model.decoder, two, model.params, (), np.zeros((1, 3), np.int32)
+        )
 
 
 def test_teacher_forcing_feeds_the_given_tokens():
-    model, full = tiny_model(), kvjax.full()
+    """Also those before, where a method asks for several rows."""
+    model, full = any_model(), kvjax.full()
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
-    states = prefill(model, full, tokens[:, :9].tolist(), max_new_tokens=4).states
+    two = dense.windowed(full, 2)
+    states, _, recent = prefill(model, two, tokens[:, :9].tolist(), max_new_tokens=4)
     states = fidelity.teacher_forced(
-        model.decoder, full, model.params, states, tokens[:, 9:]
+        model.decoder, two, model.params, states, tokens[:, 9:], recent
     )
     whole = prefill(model, full, tokens.tolist(), max_new_tokens=1).states
-    for one, other in zip(states, whole, strict=True):
+    for windowed, other in zip(states, whole, strict=True):
+        one = windowed.store
         np.testing.assert_array_equal(one.length, [12, 12])
         np.testing.assert_allclose(one.k[:, :, :12], other.k[:, :, :12], atol=2e-4)

@@ -38,5 +38,5 @@ def test_error_names_the_value():
 
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_error_names_both_rows():
-    with pytest.raises(ValueError, match=r"method.rows=2 must equal dense.rows=1"):
-        dense_layers(full()._replace(rows=2), full())
+    with pytest.raises(ValueError, match=r"method.rows=1 must equal dense.rows=2"):
+        dense_layers(full(), full()._replace(rows=2))

@@ -5,6 +5,7 @@ import numpy as np
 import oracles
 import pytest
 
+from kvjax import cache
 from kvjax.methods.quest import quest
 
 DEFAULT = {"budget": 12, "page_size": 4}
@@ -58,6 +59,43 @@ def test_chunks_that_split_pages(chunks):
     check(drive.make_stream((21, 23), 4), chunks)
 
 
+def test_a_share_of_the_tokens_so_far():
+    """Where it is more than the budget; at each length, as that budget would read."""
+    stream = drive.make_stream((17, 60), 12)
+    method = quest(budget=8, page_size=4, budget_ratio=0.3)
+    spec = drive.make_spec(stream)
+    run = drive.run(method, spec, stream)
+    budgets = set()
+    for b, prompt in enumerate(stream.prompts):
+        attention = oracles.Attention(stream.row(b))
+        for i in range(stream.steps):
+            t = prompt + i
+            budget = max(8, int(np.floor(np.float32(0.3) * np.float32(t + 1))))
+            budget = budget // 4 * 4
+            budgets.add(budget)
+            heads = drive.attended_positions(run.diagnostics.attended[i, b], 4)
+            for h in range(4):
+                pages = oracles.quest_pages(
+                    attention,
+                    t,
+                    h // 2,
+                    (h // 2 * 2, h // 2 * 2 + 1),
+                    budget=budget,
+                    page_size=4,
+                    group_reduce="mean",
+                    recent=1,
+                )
+                kept = [j for j in range(t + 1) if j // 4 in pages]
+                assert heads[h] == kept, (b, t, h)
+                out, lse, _ = attention(t, h, kept)
+                drive.assert_rows_close(run.out[i, b, h], out)
+                assert abs(run.diagnostics.lse[i, b, h, 0] - lse) < 2e-5
+            read = len(heads[0]) + (-len(heads[0])) % 4
+            traffic = method.traffic(spec, t + 1)
+            assert traffic.kv == cache.kv_bytes(spec, read)
+    assert budgets == {8, 16, 20}
+
+
 def test_an_empty_prompt():
     check(drive.make_stream((0, 10), 15))
 
@@ -96,6 +134,8 @@ def test_finds_the_page_of_a_needle():
         ({"budget": 32, "recent": 0}, r"recent=0"),
         ({"per": "head"}, r"per='head' must be"),
         ({"group_reduce": "sum"}, r"group_reduce='sum' must be one of mean, max"),
+        ({"budget_ratio": 0.0}, r"budget_ratio=0.0 must be in \(0, 1\]"),
+        ({"budget_ratio": 1.5}, r"budget_ratio=1.5 must be in"),
     ],
 )
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -1,0 +1,77 @@
+"""A draft of several tokens checked in one pass: what full attention would have said.
+
+Any method that keeps every token can draft with its small reads; one exact pass over
+the draft then costs about as much as one token of full attention.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from kvjax.interface import DecoderLM, Method, Params, State
+
+
+class Verified(NamedTuple):
+    """How far a draft holds."""
+
+    states: tuple[State, ...]  # with the newest token and the accepted ones behind it
+    accepted: Int[Array, "B"]  # tokens of the draft that greedy decoding says too
+    next_token: Int[Array, "B"]  # what it says after them
+    hidden: Float[Array, "B E"]  # of the last accepted token: its logits say that
+
+
+def rewind(
+    method: Method, states: tuple[State, ...], count: Int[Array, "B"], most: int
+) -> tuple[State, ...]:
+    """States without each row's newest `count` tokens, at most `most`; under `jit` too.
+
+    Raises:
+        ValueError: if the method cannot take tokens back.
+    """
+    if method.rewind is None:
+        raise ValueError(
+            "this method cannot take tokens back: it does not keep every token. Use "
+            "full, quest, or retro and dense_layers around them."
+        )
+    return tuple(method.rewind(state, count, most) for state in states)
+
+
+def verify(
+    decoder: DecoderLM,
+    method: Method,
+    params: Params,
+    states: tuple[State, ...],
+    tokens: Int[Array, "B T"],
+) -> Verified:
+    """Checks a draft against greedy decoding under full attention, in one pass.
+
+    All rows of the draft attend to everything before them, as a prompt does, and leave
+    exact keys and values; what is not accepted is taken back. Repeated, the tokens are
+    those of greedy decoding under :func:`kvjax.full`, whatever the drafts. A method
+    that drafted itself is rewound before, by :func:`rewind`.
+
+    Args:
+        decoder, params: of the model.
+        method: which can rewind.
+        states: after `finish`, without `tokens`; there is room for T more.
+        tokens: each row's newest token, then T - 1 drafted ones.
+
+    Returns:
+        :class:`Verified`; a pure function, for `jax.jit`.
+
+    Raises:
+        ValueError: if the method cannot take tokens back.
+    """
+    batch, rows = tokens.shape
+    lengths = jnp.full((batch,), rows, jnp.int32)
+    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
+    said = decoder.logits(params, hidden).argmax(-1).astype(tokens.dtype)
+    agrees = (said[:, :-1] == tokens[:, 1:]).astype(jnp.int32)
+    accepted = agrees.cumprod(axis=1).sum(axis=1, dtype=jnp.int32)
+    return Verified(
+        states=rewind(method, states, rows - 1 - accepted, rows),
+        accepted=accepted,
+        next_token=jnp.take_along_axis(said, accepted[:, None], axis=1)[:, 0],
+        hidden=jnp.take_along_axis(hidden, accepted[:, None, None], axis=1)[:, 0],
+    )
