@@ -8,7 +8,10 @@ from kvjax.methods.full import full as full
 from kvjax.methods.h2o import h2o as h2o
 from kvjax.methods.oracle_topk import oracle_topk as oracle_topk
 from kvjax.methods.quest import quest as quest
+from kvjax.methods.refresh import refresh as refresh
 from kvjax.methods.refreshkv import refreshkv as refreshkv
+from kvjax.methods.retro import retro as retro
 from kvjax.methods.snapkv import snapkv as snapkv
 from kvjax.methods.streaming_llm import streaming_llm as streaming_llm
+from kvjax.methods.topk_completion import topk_completion as topk_completion
 from kvjax.methods.tova import tova as tova

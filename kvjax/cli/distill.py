@@ -1,0 +1,155 @@
+"""`kvjax distill`: a feature map for `topk_completion`, trained and calibrated."""
+
+import json
+import pathlib
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import typer
+
+from kvjax import report
+from kvjax.cli.common import JsonOption, ModelOption, SeedOption, load, read_text
+
+FILE = "map.safetensors"
+LEARNED = "learned"
+MOST_TOKENS = 1_000_000  # of the standard library's text
+
+
+def distill(
+    out: Annotated[pathlib.Path, typer.Option(help="Folder of the run.")],
+    model: ModelOption = None,
+    text: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="UTF-8 file to train on; Python's standard library."),
+    ] = None,
+    feature_map: Annotated[
+        str,
+        typer.Option(
+            "--map", help="learned, or a map to calibrate alone: anchor, mean, ..."
+        ),
+    ] = LEARNED,
+    lengths: Annotated[
+        str, typer.Option(help="Prompt lengths to train for, in turns.")
+    ] = "1024,2048,4096",
+    steps: Annotated[int, typer.Option(help="Of training, all heads together.")] = 1500,
+    features: Annotated[int, typer.Option(help="Features of the map.")] = 16,
+    width: Annotated[int, typer.Option(help="Of the networks.")] = 32,
+    loss: Annotated[
+        Literal["output", "paper"],
+        typer.Option(help="Error of the output, or KL, band, false positives, mass."),
+    ] = "output",
+    budget: Annotated[
+        int | None,
+        typer.Option(help="Tokens to calibrate at; 2% of the longest prompt."),
+    ] = None,
+    windows: Annotated[int, typer.Option(help="To calibrate on.")] = 2,
+    seed: SeedOption = 0,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint in OUT.")
+    ] = False,
+    as_json: JsonOption = False,
+) -> int:
+    """Trains a feature map for topk_completion, and says which heads it helps."""
+    try:
+        from kvjax.training import distill as training
+        from kvjax.training import run_folder
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in ("optax", "orbax"):
+            raise
+        raise ImportError(
+            f"training needs {error.name.split('.')[0]}: pip install 'kvjax[train]'."
+        ) from error
+    from kvjax import completion, feature_maps, map_files
+
+    known = (LEARNED, "moment", *feature_maps.NAMES)
+    if feature_map not in known:
+        raise ValueError(f"--map {feature_map!r} must be one of {', '.join(known)}.")
+    if windows < 1:
+        raise ValueError(f"{windows=} must be at least 1.")
+    settings = training.Settings(
+        steps=steps,
+        lengths=_lengths(lengths),
+        features=features,
+        width=width,
+        hidden=width,
+        loss=loss,
+        seed=seed,
+    )
+    longest = max(settings.lengths)
+    if budget is None:
+        budget = completion.budget_tokens(longest, 0.02)
+    if feature_map == LEARNED:
+        run_folder.check(out, resume=resume)
+    report.check_writable(out.parent)
+    language_model = load(model, None)
+    tokens, held_out = training.split(_tokens(language_model, text, seed))
+    file = map_files.MapFile(feature_map, longest, None, None, {})
+    if feature_map == LEARNED:
+        result = training.train(language_model, tokens, settings, out, resume=resume)
+        if not result.finished:
+            return 1
+        file = training.as_file(result, language_model, settings)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / FILE
+    map_files.save(path, file)
+    found = _calibrated(language_model, path, held_out, longest, budget, windows, seed)
+    about = file.about | {"model": language_model.name, "calibrated_at": budget}
+    map_files.save(path, file._replace(gain=found.gain, about=about))
+    _print(found, path, budget, as_json)
+    return 0
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--lengths {text!r} must be numbers of tokens, such as 1024,4096."
+        ) from None
+
+
+def _tokens(model: Any, text: pathlib.Path | None, seed: int) -> np.ndarray:
+    if text is not None:
+        return np.asarray(model.tokenizer.encode(read_text(text)), np.int32)
+    from kvjax.training.data import text as texts
+
+    files = texts.read(texts.STDLIB)
+    found: list[int] = []
+    for index in np.random.default_rng(seed).permutation(len(files)):
+        found += model.tokenizer.encode(files[int(index)])
+        if len(found) > MOST_TOKENS:
+            break
+    return np.asarray(found, np.int32)
+
+
+def _calibrated(model, path, held_out, longest, budget, windows, seed):
+    from kvjax import registry
+    from kvjax.evaluation import abstention
+
+    new_tokens = 32
+    size = longest + new_tokens
+    if size > min(model.decoder.context, len(held_out)):
+        size = min(model.decoder.context, len(held_out))
+    rng = np.random.default_rng([seed, 1])
+    starts = rng.integers(len(held_out) - size + 1, size=windows)
+    rows = [held_out[start : start + size].tolist() for start in starts]
+    method = f"topk_completion:budget={budget},charge=none"
+    return abstention.calibrate(
+        model,
+        registry.parse("full"),
+        registry.parse(f"{method},lam=0"),
+        registry.parse(f"{method},feature_map={path}"),
+        rows,
+        new_tokens=new_tokens,
+    )
+
+
+def _print(found, path, budget, as_json) -> None:
+    from kvjax.evaluation import abstention
+
+    if as_json:
+        document = {"file": str(path), "budget": budget, "gain": found.gain}
+        document |= found._asdict()
+        print(json.dumps(report.json_ready(document), indent=2))
+        return
+    print("\n".join([*abstention.summary(found), f"wrote {path}"]))
