@@ -152,7 +152,7 @@ def prefill(
     states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
     hidden = None
     for tokens, lengths in chunks(decoder, prompts, chunk_size):
-        states, hidden = _prefill_chunk(
+        states, hidden = prefill_chunk(
             decoder, method, params, states, tokens, lengths, hidden
         )
     return Prefilled(
@@ -193,6 +193,17 @@ def check_prompts(
                 f"exceeds the model's context of {decoder.context}: shorten either."
             )
     check_vocabulary(decoder, prompts)
+
+
+def check_options(
+    sampling: Sampling, stop: Sequence[str] = (), stream_every: int = 16
+) -> None:
+    """Raises ValueError unless each is in its range. See :func:`generate`."""
+    validate(sampling)
+    if stream_every < 1:
+        raise ValueError(f"{stream_every=} must be at least 1.")
+    if isinstance(stop, str) or not all(stop):
+        raise ValueError(f"{stop=} must be a sequence of non-empty strings.")
 
 
 def check_vocabulary(decoder: DecoderLM, rows: Sequence[Sequence[int]]) -> None:
@@ -271,7 +282,8 @@ def _finish(method, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _prefill_chunk(decoder, method, params, states, tokens, lengths, previous):
+def prefill_chunk(decoder, method, params, states, tokens, lengths, previous):
+    """States with a chunk read, and the newest hidden states; `states` are used up."""
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
     return states, last_hidden(hidden, lengths, previous)
 
@@ -365,11 +377,7 @@ def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
     """Checks every argument now; the work begins with the first `next`."""
     if isinstance(prompts, str):
         raise TypeError("prompts is one text: put it in a list.")
-    validate(sampling)
-    if stream_every < 1:
-        raise ValueError(f"{stream_every=} must be at least 1.")
-    if isinstance(stop, str) or not all(stop):
-        raise ValueError(f"{stop=} must be a sequence of non-empty strings.")
+    check_options(sampling, stop, stream_every)
     prompts = [
         model.tokenizer.encode(prompt)
         if isinstance(prompt, str)

@@ -92,6 +92,22 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
     return method
 
 
+def canonical(spec: str) -> str:
+    """The spec with every option of every part, in order: equal for equal methods.
+
+    Raises:
+        ValueError: as :func:`parse`.
+    """
+    parse(spec)
+    parts = []
+    for part in spec.split("+"):
+        name, given = _split(part.strip())
+        defaults = {key: p.default for key, p in options(name).items()}
+        settings = (f"{key}={value}" for key, value in (defaults | given).items())
+        parts.append(f"{name}:{','.join(settings)}".rstrip(":"))
+    return "+".join(parts)
+
+
 def _split(part: str) -> tuple[str, dict]:
     name, _, text = part.partition(":")
     known = options(name)

@@ -7,6 +7,7 @@ writes one. Adding a model is a folder, and an entry per `model_type` in `FAMILI
 import json
 import shutil
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,27 @@ def load(
     )
 
 
+def load_decoder(
+    name: str | Path, *, dtype: jax.typing.DTypeLike | None = None
+) -> llama.LlamaDecoder:
+    """The decoder alone, from a `config.json` alone: no weights are read or fetched.
+
+    Args:
+        name: as for :func:`load`; or the `config.json` itself, whatever it is called.
+        dtype: of weights, activations and cache; None keeps the checkpoint's.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`load`.
+    """
+    path = Path(name).expanduser()
+    if not path.is_file():
+        path = _resolve(name, ["config.json"]) / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path.parent} has no config.json.")
+    config = _read_json(path)
+    return llama.LlamaDecoder(llama.from_hf(config, dtype=dtype))
+
+
 def save_pretrained(
     model: LanguageModel,
     directory: str | Path,
@@ -136,7 +158,7 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
-def _resolve(name: str | Path) -> Path:
+def _resolve(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     directory = Path(name).expanduser()
     if directory.is_dir():
         return directory
@@ -159,7 +181,7 @@ def _resolve(name: str | Path) -> Path:
             snapshot_download(
                 hub_id,
                 revision=revision or None,
-                allow_patterns=_HUB_FILES,
+                allow_patterns=list(files),
                 ignore_patterns=_NOT_NEEDED,
             )
         )

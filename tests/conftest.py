@@ -48,8 +48,10 @@ POISON = 1e30
 LONG = {
     "test_docs.py",
     "test_gpu.py",
+    "test_notebooks.py",
     "test_readme.py",
     "test_resume.py",
+    "test_site.py",
     "test_tpu.py",
 }
 

@@ -34,6 +34,14 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("quest:budget=64", 1000, 64 * TOKEN, 63 * TOKEN),
         ("quest:budget=64", 17, 32 * TOKEN, 2 * TOKEN),
         ("quest:budget=64,per=query", 1000, 2 * 64 * TOKEN, 63 * TOKEN),
+        ("quest:budget=64,budget_ratio=0.1", 1000, 96 * TOKEN, 63 * TOKEN),
+        # The outputs of three tokens, who read the pages, and the newest two's keys.
+        (
+            "retro:window=4+quest:budget=64",
+            1000,
+            64 * TOKEN,
+            63 * TOKEN + 2 * 8 * 3 * 17 * 4 + 2 * 4 * 4 * 4 + 32 * TOKEN // 2,
+        ),
         # All keys to choose, then the values of the chosen.
         ("oracle_topk:budget=64", 1000, 64 * TOKEN // 2, 1000 * TOKEN // 2),
         ("oracle_topk:budget=64,per=query", 1000, 64 * TOKEN, 1000 * TOKEN // 2),
@@ -55,6 +63,18 @@ def test_bytes_read(method, length, kv, metadata):
     assert traffic.total == kv + metadata
 
 
+def test_revising_a_token_reads_three_in_a_hundred_more_at_most():
+    """An 8B model's layer at 8K; shares of a context as RetroAttention chooses them."""
+    spec = CacheSpec(1, 32, 8, 128, 8192, "bfloat16", Rope(128))
+    quest = "quest:budget=256,budget_ratio=0.15"
+    least, two, eight = (
+        registry.parse(name).traffic(spec, 8192).total
+        for name in (quest, f"retro:window=2+{quest}", f"retro:window=8+{quest}")
+    )
+    assert least < two < 1.03 * least
+    assert two < eight < 1.06 * least
+
+
 CLOCK = 2 * 4  # one int32 a row
 
 
@@ -68,6 +88,10 @@ CLOCK = 2 * 4  # one int32 a row
         ("h2o:budget=64", 64 * TOKEN + 2 * 4 * 64 * FLOAT_AND_INT + CLOCK),
         ("tova:budget=64", 64 * TOKEN + 2 * 64 * FLOAT_AND_INT + CLOCK),
         ("quest:budget=64", 63 * 16 * TOKEN + 63 * TOKEN + CLOCK),
+        (
+            "retro:window=4+quest:budget=64",
+            63 * 17 * TOKEN + 2 * 8 * 3 * 17 * 4 + 2 * 4 * 63 * 4 + 2 * CLOCK,
+        ),
         ("oracle_topk:budget=64", 1000 * TOKEN + CLOCK),
     ],
 )
@@ -115,6 +139,7 @@ MOST = {"cascade": 1.2}
 # What it gathers from, of keys and values; the compiler counts a gather as reading its
 # whole operand. EntmaxKV takes keys, then values, out of pages that hold both.
 GATHERS_FROM = {"quest": 1.0, "oracle_topk": 0.5, "entmaxkv": 2.0}
+GATHERS_FROM |= {"topk_completion": 1.0}
 # What goes through its lists in a loop, whose body the compiler counts once.
 LOOPS = {"quest", "entmaxkv"}
 

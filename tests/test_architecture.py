@@ -20,7 +20,14 @@ SHARED = {
         *("dense", "support", "thresholds", "reading"),
     )
 }
-SHARED |= {"kvjax.cascading", "kvjax.rings", "kvjax.refreshing"}
+SHARED |= {"kvjax.cascading", "kvjax.rings", "kvjax.refreshing", "kvjax.retrospection"}
+SHARED |= {
+    f"kvjax.{name}"
+    for name in (
+        *("completion", "estimators", "feature_maps", "map_files", "stores"),
+        "summarising",
+    )
+}
 BASE = {"kvjax.interface", "kvjax.rope"}
 # Of the scripts that say how the embedded models were made, not of the models.
 MAKES_EMBEDDED = {"kvjax.words", "kvjax.training.data.text"}

@@ -22,7 +22,7 @@ from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 # Small legal values, by the name of the option. An option with a large default that is
 # missing here fails `test_has_small_options`, so that no method is tested idle.
 SMALL = {"budget": 8, "page_size": 4, "window": 4, "kernel": 3, "num_sinks": 2}
-SMALL |= {"stride": 4}
+SMALL |= {"stride": 4, "tail": 1, "features": 2, "calibration": 6}
 LARGEST_DEFAULT = 8
 SPECS = [*registry.names(), *(f"{name}+quest" for name in registry.transforms())]
 
@@ -75,18 +75,21 @@ class Case:
         rows = [np.concatenate(row, axis=1) for row in zip(*outs, strict=True)]
         return state, rows
 
+    def step_inputs(self, stream=None):
+        stream = self.stream if stream is None else stream
+        return drive.step_inputs(stream, rows=self.method.rows)
+
     @functools.cached_property
     def compiled_step(self):
         """One donated step, compiled ahead of time: it can never compile again."""
         state = jax.eval_shape(lambda: self.method.finish(self.method.init(self.spec)))
-        inputs = [x[0] for x in drive.step_inputs(self.stream)]
+        inputs = [x[0] for x in self.step_inputs()]
         jitted = jax.jit(functools.partial(drive.step, self.method), donate_argnums=0)
         return jitted.lower(state, inputs).compile()
 
     def decode(self, state, stream=None):
         """All steps one by one; the state given is consumed."""
-        stream = self.stream if stream is None else stream
-        inputs, results = drive.step_inputs(stream), []
+        inputs, results = self.step_inputs(stream), []
         for i in range(STEPS):
             state, result = self.compiled_step(state, [x[i] for x in inputs])
             results.append(result)
@@ -95,7 +98,7 @@ class Case:
     def run(self, stream=None, chunks=None):
         state, prompt_out = self.prefill(stream, chunks)
         state, (out, diagnostics) = self.decode(self.jitted_finish(state), stream)
-        return drive.Run(prompt_out, out[:, :, :, 0], diagnostics, state)
+        return drive.Run(prompt_out, out[:, :, :, -1], diagnostics, state)
 
     @functools.cached_property
     def baseline(self):
@@ -135,7 +138,8 @@ def test_has_small_options(spec):
                 f"{name}: give {key}={option.default} a small value in SMALL"
             )
     method = registry.parse(spelled(spec))
-    assert registry.parse(spec).rows == method.rows == 1
+    rows = SMALL["window"] if spec.startswith("retro") else 1
+    assert method.rows == rows
 
 
 def test_arguments_have_the_same_names_everywhere(case):
@@ -176,7 +180,7 @@ def test_a_step_leaves_the_state_as_it_was(case):
     assert types(filled) == types(empty)
     assert (out.shape, out.dtype) == (inputs[0].shape, inputs[0].dtype)
     finished = trace(method.finish, filled)
-    q, k, v = (x[0] for x in drive.step_inputs(stream))
+    q, k, v = (x[0] for x in case.step_inputs())
     stepped, (out, diagnostics) = trace(
         functools.partial(drive.step, method), finished, (q, k, v)
     )
@@ -184,7 +188,7 @@ def test_a_step_leaves_the_state_as_it_was(case):
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     assert isinstance(diagnostics, Diagnostics)
     spec = case.spec
-    assert diagnostics.lse.shape == (spec.batch, spec.num_q_heads, 1)
+    assert diagnostics.lse.shape == (spec.batch, spec.num_q_heads, method.rows)
     assert diagnostics.lse.dtype == jnp.float32
     assert diagnostics.attended.shape[0] == spec.batch
     assert diagnostics.attended.shape[1] in (spec.num_kv_heads, spec.num_q_heads)
@@ -223,7 +227,8 @@ def _unrotated(x, positions, length=None):
 @pytest.mark.parametrize("spec", SPECS)
 def test_output_is_attention_over_what_was_attended(spec):
     stream = drive.make_stream((1, 5, 23), 6, heads=(6, 2), seed=2)
-    method = registry.parse(spelled(spec))
+    # What else is estimated (`lam`) is no attention over tokens.
+    method = registry.parse(spelled(spec, lam=0.0))
     alpha = alpha_of(spec)
     cache_spec = drive.make_spec(stream, layer=LAYER, rope=_unrotated, alpha=alpha)
     run = drive.run(method, cache_spec, stream)
@@ -288,10 +293,8 @@ def test_a_scan_equals_the_loop(case):
     state, _ = case.prefill()
     step = functools.partial(drive.step, case.method)
     scan = jax.jit(lambda state, inputs: jax.lax.scan(step, state, inputs))
-    _, (out, diagnostics) = scan(
-        case.jitted_finish(state), drive.step_inputs(case.stream)
-    )
-    _same(out[:, :, :, 0], case.baseline.out)
+    _, (out, diagnostics) = scan(case.jitted_finish(state), case.step_inputs())
+    _same(out[:, :, :, -1], case.baseline.out)
     _same(diagnostics.attended, case.baseline.diagnostics.attended)
 
 
@@ -299,10 +302,10 @@ def test_jit_equals_eager(case):
     """`finish` and a step; `decode_step` is `inspect_step` without diagnostics."""
     state, _ = case.prefill()
     method = case.method
-    q, k, v = (x[0] for x in drive.step_inputs(case.stream))
+    q, k, v = (x[0] for x in case.step_inputs())
     eager = method.finish(state)
     eager, out, diagnostics = method.inspect_step(method.append(eager, k, v), q)
-    _same(out[:, :, 0], case.baseline.out[0])
+    _same(out[:, :, -1], case.baseline.out[0])
     _same(diagnostics.attended, case.baseline.diagnostics.attended[0])
     same, plain = method.decode_step(method.append(case.jitted_finish(state), k, v), q)
     assert jax.tree.structure(same) == jax.tree.structure(eager)
@@ -341,10 +344,10 @@ def test_sharded_over_two_devices_is_the_same(case):
     state, _ = case.prefill()
     state = jax.tree.map(split, case.jitted_finish(state))
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
-    q, k, v = (split(x[0]) for x in drive.step_inputs(case.stream))
+    q, k, v = (split(x[0]) for x in case.step_inputs())
     step = jax.jit(functools.partial(drive.step, case.method))
     state, (out, diagnostics) = step(state, (q, k, v))
-    _same(out[:, :, 0], case.baseline.out[0])
+    _same(out[:, :, -1], case.baseline.out[0])
     _same(diagnostics.attended, case.baseline.diagnostics.attended[0])
     for leaf, sharding in zip(
         jax.tree.leaves(state), jax.tree.leaves(before), strict=True

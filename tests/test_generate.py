@@ -101,7 +101,7 @@ def test_bucket_wastes_at_most_an_eighth():
 
 def test_nothing_compiles_again_within_a_bucket():
     method = kvjax.full()
-    functions = [module._init, module._prefill_chunk, module._finish, module._decode]
+    functions = [module._init, module.prefill_chunk, module._finish, module._decode]
 
     def compiled():
         return [function._cache_size() for function in functions]

@@ -89,3 +89,23 @@ def test_defaults_fill_what_the_string_leaves_out():
 def test_mistakes_are_explained(spec, message):
     with pytest.raises(ValueError, match=message):
         registry.parse(spec)
+
+
+@pytest.mark.parametrize("name", [*registry.names(), "dense_layers+quest"])
+def test_a_canonical_spec_says_everything_and_is_its_own(name):
+    spelled = registry.canonical(name)
+    assert registry.canonical(spelled) == spelled
+    parts = zip(name.split("+"), spelled.split("+"), strict=True)
+    for part, full in parts:
+        options = [item.partition("=")[0] for item in full.partition(":")[2].split(",")]
+        assert [o for o in options if o] == list(registry.options(part))
+
+
+def test_equal_methods_have_one_canonical_spec():
+    one = registry.canonical("dense_layers + quest: page_size=32 ,budget=64")
+    assert one == registry.canonical(
+        "dense_layers:first=2+quest:budget=64,page_size=32"
+    )
+    assert one != registry.canonical("dense_layers+quest:budget=96,page_size=32")
+    with pytest.raises(ValueError, match="did you mean 'budget'"):
+        registry.canonical("quest:bugdet=3")

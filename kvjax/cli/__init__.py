@@ -13,7 +13,18 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax.cli import bench, decode, evaluate, heads, info, stream, train
+from kvjax.cli import (
+    bench,
+    decode,
+    distill,
+    evaluate,
+    heads,
+    info,
+    plan,
+    prefix,
+    stream,
+    train,
+)
 from kvjax.cli.common import arguments_given
 
 app = typer.Typer(
@@ -100,13 +111,16 @@ _EXAMPLES = {
     info.methods: "kvjax methods",
     info.cite: "kvjax cite quest",
     decode.generate: ("kvjax generate --method quest:budget=256 --prompt 'def main('"),
+    prefix.prefill: "kvjax prefill --prompt-file book.txt --save book-read",
     decode.score: "kvjax score --method snapkv:budget=256 --text book.txt",
     stream.stream: "kvjax stream --text book.txt --method cascade:budget=1024",
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
     evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
+    plan.plan: "kvjax plan --model embedded-softmax --context 8192 --budget 512",
     bench.bench: "kvjax bench kernels --context 131072 --budget 2048",
     train.train: "kvjax train --config toy --set optimizer.lr=2e-3 --out runs/toy",
+    distill.distill: "kvjax distill --model embedded-softmax --out runs/map",
 }
 for _command, _example in _EXAMPLES.items():
     _, _name, *_ = _example.split()

@@ -10,7 +10,13 @@ from rich.table import Table
 
 import kvjax
 from kvjax import report
-from kvjax.cli.common import DtypeOption, JsonOption, arguments_given, positive
+from kvjax.cli.common import (
+    DtypeOption,
+    JsonOption,
+    arguments_given,
+    positive,
+    whole_numbers,
+)
 
 SUBJECTS = ("kernels",)
 
@@ -41,12 +47,7 @@ def bench(
 
     if subject not in SUBJECTS:
         raise ValueError(f"{subject=} must be one of {', '.join(SUBJECTS)}.")
-    try:
-        contexts = [int(part) for part in context.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"--context {context} must be whole numbers with commas, as 32768,131072."
-        ) from error
+    contexts = whole_numbers("--context", context)
     positive(budget=budget, page_size=page_size, batch=batch, kv_heads=kv_heads)
     positive(group=group, head_dim=head_dim, repeats=repeats)
     if dtype is None:

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 import kvjax
+from kvjax import registry
 
 # Of the command that runs, for the manifest.
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
@@ -86,6 +87,23 @@ def read_text(path: pathlib.Path) -> str:
         ) from error
 
 
+def read_prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:
+    """The text of --prompt or --prompt-file.
+
+    Raises:
+        ValueError: unless exactly one is given and says something.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give either --prompt or --prompt-file, and only one of them.")
+    text = prompt if prompt_file is None else read_text(prompt_file)
+    if not text:
+        raise ValueError(
+            "the prompt is empty: give --prompt some text, or --prompt-file a file "
+            "with some."
+        )
+    return text
+
+
 def tokenize(model: kvjax.LanguageModel, text: str, chat: bool = False) -> list[int]:
     """Token ids of a text, or of the user's turn of a chat."""
     if not chat:
@@ -98,3 +116,23 @@ def positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def with_budget(spec: str, budget: int) -> str:
+    """The spec, with a budget if its method takes one and it does not say."""
+    outer, plus, innermost = spec.rpartition("+")
+    name, _, options = innermost.partition(":")
+    if "budget" in registry.options(name.strip()) and "budget=" not in options:
+        given = filter(None, [f"budget={budget}", options])
+        innermost = f"{name}:{','.join(given)}"
+    return outer + plus + innermost
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {text} must be whole numbers with commas, as 32768,131072."
+        ) from error

@@ -10,25 +10,36 @@ import typer
 
 from kvjax import registry, report
 from kvjax.cli.common import (
+    METHOD_HELP,
     DtypeOption,
     JsonOption,
     MethodOption,
     ModelOption,
     SeedOption,
     load,
+    read_prompt,
     read_text,
     tokenize,
 )
+from kvjax.cli.prefix import resumed
 
 
 def generate(
     model: ModelOption = None,
-    method: MethodOption = "full",
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help=METHOD_HELP + " full, or what is resumed."),
+    ] = None,
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[
         pathlib.Path | None, typer.Option(help="UTF-8 file with the text; - is stdin.")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(
+            help="Most tokens to generate; 128, or what --resume has room for."
+        ),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Likeliest tokens kept; 0 is all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Probability kept; 1 is all.")] = 1.0,
@@ -40,50 +51,76 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = False,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
+    resume: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Folder of kvjax prefill; a prompt is then what follows it."),
+    ] = None,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continues a prompt under a method, streaming the text to stdout."""
-    from kvjax.generate import generate as run_generate
+    from kvjax.generate import stream
     from kvjax.sampling import Sampling, validate
 
-    parsed = registry.parse(method)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
     validate(sampling)
-    text = _prompt(prompt, prompt_file)
-    language_model = load(model, dtype)
-    tokens = tokenize(language_model, text, chat)
-
-    def show(row: int, piece: str) -> None:
-        del row
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-
+    options = {
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "stop": tuple(stop or ()),
+        "seed": seed,
+    }
+    if resume is not None:
+        if chat:
+            raise ValueError(
+                "--chat begins a conversation and --resume goes on with one: give "
+                "--chat to kvjax prefill."
+            )
+        has_more = prompt is not None or prompt_file is not None
+        more = read_prompt(prompt, prompt_file) if has_more else None
+        language_model, method, prompt_tokens, events = resumed(
+            resume, model, method, dtype, more, chunk_size, options
+        )
+    else:
+        method = method or "full"
+        if max_new_tokens is None:
+            options["max_new_tokens"] = 128
+        parsed = registry.parse(method)
+        text = read_prompt(prompt, prompt_file)
+        language_model = load(model, dtype)
+        tokens = tokenize(language_model, text, chat)
+        prompt_tokens = len(tokens)
+        events = stream(
+            language_model, parsed, [tokens], chunk_size=chunk_size, **options
+        )
     start = time.perf_counter()
-    (generation,) = run_generate(
-        language_model,
-        parsed,
-        [tokens],
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=tuple(stop or ()),
-        seed=seed,
-        chunk_size=chunk_size,
-        on_text=None if as_json else show,
-    )
+    generation = _written(events, quietly=as_json)
     if not as_json:
         print()
         return
     document = {
         "model": language_model.name,
         "method": method,
-        "prompt_tokens": len(tokens),
+        "prompt_tokens": prompt_tokens,
         **generation._asdict(),
         "sampling": sampling._asdict(),
         "seed": seed,
         "seconds": time.perf_counter() - start,
     }
     print(json.dumps(document, indent=2))
+
+
+def _written(events, *, quietly: bool):
+    """Writes a row's text to stdout as it comes; returns what the generator returns."""
+    while True:
+        try:
+            _, piece = next(events)
+        except StopIteration as end:
+            (generation,) = end.value
+            return generation
+        if not quietly:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
 
 
 def score(
@@ -143,15 +180,3 @@ def score(
         f"perplexity {summary['perplexity']:.4f} over {len(decoded)} tokens decoded "
         f"under {method} (prompt of {prefill}: {summary['perplexity_of_prompt']:.4f})"
     )
-
-
-def _prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:
-    if (prompt is None) == (prompt_file is None):
-        raise ValueError("give either --prompt or --prompt-file, and only one of them.")
-    text = prompt if prompt_file is None else read_text(prompt_file)
-    if not text:
-        raise ValueError(
-            "the prompt is empty: give --prompt some text, or --prompt-file a file "
-            "with some."
-        )
-    return text

@@ -26,6 +26,7 @@ from kvjax.cli.common import (
     load,
     positive,
     read_text,
+    with_budget,
 )
 
 
@@ -33,7 +34,8 @@ def evaluate(
     task: Annotated[
         str,
         typer.Option(
-            help="passkey, multikey, variables, chain, perplexity or fidelity."
+            help="passkey, multikey, variables, chain, extraction, perplexity or "
+            "fidelity."
         ),
     ],
     method: MethodOption = "full",
@@ -179,13 +181,7 @@ def _methods(given: list[str], context: int, budget: int) -> dict[str, kvjax.Met
         )
     parsed = {"full": registry.parse("full")}
     for spec in given:
-        outer, plus, innermost = spec.rpartition("+")
-        name, _, options = innermost.partition(":")
-        takes_budget = "budget" in registry.options(name.strip())
-        if takes_budget and "budget=" not in options:
-            all_options = filter(None, [f"budget={budget}", options])
-            innermost = f"{name}:{','.join(all_options)}"
-        spec = outer + plus + innermost
+        spec = with_budget(spec, budget)
         try:
             parsed[spec] = registry.parse(spec)
         except ValueError as error:

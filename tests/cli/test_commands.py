@@ -22,7 +22,8 @@ def test_version(run):
     assert run("--version") == f"kvjax {kvjax.__version__}\n"
 
 
-COMMANDS = ("methods", "cite", "generate", "score", "eval", "compare", "train")
+COMMANDS = ("methods", "cite", "generate", "prefill", "score", "eval", "compare")
+COMMANDS += ("plan", "train")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

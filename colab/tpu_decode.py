@@ -1,0 +1,169 @@
+# %% [markdown]
+# # Long contexts on one chip
+#
+# Colab's TPU v5e-1 or v6e-1, or a GPU. The kernels are checked against their
+# definitions on the chip that is really here; then every operation is timed beside the
+# time that its bytes alone would take; then a model decodes under several methods,
+# beside the roofline that `kvjax plan` computes. With no accelerator all of it runs
+# too, small.
+
+# %%
+import socket
+
+import jax.numpy as jnp
+import numpy as np
+
+import models
+
+on_accelerator = jax.default_backend() != "cpu"
+
+
+def has_network() -> bool:
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return False
+    return True
+
+
+# Any Llama, Mistral, Qwen2 or Qwen3 of the hub; this one needs no account.
+HUB_MODEL = "unsloth/Llama-3.2-1B"
+if on_accelerator and has_network():
+    NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = HUB_MODEL, "bfloat16", 32768, 1024, 128
+else:
+    NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = "embedded-softmax", None, 256, 64, 8
+print(f"{NAME}: {CONTEXT:,} tokens, budgets of {BUDGET}")
+
+# %% [markdown]
+# ## The kernels, checked here
+#
+# Each operation is defined in XLA and has kernels for some chips.
+# `implementation="xla"` asks for the definition; `None` takes what this chip has. The
+# largest relative error of a row must be that of the dtype.
+
+# %%
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.entmax import solve
+from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_scores import page_bounds
+from pallas_kernels.topk import top_k
+
+tokens = 16384 if on_accelerator else 256
+dtype = jnp.bfloat16 if on_accelerator else jnp.float32
+heads, group, size, page = (8, 4, 128, 64) if on_accelerator else (2, 2, 64, 16)
+pages = tokens // page
+rng = np.random.default_rng(0)
+
+
+def normal(*shape):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+q = normal(1, heads * group, 1, size)
+k, v = normal(1, heads, tokens, size), normal(1, heads, tokens, size)
+fused = jnp.concatenate([k, v], -1).reshape(1, heads, pages, page, 2 * size)
+low, high = (
+    f(k.reshape(1, heads, pages, page, size), axis=3) for f in (jnp.min, jnp.max)
+)
+chosen = [np.sort(rng.permutation(pages)[: pages // 4]) for _ in range(heads)]
+ids = jnp.asarray(np.stack(chosen)[None], jnp.int32)
+position = jnp.full((1, 1), tokens - 1, jnp.int32)
+scores = jnp.asarray(rng.standard_normal((heads, tokens)), jnp.float32)
+scale = {"sm_scale": size**-0.5}
+checks = {
+    "decode_attention": lambda **o: decode_attention(q, k, v, position, **scale, **o),
+    "entmax threshold": lambda **o: solve(scores, alpha=1.5, **o),
+    "page_attention": lambda **o: page_attention(q, fused, ids, position, **scale, **o),
+    "page_bounds": lambda **o: page_bounds(q[:, :, 0], low, high, **o),
+    "top_k": lambda **o: top_k(scores, 64, **o),
+}
+for name, run in checks.items():
+    expected = jax.tree.leaves(jax.jit(lambda run=run: run(implementation="xla"))())
+    compiled = jax.jit(run).lower().compile()
+    has_kernel = "custom_call" in compiled.as_text() and on_accelerator
+    worst = 0.0
+    for a, b in zip(jax.tree.leaves(compiled()), expected, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        error = np.abs(a - b).max() / np.abs(b).max()
+        worst = max(worst, float(error))
+    what = "a kernel" if has_kernel else "the definition: no kernel for this chip"
+    print(f"{name:<20}{worst:.1e}  {what}")
+    assert worst < (3e-2 if dtype == jnp.bfloat16 else 1e-5), name
+
+# %% [markdown]
+# ## How fast the operations are
+#
+# One attention layer of an 8B model (here on a CPU: a small one). The floor is the
+# time of the bytes at the speed of a copy, measured in the same run.
+
+# %%
+from kvjax import bench
+
+sizes = bench.Sizes(CONTEXT, BUDGET, page, dtype=jnp.dtype(dtype).name)
+if not on_accelerator:
+    sizes = sizes._replace(num_kv_heads=1, group=2, head_dim=32)
+wanted = ("copy", "full", "page_bounds", "top_k", "page_attention", "sparse")
+operations = {n: o for n, o in bench.operations(sizes).items() if n in wanted}
+seconds = {n: np.median(s) for n, s in bench.measure(operations, 3).items()}
+bandwidth = operations["copy"].num_bytes / seconds["copy"]
+print(f"copy: {bandwidth / 1e9:.0f} GB/s; one layer at {CONTEXT:,} tokens")
+for name, operation in operations.items():
+    floor = operation.num_bytes / bandwidth
+    print(f"{name:<16}{1e3 * seconds[name]:>9.3f} ms   floor {1e3 * floor:>7.3f} ms")
+
+# %% [markdown]
+# ## How fast a model decodes
+#
+# The same prompt under each method: tokens per second after the prompt, beside the
+# most that the bytes of a step allow.
+
+# %%
+import time
+
+from kvjax import planning
+from kvjax.cache import num_bytes
+from kvjax.generate import continued, prefill
+from models import embedded
+
+model = models.load(NAME, dtype=DTYPE)
+config = model.decoder.config
+prompt = model.tokenizer.encode(embedded.heldout_text())[: CONTEXT - NEW_TOKENS]
+held = num_bytes(model.params)
+unread = 0 if config.tied_embeddings else num_bytes(model.params["embedding"])
+kinds = {"TPU v5 lite": "v5e-1", "TPU v6 lite": "v6e-1", "Tesla T4": "T4"}
+device = planning.DEVICES.get(kinds.get(jax.devices()[0].device_kind))
+peak = device.bandwidth if device else bandwidth
+
+
+def tokens_per_second(method):
+    """After the prompt; of the second run, which compiles nothing."""
+    for _ in range(2):
+        read = prefill(model, method, [prompt], max_new_tokens=NEW_TOKENS)
+        jax.block_until_ready(read)
+        start = time.perf_counter()
+        options = {"max_new_tokens": NEW_TOKENS, "eos_ids": ()}
+        events = continued(model, method, read, stream_every=NEW_TOKENS, **options)
+        for _ in events:
+            pass
+        elapsed = time.perf_counter() - start
+    return NEW_TOKENS / elapsed
+
+
+print(f"{'method':<28}{'tokens/s':>10}{'roofline':>10}")
+specs = ["full", f"quest:budget={BUDGET}"]
+if on_accelerator:
+    specs += [f"streaming_llm:budget={BUDGET}", f"cascade:budget={BUDGET}"]
+    specs += [f"snapkv:budget={BUDGET}", f"h2o:budget={BUDGET}"]
+    specs += [f"tova:budget={BUDGET}", f"refreshkv:budget={BUDGET}"]
+for spec in specs:
+    method = kvjax.parse(spec)
+    plan = planning.plan(
+        model.decoder,
+        method,
+        weights=planning.Weights(held, held - unread),
+        sizes=planning.Sizes(config.width, config.mlp_width),
+        context=CONTEXT,
+        new_tokens=NEW_TOKENS,
+    )
+    most = peak / plan.step_bytes
+    print(f"{spec:<28}{tokens_per_second(method):>10.1f}{most:>10.1f}")

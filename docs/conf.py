@@ -1,0 +1,90 @@
+"""The site: `sphinx-build -W docs docs/_build` (needs `pip install '.[docs]'`).
+
+Docstrings are plain text with backticks and a few sections; what reStructuredText would
+read as markup of its own is escaped, and the sections of methods become paragraphs.
+"""
+
+import collections
+import pathlib
+import re
+import shutil
+
+import kvjax
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+project = "kvjax"
+copyright = "the kvjax authors"
+release = version = kvjax.__version__
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "kvjax"
+
+nb_execution_mode = "off"  # the tests run them
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+default_role = "code"
+smartquotes = False  # per="kv" is code even where nothing says so
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+# Files of the repository that are no page here.
+suppress_warnings = ["myst.xref_missing"]
+
+# Sphinx reads what lies below this folder only.
+_notebooks = HERE / "notebooks"
+shutil.rmtree(_notebooks, ignore_errors=True)
+_notebooks.mkdir()
+for _notebook in sorted((HERE.parent / "colab").glob("*.ipynb")):
+    shutil.copy(_notebook, _notebooks)
+
+_SECTION = re.compile(
+    r"^(State|Reads per step and layer|Exact when|Source|Deviations|Shapes|Fields): ?"
+)
+
+
+def _paragraphs(lines: list[str]) -> list[str]:
+    """Sections that only our docstrings have, each as one paragraph."""
+    out, index = [], 0
+    while index < len(lines):
+        found = _SECTION.match(lines[index])
+        if found is None or lines[index + 1 : index + 2] == ["-" * len(found[0])]:
+            out.append(lines[index])
+            index += 1
+            continue
+        parts = [lines[index][found.end() :].strip()]
+        index += 1
+        while index < len(lines) and (not lines[index] or lines[index][0] == " "):
+            parts.append(lines[index].strip())
+            index += 1
+        said = " ".join(part for part in parts if part)
+        out += ["", f"**{found[1]}:** {said}", ""]
+    return out
+
+
+def _plain(line: str) -> str:
+    """Escapes what is markup outside of backticks and roles."""
+    pieces = re.split(r"(``.*?``|:\w+:`[^`]*`|`[^`]*`)", line)
+    for index in range(0, len(pieces), 2):
+        pieces[index] = re.sub(
+            r"(?<!\*)\*(?!\*)|\||_(?=\W|$)|`", r"\\\g<0>", pieces[index]
+        )
+    return "".join(pieces)
+
+
+def _before_napoleon(app, what, name, obj, options, lines):
+    escaped = [_plain(line) for line in lines]
+    lines[:] = _paragraphs(escaped)
+
+
+def _skip(app, what, name, obj, skip, options):
+    # "Alias for field number 0" tells nobody anything.
+    return True if isinstance(obj, collections._tuplegetter) else None
+
+
+def setup(app):
+    """What Sphinx calls with its application."""
+    app.connect("autodoc-process-docstring", _before_napoleon, priority=400)
+    app.connect("autodoc-skip-member", _skip)

@@ -1,0 +1,385 @@
+"""Prompts read once and gone on with many times: kept on disk, bit for bit.
+
+A prefix is the state of every layer before `finish`, so that more of the prompt may
+still come. On disk it is complete or absent, and says what it belongs to: another
+model, method or dtype is refused. Needs orbax: `pip install 'kvjax[train]'`.
+"""
+
+import hashlib
+import itertools
+import json
+import pathlib
+import shutil
+import uuid
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Float
+
+from kvjax import accounting
+from kvjax.generate import (
+    Generation,
+    Prefilled,
+    check_options,
+    check_prompts,
+    check_vocabulary,
+    chunks,
+    continued,
+    empty_states,
+    finish,
+    prefill_chunk,
+    recent,
+)
+from kvjax.interface import LanguageModel, Method, State
+from kvjax.sampling import Sampling
+from kvjax.training import checkpoint
+
+FORMAT = 1  # of a folder; a change that breaks readers adds one
+ABOUT, ARRAYS = "prefix.json", "arrays"
+_KEYS = {
+    *("method", "dtype", "decoder", "weights", "model"),
+    *("prompt_tokens", "longest", "room", "leaves", "fingerprints"),
+}
+# On a file that is missing, cut or not its own, orbax raises what comes.
+_READ = Exception
+
+
+class Prefix(NamedTuple):
+    """Prompts that a model has read under a method; made by :func:`read`."""
+
+    states: tuple[State, ...]  # one a layer, `finish` not yet applied
+    hidden: Float[Array, "B E"]  # of each row's last token
+    prompts: tuple[tuple[int, ...], ...]  # token ids, every row's
+    longest: int  # tokens of the longest prompt when the buffers were made
+    room: int  # tokens that the buffers have room for beside it
+
+
+def read(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[Sequence[int]],
+    *,
+    room: int = 128,
+    chunk_size: int = 512,
+) -> Prefix:
+    """Reads prompts, as :func:`kvjax.generate.generate` does before its first token.
+
+    Args:
+        prompts: token ids, of any lengths.
+        room: tokens that may follow: what :func:`extend` adds and what is generated.
+            `generate` goes on bit for bit as it would by itself with
+            `max_new_tokens=room`.
+        chunk_size: most prompt tokens processed at once.
+
+    Raises:
+        ValueError: as :func:`kvjax.generate.generate`.
+    """
+    check_prompts(model.decoder, method, prompts, room, chunk_size)
+    longest = max(map(len, prompts))
+    states = empty_states(model.decoder, method, len(prompts), longest, room)
+    states, hidden = _read(model, method, states, None, prompts, chunk_size)
+    return Prefix(states, hidden, tuple(map(tuple, prompts)), longest, room)
+
+
+def _read(model, method, states, hidden, pieces, chunk_size):
+    for tokens, lengths in chunks(model.decoder, pieces, chunk_size):
+        states, hidden = prefill_chunk(
+            model.decoder, method, model.params, states, tokens, lengths, hidden
+        )
+    return states, hidden
+
+
+def extend(
+    model: LanguageModel,
+    method: Method,
+    prefix: Prefix,
+    more: Sequence[Sequence[int]],
+    *,
+    chunk_size: int = 512,
+) -> Prefix:
+    """Reads more of each prompt, for example a question about a text read before.
+
+    As if the prompts had been longer; `prefix` is used up.
+
+    Args:
+        more: token ids of every row, of any lengths; a row may have none.
+
+    Raises:
+        ValueError: if the number of rows differs, a token is unknown, there is no room,
+            or the model's rope is `dynamic`: its keys depend on the whole prompt.
+    """
+    if len(more) != len(prefix.prompts):
+        raise ValueError(
+            f"more has {len(more)} rows and the prefix {len(prefix.prompts)}: give "
+            "every row its own, if only an empty one."
+        )
+    if not any(map(len, more)):
+        return prefix
+    rope = model.decoder.cache_spec(1, 1).rope
+    if getattr(rope, "kind", None) == "dynamic":
+        raise ValueError(
+            "the model's rope is 'dynamic', which rotates all keys of a prompt at "
+            "once: read the whole prompt anew."
+        )
+    check_vocabulary(model.decoder, [row for row in more if len(row)])
+    prompts = tuple(
+        (*old, *map(int, new)) for old, new in zip(prefix.prompts, more, strict=True)
+    )
+    _check_room(model, method, prefix._replace(prompts=prompts), 1)
+    states, hidden = _read(
+        model, method, prefix.states, prefix.hidden, more, chunk_size
+    )
+    return prefix._replace(states=states, hidden=hidden, prompts=prompts)
+
+
+def _check_room(model, method, prefix, new_tokens):
+    if accounting.is_constant(method, model.decoder):
+        return  # what does not grow has room for everything
+    total = max(map(len, prefix.prompts)) + new_tokens
+    if total > prefix.longest + prefix.room:
+        raise ValueError(
+            f"the prefix has room for {prefix.room} tokens beside the "
+            f"{prefix.longest} of its longest prompt, {total} are wanted in all: read "
+            f"the prompt anew with room={total - prefix.longest} or more."
+        )
+
+
+def stream(
+    model: LanguageModel,
+    method: Method,
+    prefix: Prefix,
+    *,
+    max_new_tokens: int | None = None,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    stream_every: int = 16,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """Goes on from a prefix, which is used up: yields `(row, new text)`.
+
+    The generator returns what :func:`generate` does; arguments are those of
+    :func:`kvjax.generate.generate`, but for `max_new_tokens=None`: all there is room
+    for.
+
+    Raises:
+        ValueError: if there is no room for `max_new_tokens`, or an option is out of its
+            range.
+    """
+    check_options(sampling, stop, stream_every)
+    if max_new_tokens is None:
+        max_new_tokens = prefix.longest + prefix.room - max(map(len, prefix.prompts))
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1.")
+    _check_room(model, method, prefix, max_new_tokens)
+    seen = np.zeros((len(prefix.prompts), model.decoder.vocab_size), bool)
+    for row, prompt in enumerate(prefix.prompts):
+        seen[row, list(prompt)] = True
+    newest = jnp.asarray(recent(prefix.prompts, method.rows))
+    prefilled = Prefilled(finish(method, prefix.states), prefix.hidden, newest)
+    return continued(
+        model,
+        method,
+        prefilled,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        eos_ids=eos_ids,
+        seed=seed,
+        stream_every=stream_every,
+        seen=seen,
+    )
+
+
+def generate(
+    model: LanguageModel, method: Method, prefix: Prefix, **options: Any
+) -> list[Generation]:
+    """:func:`stream` to its end: one :class:`kvjax.generate.Generation` a row."""
+    events = stream(model, method, prefix, **options)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+
+
+def save(
+    folder: str | pathlib.Path,
+    model: LanguageModel,
+    prefix: Prefix,
+    *,
+    method_name: str,
+) -> None:
+    """Writes a prefix beside `folder` first and renames it when it is complete.
+
+    Args:
+        method_name: of the method it was read under, with all of its options, as
+            :func:`kvjax.registry.canonical` spells them.
+
+    Raises:
+        FileExistsError: if `folder` exists and is not empty.
+        OSError: if it cannot be written.
+    """
+    folder = pathlib.Path(folder).resolve()
+    check_new(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    arrays = _named(prefix)
+    about = {
+        "format": FORMAT,
+        **_identity(model, method_name),
+        "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
+        "longest": prefix.longest,
+        "room": prefix.room,
+        "leaves": checkpoint.describe(arrays),
+        "fingerprints": [int(f) for f in checkpoint.fingerprints(arrays)],
+    }
+    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    partial.mkdir()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(partial / ARRAYS, arrays)
+        text = json.dumps(about, indent=2) + "\n"
+        (partial / ABOUT).write_text(text, encoding="utf-8")
+        partial.rename(folder)
+    finally:  # an interrupt too leaves nothing behind
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(folder: str | pathlib.Path) -> None:
+    """Raises FileExistsError unless :func:`save` may write there."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists; remove it or choose another folder.")
+
+
+def about(folder: str | pathlib.Path) -> dict[str, Any]:
+    """What a folder says it holds: the names of model and method, sizes, dtype.
+
+    Raises:
+        FileNotFoundError: if there is no prefix.
+        ValueError: if it is of another format, or damaged.
+    """
+    path = pathlib.Path(folder) / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no prefix ({ABOUT} is missing): make one with "
+            "kvjax prefill --save."
+        )
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        found_format = found["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise checkpoint.DamagedError(f"{path} is damaged: {error}.") from error
+    if found_format != FORMAT:
+        raise ValueError(
+            f"{folder} has format {found_format}, this kvjax reads {FORMAT}: read the "
+            "prompt anew."
+        )
+    if missing := sorted(_KEYS - found.keys()):
+        raise checkpoint.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
+    return found
+
+
+def restore(
+    folder: str | pathlib.Path,
+    model: LanguageModel,
+    method: Method,
+    *,
+    method_name: str,
+) -> Prefix:
+    """The prefix in a folder, onto JAX's default device.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        checkpoint.DamagedError: if it is not bit for bit what was saved.
+        ValueError: if it belongs to another model, method or dtype; names both.
+    """
+    folder = pathlib.Path(folder).resolve()
+    found = about(folder)
+    lengths, longest, room = found["prompt_tokens"], found["longest"], found["room"]
+    for key, value in _identity(model, method_name).items():
+        if key != "model" and found[key] != value:
+            raise ValueError(_refusal(folder, key, found, model, value))
+    shapes = jax.eval_shape(
+        lambda: empty_states(model.decoder, method, len(lengths), longest, room)
+    )
+    tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
+    # Its width is in no protocol: as it was saved.
+    shape, dtype = found["leaves"]["['hidden']"]
+    hidden = jax.ShapeDtypeStruct(tuple(shape), dtype)
+    like = _flat(shapes, hidden, tokens)
+    if checkpoint.describe(like) != found["leaves"]:
+        raise ValueError(
+            f"{folder} was written by a kvjax whose {method_name} held other arrays: "
+            "read the prompt anew."
+        )
+    sharding = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in like.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(folder / ARRAYS, like)
+    except _READ as error:
+        reason = " ".join(str(error).split())[:200]
+        raise checkpoint.DamagedError(
+            f"{folder} is damaged ({type(error).__name__}: {reason})."
+        ) from error
+    read_back = [int(f) for f in checkpoint.fingerprints(arrays)]
+    if read_back != found["fingerprints"]:
+        raise checkpoint.DamagedError(
+            f"{folder} is damaged: its arrays are not what was saved."
+        )
+    structure = jax.tree.structure(shapes)
+    states = [arrays[name] for name in like if name.startswith("state")]
+    ends = np.cumsum([0, *lengths])
+    rows = np.asarray(arrays["tokens"]).tolist()
+    prompts = tuple(tuple(rows[a:b]) for a, b in itertools.pairwise(ends))
+    return Prefix(
+        jax.tree.unflatten(structure, states), arrays["hidden"], prompts, longest, room
+    )
+
+
+def _named(prefix: Prefix) -> dict[str, jax.Array]:
+    tokens = [token for prompt in prefix.prompts for token in prompt]
+    return _flat(prefix.states, prefix.hidden, jnp.asarray(tokens, jnp.int32))
+
+
+def _flat(states, hidden, tokens):
+    # By number: a state's own tree has static parts that no file format knows.
+    leaves = jax.tree.leaves(states)
+    named = {f"state{index:05}": leaf for index, leaf in enumerate(leaves)}
+    return {**named, "hidden": hidden, "tokens": tokens}
+
+
+def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
+    """What must agree, coarse before fine: the first difference is the one to name."""
+    spec = model.decoder.cache_spec(1, 1)
+    digest = hashlib.sha256()
+    for fingerprint in jax.device_get(checkpoint.fingerprints(model.params)):
+        digest.update(np.uint32(fingerprint).tobytes())
+    return {
+        "method": method_name,
+        "dtype": jnp.dtype(spec.dtype).name,
+        "decoder": repr(model.decoder),
+        "weights": digest.hexdigest()[:16],
+        "model": model.name,
+    }
+
+
+def _refusal(folder, key, found, model, value) -> str:
+    if key in ("method", "dtype"):
+        return (
+            f"{folder} was saved with {key} {found[key]} and cannot go on with "
+            f"{value}: use that one, or read the prompt anew."
+        )
+    differ = {"decoder": "sizes", "weights": "weights"}[key]
+    return (
+        f"{folder} was saved with model {found['model']!r} and cannot go on with "
+        f"{model.name!r}: their {differ} differ."
+    )

@@ -1,0 +1,70 @@
+"""`kvjax prefill --save` and `kvjax generate --resume`."""
+
+import json
+
+import pytest
+from tiny import TEXT
+
+import models
+from kvjax import prefix, registry
+
+LONG = "quest:budget=16,page_size=4"
+
+
+@pytest.fixture
+def folder(run, checkpoint, text_file, tmp_path):
+    text_file.write_text(TEXT[:99])
+    save = tmp_path / "read"
+    options = ["--model", checkpoint, "--method", LONG, "--prompt-file", text_file]
+    printed = run("prefill", *options, "--room", "30", "--save", save)
+    assert "99 tokens read by" in printed
+    assert "room for 30 more" in printed
+    return save
+
+
+def test_a_resumed_text_is_the_uninterrupted_one(run, fail, checkpoint, folder):
+    options = ["--temperature", "1.5", "--seed", "4", "--json", "--max-new-tokens"]
+    alone = ["--model", checkpoint, "--method", LONG, "--prompt", TEXT[:99]]
+    expected = json.loads(run("generate", *alone, *options, "30"))
+    resumed = json.loads(run("generate", "--resume", folder, *options, "30"))
+    for key in ("tokens", "text", "finish_reason", "prompt_tokens", "model"):
+        assert resumed[key] == expected[key]
+    assert resumed["method"] == registry.canonical(LONG)
+    text = run("generate", "--resume", folder, "--model", checkpoint, "--method", LONG)
+    assert text
+
+    more = json.loads(
+        run("generate", "--resume", folder, "--prompt", TEXT[99:110], *options, "9")
+    )
+    alone = [*alone[:-1], TEXT[:110]]
+    longer = json.loads(run("generate", *alone, *options, "9"))
+    assert (more["tokens"], more["prompt_tokens"]) == (longer["tokens"], 110)
+
+    assert "cannot go on with tova:budget=5" in fail(
+        "generate", "--resume", folder, "--method", "tova:budget=5"
+    )
+    assert "room for 30 tokens" in fail(
+        "generate", "--resume", folder, "--max-new-tokens", "31"
+    )
+    assert "give --chat to kvjax prefill" in fail(
+        "generate", "--resume", folder, "--chat"
+    )
+    assert "exists; remove it or choose another" in fail(
+        "prefill", "--prompt", "x", "--save", folder
+    )
+
+
+def test_an_option_added_later_changes_no_older_prefix(run, folder):
+    """The spec in the folder may lack it: both are spelled by the version that runs."""
+    path = folder / prefix.ABOUT
+    document = json.loads(path.read_text())
+    path.write_text(json.dumps(document | {"method": LONG}))
+    assert run("generate", "--resume", folder, "--method", LONG + ",recent=1")
+
+
+def test_several_prompts_are_for_python(fail, checkpoint, tmp_path):
+    model, full = models.load(checkpoint), registry.parse("full")
+    read = prefix.read(model, full, [[1, 2], [3]])
+    prefix.save(tmp_path / "two", model, read, method_name="full")
+    assert "holds 2 prompts" in fail("generate", "--resume", tmp_path / "two")
+    assert "holds no prefix" in fail("generate", "--resume", tmp_path)

@@ -1,0 +1,91 @@
+"""The fidelity cards name what exists, for every method, and its deviations.
+
+`python tests/test_fidelity_cards.py` writes the generated parts anew.
+"""
+
+import ast
+import functools
+import pathlib
+import re
+
+import pytest
+
+from kvjax import registry
+from kvjax.describe import describe
+
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / "docs/fidelity.md"
+NAMES = (*registry.names(), *registry.transforms())
+
+
+def about(name: str) -> str:
+    told = describe(registry.get(name))
+    return "\n\n".join(
+        [
+            told.summary,
+            f"**Source:** {told.source}",
+            f"**Exact when:** {told.exact_when}",
+            f"**Deviations:** {told.deviations}",
+        ]
+    )
+
+
+def between(text: str, name: str) -> re.Match:
+    pattern = f"<!-- about {name} -->\n(.*?)<!-- /about {name} -->"
+    return re.search(pattern, text, re.DOTALL)
+
+
+def cards() -> dict[str, list[list[str]]]:
+    """The rows of each card's table."""
+    _, *sections = re.split(r"^## ", PAGE.read_text("utf-8"), flags=re.MULTILINE)
+    found = {}
+    for section in sections:
+        name, _, body = section.partition("\n")
+        rows = [line for line in body.splitlines() if line.startswith("| ")][1:]
+        found[name] = [
+            [cell.strip() for cell in re.split(r"(?<!\\)\|", row)[1:-1]] for row in rows
+        ]
+    return found
+
+
+@functools.cache
+def functions(path: str) -> set[str]:
+    tree = ast.parse((ROOT / path).read_text("utf-8"))
+    return {n.name for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)}
+
+
+def test_every_method_has_a_card_and_no_other():
+    assert sorted(cards()) == sorted(NAMES)
+
+
+def test_the_reference_has_every_method():
+    page = (ROOT / "docs/api.md").read_text("utf-8")
+    found = re.findall(r"^\.\. autofunction:: kvjax\.(\w+)$", page, re.MULTILINE)
+    assert sorted(found) == sorted(NAMES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_names_what_exists(name):
+    rows = cards()[name]
+    assert rows
+    for said, where, test in rows:
+        assert said
+        for cell, folder in ((where, ("kvjax/", "pallas_kernels/")), (test, "tests/")):
+            path, function = re.fullmatch(r"`([\w/]+\.py):(\w+)`", cell).groups()
+            assert path.startswith(folder), cell
+            assert function in functions(path), f"{cell}: no such function"
+        assert test.partition(":")[2].startswith("test_")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_card_says_what_the_docstring_says(name):
+    found = between(PAGE.read_text("utf-8"), name)[1].strip()
+    assert found == about(name), "run: python tests/test_fidelity_cards.py"
+
+
+if __name__ == "__main__":
+    text = PAGE.read_text("utf-8")
+    for name in NAMES:
+        start, end = between(text, name).span(1)
+        text = text[:start] + about(name) + "\n" + text[end:]
+    PAGE.write_text(text, "utf-8")

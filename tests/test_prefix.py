@@ -1,0 +1,193 @@
+"""A prefix on disk: decoding goes on bit for bit, and nothing foreign is taken."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny import SMALL, tiny_model
+
+from kvjax import generate as module
+from kvjax import prefix, registry
+from kvjax.rope import Rope
+from kvjax.sampling import Sampling
+from kvjax.training.checkpoint import DamagedError
+
+MODEL = tiny_model()
+RNG = np.random.default_rng(3)
+PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (45, 1, 70)]
+ONE_LAYER = tiny_model(num_layers=1)
+# A transform over pages; what a prompt's end makes smaller. States are plain arrays to
+# all that is tested here: one of a kind will do.
+SPECS = ["dense_layers:first=1+quest", "snapkv"]
+SAMPLED = Sampling(temperature=1.3, top_k=40, repetition_penalty=1.2)
+
+
+def bits(tree):
+    return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder with a prefix of `full`, and the prefix."""
+    folder = tmp_path_factory.mktemp("prefix") / "here"
+    read = prefix.read(ONE_LAYER, registry.parse("full"), PROMPTS, room=12)
+    prefix.save(folder, ONE_LAYER, read, method_name="full")
+    return folder, read
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_goes_on_bit_for_bit(spec, tmp_path):
+    """Every array comes back as it was, and so does what it leads to."""
+    method = registry.parse(spec, **SMALL)
+    read = prefix.read(MODEL, method, PROMPTS, room=12)
+    prefix.save(tmp_path / "a", MODEL, read, method_name=spec)
+    before = bits(read)
+    found = prefix.restore(tmp_path / "a", MODEL, method, method_name=spec)
+    assert bits(found) == before
+    assert jax.tree.structure(found) == jax.tree.structure(read)
+    alone = module.prefill(MODEL, method, PROMPTS, max_new_tokens=12)
+    assert bits(module.finish(method, found.states)) == bits(alone.states)
+    options = {"max_new_tokens": 12, "eos_ids": (), "sampling": SAMPLED, "seed": 5}
+    expected = module.generate(MODEL, method, PROMPTS, **options)
+    assert prefix.generate(MODEL, method, found, **options) == expected
+    del options["max_new_tokens"]  # all there is room for
+    assert prefix.generate(MODEL, method, read, **options) == expected
+
+
+def test_more_of_the_prompt_is_a_longer_prompt():
+    """Row by row: one goes on, one does not, one grows past the longest."""
+    method = registry.parse("quest", **SMALL)
+    read = prefix.read(ONE_LAYER, method, PROMPTS, room=30)
+    more = [PROMPTS[2][:7], [], PROMPTS[0][:18]]
+    longer = prefix.extend(ONE_LAYER, method, read, more)
+    whole = [old + new for old, new in zip(PROMPTS, more, strict=True)]
+    assert longer.prompts == tuple(map(tuple, whole))
+    found = prefix.generate(ONE_LAYER, method, longer, max_new_tokens=12, eos_ids=())
+    assert found == module.generate(
+        ONE_LAYER, method, whole, max_new_tokens=12, eos_ids=()
+    )
+
+
+def test_nothing_more_is_the_same_prefix(saved):
+    _, read = saved
+    assert prefix.extend(ONE_LAYER, registry.parse("full"), read, [[]] * 3) is read
+
+
+def test_room_is_kept_to(saved):
+    _, read = saved
+    full = registry.parse("full")
+    for run, message in [
+        (
+            lambda: prefix.generate(ONE_LAYER, full, read, max_new_tokens=13),
+            "room for 12 tokens beside the 70 .* 83 are wanted .* room=13",
+        ),
+        (
+            lambda: prefix.extend(ONE_LAYER, full, read, [[1] * 12, [1] * 82, []]),
+            "room for 12 tokens beside the 70 .* 84 are wanted .* room=14",
+        ),
+        (
+            lambda: prefix.generate(ONE_LAYER, full, read, max_new_tokens=0),
+            "max_new_tokens=0 must be at least 1",
+        ),
+        (
+            lambda: prefix.extend(ONE_LAYER, full, read, [[1]]),
+            "1 rows and the prefix 3",
+        ),
+        (lambda: prefix.extend(ONE_LAYER, full, read, [[], [], [999]]), "token id 999"),
+        (
+            lambda: prefix.generate(ONE_LAYER, full, read, stop=("",)),
+            "non-empty strings",
+        ),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            run()
+    dynamic = tiny_model(
+        rope=Rope(8, kind="dynamic", factor=2.0, original_context=4096)
+    )
+    with pytest.raises(ValueError, match="rope is 'dynamic'"):
+        prefix.extend(dynamic, full, read, [[1], [], []])
+    # What is of constant size has room for everything.
+    ring = registry.parse("streaming_llm", **SMALL)
+    one = prefix.read(ONE_LAYER, ring, [PROMPTS[0]], room=1)
+    (found,) = prefix.generate(ONE_LAYER, ring, one, max_new_tokens=17, eos_ids=())
+    assert len(found.tokens) == 17
+
+
+def test_what_it_does_not_belong_to_is_refused(saved):
+    folder, _ = saved
+    full = registry.parse("full")
+    half = tiny_model(num_layers=1, dtype="bfloat16")._replace(name="half")
+    wide = tiny_model(num_layers=1, mlp_width=64)._replace(name="wide")
+    changed = jax.tree.map(lambda leaf: leaf, ONE_LAYER.params)
+    changed["norm"]["weight"] = changed["norm"]["weight"].at[3].add(1e-6)
+    tuned = ONE_LAYER._replace(params=changed, name="tuned")
+    for model, name, message in [
+        (
+            ONE_LAYER,
+            "tova:budget=5",
+            "with method full and cannot go on with tova:budge",
+        ),
+        (half, "full", "saved with dtype float32 and cannot go on with bfloat16"),
+        (wide, "full", "saved with model 'tiny' .* with 'wide': their sizes differ"),
+        (tuned, "full", "saved with model 'tiny' .* 'tuned': their weights differ"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            prefix.restore(folder, model, full, method_name=name)
+    other = registry.parse("quest", **SMALL)
+    with pytest.raises(ValueError, match="whose full held other arrays"):
+        prefix.restore(folder, ONE_LAYER, other, method_name="full")
+    renamed = ONE_LAYER._replace(name="the same under another name")
+    assert prefix.restore(folder, renamed, full, method_name="full").room == 12
+
+
+def test_a_folder_is_complete_or_absent(saved, tmp_path, monkeypatch):
+    folder, read = saved
+    with pytest.raises(FileExistsError, match="remove it or choose another"):
+        prefix.save(folder, ONE_LAYER, read, method_name="full")
+    with pytest.raises(FileNotFoundError, match="holds no prefix"):
+        prefix.about(tmp_path)
+
+    monkeypatch.setattr(prefix, "ABOUT", "no/such/folder")
+    with pytest.raises(OSError, match="no/such/folder"):
+        prefix.save(tmp_path / "b", ONE_LAYER, read, method_name="full")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_damage_is_found(saved, tmp_path):
+    folder, _ = saved
+    full = registry.parse("full")
+
+    def damaged(change):
+        copy = tmp_path / "copy"
+        shutil.rmtree(copy, ignore_errors=True)
+        shutil.copytree(folder, copy)
+        change(copy)
+        return copy
+
+    def about(**values):
+        def change(copy):
+            path = copy / prefix.ABOUT
+            path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+        return change
+
+    def cut_about(copy):
+        (copy / prefix.ABOUT).write_text('{"format"')
+
+    def cut_arrays(copy):
+        largest = max(copy.rglob("*"), key=lambda f: f.is_file() * f.stat().st_size)
+        largest.write_bytes(largest.read_bytes()[:100])
+
+    def no_key(copy):
+        (copy / prefix.ABOUT).write_text('{"format": 1, "room": 3}')
+
+    fingerprints = json.loads((folder / prefix.ABOUT).read_text())["fingerprints"]
+    flipped = [fingerprints[0] ^ 1, *fingerprints[1:]]
+    for change in (cut_about, cut_arrays, no_key, about(fingerprints=flipped)):
+        with pytest.raises(DamagedError, match="is damaged"):
+            prefix.restore(damaged(change), ONE_LAYER, full, method_name="full")
+    with pytest.raises(ValueError, match="has format 2, this kvjax reads 1"):
+        prefix.restore(damaged(about(format=2)), ONE_LAYER, full, method_name="full")
