@@ -70,11 +70,14 @@ def runnable(command: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
+SHOWN = [page for page in PAGES if commands(page)]
+
+
 def test_pages_show_commands():
-    assert "train_your_own" in [page.stem for page in PAGES if commands(page)]
+    assert "train_your_own" in [page.stem for page in SHOWN]
 
 
-@pytest.mark.parametrize("page", filter(commands, PAGES), ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     (tmp_path / "book.txt").write_text(embedded.heldout_text()[:100_000], "utf-8")
     (tmp_path / "CONTRIBUTING.md").write_text("Some text of one's own.\n" * 200)
