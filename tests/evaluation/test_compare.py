@@ -248,6 +248,9 @@ def test_a_task_alone(task):
     if task == "chain":
         assert result["valid_prefix"]["n"] == len(result["examples"]) == 3
         assert result["links"] == 5
+    elif task == "extraction":
+        assert result["f1"]["n"] == len(result["examples"]) == 3
+        assert result["rows"] == 12
     elif task in single.RETRIEVAL:
         assert result["accuracy"]["n"] == 3
         assert len(result["examples"]) == 3

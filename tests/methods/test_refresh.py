@@ -56,7 +56,7 @@ def expected(row, head, stride, threshold=None):
 
 
 @pytest.mark.parametrize(
-    ("stride", "threshold"), [(1, None), (3, None), (9, None), (2, 0.5)]
+    ("stride", "threshold"), [(1, None), (3, None), (9, None), (2, 0.0)]
 )
 def test_lists_are_held_between_choices(stride, threshold):
     schedule = {} if threshold is None else {"schedule": "qc", "threshold": threshold}

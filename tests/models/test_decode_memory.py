@@ -33,7 +33,7 @@ CONFIG = LlamaConfig(
 # backend keeps two such arrays, three where all tokens are ranked, and packs Quest's
 # summaries for its matmul. One layer's keys alone are 537 MB.
 LOGITS = 32 * CONTEXT * 4
-CPU_LIMIT = 4 * LOGITS + 8_000_000
+CPU_LIMIT = 5 * LOGITS + 8_000_000
 TPU_LIMIT = 16_000_000
 GPU_LIMIT = 16_000_000
 
