@@ -19,7 +19,6 @@ import dataclasses
 import functools
 import itertools
 import json
-import os
 import pathlib
 import statistics as plain
 import sys
@@ -29,6 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from entries import add
 
 import models
 from kvjax import cache, completion, dense, registry, report
@@ -409,18 +409,6 @@ def statistics_of_ranks(a, b):
 
 
 PARTS = {"quality": quality, "overhead": overhead, "figure": figure}
-
-
-def add(path, entry):
-    document = {"entries": []}
-    if path.exists():
-        document = json.loads(path.read_text(encoding="utf-8"))
-    device = jax.devices()[0].device_kind
-    about = {"jax": jax.__version__, "cores": os.cpu_count(), "device": device}
-    document = about | document
-    document["entries"].append(entry)
-    text = json.dumps(report.json_ready(document), indent=2)
-    report.write_text(path, text + "\n")
 
 
 def main(argv=None):
