@@ -84,7 +84,7 @@ def test_a_checkpoint_goes_on_in_the_setting_of_refreshkv(
     [
         (
             "",
-            "give --config a YAML file or a preset (embedded-entmax, embedded-refreshkv",
+            "give --config a YAML file or a preset (embedded-entmax, embedded-ref",
         ),
         ("--config nowhere", "nowhere is no file and no preset; presets: "),
         ("--config RECIPE --resume", "out holds no run to resume"),
