@@ -283,7 +283,7 @@ def quality(args):
                 "name": key[1],
                 "error": statistics.mean_interval(by_window)._asdict(),
                 "error_saved": statistics.mean_interval(alone - by_window)._asdict(),
-                "error_by_head": error.mean(1),
+                "error_by_head": error.mean(1).tolist(),
             }
         return about
 
@@ -294,7 +294,7 @@ def quality(args):
         "steps": args.steps,
         "windows": args.windows,
         "n": args.n,
-        "entropy_by_head": entropy,
+        "entropy_by_head": entropy.tolist(),
         "full": entry(None),
         "methods": [entry(key) for key in methods],
         "seconds": round(time.perf_counter() - start, 1),
