@@ -1,10 +1,10 @@
 r"""RefreshKV against eviction and full attention: long outputs, drift, bytes, time.
 
-    python benchmarks/refreshkv.py outputs --task chain --n 50 --json F.json
-    python benchmarks/refreshkv.py outputs --task extraction --n 50 --json F.json
-    python benchmarks/refreshkv.py drift --task chain --links 40 --json F.json
-    python benchmarks/refreshkv.py text --model runs/refreshkv/model \
-        --model runs/control/model --json F.json
+    python benchmarks/refreshkv.py outputs --task chain --n 30 --json F.json
+    python benchmarks/refreshkv.py outputs --task extraction --context 1024
+    python benchmarks/refreshkv.py drift --task extraction --rows 60 --json F.json
+    python benchmarks/refreshkv.py text --context 1024 --model runs/control/model \
+        --model embedded-refreshkv --json F.json
     python benchmarks/refreshkv.py bytes --json F.json
     python benchmarks/refreshkv.py time --json F.json
 
@@ -45,7 +45,7 @@ SEED = 30_000
 METHODS = (
     "full",
     "refreshkv:group_reduce=mean",
-    "refreshkv:group_reduce=mean,stride=10",
+    "refreshkv:group_reduce=mean,kernel=13",
     "snapkv",
     "h2o",
     "streaming_llm",
@@ -336,7 +336,7 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--json", type=pathlib.Path, help="file to add to")
     args = parser.parse_args(argv)
-    args.model = args.model or [embedded.DEFAULT]
+    args.model = args.model or ["embedded-refreshkv"]
     args.method = args.method or METHODS
     args.budget = args.budget or args.context // 8
     for entry in PARTS[args.part](args):

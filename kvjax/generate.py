@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import accounting
 from kvjax.detokenize import TextRow
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
-from kvjax.sampling import Sampling, active, row_keys, sample, validate
+from kvjax.sampling import Sampling, active, mentioned, row_keys, sample, validate
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
 
@@ -417,9 +417,7 @@ def _events(
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     seen = None
     if active(sampling).repetition_penalty is not None:
-        seen = np.zeros((len(prompts), model.decoder.vocab_size), bool)
-        for row, prompt in enumerate(prompts):
-            seen[row, prompt] = True
+        seen = mentioned(prompts, model.decoder.vocab_size)
     prefilled = prefill(
         model, method, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
     )

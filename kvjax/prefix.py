@@ -35,7 +35,7 @@ from kvjax.generate import (
     recent,
 )
 from kvjax.interface import LanguageModel, Method, State
-from kvjax.sampling import Sampling
+from kvjax.sampling import Sampling, mentioned
 from kvjax.training import checkpoint
 
 FORMAT = 1  # of a folder; a change that breaks readers adds one
@@ -176,9 +176,6 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1.")
     _check_room(model, method, prefix, max_new_tokens)
-    seen = np.zeros((len(prefix.prompts), model.decoder.vocab_size), bool)
-    for row, prompt in enumerate(prefix.prompts):
-        seen[row, list(prompt)] = True
     newest = jnp.asarray(recent(prefix.prompts, method.rows))
     prefilled = Prefilled(finish(method, prefix.states), prefix.hidden, newest)
     return continued(
@@ -191,7 +188,7 @@ def stream(
         eos_ids=eos_ids,
         seed=seed,
         stream_every=stream_every,
-        seen=seen,
+        seen=mentioned(prefix.prompts, model.decoder.vocab_size),
     )
 
 

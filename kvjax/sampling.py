@@ -5,6 +5,7 @@ penalty, temperature, top-k, top-p, min-p.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -92,6 +93,16 @@ def sample(
     if sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+
+
+def mentioned(
+    prompts: Sequence[Sequence[int]], vocab_size: int
+) -> Bool[np.ndarray, "B V"]:
+    """Tokens of the vocabulary that each prompt has, for a repetition penalty."""
+    seen = np.zeros((len(prompts), vocab_size), bool)
+    for row, prompt in enumerate(prompts):
+        seen[row, list(prompt)] = True
+    return seen
 
 
 def filter_logits(

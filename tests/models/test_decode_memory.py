@@ -33,7 +33,7 @@ CONFIG = LlamaConfig(
 # backend keeps two such arrays, three where all tokens are ranked, and packs Quest's
 # summaries for its matmul. One layer's keys alone are 537 MB.
 LOGITS = 32 * CONTEXT * 4
-CPU_LIMIT = 5 * LOGITS + 8_000_000
+CPU_LIMIT = 4 * LOGITS + 8_000_000
 TPU_LIMIT = 16_000_000
 GPU_LIMIT = 16_000_000
 
@@ -76,7 +76,9 @@ def compile_step(name, dtype, sharding=None, batch=1):
 @pytest.mark.parametrize("name", registry.names())
 def test_cpu_temporaries_are_logits_not_caches(name, batch):
     memory, held = compile_step(name, "float32", batch=batch)
-    assert memory.temp_size_in_bytes < CPU_LIMIT
+    # It alone ranks the tokens of all rows at once: 2.5 such arrays a row.
+    more = LOGITS if (name, batch) == ("topk_completion", 2) else 0
+    assert memory.temp_size_in_bytes < CPU_LIMIT + more
     assert memory.alias_size_in_bytes >= held
 
 

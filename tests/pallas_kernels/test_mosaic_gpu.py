@@ -5,6 +5,7 @@ That the same kernels compile for a GPU is in `aot/test_gpu.py`.
 """
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -299,12 +300,14 @@ def _shapes(heads=(8, 2), rows=1, head_dim=128, page_size=64, dtype="bfloat16"):
     )
 
 
-def _refuses(reason, *arguments, operation=page_attention, **static):
+def _refusal(*arguments, operation=page_attention, **static):
+    """What the kernel says when it is named; left to choose, the operation traces."""
     run = functools.partial(operation, sm_scale=0.2, **static)
     jax.eval_shape(run, *arguments)
     named = functools.partial(run, implementation="mosaic_gpu")
-    with pytest.raises(NotImplementedError, match=reason):
+    with pytest.raises(NotImplementedError) as error:
         jax.eval_shape(named, *arguments)
+    return str(error.value)
 
 
 @needs_mosaic
@@ -321,12 +324,12 @@ def _refuses(reason, *arguments, operation=page_attention, **static):
 )
 def test_what_pages_the_kernel_cannot(changed, reason):
     """It says so by name, and left to choose, the reference runs."""
-    _refuses(reason, *_shapes(**changed))
+    assert re.search(reason, _refusal(*_shapes(**changed)))
 
 
 @needs_mosaic
 def test_entmax_is_not_merged():
-    _refuses("alpha=1.5", *_shapes(), alpha=1.5)
+    assert "alpha=1.5" in _refusal(*_shapes(), alpha=1.5)
 
 
 @needs_mosaic
@@ -342,7 +345,8 @@ def test_what_decode_the_kernel_cannot(slots, reason):
     q = jax.ShapeDtypeStruct((1, 4, 1, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 2, slots, 64), jnp.bfloat16)
     position = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    _refuses(reason, q, k, k, position, operation=decode_attention)
+    said = _refusal(q, k, k, position, operation=decode_attention)
+    assert re.search(reason, said)
 
 
 @needs_mosaic
@@ -356,7 +360,8 @@ def test_what_rows_the_kernel_cannot(heads, rows, static):
     k = jax.ShapeDtypeStruct((1, 2, 128, 64), jnp.bfloat16)
     position = jax.ShapeDtypeStruct((1, rows), jnp.int32)
     reason = r"6[56] query rows must be in \[1, 64\]"
-    _refuses(reason, q, k, k, position, operation=decode_attention, **static)
+    said = _refusal(q, k, k, position, operation=decode_attention, **static)
+    assert re.search(reason, said)
 
 
 @needs_mosaic
@@ -400,4 +405,4 @@ def test_an_older_jax_is_refused(monkeypatch):
     """Where Mosaic GPU may not even be imported."""
     # The kernel is imported by now: what it knows of Mosaic GPU stays.
     monkeypatch.setattr(mosaic_gpu.hopper, "plgpu", None)
-    _refuses(r"jax \S+ must be 0.11 or newer", *_shapes())
+    assert re.search(r"jax \S+ must be 0.11 or newer", _refusal(*_shapes()))
