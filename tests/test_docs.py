@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from tiny import keep_layers
 
 from models import embedded
 
@@ -31,6 +32,7 @@ SHORTER = {
         *QUICK,
         *("--set", TINY, "--set", "optimizer.decay_steps=1"),
         *("--set", "refreshkv.decoded=16", "--set", "refreshkv.budget=8"),
+        *("--set", "model.checkpoint=runs/softmax/model"),
     ],
     "kvjax train --config embedded-": [
         *QUICK,
@@ -86,6 +88,8 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
             runnable(command), cwd=tmp_path, capture_output=True, text=True, timeout=900
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+        if command == "python -m models.embedded.start --out runs/start":
+            keep_layers(tmp_path / "runs/start", 2)  # the planted ones
 
 
 def test_files_a_page_names_exist():

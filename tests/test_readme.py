@@ -4,7 +4,6 @@
 """
 
 import ast
-import json
 import pathlib
 import re
 import shlex
@@ -13,7 +12,7 @@ import subprocess
 import sys
 
 import pytest
-import safetensors.numpy
+from tiny import keep_layers
 
 from kvjax import registry
 from kvjax.describe import describe
@@ -89,14 +88,7 @@ def one_layer(tmp_path_factory):
     """The first layer of the embedded model: compiles in a quarter of the time."""
     folder = tmp_path_factory.mktemp("models") / "one-layer"
     shutil.copytree(embedded.path(), folder)
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    assert config["num_hidden_layers"] > 1
-    text = json.dumps(config | {"num_hidden_layers": 1})
-    (folder / "config.json").write_text(text, "utf-8")
-    (file,) = folder.glob("*.safetensors")
-    weights = safetensors.numpy.load_file(file)
-    kept = {n: w for n, w in weights.items() if not re.search(r"layers\.[1-9]", n)}
-    safetensors.numpy.save_file(kept, file, {"format": "pt"})
+    keep_layers(folder, 1)
     return folder
 
 
@@ -104,8 +96,12 @@ def one_layer(tmp_path_factory):
 def test_shown_command_runs(command, tmp_path, one_layer):
     program, *arguments = shlex.split(command)
     assert program == "kvjax"
-    if arguments == ["compare"]:  # every method, five programs each
-        arguments += ["--model", str(one_layer)]
+    if arguments == ["compare"]:
+        # Five programs a method; that every method is taken, tests/cli asserts.
+        arguments += ["--model", str(one_layer), "--method", "quest"]
+        arguments += ["--method", "snapkv"]
+    if arguments[0] == "train":
+        arguments += ["--set", "stages.0.steps=4", "--set", "stages.1.steps=2"]
     shutil.copy(ROOT / "CONTRIBUTING.md", tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "kvjax", *arguments],

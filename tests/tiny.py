@@ -3,9 +3,14 @@
 Weights are scaled up so that a greedy choice is decisive and depends on the context.
 """
 
+import json
+import pathlib
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors.numpy
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
@@ -51,6 +56,21 @@ def tiny_config(**overrides) -> LlamaConfig:
         "rope": Rope(head_dim),
     }
     return LlamaConfig(**(sizes | overrides))
+
+
+def keep_layers(folder: pathlib.Path, count: int) -> None:
+    """Leaves a model's first layers on disk: so much less to compile."""
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    assert config["num_hidden_layers"] > count
+    text = json.dumps(config | {"num_hidden_layers": count})
+    (folder / "config.json").write_text(text, "utf-8")
+    (file,) = folder.glob("*.safetensors")
+    weights = safetensors.numpy.load_file(file)
+    for name in list(weights):
+        layer = re.search(r"layers\.(\d+)\.", name)
+        if layer and int(layer[1]) >= count:
+            del weights[name]
+    safetensors.numpy.save_file(weights, file, {"format": "pt"})
 
 
 def tiny_model(*, seed: int = 0, deviation: float = 0.24, **overrides) -> LanguageModel:
