@@ -5,6 +5,8 @@ r"""RefreshKV against eviction and full attention: long outputs, drift, bytes, t
     python benchmarks/refreshkv.py drift --task extraction --rows 60 --json F.json
     python benchmarks/refreshkv.py text --context 1024 --model runs/control/model \
         --model embedded-refreshkv --json F.json
+    python benchmarks/refreshkv.py seeds --context 1024 --n 16 --model runs/control-2 \
+        --model runs/refreshkv-2 --model runs/control-3 --model runs/refreshkv-3
     python benchmarks/refreshkv.py bytes --json F.json
     python benchmarks/refreshkv.py time --json F.json
 
@@ -12,9 +14,11 @@ Each call adds its part to the file. Every method has the same budget, an eighth
 context where none is given. Outputs: greedy decoding, scored; the stride is tokens by
 full steps, mean over rows and layers. Drift: nats a token of the right output, fed, by
 its place in the output. Text: nats of held-out text after a prompt, under full
-attention and in RefreshKV's setting, the models paired by window. Bytes: what steps
-read, counted, by what the method says it reads. Time: one layer of an 8B model, append
-and attend, in turns, at a random cache.
+attention and in RefreshKV's setting, the models paired by window. Seeds: controls and
+models trained in the setting, in turn; nats a token of a text, a chain and a table
+above the control's, the interval over the seeds. Bytes: what steps read, counted, by
+what the method says it reads. Time: one layer of an 8B model, append and attend, in
+turns, at a random cache.
 """
 
 import argparse
@@ -168,26 +172,33 @@ def drift(args):
             }
 
 
-def text(args):
+def text_nats(args, model, method):
+    """Nats a token of each window of held-out text, after a prompt."""
     text = embedded.heldout_text()
-    methods = "full", f"refreshkv:group_reduce=mean,stride={args.stride}"
-    for name in methods:
+    windows = tasks.windows(
+        model.tokenizer, text, context=args.context, n=args.n, seed=SEED
+    )
+    asked = args.context - args.decoded
+    parts = []
+    for first in range(0, args.n, args.batch):
+        rows = windows[first : first + args.batch]
+        found = score(model, method, rows, prefill=asked, prompt_scores=False)
+        parts.append(-found.log_probs[:, asked:])
+    return np.concatenate(parts).astype(np.float64).mean(1)
+
+
+def setting(args):
+    return f"refreshkv:group_reduce=mean,stride={args.stride}"
+
+
+def text(args):
+    for name in ("full", setting(args)):
         method = registry.parse(name, budget=args.budget)
         expected = None
         for path in args.model:
-            model = load(path)
-            windows = tasks.windows(
-                model.tokenizer, text, context=args.context, n=args.n, seed=SEED
-            )
-            asked = args.context - args.decoded
-            parts = []
-            for first in range(0, args.n, args.batch):
-                rows = windows[first : first + args.batch]
-                found = score(model, method, rows, prefill=asked, prompt_scores=False)
-                parts.append(found.log_probs[:, asked:])
-            means = np.concatenate(parts).astype(np.float64).mean(1)
-            expected = means if expected is None else expected
-            lost = statistics.paired_difference(expected, means)
+            nats = text_nats(args, load(path), method)
+            expected = nats if expected is None else expected
+            above = statistics.paired_difference(nats, expected)
             yield {
                 "part": "text",
                 "model": path,
@@ -195,8 +206,38 @@ def text(args):
                 "budget": args.budget,
                 "context": args.context,
                 "decoded": args.decoded,
-                "perplexity": statistics.perplexity(means)._asdict(),
-                "nats_above_the_first_model": lost._asdict(),
+                "perplexity": statistics.perplexity(-nats)._asdict(),
+                "nats_above_the_first_model": above._asdict(),
+            }
+
+
+def seeds(args):
+    pairs = list(zip(args.model[::2], args.model[1::2], strict=True))
+    for source in ("text", "chain", "extraction"):
+        args.task = source
+        for name in ("full", setting(args)):
+            method = registry.parse(name, budget=args.budget)
+            rows = []
+            for path in args.model:
+                model = load(path)
+                if source == "text":
+                    rows.append(float(text_nats(args, model, method).mean()))
+                    continue
+                made = examples(args, model)
+                _, found, _ = answered(model, method, made, args.batch, forced=True)
+                rows.append(float(-np.mean([np.nanmean(row) for row in found])))
+            above = statistics.paired_difference(rows[1::2], rows[::2])
+            yield {
+                "part": "seeds",
+                "source": source,
+                "method": name,
+                "budget": args.budget,
+                "context": args.context,
+                "n": args.n,
+                "models": pairs,
+                "control_nats": rows[::2],
+                "trained_nats": rows[1::2],
+                "nats_above_control": above._asdict(),
             }
 
 
@@ -310,6 +351,7 @@ PARTS = {
     "outputs": outputs,
     "drift": drift,
     "text": text,
+    "seeds": seeds,
     "bytes": counted,
     "time": timed,
 }

@@ -41,7 +41,8 @@ for name in registry.names(alpha=model.decoder.alpha):
 #
 # A column is a token of the text, a line a moment while it is read. What is dark is
 # attended to then, by one head of the last layer: a window that slides behind four
-# sinks, and pages chosen for the newest query.
+# sinks, a cascade whose older tokens stand ever further apart, and pages chosen for the
+# newest query.
 
 # %%
 from kvjax.evaluation import kept_figure
@@ -50,6 +51,7 @@ kept_figure.of_methods(
     model,
     {
         "streaming_llm": kvjax.streaming_llm(budget=64),
+        "cascade": kvjax.cascade(budget=64),
         "quest": kvjax.quest(budget=64, page_size=8),
     },
     model.tokenizer.encode(text)[:256],
