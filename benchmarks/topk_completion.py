@@ -46,9 +46,11 @@ FEATURES = {
     "anchor": "feature_map=anchor",
     "anchor, once a request": "feature_map=anchor,charge=request",
     "mean": "feature_map=mean",
+    "learned": "feature_map={map}",
+    "learned, once a request": "feature_map={map},charge=request",
 }
 # Whose perplexity and answers are measured too: those need the whole model.
-ASKED = ("selection", "anchor", "mean")
+ASKED = ("selection", "anchor", "mean", "learned")
 SINKS, TAIL = 4, 16
 
 
@@ -127,7 +129,7 @@ def forced(decoder, method, params, states, last, tokens):
 
 
 @functools.partial(jax.jit, static_argnames="method")
-def output_errors(method, state, seen):
+def output_errors(method, states, seen):
     """Relative L2 error of each head's output, mean over the recorded steps."""
 
     def step(state, inputs):
@@ -136,29 +138,34 @@ def output_errors(method, state, seen):
         gap = jnp.linalg.norm(out - expected, axis=-1)
         return state, (gap / jnp.linalg.norm(expected, axis=-1))[..., 0]
 
-    inputs = [jnp.moveaxis(x, 2, 0) for x in (seen.q, seen.k, seen.v, seen.out)]
-    return jax.lax.scan(step, state, inputs)[1].mean(0)
+    def of_row(given):
+        state, seen = given
+        inputs = [jnp.moveaxis(x, 2, 0) for x in seen]
+        return jax.lax.scan(step, state, inputs)[1].mean(0)
+
+    given = tuple(x[:, None] for x in (seen.q, seen.k, seen.v, seen.out))
+    return jax.lax.map(of_row, (states, given))[:, 0]
+
+
+@functools.partial(jax.jit, static_argnames=("decoder", "method"))
+def forced_alone(decoder, method, params, states, last, tokens):
+    """As `forced`, each row a batch of one: what a map costs is not shared."""
+
+    def of_row(given):
+        return forced(decoder, method, params, *given)[:2]
+
+    found = jax.lax.map(of_row, (states, last[:, None], tokens[:, None]))
+    return tuple(x[:, 0] for x in found)
+
+
+@functools.partial(jax.jit, static_argnames="finish")
+def finished(finish, states):
+    return jax.lax.map(finish, states)
 
 
 def with_spec(state, **changes):
     spec = dataclasses.replace(state.store.spec, **changes)
     return state._replace(store=state.store._replace(spec=spec))
-
-
-def stacked(states):
-    """The states of all layers as rows of one: a row knows no other."""
-    rows = sum(state.store.spec.batch for state in states)
-    same = [with_spec(state, batch=rows, layer=0) for state in states]
-    return jax.tree.map(lambda *x: jnp.concatenate(x), *same)
-
-
-def split(state, layers):
-    batch = state.store.spec.batch // layers
-    one = with_spec(state, batch=batch)
-    return tuple(
-        jax.tree.map(lambda x, i=i: x[i * batch : (i + 1) * batch], one)
-        for i in range(layers)
-    )
 
 
 class Prompts:
@@ -170,7 +177,6 @@ class Prompts:
         reader = reader._replace(finish=lambda state: state)
         read = prefill(model, reader, prompts, max_new_tokens=steps, chunk_size=1024)
         self.layers, self.last = read.states, read.hidden
-        self.rows = stacked(read.states)
 
     def full(self, tokens):
         states = tuple(
@@ -181,29 +187,46 @@ class Prompts:
         return forced(self.model.decoder, method, *given)
 
     def begun(self, key):
-        """All layers' states at the prompt's end, as rows."""
-        method, rows = self.methods[key], self.rows
-        if key[1] == "selection":
-            rows = rows._replace(queries=None)
-        return jax.jit(method.finish)(rows)
+        """Each layer's states at the prompt's end, a batch of one for every row."""
+        method = self.methods[key]
+
+        def of_layer(state):
+            spec = dataclasses.replace(state.store.spec, batch=1)
+            own = method.init(spec)  # a map's networks are the layer's
+            rows = jax.tree.map(lambda x: x[:, None], (state.store, state.queries))
+            of_map = jax.tree.map(
+                lambda x: jnp.broadcast_to(x, (len(self.last), *x.shape)),
+                (own.weights, own.gain),
+            )
+            queries = None if own.queries is None else rows[1]
+            state = type(own)(rows[0], queries, *of_map)
+            return finished(method.finish, with_spec(state, batch=1, layer=0))
+
+        return tuple(of_layer(state) for state in self.layers)
 
     def after(self, key, tokens):
-        states = split(self.begun(key), len(self.layers))
-        given = self.model.params, states, self.last, tokens
-        return forced(self.model.decoder, self.methods[key], *given)[:2]
+        given = self.model.params, self.begun(key), self.last, tokens
+        return forced_alone(self.model.decoder, self.methods[key], *given)
 
     def errors(self, key, seen):
-        return output_errors(self.methods[key], self.begun(key), seen)
+        every = jax.tree.map(lambda *x: jnp.concatenate(x), *self.begun(key))
+        return output_errors(self.methods[key], every, seen)
 
 
-def methods_of():
-    return {
-        (share, name): registry.parse(
-            f"topk_completion:budget={completion.budget_tokens(CONTEXT, share)},"
-            f"{options}"
-        )
-        for share, (name, options) in itertools.product(SHARES, FEATURES.items())
-    }
+def methods_of(feature_map, spec):
+    """Those that fit: the smallest budget may not hold a map's networks."""
+    found = {}
+    for share, (name, options) in itertools.product(SHARES, FEATURES.items()):
+        budget = completion.budget_tokens(CONTEXT, share)
+        options = options.format(map=feature_map)
+        method = registry.parse(f"topk_completion:budget={budget},{options}")
+        try:
+            jax.eval_shape(lambda method=method: method.init(spec))
+        except ValueError as error:
+            print(f"{name} at {share:.0%}: {error}", file=sys.stderr)
+            continue
+        found[share, name] = method
+    return found
 
 
 RECORDING = recording(registry.parse("full"))
@@ -214,8 +237,11 @@ def quality(args):
         models.load(embedded.DEFAULT, dtype="float32"),
         embedded.heldout_text(),
     )
-    methods, start = methods_of(), time.perf_counter()
-    layers = model.decoder.num_layers
+    start, layers = time.perf_counter(), model.decoder.num_layers
+    spec = dataclasses.replace(
+        model.decoder.cache_spec(1, CONTEXT), max_new_tokens=args.steps
+    )
+    methods = methods_of(args.map, spec)
     errors = {key: [] for key in methods}
     entropies, nats = [], {key: [] for key in (None, *methods)}
     windows = tasks.windows(
@@ -290,6 +316,7 @@ def quality(args):
     yield {
         "part": "quality",
         "model": model.name,
+        "map": args.map,
         "context": CONTEXT,
         "steps": args.steps,
         "windows": args.windows,
@@ -427,6 +454,9 @@ def main(argv=None):
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=32768, help="of overhead")
     parser.add_argument("--repeats", type=int, default=200, help="of overhead")
+    parser.add_argument(
+        "--map", default=embedded.DEFAULT, help="the learned map: a name or a file"
+    )
     parser.add_argument("--name", default="anchor", help="what the figure shows")
     parser.add_argument("--json", type=pathlib.Path, help="file to add to")
     parser.add_argument("--out", type=pathlib.Path, help="file of the figure")

@@ -135,6 +135,50 @@ def _by_list(x, lists):
     return x.reshape(batch, heads, lists, group // lists, *rest)
 
 
+class Readout(NamedTuple):
+    """What a step's queries make of a whole summary, in units of exp(top)."""
+
+    shares: Float[Array, "B Hkv G F"]  # e = exp(g + c - top)
+    top: Float[Array, "B Hkv G"]
+    mass: Float[Array, "B Hkv G"]  # e.u
+    values: Float[Array, "B Hkv G D"]  # e T
+
+
+def read_out(summary: Summary, log_queries: Float[Array, "B Hkv G F"]) -> Readout:
+    """Of log features g of the step's queries."""
+    e, top = _weights(summary, log_queries)
+    mass = product("bhgf,bhf->bhg", e, summary.mass)
+    return Readout(e, top, mass, product("bhgf,bhfd->bhgd", e, summary.values))
+
+
+def without(
+    whole: Readout,
+    mass: Float[Array, "B Hkv G"],
+    values: Float[Array, "B Hkv G D"],
+    num_left: Int[Array, "B Hkv R"],
+) -> Partial:
+    """What a readout is of the tokens that were not retrieved.
+
+    What rounding leaves of a fully retrieved middle is set to nothing: by count, and
+    by `NOISE`.
+
+    Args:
+        mass, values: of the retrieved tokens, sums of ahat and of ahat v.
+        num_left: tokens of the middle that were not retrieved.
+
+    Returns:
+        `out (B, Hkv, G, D)`, `lse (B, Hkv, G)`, of which :func:`kvjax.partials.merge`
+        makes, with the exact part, one softmax; `(0, -inf)` where nothing is left.
+    """
+    left = whole.mass - mass
+    group = left.shape[2] // num_left.shape[2]
+    is_left = jnp.repeat(num_left > 0, group, axis=2) & (left > NOISE * whole.mass)
+    safe = jnp.where(is_left, left, 1.0)
+    values = whole.values - values
+    out = jnp.where(is_left[..., None], values / safe[..., None], 0.0)
+    return Partial(out, jnp.where(is_left, whole.top + jnp.log(safe), -jnp.inf))
+
+
 def residual(
     summary: Summary,
     log_queries: Float[Array, "B Hkv G F"],
@@ -144,41 +188,25 @@ def residual(
     """Estimated attention over C, the middle without what was retrieved (Sec. 5.4).
 
     Every retrieved token is taken out with its surrogate weight ahat = sum_f e_f
-    exp(ell_f - c_f): mass e.u - sum ahat, numerator e T - sum ahat v. What rounding
-    leaves of a fully retrieved middle is set to nothing: by count, and by `NOISE`.
+    exp(ell_f - c_f): mass e.u - sum ahat, numerator e T - sum ahat v.
 
     Args:
         summary: of the middle.
         log_queries: g, log features of the step's queries.
         retrieved: tokens to take out, distinct and all in the summary.
-        num_left: tokens of the middle that were not retrieved.
-
-    Returns:
-        `out (B, Hkv, G, D)`, `lse (B, Hkv, G)`, of which :func:`kvjax.partials.merge`
-        makes, with the exact part, one softmax; `(0, -inf)` where nothing is left.
+        num_left: as :func:`without`, whose result it is.
     """
     lists = retrieved.valid.shape[2]
-    e, top = _weights(summary, log_queries)
-    total = product("bhgf,bhf->bhg", e, summary.mass)
-    numerator = product("bhgf,bhfd->bhgd", e, summary.values)
-
+    whole = read_out(summary, log_queries)
     shift = summary.shift[:, :, None, None]
     features = jnp.where(
         retrieved.valid[..., None], jnp.exp(retrieved.log_features - shift), 0.0
     )
     # A token that is not valid has a weight of 0: its value must be finite, no more.
-    ahat = product("bhrpf,bhrnf->bhrpn", _by_list(e, lists), features)
-    taken = product("bhrpn,bhrnd->bhrpd", ahat, retrieved.v).reshape(numerator.shape)
-    mass = total - ahat.sum(-1).reshape(total.shape)
-    return _guarded(mass, total, numerator - taken, top, num_left)
-
-
-def _guarded(mass, total, numerator, top, num_left):
-    group = mass.shape[2] // num_left.shape[2]
-    is_left = jnp.repeat(num_left > 0, group, axis=2) & (mass > NOISE * total)
-    safe = jnp.where(is_left, mass, 1.0)
-    out = jnp.where(is_left[..., None], numerator / safe[..., None], 0.0)
-    return Partial(out, jnp.where(is_left, top + jnp.log(safe), -jnp.inf))
+    ahat = product("bhrpf,bhrnf->bhrpn", _by_list(whole.shares, lists), features)
+    taken = product("bhrpn,bhrnd->bhrpd", ahat, retrieved.v)
+    mass = ahat.sum(-1).reshape(whole.mass.shape)
+    return without(whole, mass, taken.reshape(whole.values.shape), num_left)
 
 
 def residual_by_feature(

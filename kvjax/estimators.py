@@ -15,11 +15,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import completion
+from kvjax import completion, paging, stores
 from kvjax.completion import NOISE, product
 from kvjax.feature_maps import FeatureMap, Prompt, key_moments, mean_query
 from kvjax.interface import CacheSpec
 from kvjax.partials import Partial
+from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.page_attention import Surrogate, page_attention
 
 TRUST = 1.0  # radius of `moment`, in deviations of the logits
 
@@ -95,13 +97,128 @@ def tokens(
     if charge == "none":
         return 0
     wide = jnp.dtype(jnp.float32).itemsize
-    shared = sum(leaf.size for leaf in jax.tree.leaves(weights))
+    shared = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     shared /= spec.batch * spec.num_kv_heads
-    num_bytes = wide * (estimator.elements(spec.head_dim) + shared)
+    num_bytes = wide * estimator.elements(spec.head_dim) + shared
     token = 2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize
     lists = spec.group if per == "query" else 1
     steps = max(spec.max_new_tokens, 1) if charge == "request" else 1
     return math.ceil(num_bytes / (token * lists * steps))
+
+
+# --- a step: attention over what is read, and over what is not
+
+
+def fused(estimator: Estimator | None) -> bool:
+    """Whether :func:`read_pages` can: None, that estimates nothing, always."""
+    if estimator is None:
+        return True
+    feature_map = estimator.feature_map
+    return feature_map is not None and feature_map.directions is not None
+
+
+def read_pages(
+    estimator: Estimator | None,
+    params: Any,
+    summary: Any,
+    store: paging.Paged,
+    q: Float[Array, "B Hq 1 D"],
+    positions: Int[Array, "B 1"],
+    always: Int[Array, "B Hkv N"],
+    pages: Int[Array, "B H K"],
+    num_sinks: int,
+    middle_end: Int[Array, "B"],
+    num_left: Int[Array, "B Hkv R"],
+) -> tuple[Partial, Partial | None]:
+    """The retrieved pages in one pass, that starts from the tokens read in any case.
+
+    Args:
+        estimator: for which :func:`fused` holds.
+        q: rotated.
+        always: positions of those tokens, -1 = none; not of the middle.
+        pages: retrieved; of their tokens those of the middle count.
+        num_sinks, middle_end: where the middle begins and ends.
+
+    Returns:
+        Attention over what is read, and over the rest of the middle; None without an
+        estimator.
+    """
+    spec = store.spec
+    k, v = stores.fetch(store, always)
+    initial = decode_attention(q, k, v, positions, always, sm_scale=spec.sm_scale)
+    grouped = (spec.batch, spec.num_kv_heads, spec.group)
+    surrogate = whole = None
+    if estimator is not None:
+        surrogate, whole = _surrogate_of(
+            estimator.feature_map,
+            params,
+            summary,
+            q.reshape(*grouped, spec.head_dim),
+            spec.sm_scale,
+        )
+    out, lse, *sums = page_attention(
+        q,
+        store.pages,
+        pages,
+        middle_end[:, None] - 1,
+        initial=initial,
+        surrogate=surrogate,
+        sm_scale=spec.sm_scale,
+        first_position=num_sinks,
+    )
+    if estimator is None:
+        return Partial(out, lse), None
+    values, mass = sums
+    values = values.reshape(*grouped, spec.head_dim)
+    part = completion.without(whole, mass.reshape(grouped), values, num_left)
+    return Partial(out, lse), part
+
+
+def _surrogate_of(feature_map, params, summary, q, sm_scale):
+    """The weights that a summary has tokens by, and what the queries make of it all."""
+    g = feature_map.log_queries(params, q[:, :, :, None], sm_scale)[:, :, :, 0]
+    whole = completion.read_out(summary, g)
+    shares = whole.shares.reshape(q.shape[0], -1, 1, g.shape[-1])
+    return Surrogate(feature_map.directions(params), summary.shift, shares), whole
+
+
+def read_tokens(
+    estimator: Estimator | None,
+    params: Any,
+    summary: Any,
+    store: stores.Store,
+    q: Float[Array, "B Hq 1 D"],
+    positions: Int[Array, "B 1"],
+    listed: Int[Array, "B H N"],
+    num_retrieved: int,
+    num_left: Int[Array, "B Hkv R"],
+) -> tuple[Partial, Partial | None]:
+    """As :func:`read_pages`, of any listed tokens, the retrieved first, gathered."""
+    spec = store.spec
+    k, v = stores.fetch(store, listed)
+    exact = Partial(
+        *decode_attention(q, k, v, positions, listed, sm_scale=spec.sm_scale)
+    )
+    if estimator is None:
+        return exact, None
+    heads = spec.batch, spec.num_kv_heads
+    lists = listed.shape[1] // spec.num_kv_heads
+
+    def of_retrieved(x):
+        x = x[:, :, :num_retrieved]
+        return x.reshape(*heads, lists, *x.shape[2:])
+
+    part = estimator.residual(
+        params,
+        summary,
+        q.reshape(*heads, spec.group, spec.head_dim),
+        of_retrieved(k),
+        of_retrieved(v),
+        of_retrieved(listed) >= 0,
+        num_left,
+        spec.sm_scale,
+    )
+    return exact, part
 
 
 # --- moments of the keys

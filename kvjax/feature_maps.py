@@ -39,12 +39,15 @@ class FeatureMap(NamedTuple):
         log_queries: `log_queries(params, q (B, Hkv, G, T, D), sm_scale) -> (..., F)`.
         elements: numbers a KV head reads per step of params and summary, for a head
             dim.
+        directions: `directions(params) -> (B, Hkv, F, D)`, if log features of keys are
+            products with these and nothing else: a kernel can make them. Or None.
     """
 
     fit: Callable[[Prompt], Any]
     log_keys: Callable[[Any, Array], Array]
     log_queries: Callable[[Any, Array, float], Array]
     elements: Callable[[int], int]
+    directions: Callable[[Any], Array] | None = None
 
 
 # --- statistics of a prompt
@@ -155,6 +158,11 @@ def tangent_keys(params: Tangents | Anchors, k: Float[Array, "B Hkv N D"]) -> Ar
     return _linear(params.centres, k)
 
 
+def tangent_directions(params: Tangents | Anchors) -> Float[Array, "B Hkv F D"]:
+    """The w of :func:`tangent_keys`."""
+    return jnp.zeros_like(params.slopes) if params.centres is None else params.centres
+
+
 def tangent_queries(
     params: Tangents | Anchors, q: Float[Array, "B Hkv G T D"], sm_scale: float
 ) -> Float[Array, "B Hkv G T F"]:
@@ -196,6 +204,10 @@ def anchors_at(
     return Anchors(centres, tilted_means(centres, k, valid, chunk), pulled)
 
 
+def _tangent_map(fit, log_queries, elements):
+    return FeatureMap(fit, tangent_keys, log_queries, elements, tangent_directions)
+
+
 def mean() -> FeatureMap:
     """F = 1: every key weighs the same, all of them as their mean (a lower bound)."""
 
@@ -203,7 +215,7 @@ def mean() -> FeatureMap:
         average, _ = key_moments(prompt.k, prompt.is_middle)
         return Tangents(None, average[:, :, None])
 
-    return FeatureMap(fit, tangent_keys, tangent_queries, lambda d: 2 * d + 2)
+    return _tangent_map(fit, tangent_queries, lambda d: 2 * d + 2)
 
 
 def rank1(*, tilted: bool) -> FeatureMap:
@@ -216,7 +228,7 @@ def rank1(*, tilted: bool) -> FeatureMap:
         average, _ = key_moments(prompt.k, prompt.is_middle)
         return Tangents(centre, average[:, :, None])
 
-    return FeatureMap(fit, tangent_keys, tangent_queries, lambda d: 3 * d + 2)
+    return _tangent_map(fit, tangent_queries, lambda d: 3 * d + 2)
 
 
 def anchor(features: int, *, hard: bool = False, beta: float = 1.0) -> FeatureMap:
@@ -228,9 +240,7 @@ def anchor(features: int, *, hard: bool = False, beta: float = 1.0) -> FeatureMa
         return anchors_at(centres, prompt.k, prompt.is_middle, beta)
 
     queries = functools.partial(anchor_queries, hard=hard)
-    return FeatureMap(
-        fit, tangent_keys, queries, lambda d: 4 * features * d + 2 * features
-    )
+    return _tangent_map(fit, queries, lambda d: 4 * features * d + 2 * features)
 
 
 # --- random features

@@ -5,6 +5,7 @@ of every head if it was calibrated, and in its header which map, for which lengt
 """
 
 import functools
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,6 +20,8 @@ from kvjax.interface import CacheSpec
 
 FORMAT = "kvjax-feature-map"
 VERSION = 1
+EMBEDDED = "embedded-"  # what the names of embedded models begin with
+SHIPPED = "feature_map.safetensors"  # in the folder of such a model
 
 
 class MapFile(NamedTuple):
@@ -56,14 +59,20 @@ class MapFile(NamedTuple):
 
 
 def save(path: str | pathlib.Path, found: MapFile, dtype: str = "float32") -> None:
-    """Writes the file, whole or not at all; networks are stored as `dtype`."""
+    """Writes the file, whole or not at all.
+
+    Args:
+        dtype: of the networks' matrices, and then of what a step reads of them; biases
+            are float32, since those of queries hold the scale of all weights.
+    """
     from safetensors.numpy import save as to_bytes
 
     tensors = {}
     if found.weights is not None:
         for side, net in found.weights._asdict().items():
             for name, leaf in net._asdict().items():
-                tensors[f"{side}.{name}"] = np.asarray(leaf, jnp.dtype(dtype))
+                kind = dtype if name.startswith("w_") else "float32"
+                tensors[f"{side}.{name}"] = np.asarray(leaf, jnp.dtype(kind))
     if found.gain is not None:
         tensors["gain"] = np.asarray(found.gain, np.float32)
     header = {
@@ -82,18 +91,34 @@ def save(path: str | pathlib.Path, found: MapFile, dtype: str = "float32") -> No
 def load(path: str | pathlib.Path) -> MapFile:
     """Reads a file; the same file, unchanged, is read once.
 
+    Args:
+        path: of the file; or the name of an embedded model whose map ships with it.
+
     Raises:
         ValueError: if it is not there, or not a file of a feature map.
     """
-    path = pathlib.Path(path)
+    name, path = str(path), _shipped(str(path)) or pathlib.Path(path)
     try:
         state = path.stat()
     except OSError as error:
         raise ValueError(
-            f"feature_map={str(path)!r} is neither one of {', '.join(NAMES)}, moment "
-            f"nor a file ({os.strerror(error.errno or 0)})."
+            f"feature_map={name!r} is neither one of {', '.join(NAMES)}, moment, an "
+            f"embedded model with a map nor a file ({os.strerror(error.errno or 0)})."
         ) from None
     return _load(path, state.st_mtime_ns, state.st_size)
+
+
+def _shipped(name: str) -> pathlib.Path | None:
+    """The file of the map of an embedded model, or None if it has none."""
+    # Data beside the models, whose code this must not import.
+    found = importlib.util.find_spec("models")
+    if found is None or not name.startswith(EMBEDDED):
+        return None
+    for folder in found.submodule_search_locations or ():
+        path = pathlib.Path(folder, "embedded", name.removeprefix(EMBEDDED), SHIPPED)
+        if path.is_file():
+            return path
+    return None
 
 
 @functools.lru_cache(maxsize=8)

@@ -4,6 +4,16 @@ import jax
 import jax.numpy as jnp
 
 
+def joined(
+    out: jax.Array, lse: jax.Array, other: tuple[jax.Array, jax.Array] | None
+) -> tuple[jax.Array, jax.Array]:
+    """With what `other` saw, if there is any: a part of other keys, of equal shape."""
+    if other is None:
+        return out, lse
+    parts = (jnp.stack(pair) for pair in zip((out, lse), other, strict=True))
+    return merge(*parts, axis=0)
+
+
 def merge(out: jax.Array, lse: jax.Array, axis: int) -> tuple[jax.Array, jax.Array]:
     """`(..., D)` and `(...)` of disjoint parts along `axis`, as of their union.
 

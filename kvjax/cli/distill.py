@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import warnings
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -34,6 +35,10 @@ def distill(
     steps: Annotated[int, typer.Option(help="Of training, all heads together.")] = 1500,
     features: Annotated[int, typer.Option(help="Features of the map.")] = 16,
     width: Annotated[int, typer.Option(help="Of the networks.")] = 32,
+    dtype: Annotated[
+        Literal["bfloat16", "float32"],
+        typer.Option(help="Of the networks' matrices in the file, read every step."),
+    ] = "bfloat16",
     loss: Annotated[
         Literal["output", "paper"],
         typer.Option(help="Error of the output, or KL, band, false positives, mass."),
@@ -51,8 +56,8 @@ def distill(
 ) -> int:
     """Trains a feature map for topk_completion, and says which heads it helps."""
     try:
+        from kvjax.training import checkpoint, run_folder
         from kvjax.training import distill as training
-        from kvjax.training import run_folder
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("optax", "orbax"):
             raise
@@ -91,10 +96,14 @@ def distill(
         file = training.as_file(result, language_model, settings)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILE
-    map_files.save(path, file)
+    map_files.save(path, file, dtype)
     found = _calibrated(language_model, path, held_out, longest, budget, windows, seed)
-    about = file.about | {"model": language_model.name, "calibrated_at": budget}
-    map_files.save(path, file._replace(gain=found.gain, about=about))
+    about = file.about | {
+        "model": language_model.name,
+        "weights": checkpoint.digest(language_model.params),
+        "calibrated_at": budget,
+    }
+    map_files.save(path, file._replace(gain=found.gain, about=about), dtype)
     _print(found, path, budget, as_json)
     return 0
 
@@ -134,22 +143,26 @@ def _calibrated(model, path, held_out, longest, budget, windows, seed):
     starts = rng.integers(len(held_out) - size + 1, size=windows)
     rows = [held_out[start : start + size].tolist() for start in starts]
     method = f"topk_completion:budget={budget},charge=none"
-    return abstention.calibrate(
-        model,
-        registry.parse("full"),
-        registry.parse(f"{method},lam=0"),
-        registry.parse(f"{method},feature_map={path}"),
-        rows,
-        new_tokens=new_tokens,
-    )
+    with warnings.catch_warnings():
+        # Room is made in whole chunks, which the longest prompt does not fill.
+        warnings.filterwarnings("ignore", "the feature map was trained for prompts")
+        return abstention.calibrate(
+            model,
+            registry.parse("full"),
+            registry.parse(f"{method},lam=0"),
+            registry.parse(f"{method},feature_map={path}"),
+            rows,
+            new_tokens=new_tokens,
+        )
 
 
 def _print(found, path, budget, as_json) -> None:
     from kvjax.evaluation import abstention
 
     if as_json:
-        document = {"file": str(path), "budget": budget, "gain": found.gain}
-        document |= found._asdict()
+        by_head = {"gain": found.gain, **found._asdict()}
+        document = {"file": str(path), "budget": budget}
+        document |= {name: x.tolist() for name, x in by_head.items()}
         print(json.dumps(report.json_ready(document), indent=2))
         return
     print("\n".join([*abstention.summary(found), f"wrote {path}"]))

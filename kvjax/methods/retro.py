@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from kvjax import cache, paging, retrospection
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import Partial, merge
+from kvjax.partials import Partial
 from pallas_kernels.page_attention import page_attention
 
 
@@ -108,16 +108,18 @@ def retro(method: Method, *, window: int = 2) -> Method:
         store, held = state
         rotated, positions = cache.rotate_queries(store.spec, q, store.length)
         chosen = choose(store, rotated)
-        now = page_attention(
-            rotated,
-            store.pages,
-            chosen,
-            positions,
-            retrospection.unseen(held, chosen, positions),
-            sm_scale=store.spec.sm_scale,
-        )
         # O_up: attention over the union, of the stored output and the supplement.
-        found = merge(retrospection.seen(held, positions), Partial(*now))
+        found = Partial(
+            *page_attention(
+                rotated,
+                store.pages,
+                chosen,
+                positions,
+                retrospection.unseen(held, chosen, positions),
+                initial=tuple(retrospection.seen(held, positions)),
+                sm_scale=store.spec.sm_scale,
+            )
+        )
         held = retrospection.advance(held, chosen, store.length - 1, found)
         attended = paging.tokens_of(chosen, store.pages.shape[3], store.length)
         exact = cache.holds_all(attended, store.length, q.shape[1])

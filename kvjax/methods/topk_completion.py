@@ -20,7 +20,7 @@ from kvjax import (
 )
 from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.partials import Partial, merge, softmax_only
-from pallas_kernels.decode_attention import decode_attention, decode_logits
+from pallas_kernels.decode_attention import decode_logits
 from pallas_kernels.page_scores import page_bounds
 from pallas_kernels.topk import top_k
 
@@ -91,7 +91,8 @@ def topk_completion(
         num_sinks: first prompt tokens, that are always read. Paper: 4.
         tail: last prompt tokens, that are always read. Paper: 16.
         feature_map: `anchor`, `anchor_hard`, `mean`, `rank1`, `rank1_tilted`, `favor`,
-            or `moment`, fitted to each prompt; or a file made by `kvjax distill`.
+            or `moment`, fitted to each prompt; or a learned one: a file made by
+            `kvjax distill`, or `embedded-softmax`, whose map ships with it.
         features: most features of `anchor` and `favor`: fewer where the summary would
             take more than half of what the budget leaves.
         selector: `oracle` ranks all keys by their logits, as the paper does, and saves
@@ -292,14 +293,14 @@ def topk_completion(
         )
 
     def retrieve(state, rotated, positions, sizes):
-        """Positions `(B, lists, K)`, and the score no other token exceeds."""
+        """Positions `(B, lists, K)`, the score no other token exceeds, their pages."""
         store, spec = state.store, state.store.spec
         if selector == "pages" and sizes.retrieved < page_size:
             sizes = sizes._replace(retrieved=0)
         if not sizes.retrieved:
             lists = spec.num_kv_heads if per == "kv" else spec.num_q_heads
             none = jnp.full((spec.batch, lists, 0), -1, jnp.int32)
-            return none, jnp.full((spec.batch, lists), jnp.inf, jnp.float32)
+            return none, jnp.full((spec.batch, lists), jnp.inf, jnp.float32), None
         is_held = summarising.is_middle(
             stores.views(store)[0], num_sinks, state.middle_end, state.outliers
         )
@@ -312,7 +313,7 @@ def topk_completion(
                 scores = selection.reduce_group(scores, spec.num_kv_heads, group_reduce)
             size = min(sizes.retrieved, spec.capacity)
             values, found = top_k(scores, size, where=is_held)
-            return found, values[..., -1]
+            return found, values[..., -1], None
         scores = spec.sm_scale * page_bounds(
             rotated[:, :, 0],
             store.page_min,
@@ -324,57 +325,55 @@ def topk_completion(
         size = min(sizes.retrieved // page_size, scores.shape[-1])
         values, pages = top_k(scores, size, where=touches[:, None])
         found = paging.tokens_of(pages, page_size, state.middle_end)
-        is_in = jnp.take_along_axis(is_held, jnp.maximum(found, 0), axis=-1)
-        return jnp.where(is_in & (found >= 0), found, -1), values[..., -1]
+        is_in = found >= num_sinks
+        if state.outliers is not None:
+            is_in &= jnp.take_along_axis(is_held, jnp.maximum(found, 0), axis=-1)
+        return jnp.where(is_in, found, -1), values[..., -1], pages
+
+    def always_read(state, size):
+        """Positions of sinks, the newest and outliers, `(B, Hkv, N)`."""
+        spec, length = state.store.spec, state.store.length
+        sinks = jnp.arange(num_sinks, dtype=jnp.int32)
+        newest = state.middle_end[:, None] + jnp.arange(size, dtype=jnp.int32)
+        found = jnp.concatenate(
+            [jnp.broadcast_to(sinks, (spec.batch, num_sinks)), newest], axis=1
+        )
+        found = jnp.where(found < length[:, None], found, -1)[:, None]
+        found = jnp.broadcast_to(found, (spec.batch, spec.num_kv_heads, found.shape[2]))
+        if state.outliers is None:
+            return found
+        return jnp.concatenate([found, state.outliers], axis=2)
 
     def inspect_step(state, q):
         store, spec = state.store, state.store.spec
         length, heads = store.length, spec.num_kv_heads
         sizes = plan(spec, _weights_of(state.params))
+        estimator = sizes.estimator
         rotated, positions = cache.rotate_queries(spec, q, length)
-        found, highest = retrieve(state, rotated, positions, sizes)
-        lists = found.shape[1]
+        found, highest, pages = retrieve(state, rotated, positions, sizes)
+        by_head = (spec.batch, heads, found.shape[1] // heads)
 
-        # E: retrieved, outliers, sinks, and everything behind the middle.
-        sinks = jnp.arange(num_sinks, dtype=jnp.int32)
-        newest = state.middle_end[:, None] + jnp.arange(sizes.newest, dtype=jnp.int32)
-        always = jnp.concatenate(
-            [jnp.broadcast_to(sinks, (spec.batch, num_sinks)), newest], axis=1
+        # E: retrieved, sinks, everything behind the middle, outliers.
+        always = always_read(state, sizes.newest)
+        listed = jnp.concatenate(
+            [found, jnp.repeat(always, by_head[2], axis=1)], axis=2
         )
-        always = jnp.where(always < length[:, None], always, -1)[:, None]
-        always = jnp.broadcast_to(always, (spec.batch, lists, always.shape[2]))
-        listed = jnp.concatenate([found, always], axis=2)
+        count = (state.middle_end - num_sinks)[:, None]
         if state.outliers is not None:
-            outliers = jnp.repeat(state.outliers, lists // heads, axis=1)
-            listed = jnp.concatenate([listed, outliers], axis=2)
-        k, v = stores.fetch(store, listed)
-        exact = Partial(
-            *decode_attention(rotated, k, v, positions, listed, sm_scale=spec.sm_scale)
-        )
-        out = exact.out
-        if sizes.estimator is not None:
-            size = found.shape[2]
-            by_head = (spec.batch, heads, lists // heads)
+            count -= (state.outliers >= 0).sum(-1, dtype=jnp.int32)
+        num_retrieved = (found >= 0).sum(-1, dtype=jnp.int32).reshape(by_head)
+        num_left = count[..., None] - num_retrieved
 
-            def of_retrieved(x):
-                return x[:, :, :size].reshape(*by_head, size, *x.shape[3:])
-
-            valid = of_retrieved(listed) >= 0
-            count = (state.middle_end - num_sinks)[:, None]
-            if state.outliers is not None:
-                count -= (state.outliers >= 0).sum(-1, dtype=jnp.int32)
-            num_left = count[..., None] - valid.sum(-1, dtype=jnp.int32)
-            grouped = rotated[:, :, 0].reshape(spec.batch, heads, spec.group, -1)
-            part = sizes.estimator.residual(
-                state.params,
-                state.summary,
-                grouped,
-                of_retrieved(k),
-                of_retrieved(v),
-                valid,
-                num_left,
-                spec.sm_scale,
+        given = estimator, state.params, state.summary, store, rotated, positions
+        if pages is not None and state.outliers is None and estimators.fused(estimator):
+            exact, part = estimators.read_pages(
+                *given, always, pages, num_sinks, state.middle_end, num_left
             )
+        else:
+            size = found.shape[2]
+            exact, part = estimators.read_tokens(*given, listed, size, num_left)
+        out = exact.out
+        if part is not None:
 
             def of_heads(x):
                 return jnp.repeat(x.reshape(by_head), spec.group // by_head[2], axis=2)
@@ -406,7 +405,7 @@ def topk_completion(
             weights = file.layer(spec.layer)[0] if is_learned else None
             rows = spec.batch * spec.num_kv_heads
             metadata += 4 * rows * sizes.estimator.elements(spec.head_dim)
-            metadata += 4 * sum(x.size for x in jax.tree.leaves(weights))
+            metadata += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
         return Traffic(kv=kv, metadata=metadata)
 
     return Method(

@@ -6,6 +6,7 @@ what comes back is bit for bit what was saved, or an error.
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
@@ -271,6 +272,14 @@ def _differ(saved: Mapping[str, list], wanted: Mapping[str, list]) -> str:
         f"{name} is {show(saved.get(name))} there and {show(wanted.get(name))} in this "
         f"config{more}."
     )
+
+
+def digest(state: Any) -> str:
+    """Sixteen hexadecimal digits that tell one set of arrays from another."""
+    found = hashlib.sha256()
+    for fingerprint in jax.device_get(fingerprints(state)):
+        found.update(np.uint32(fingerprint).tobytes())
+    return found.hexdigest()[:16]
 
 
 @jax.jit

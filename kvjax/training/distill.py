@@ -14,7 +14,6 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -337,9 +336,8 @@ def _notice(line: str) -> None:
 
 
 def split(
-    tokens: Sequence[int], share: float = 0.9
+    tokens: Int[np.ndarray, "T"], share: float = 0.9
 ) -> tuple[Int[np.ndarray, "N"], Int[np.ndarray, "M"]]:
     """Tokens to train on, and those that follow, to calibrate by."""
-    tokens = np.asarray(tokens, np.int32)
     cut = int(share * len(tokens))
     return tokens[:cut], tokens[cut:]

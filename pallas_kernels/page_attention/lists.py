@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 
-def sort_keys(page_ids, num_pages, page_size, query_positions, mask):
+def sort_keys(page_ids, num_pages, page_size, query_positions, mask, first_position=0):
     """`(kind, key)` of the listed pages, both as `page_ids`.
 
     Kind 0 is seen in full by every row, 1 by any in part, 2 by none. Keys sort by kind,
@@ -24,6 +24,9 @@ def sort_keys(page_ids, num_pages, page_size, query_positions, mask):
     start = page_ids * page_size
     is_full = start + page_size - 1 <= first[:, None, None]
     is_seen = (start <= last[:, None, None]) & (page_ids >= 0) & (page_ids < num_pages)
+    if first_position:
+        is_full &= start >= first_position
+        is_seen &= start + page_size > first_position
     if mask is not None:
         is_full &= mask.all(-1)
         is_seen &= mask.any(-1)
@@ -32,7 +35,7 @@ def sort_keys(page_ids, num_pages, page_size, query_positions, mask):
     return kind, kind * num_pages + jnp.where(is_seen, page_ids, 0)
 
 
-def schedule(page_ids, pages, query_positions, mask, copies):
+def schedule(page_ids, pages, query_positions, mask, copies, first_position=0):
     """Sorted ids `(B, 1, H * K' + copies)` and counts `(B, 1, 2 * H + 3)`.
 
     Counts of pages that every row sees in full, by list, then of pages that any sees,
@@ -41,7 +44,9 @@ def schedule(page_ids, pages, query_positions, mask, copies):
     """
     batch, _, listed = page_ids.shape
     num_pages, page_size = pages.shape[2:4]
-    kind, key = sort_keys(page_ids, num_pages, page_size, query_positions, mask)
+    kind, key = sort_keys(
+        page_ids, num_pages, page_size, query_positions, mask, first_position
+    )
     seeing = []
     if mask is not None:
         bit = 1 << jnp.arange(mask.shape[3], dtype=jnp.int32)
@@ -160,7 +165,7 @@ class Lists:
         valid = jnp.clip(self.last + 1 - first, 0, self.page_size)
         return jnp.where(index < self.seen(n), valid, 0)
 
-    def visible(self, n, i, positions, bit):
+    def visible(self, n, i, positions, bit, first_position=0):
         """Which rows `(R, 1)` see which tokens of block i, `(R, block)`."""
         token = lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
         key_positions = jnp.full((1, self.block), self.last + 1, jnp.int32)
@@ -176,4 +181,6 @@ class Lists:
                 bits = self.ids[1, n * self.listed + index]
                 seeing = jnp.where(is_in_page, bits, seeing)
         visible = key_positions <= positions
+        if first_position:
+            visible &= key_positions >= first_position
         return visible & ((seeing & bit) != 0) if has_mask else visible

@@ -17,19 +17,32 @@ from jax.experimental import pallas as pl
 from pallas_kernels import hopper
 from pallas_kernels.hopper import BLOCK, ROWS, plgpu
 from pallas_kernels.page_attention.lists import sort_keys
-from pallas_kernels.splits import merge
+from pallas_kernels.splits import joined, merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
 NOWHERE = 1 << 30  # a position behind every query
 
 
 def unsupported(
-    q, pages, page_ids, query_positions, mask, tau=None, *, sm_scale, alpha
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    mask=None,
+    tau=None,
+    initial=None,
+    surrogate=None,
+    *,
+    sm_scale,
+    alpha,
+    first_position=0,
 ) -> str | None:
     """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
-    del query_positions, mask, tau, sm_scale
+    del query_positions, mask, tau, initial, sm_scale, first_position
     lists = page_ids.shape[1]
     page_size = pages.shape[3]
+    if surrogate is not None:
+        return "its products are of 16 bits, and a surrogate's weights of 32"
     if alpha != 1:
         return f"{alpha=}: its softmax merges blocks, which entmax cannot"
     if (page_size % 8 or BLOCK % page_size) and page_size % BLOCK:
@@ -46,13 +59,16 @@ def page_attention(
     query_positions,
     mask,
     tau=None,
+    initial=None,
+    surrogate=None,
     *,
     sm_scale,
     alpha,
+    first_position=0,
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
-    del tau, alpha  # None, 1
+    del tau, surrogate, alpha  # None, None, 1
     batch, num_q_heads, num_rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists = page_ids.shape[1]
@@ -70,7 +86,9 @@ def page_attention(
     blocks = pl.cdiv(page_ids.shape[2], copies)
     parts = hopper.num_splits(batch * lists, blocks)
 
-    ids, counts, order = _schedule(page_ids, num_pieces, piece, query_positions, mask)
+    ids, counts, order = _schedule(
+        page_ids, num_pieces, piece, query_positions, mask, first_position
+    )
     flags = ()
     if mask is not None:
         mask = jnp.take_along_axis(mask, order[..., None], axis=2)
@@ -89,6 +107,7 @@ def page_attention(
             num_kv_heads=num_kv_heads,
             num_pieces=num_pieces,
             sm_scale=sm_scale,
+            first_position=first_position,
         ),
         out_type=(
             jax.ShapeDtypeStruct((batch * lists, parts, taken, head_dim), jnp.float32),
@@ -113,16 +132,19 @@ def page_attention(
         *flags,
     )
     found = merge(out, lse, axis=1)
-    return tuple(hopper.untiled(x[:, None], shape, lists) for x in found)
+    found = (hopper.untiled(x[:, None], shape, lists) for x in found)
+    return joined(*found, initial)
 
 
-def _schedule(page_ids, num_pages, page_size, query_positions, mask):
+def _schedule(page_ids, num_pages, page_size, query_positions, mask, first_position):
     """Sorted ids `(B * L, K)`, counts `(B * L, 2)`, and with a mask the order of ids.
 
     Counts of the pages that every row sees in full, and of those that any row sees.
     """
     batch, lists, listed = page_ids.shape
-    kind, key = sort_keys(page_ids, num_pages, page_size, query_positions, mask)
+    kind, key = sort_keys(
+        page_ids, num_pages, page_size, query_positions, mask, first_position
+    )
     order = None
     if mask is None:
         key = jnp.sort(key, axis=-1)
@@ -148,6 +170,7 @@ def _kernel(
     num_kv_heads,
     num_pieces,
     sm_scale,
+    first_position,
 ):
     *flags, out, lse, buffers, ring, q_arrived, arrived = refs
     taken, head_dim = q.shape[1:]
@@ -191,6 +214,8 @@ def _kernel(
                 flag = hopper.across(flag, BLOCK)
                 allowed = flag if j == 0 else jnp.where(is_later, flag, allowed)
         visible = token + offset <= rows_at
+        if first_position:
+            visible &= token + offset >= first_position
         return visible if allowed is None else visible & (allowed > 0)
 
     def step(i, state, is_masked):

@@ -18,6 +18,7 @@ from pallas_kernels.decode_attention.mosaic_tpu import (
     LANES,
     add_block,
     clear,
+    dot,
     empty,
     finish,
     scaled_logits,
@@ -30,14 +31,26 @@ SMEM_BYTES = 1 << 20
 MAX_ROWS = 256  # query rows a list: logits of a block stay within a megabyte
 MASK_BITS = 32  # a page's flags of all T rows are one number
 SCORE_BYTES = 4 << 20  # entmax: of a list, in VMEM
+MAX_FEATURES = 128  # of a surrogate
 MAX_COPIES = 32  # per block; each is an unrolled instruction sequence
 
 
 def unsupported(
-    q, pages, page_ids, query_positions, mask, tau=None, *, sm_scale, alpha
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    mask,
+    tau=None,
+    initial=None,
+    surrogate=None,
+    *,
+    sm_scale,
+    alpha,
+    first_position=0,
 ) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
-    del query_positions, tau, sm_scale
+    del query_positions, tau, initial, sm_scale, first_position
     head_dim, page_size = q.shape[3], pages.shape[3]
     lists, listed = page_ids.shape[1:]
     rows = q.shape[1] * q.shape[2] // lists
@@ -59,6 +72,8 @@ def unsupported(
         return (
             f"{lists} lists of {listed} ids must be in [1, {SMEM_BYTES}] bytes, twice"
         )
+    if surrogate is not None and surrogate.shift.shape[2] > MAX_FEATURES:
+        return f"{surrogate.shift.shape[2]} features must be at most {MAX_FEATURES}"
     score_bytes = 4 * listed * page_size * -(-rows // 8) * 8
     if alpha != 1 and score_bytes > SCORE_BYTES:
         return (
@@ -75,9 +90,12 @@ def page_attention(
     query_positions,
     mask,
     tau=None,
+    initial=None,
+    surrogate=None,
     *,
     sm_scale,
     alpha,
+    first_position=0,
     interpret=False,
     config=None,
 ):
@@ -92,7 +110,9 @@ def page_attention(
     block = copies * page_size
     rows = num_q_heads // lists * num_rows
 
-    ids, counts = schedule(page_ids, pages, query_positions, mask, copies)
+    ids, counts = schedule(
+        page_ids, pages, query_positions, mask, copies, first_position
+    )
     q = q.reshape(batch, lists, rows, head_dim)
     lanes = max(head_dim, LANES)
     q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
@@ -102,8 +122,29 @@ def page_attention(
     def row_of_batch(*shape, **space):
         return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
 
+    of_rows = (lists, rows, lanes), (lists, rows, 1)
+    # At D = 64 what is summed lies in the lanes that meet the values.
+    before = ((0, 0), (0, 0), (0, 0), (lanes - head_dim, 0))
+    given, sums = [], 2
+    if initial is not None:
+        out, lse = (x.reshape(batch, lists, rows, -1) for x in initial)
+        given += [jnp.pad(out, before), lse]
+    if surrogate is not None:
+        directions, shift, shares = surrogate
+        count = shift.shape[2]
+        more = -count % 8  # whole tiles; what is added has no share
+        padding = ((0, 0), (0, 0), (0, more), (0, lanes - head_dim))
+        shares = shares.reshape(batch, lists, rows, count)
+        given += [
+            jnp.pad(directions, padding),
+            jnp.pad(shift, padding[:3])[..., None],
+            jnp.pad(shares, ((0, 0), (0, 0), (0, 0), (0, more))),
+        ]
+        sums = 4
     if alpha == 1:
-        kernel = _kernel
+        kernel = functools.partial(
+            _kernel, has_initial=initial is not None, first_position=first_position
+        )
         scratch = [
             pltpu.VMEM((config.num_buffers, block, width), pages.dtype),
             pltpu.SemaphoreType.DMA((config.num_buffers,)),
@@ -113,9 +154,9 @@ def page_attention(
         scratch = entmax_tpu.scratch(
             page_ids.shape[2], rows, head_dim, pages.dtype, config, copies, page_size
         )
-    given = () if tau is None else (tau.reshape(batch, lists, rows, 1),)
+        given = [] if tau is None else [tau.reshape(batch, lists, rows, 1)]
     read = batch * lists * page_ids.shape[2] * page_size
-    out, lse = pl.pallas_call(
+    found = pl.pallas_call(
         functools.partial(
             kernel,
             copies=copies,
@@ -131,12 +172,12 @@ def page_attention(
             row_of_batch(rows, 1),
             pl.BlockSpec((rows, 1), lambda b: (0, 0)),
             pl.BlockSpec(memory_space=pl.ANY),
-            *(row_of_batch(lists, rows, 1) for _ in given),
+            *(row_of_batch(*x.shape[1:]) for x in given),
         ],
-        out_specs=[row_of_batch(lists, rows, lanes), row_of_batch(lists, rows, 1)],
+        out_specs=[row_of_batch(*shape) for shape in (*of_rows, *of_rows)[:sums]],
         out_shape=[
-            jax.ShapeDtypeStruct((batch, lists, rows, lanes), jnp.float32),
-            jax.ShapeDtypeStruct((batch, lists, rows, 1), jnp.float32),
+            jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
+            for shape in (*of_rows, *of_rows)[:sums]
         ],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
@@ -159,9 +200,13 @@ def page_attention(
         pages.reshape(batch * num_kv_heads * num_pages, page_size, width),
         *given,
     )
-    out = out[..., lanes - head_dim :]  # D = 64: the lanes that met the values
-    return out.reshape(batch, num_q_heads, num_rows, head_dim), lse.reshape(
-        batch, num_q_heads, num_rows
+    shape = batch, num_q_heads, num_rows
+
+    def of_values(x):
+        return x[..., lanes - head_dim :].reshape(*shape, head_dim)
+
+    return tuple(
+        x.reshape(shape) if i % 2 else of_values(x) for i, x in enumerate(found)
     )
 
 
@@ -173,18 +218,27 @@ def _kernel(
     positions_ref,  # (R, 1) i32
     bit_ref,  # (R, 1) i32
     pages,  # (B * Hkv * NP, P, 2 D), HBM
+    *refs,  # if given, where to start: (L, R, lanes) f32, (L, R, 1) f32
+    #   if given, a surrogate: (Hkv, F, lanes), (Hkv, F, 1) and (L, R, F), f32
     # out
-    out_ref,  # (L, R, lanes) f32
-    lse_ref,  # (L, R, 1) f32
+    #   out_ref (L, R, lanes) f32, lse_ref (L, R, 1) f32; of a surrogate, as many more
     # scratch
-    buffers,  # (N, block, 2 D)
-    arrived,  # (N,) DMA semaphores
-    *,
+    #   buffers (N, block, 2 D); arrived (N,) DMA semaphores
     copies,
     head_dim,
     num_kv_heads,
     sm_scale,
+    has_initial,
+    first_position,
 ):
+    *refs, buffers, arrived = refs
+    start_refs, refs = (refs[:2], refs[2:]) if has_initial else ((), refs)
+    weighing, taken_refs = (), ()
+    if len(refs) > 2:
+        *weighing, out_ref, lse_ref, taken_ref, mass_ref = refs
+        taken_refs = taken_ref, mass_ref
+    else:
+        out_ref, lse_ref = refs
     number, rows, lanes = q_ref.shape
     lists = Lists.of(ids, counts, pages, q_ref, buffers, copies, num_kv_heads)
     num_buffers = lists.num_buffers
@@ -193,12 +247,38 @@ def _kernel(
         into = lists.target(buffers, slot, j)
         return pltpu.make_async_copy(lists.source(n, index), into, arrived.at[slot])
 
-    def take(q, slot, visible, state):
+    def start(n):
+        """The state of a list before its first block, and its surrogate's sums."""
+        state = empty(rows, lanes)
+        sums = state[2], state[1]  # zeros
+        if start_refs:
+            out, lse = start_refs[0][n], start_refs[1][n]
+            saw = lse > -jnp.inf
+            m = jnp.where(saw, lse, state[0])
+            state = m, jnp.where(saw, 1.0, 0.0), jnp.where(saw, out, 0.0)
+        return state, sums if weighing else ()
+
+    def take(n, q, slot, visible, states):
         fused = buffers[slot]
         k, v = fused, fused  # D = 64: q is 0 where the values are
         if head_dim >= LANES:
             k, v = fused[:, :head_dim], fused[:, head_dim:]
-        return add_block(state, scaled_logits(q, k, sm_scale), v, visible)
+        state, sums = states
+        state = add_block(state, scaled_logits(q, k, sm_scale), v, visible)
+        if weighing:
+            sums = weigh(n, k, v, visible, sums)
+        return state, sums
+
+    def weigh(n, k, v, visible, sums):
+        """The sums with a block's values and weights, of the surrogate."""
+        directions, shift, shares = weighing
+        head = lax.div(n, number // num_kv_heads)
+        features = jnp.exp(_wide_dot(directions[head], k, 1) - shift[head])
+        weights = dot(shares[n], features, 0)
+        if visible is not None:
+            weights = jnp.where(visible, weights, 0.0)
+        taken, mass = sums
+        return taken + _wide_dot(weights, v, 0), mass + weights.sum(1, keepdims=True)
 
     def one_list(n, carry):
         q = q_ref[n]
@@ -210,7 +290,7 @@ def _kernel(
             pltpu.make_async_copy(
                 buffers.at[slot], buffers.at[slot], arrived.at[slot]
             ).wait()
-            return cursor, lists.after(slot), take(q, slot, None, state)
+            return cursor, lists.after(slot), take(n, q, slot, None, state)
 
         def cut_block(i, carry):
             cursor, slot, state = carry
@@ -219,15 +299,19 @@ def _kernel(
                 index = i * copies + j
                 pl.when(index < lists.seen(n))(copy(n, index, j, slot).wait)
                 clear(lists.target(buffers, slot, j), lists.valid(n, index))
-            visible = lists.visible(n, i, positions_ref[...], bit_ref[...])
-            return cursor, lists.after(slot), take(q, slot, visible, state)
+            visible = lists.visible(
+                n, i, positions_ref[...], bit_ref[...], first_position
+            )
+            return cursor, lists.after(slot), take(n, q, slot, visible, state)
 
-        carry = (*carry, empty(rows, lanes))
+        carry = (*carry, start(n))
         whole = lists.whole(n)
         carry = lax.fori_loop(0, whole, whole_block, carry)
         carry = lax.fori_loop(whole, lists.num_blocks(n), cut_block, carry)
-        cursor, slot, state = carry
+        cursor, slot, (state, sums) = carry
         out_ref[n], lse_ref[n] = finish(state)
+        for ref, total in zip(taken_refs, sums, strict=True):
+            ref[n] = total
         return cursor, slot
 
     cursor = (jnp.int32(0),) * 3
@@ -235,3 +319,23 @@ def _kernel(
         0, num_buffers - 1, lambda _, c: lists.fetch(c, copy), cursor
     )
     lax.fori_loop(0, number, one_list, (cursor, jnp.int32(0)))
+
+
+def _wide_dot(a, b, contracted):
+    """`dot` of float32 with any dtype, exact in its products.
+
+    With bfloat16 in one matmul: 8 bits of `a` at a time are three rows for one, where
+    two float32 would be multiplied in six, and every one would load `b` again.
+    """
+    if b.dtype == jnp.float32:
+        return dot(a, b, contracted)
+    parts, rest = [], a
+    for _ in range(2):
+        # Cut, not rounded: a conversion there and back may be left out.
+        bits = lax.bitcast_convert_type(rest, jnp.int32) & -(1 << 16)
+        parts.append(lax.bitcast_convert_type(bits, jnp.float32))
+        rest = rest - parts[-1]
+    rows = a.shape[0]
+    stacked = jnp.concatenate([*parts, rest], axis=0).astype(b.dtype)
+    found = dot(stacked, b, contracted)
+    return found[:rows] + found[rows : 2 * rows] + found[2 * rows :]

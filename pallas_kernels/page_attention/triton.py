@@ -23,14 +23,29 @@ from pallas_kernels.page_attention.triton_blocks import (
     tokens_of,
     vectors,
 )
-from pallas_kernels.splits import merge
+from pallas_kernels.splits import joined, merge
+
+MAX_FEATURES = 64  # of a surrogate
 
 
 def unsupported(
-    q, pages, page_ids, query_positions, mask=None, tau=None, *, sm_scale, alpha
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    mask=None,
+    tau=None,
+    initial=None,
+    surrogate=None,
+    *,
+    sm_scale,
+    alpha,
+    first_position=0,
 ) -> str | None:
     """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
-    del query_positions, mask, tau, sm_scale
+    del query_positions, mask, tau, initial, sm_scale, first_position
+    if surrogate is not None and surrogate.shift.shape[2] > MAX_FEATURES:
+        return f"{surrogate.shift.shape[2]} features must be at most {MAX_FEATURES}"
     reason = entmax_triton.unsupported(q, pages, page_ids) if alpha != 1 else None
     return reason or triton_blocks.unsupported(q, pages, page_ids)
 
@@ -42,9 +57,12 @@ def page_attention(
     query_positions,
     mask=None,
     tau=None,
+    initial=None,
+    surrogate=None,
     *,
     sm_scale,
     alpha,
+    first_position=0,
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
@@ -59,22 +77,47 @@ def page_attention(
     )
     static = triton_blocks.static(q, pages, page_ids, interpret)
     static |= {"grid": grid, "interpret": interpret, "HAS_MASK": mask is not None}
-    rows, head_dim = static["ROWS"], static["HEAD_DIM"]
-    if alpha == 1:
-        out, lse = triton_call.call(
-            _page_attention,
-            *inputs,
-            out_shape=(
-                jax.ShapeDtypeStruct((*grid[:2], rows, head_dim), jnp.float32),
-                jax.ShapeDtypeStruct((*grid[:2], rows), jnp.float32),
-            ),
-            **static,
-            scale=sm_scale * math.log2(math.e),
-        )
-        out, lse = merge(out, lse, axis=1)
-    else:
+    if alpha != 1:
         out, lse = entmax_triton.attend(inputs, tau, sm_scale, alpha, static)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+    rows, head_dim = static["ROWS"], static["HEAD_DIM"]
+    features, weighing = 0, (inputs[3],) * 3  # or anything
+    if surrogate is not None:
+        features, weighing = _padded(surrogate)
+        static["num_warps"] = 8  # two sums of the values are in registers
+    of_rows = (*grid[:2], rows, head_dim), (*grid[:2], rows)
+    shapes = *of_rows, *(of_rows if features else ((1,), (1,)))
+    out, lse, *sums = triton_call.call(
+        _page_attention,
+        *inputs,
+        *weighing,
+        out_shape=tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes),
+        **static,
+        scale=sm_scale * math.log2(math.e),
+        FIRST=first_position,
+        FEATURES=features,
+    )
+    out, lse = merge(out, lse, axis=1)
+    found = joined(out.reshape(q.shape), lse.reshape(q.shape[:3]), initial)
+    if surrogate is None:
+        return found
+    taken, mass = (x.sum(1) for x in sums)
+    return *found, taken.reshape(q.shape), mass.reshape(q.shape[:3])
+
+
+def _padded(surrogate):
+    """Features are a power of two, as all in Triton; those added weigh nothing."""
+    directions, shift, shares = surrogate
+    count = shift.shape[2]
+    features = max(triton.next_power_of_2(count), 16)
+    last = (0, features - count)
+    none = (0, 0)
+    return features, (
+        jnp.pad(directions, (none, none, last, none)),
+        jnp.pad(shift, (none, none, last)),
+        jnp.pad(shares, (none, none, none, last)),
+    )
 
 
 @triton.jit
@@ -87,9 +130,14 @@ def _page_attention(
     ends_ptr,  # (B * L,) i32
     positions_ptr,  # (B, T) i32
     mask_ptr,  # (B * L, K, T) i8, or anything
+    directions_ptr,  # (B * Hkv, F, D) f32; with F = 0, this and the next two anything
+    shift_ptr,  # (B * Hkv, F) f32
+    shares_ptr,  # (B * L, R, F) f32
     # out
     out_ptr,  # (B * L, splits, R, D) f32
     lse_ptr,  # (B * L, splits, R) f32
+    taken_ptr,  # as out_ptr; with F = 0, this and the next not written
+    mass_ptr,  # as lse_ptr
     scale: tl.constexpr,  # of the logits, in base 2
     LISTS: tl.constexpr,
     LISTED: tl.constexpr,
@@ -104,12 +152,13 @@ def _page_attention(
     HAS_MASK: tl.constexpr,
     OFFSET: tl.constexpr,
     OPERAND: tl.constexpr,
+    FIRST: tl.constexpr,
+    FEATURES: tl.constexpr,
 ):
     part, splits = tl.program_id(1), tl.num_programs(1)
     which = tl.program_id(0).to(tl.int64)  # of B * L lists
-    pages_ptr += head_of(which, LISTS, KV_HEADS) * (
-        NUM_PAGES * PAGE_SIZE * 2 * HEAD_DIM
-    )
+    head = head_of(which, LISTS, KV_HEADS)
+    pages_ptr += head * (NUM_PAGES * PAGE_SIZE * 2 * HEAD_DIM)
     ids_ptr += which * LISTED
     row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, HEAD_DIM)
@@ -122,6 +171,15 @@ def _page_attention(
     m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
+    if FEATURES:
+        feature = tl.arange(0, FEATURES)
+        place = (head * FEATURES + feature)[:, None] * HEAD_DIM + lane
+        directions = tl.load(directions_ptr + place)
+        shift = tl.load(shift_ptr + head * FEATURES + feature)
+        place = (which * ROWS + row)[:, None] * FEATURES + feature
+        shares = tl.load(shares_ptr + place, mask=is_row[:, None], other=0.0)
+        mass = tl.zeros((BLOCK_ROWS,), tl.float32)
+        taken = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
     blocks = tl.cdiv(tl.load(ends_ptr + which) * PAGE_SIZE, BLOCK_TOKENS)
     share = tl.cdiv(blocks, splits)
     begin = part * share
@@ -129,7 +187,7 @@ def _page_attention(
         slot, position, is_page = tokens_of(
             ids_ptr, i, LISTED, NUM_PAGES, PAGE_SIZE, BLOCK_TOKENS
         )
-        is_held = is_page & (position <= last)
+        is_held = is_page & (position <= last) & (position >= FIRST)
         k = vectors(pages_ptr, position, is_held, HEAD_DIM, OFFSET)
         v = vectors(pages_ptr + HEAD_DIM, position, is_held, HEAD_DIM, OFFSET)
         seen = seen_by(
@@ -156,6 +214,14 @@ def _page_attention(
         acc = acc * decay[:, None]
         acc += tl.dot(weights, v.to(OPERAND), input_precision="ieee")
         m = m_new
+        if FEATURES:  # in three products of 19 bits each: near float32
+            keys = tl.trans(k.to(tl.float32))
+            ell = tl.dot(directions, keys, input_precision="tf32x3")
+            features = tl.exp(ell - shift[:, None])
+            weights = tl.dot(shares, features, input_precision="tf32x3")
+            weights = tl.where(seen, weights, 0.0)
+            mass += tl.sum(weights, 1)
+            taken += tl.dot(weights, v.to(tl.float32), input_precision="tf32x3")
 
     positive = tl.where(l == 0, 1.0, l)
     lse = tl.where(l == 0, float("-inf"), m * 0.6931471805599453 + tl.log(positive))
@@ -165,3 +231,7 @@ def _page_attention(
     tl.store(lse_ptr + row, lse, mask=is_row)
     out = acc / positive[:, None]
     tl.store(out_ptr + row[:, None] * HEAD_DIM + lane, out, mask=is_row[:, None])
+    if FEATURES:
+        taken_ptr += which * splits * (ROWS * HEAD_DIM) + lane
+        tl.store(taken_ptr + row[:, None] * HEAD_DIM, taken, mask=is_row[:, None])
+        tl.store(mass_ptr + which * splits * ROWS + row, mass, mask=is_row)

@@ -190,6 +190,15 @@ def _edges():
             None,
             _array(2, 8, 4, dtype=single),
         ),
+        # What completion asks for. No record: of its rotated loop, `loops` sees half.
+        "a-surrogate": (
+            functools.partial(pages, first_position=4),
+            *shapes.pages(SHORT, 64, features=16),
+        ),
+        "a-surrogate-of-five-features": (
+            functools.partial(pages, first_position=4),
+            *shapes.pages(1024, 8, tokens=64, head_dim=64, rows=2, features=5),
+        ),
         "a-ring-below-a-block": (
             decode,
             _array(2, 8, 4, 128),

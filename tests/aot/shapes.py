@@ -4,8 +4,12 @@
 unless a case says otherwise. Each function gives the arguments of an operation.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+
+from pallas_kernels.page_attention import Surrogate
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 Q_HEADS = KV_HEADS * GROUP
@@ -29,11 +33,21 @@ def pages(
     dtype=jnp.bfloat16,
     masked=False,
     given=False,
+    features=0,
 ):
-    """Of `page_attention`: lists of `tokens`, a mask, a given threshold."""
+    """Of `page_attention`: lists of `tokens`, a mask, a given threshold.
+
+    With `features` it starts from other tokens and sums by other weights too.
+    """
     lists, listed = lists or heads[1], tokens // page_size
     mask = array(batch, lists, listed, rows, dtype=jnp.bool_)
     tau = array(batch, heads[0], rows, dtype=jnp.float32)
+    beside = ()
+    if features:
+        single = functools.partial(array, dtype=jnp.float32)
+        shape = batch, heads[1], features
+        weights = single(*shape, head_dim), single(*shape), single(*tau.shape, features)
+        beside = (single(*tau.shape, head_dim), tau), Surrogate(*weights)
     return (
         array(batch, heads[0], rows, head_dim, dtype=dtype),
         array(
@@ -43,6 +57,7 @@ def pages(
         array(batch, rows, dtype=jnp.int32),
         mask if masked else None,
         tau if given else None,
+        *beside,
     )
 
 

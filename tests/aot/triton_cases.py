@@ -41,6 +41,8 @@ class Case(NamedTuple):
 
 def _pages(context, page_size, *, alpha=1.0, **sizes):
     function = functools.partial(page_attention, sm_scale=0.1, alpha=alpha)
+    if "features" in sizes:
+        function = functools.partial(function, first_position=4)
     return function, shapes.pages(context, page_size, **sizes)
 
 
@@ -65,6 +67,7 @@ CASES = {
     "page_attention-P16-1M": _pages(LONG, 16, tokens=LONG // 16),
     "page_attention-P128-T16-mask-128K": _pages(SHORT, 128, rows=16, masked=True),
     "page_attention-P64-f32-128K": _pages(SHORT, 64, dtype=jnp.float32),
+    "page_attention-surrogate-P64-128K": _pages(SHORT, 64, features=16),
     "page_attention-entmax-P16-1M": _pages(LONG, 16, tokens=LONG // 16, alpha=1.5),
     "page_attention-entmax-tau-P64-128K": _pages(SHORT, 64, alpha=1.7, given=True),
     "page_bounds-P16-1M": _scores(page_bounds, LONG, 16),
@@ -91,6 +94,7 @@ TARGETS = {
     "a100": (
         *BOTH,
         "page_attention-P16-1M",
+        "page_attention-surrogate-P64-128K",
         "page_attention-entmax-P16-1M",
         "page_bounds-mean-P64-128K",
         "entmax-1.5-8K",
@@ -100,6 +104,7 @@ TARGETS = {
         *BOTH,
         "page_attention-P128-T16-mask-128K",
         "page_attention-P64-f32-128K",
+        "page_attention-surrogate-P64-128K",
         "page_attention-entmax-tau-P64-128K",
         "page_bounds-max-P64-128K",
         "page_moments-P16-1M",

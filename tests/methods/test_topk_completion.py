@@ -43,7 +43,16 @@ def check(stream, retrieved, chunks=None, capacity=None, **options):
 @pytest.mark.parametrize(
     ("heads", "retrieved", "options"),
     [
-        ((4, 2), 5, {"feature_map": "anchor"}),
+        (
+            (4, 2),
+            6,
+            {
+                "feature_map": "anchor",
+                "selector": "pages",
+                "page_size": 3,
+                "per": "query",
+            },
+        ),
         (
             (4, 1),
             3,

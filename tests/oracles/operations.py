@@ -12,24 +12,28 @@ from oracles.attention import (
 
 
 def page_attention(
-    q, pages, page_ids, query_positions, mask=None, sm_scale=1.0, alpha=1.0, tau=None
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    mask=None,
+    sm_scale=1.0,
+    alpha=1.0,
+    tau=None,
+    initial=None,
+    first_position=0,
 ):
     """`(out, lse)`, one query row at a time over the tokens of its listed pages.
 
-    With entmax and a threshold tau `(B, Hq, T)`, as it is: `(out, mass)`.
+    With entmax and a threshold tau `(B, Hq, T)`, as it is: `(out, mass)`. What
+    `initial` saw counts as one token of that logit and value.
     """
-    page_size, head_dim = pages.shape[3], q.shape[3]
+    head_dim = q.shape[3]
     out, lse = np.zeros(q.shape), np.full(q.shape[:3], -math.inf)
     for b, h, t in np.ndindex(q.shape[:3]):
-        kv = h * pages.shape[1] // q.shape[1]
-        own = h * page_ids.shape[1] // q.shape[1]
-        tokens = []
-        for place, page in enumerate(page_ids[b, own]):
-            if mask is not None and not mask[b, own, place, t]:
-                continue
-            for i in range(page_size if page >= 0 else 0):
-                if page * page_size + i <= query_positions[b, t]:
-                    tokens.append(pages[b, kv, page, i])
+        tokens = page_tokens(
+            q, pages, page_ids, query_positions, mask, first_position, (b, h, t)
+        )
         keys = [token[:head_dim] for token in tokens]
         values = [token[head_dim:] for token in tokens]
         attend = softmax_attention
@@ -40,7 +44,67 @@ def page_attention(
         out[b, h, t], lse[b, h, t], _ = attend(
             q[b, h, t], keys, values, sm_scale=sm_scale
         )
+        if initial is not None:
+            logs = np.array([initial[1][b, h, t], lse[b, h, t]], np.float64)
+            total = lse[b, h, t] = np.logaddexp(*logs)
+            if total > -math.inf:
+                both = np.array([initial[0][b, h, t], out[b, h, t]])
+                out[b, h, t] = np.exp(logs - total) @ both
     return out, lse
+
+
+def page_tokens(q, pages, page_ids, query_positions, mask, first_position, row):
+    """Fused tokens that one query row sees."""
+    b, h, t = row
+    page_size = pages.shape[3]
+    kv = h * pages.shape[1] // q.shape[1]
+    own = h * page_ids.shape[1] // q.shape[1]
+    tokens = []
+    for place, page in enumerate(page_ids[b, own]):
+        if mask is not None and not mask[b, own, place, t]:
+            continue
+        for i in range(page_size if page >= 0 else 0):
+            position = page * page_size + i
+            if first_position <= position <= query_positions[b, t]:
+                tokens.append(pages[b, kv, page, i])
+    return tokens
+
+
+def page_weighed(
+    q, pages, page_ids, query_positions, mask, surrogate, first_position=0
+):
+    """Values and weights of linear attention, summed token by token."""
+    directions, shift, shares = surrogate
+    head_dim = q.shape[3]
+    taken, mass = np.zeros(q.shape), np.zeros(q.shape[:3])
+    for b, h, t in np.ndindex(q.shape[:3]):
+        kv = h * pages.shape[1] // q.shape[1]
+        for token in page_tokens(
+            q, pages, page_ids, query_positions, mask, first_position, (b, h, t)
+        ):
+            features = np.exp(directions[b, kv] @ token[:head_dim] - shift[b, kv])
+            weight = float(shares[b, h, t] @ features)
+            mass[b, h, t] += weight
+            taken[b, h, t] += weight * token[head_dim:]
+    return taken, mass
+
+
+def beside(problem, features=3, seed=7):
+    """What `page_attention` may be given beside its pages: a start, and weights.
+
+    Some rows start from nothing. Shares of one row are all in one feature.
+    """
+    rng = np.random.default_rng(seed)
+    q, pages = problem[:2]
+    heads, head_dim = pages.shape[:2], q.shape[3]
+    out, lse = rng.standard_normal(q.shape), 2 + rng.standard_normal(q.shape[:3])
+    lse[:, 1::2] = -math.inf
+    directions = 0.3 * rng.standard_normal((*heads, features, head_dim))
+    shift = 2 * rng.random((*heads, features))
+    shares = rng.random((*q.shape[:3], features))
+    shares[0, 0, 0, 1:] = 0
+    both = (out, lse), (directions, shift, shares)
+    return tuple(tuple(np.float32(x) for x in part) for part in both)
 
 
 def above(query, keys, values, alpha, tau, sm_scale):

@@ -56,7 +56,16 @@ def _assert_close(actual, expected, dtype):
 
 
 def _check_pages(
-    heads, head_dim, pages, ids, positions, mask=None, dtype="bfloat16", **options
+    heads,
+    head_dim,
+    pages,
+    ids,
+    positions,
+    mask=None,
+    dtype="bfloat16",
+    initial=False,
+    first_position=0,
+    **options,
 ):
     """Poison: NaN in pages that are not listed or not seen, and in keys not seen."""
     rng = np.random.default_rng(0)
@@ -81,15 +90,22 @@ def _check_pages(
     poisoned = jnp.where(
         unseen[:, None, ..., None] & ~hidden, jnp.asarray(6e4, dtype), poisoned
     )
-    actual = _simulated(page_attention, sm_scale=0.2, **options)(
+    initial = oracles.beside((q, cache))[0] if initial else None
+    more = {"initial": initial, "first_position": first_position}
+    run = _simulated(
+        page_attention, sm_scale=0.2, first_position=first_position, **options
+    )
+    actual = run(
         q,
         poisoned,
         jnp.asarray(ids),
         jnp.asarray(positions),
         None if mask is None else jnp.asarray(mask),
+        initial=initial,
     )
     inputs = [np.asarray(x.astype(jnp.float32)) for x in (q, cache)]
-    expected = oracles.page_attention(*inputs, ids, positions, mask, sm_scale=0.2)
+    given = *inputs, ids, positions, mask
+    expected = oracles.page_attention(*given, sm_scale=0.2, **more)
     _assert_close(actual, expected, dtype)
 
 
@@ -101,6 +117,14 @@ def test_pages_of_a_block():
         [[-1, 1, -1, -1, 2, 0, -1], [-1] * 7],
     ]
     _check_pages((8, 2), 128, (8, 64), ids, [[300], [70]])
+
+
+@needs_mosaic
+def test_pages_from_where_other_tokens_left_it():
+    """Without the first tokens: page 0 is not seen and page 1 is cut."""
+    ids = [[[4, -1, 0, 7, 2, 1, 3], [-1, -1, 6, -1, 1, -1, -1]]]
+    options = {"initial": True, "first_position": 101}
+    _check_pages((8, 2), 64, (8, 64), ids, [[300]], **options)
 
 
 @needs_mosaic

@@ -10,7 +10,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.entmax import reference as entmax_reference
-from pallas_kernels.page_attention import page_attention, reference, tuning
+from pallas_kernels.page_attention import Surrogate, page_attention, reference, tuning
 
 # Relative error of a row; two to three times the largest seen. What they catch: see
 # test_tolerance_sees_one_token.
@@ -161,6 +161,59 @@ def test_copies_do_not_race(alpha):
     )
     problem = _problem(ids=IDS, positions=[141, 30], dtype="bfloat16")
     _check(problem, "bfloat16", alpha=alpha, interpret=interpret)
+
+
+@pytest.mark.parametrize(
+    "case", ["a-list-a-query-head", "kernel-D64-bfloat16", "kernel-mask"]
+)
+def test_weights_of_two_kinds_from_one_read(case):
+    """From where other tokens left it; without the first ones; and another sum."""
+    first = 21  # page 0 is not seen and page 1 is cut
+    if case == "kernel-mask":
+        problem = _masked_problem()
+    elif case == "kernel-D64-bfloat16":
+        sizes = {"head_dim": 64, "dtype": "bfloat16"}
+        problem = _problem(ids=IDS, positions=[141, 30], **sizes)
+    else:
+        ids = [[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]]
+        problem = _problem(rows=3, num_pages=4, ids=ids, positions=[[20, 17, 40]])
+    q, pages, ids, positions, *mask = problem
+    # What is listed and not seen is a number, as large as one can be.
+    pages = pages.at[:, :, 1, :5].set(1e30)
+    run = functools.partial(page_attention, sm_scale=0.2, first_position=first)
+    poisoned = pages
+    if case.startswith("kernel"):
+        run = functools.partial(run, implementation="mosaic_tpu", interpret=True)
+        read = np.where(np.asarray(ids) == 0, -1, ids)
+        if mask:
+            read = np.where(np.asarray(mask[0]).any(-1), read, -1)
+        poisoned = _poisoned(pages, read, np.asarray(positions))
+    initial, surrogate = oracles.beside(problem)
+    out, lse, taken, mass = jax.jit(run)(
+        q,
+        poisoned,
+        ids,
+        positions,
+        *mask,
+        initial=initial,
+        surrogate=Surrogate(*surrogate),
+    )
+    inputs = [np.asarray(x.astype(jnp.float32)) for x in (q, pages)]
+    inputs += [np.asarray(x) for x in problem[2:]]
+    expected = oracles.page_attention(
+        *inputs, sm_scale=0.2, initial=initial, first_position=first
+    )
+    tolerance = TOLERANCE[q.dtype.name]
+    size = np.maximum(np.linalg.norm(expected[0], axis=-1), 1e-30)
+    assert (np.linalg.norm(out - expected[0], axis=-1) / size).max() < tolerance
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-6, atol=tolerance)
+    # In full precision, also of 16 bits.
+    mask = mask[0] if mask else None
+    wanted, total = oracles.page_weighed(*inputs[:4], mask, surrogate, first)
+    np.testing.assert_allclose(mass, total, rtol=3e-6)
+    unit = np.abs(wanted).max()
+    assert unit > 1
+    np.testing.assert_allclose(taken, wanted, rtol=0, atol=3e-6 * unit)
 
 
 def test_tolerance_sees_one_token():
@@ -327,6 +380,20 @@ def test_errors_name_the_shapes():
             ValueError, match=r"tau .*must be float32 for .*\(1, 4, 1\)"
         ):
             run(tau=tau, alpha=1.5)
+    initial, surrogate = oracles.beside((q, pages))
+    for given in (
+        {"initial": initial},
+        {"surrogate": Surrogate(*surrogate)},
+        {"first_position": 1},
+    ):
+        with pytest.raises(ValueError, match=r"are of softmax: alpha=1.5 must be 1"):
+            run(alpha=1.5, **given)
+    with pytest.raises(ValueError, match=r"initial .*must be .*float32\(1, 4, 1\)"):
+        run(initial=(initial[0], initial[1][:, :2]))
+    with pytest.raises(
+        ValueError, match=r"surrogate .*must be .*float32\(1, 4, 1, 3\)"
+    ):
+        run(surrogate=Surrogate(*surrogate[:2], surrogate[2][..., :1]))
     mask = jnp.ones((*ids.shape, 2), bool)
     with pytest.raises(ValueError, match=r"mask .*of the 1 query rows"):
         page_attention(q, pages, ids, positions, mask, sm_scale=1.0)

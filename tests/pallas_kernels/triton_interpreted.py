@@ -15,7 +15,7 @@ from triton.runtime import interpreter
 from pallas_kernels import triton_call
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.entmax import triton as entmax_triton
-from pallas_kernels.page_attention import page_attention, triton_blocks
+from pallas_kernels.page_attention import Surrogate, page_attention, triton_blocks
 from pallas_kernels.page_attention import triton as page_attention_triton
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.page_scores import triton as page_scores_triton
@@ -160,6 +160,44 @@ class TestPageAttention:
         ids = [[[0, 5, -1, 2]]]
         positions = np.arange(23, 43)[None]
         _check(_problem(heads=(4, 1), ids=ids, positions=positions))
+
+
+@pytest.mark.parametrize("splits", [3], indirect=True)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.usefixtures("splits")
+def test_weights_of_two_kinds_from_one_read(dtype):
+    """From where other tokens left it; without the first ones; and another sum."""
+    first = 21
+    ids = np.array([[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]])
+    problem = _problem(ids=ids, positions=[[20, 17, 60]], dtype=dtype)
+    q, pages, ids, positions = problem
+    mask = np.random.default_rng(1).random((*ids.shape, 3)) < 0.8
+    initial, surrogate = oracles.beside(problem)
+    unread = np.arange(9 * 16).reshape(9, 16, 1) < first
+    out, lse, taken, mass = jax.jit(
+        functools.partial(_pages, sm_scale=0.4, first_position=first)
+    )(
+        q,
+        jnp.where(unread, jnp.nan, pages),
+        ids,
+        positions,
+        jnp.asarray(mask),
+        initial=initial,
+        surrogate=Surrogate(*surrogate),
+    )
+    inputs = [np.asarray(x, np.float64) for x in (q, pages)]
+    inputs += [np.asarray(x) for x in (ids, positions, mask)]
+    expected = oracles.page_attention(
+        *inputs, sm_scale=0.4, initial=initial, first_position=first
+    )
+    tolerance = TOLERANCE[dtype]
+    size = np.maximum(np.linalg.norm(expected[0], axis=-1), 1e-30)
+    assert (np.linalg.norm(out - expected[0], axis=-1) / size).max() < tolerance
+    np.testing.assert_allclose(lse, expected[1], rtol=1e-6, atol=tolerance)
+    wanted, total = oracles.page_weighed(*inputs, surrogate, first)
+    np.testing.assert_allclose(mass, total, rtol=3e-6)
+    unit = np.abs(wanted).max()
+    np.testing.assert_allclose(taken, wanted, rtol=0, atol=3e-6 * unit)
 
 
 @pytest.mark.usefixtures("splits")
