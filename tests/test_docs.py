@@ -48,6 +48,9 @@ SHORTER = {
         *("--context", "128", "--budget", "48", "--n", "1", "--windows", "1"),
         *("--new-tokens", "4", "--method", "quest"),
     ],
+    "kvjax reproduce --list": [],
+    "kvjax reproduce --claim": ["--quick"],
+    "kvjax reproduce --quick": ["--claim", "cascade-memory"],
     "kvjax eval": ["--context", "96", "--n", "1", "--new-tokens", "4"],
 }
 

@@ -22,6 +22,7 @@ from kvjax.cli import (
     info,
     plan,
     prefix,
+    reproduce,
     stream,
     train,
 )
@@ -118,6 +119,7 @@ _EXAMPLES = {
     evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
     plan.plan: "kvjax plan --model embedded-softmax --context 8192 --budget 512",
+    reproduce.reproduce: "kvjax reproduce --quick --claim completion-error",
     bench.bench: "kvjax bench kernels --context 131072 --budget 2048",
     train.train: "kvjax train --config toy --set optimizer.lr=2e-3 --out runs/toy",
     distill.distill: "kvjax distill --model embedded-softmax --out runs/map",

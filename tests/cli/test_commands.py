@@ -23,7 +23,7 @@ def test_version(run):
 
 
 COMMANDS = ("methods", "cite", "generate", "prefill", "score", "eval", "compare")
-COMMANDS += ("plan", "train")
+COMMANDS += ("plan", "reproduce", "train")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -1,0 +1,35 @@
+"""The papers' claims, one entry each: what is said, how it is measured here, the bar.
+
+`kvjax reproduce` runs them and computes a verdict for each.
+"""
+
+import difflib
+from collections.abc import Sequence
+
+from kvjax.evaluation.claims import cascade, entmaxkv, refreshkv, retro, topk_completion
+from kvjax.evaluation.claims.claim import Claim
+
+ALL: tuple[Claim, ...] = (
+    *topk_completion.CLAIMS,
+    *cascade.CLAIMS,
+    *entmaxkv.CLAIMS,
+    *refreshkv.CLAIMS,
+    *retro.CLAIMS,
+)
+
+
+def named(names: Sequence[str]) -> tuple[Claim, ...]:
+    """The claims of these names, in the order of the table; all of them for none.
+
+    Raises:
+        ValueError: for a name that no claim has, with the nearest one.
+    """
+    known = {claim.name: claim for claim in ALL}
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"unknown claim {name!r}; did you mean {close[0]!r}? "
+                "`kvjax reproduce --list` shows all."
+            )
+    return tuple(claim for claim in ALL if not names or claim.name in names)

@@ -1,0 +1,161 @@
+"""The table of claims for people: in a terminal, as Markdown and as an HTML page."""
+
+import importlib.resources
+import json
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from kvjax import report
+from kvjax.evaluation.claims import figures
+from kvjax.evaluation.claims.claim import NOW, VERDICTS, Row, as_dict
+
+FORMAT = 1  # of results.json; a change that breaks readers adds one
+HEADINGS = ("claim", "the paper", "here", "n", "measured", "verdict")
+
+
+def document(
+    rows: Sequence[Row], manifest: Mapping[str, Any], *, quick: bool, asked: int
+) -> dict[str, Any]:
+    """JSON-ready: what was found, row by row, and how often each verdict was reached.
+
+    Args:
+        rows: those that are finished.
+        manifest: of `report.manifest`.
+        quick: whether the sizes are the small ones.
+        asked: how many rows there will be.
+    """
+    entries = [as_dict(row) for row in rows]
+    count = {verdict: 0 for verdict in VERDICTS}
+    for row in rows:
+        count[row.verdict] += 1
+    found = {
+        "format": FORMAT,
+        "manifest": dict(manifest),
+        "quick": quick,
+        "finished": len(rows) == asked,
+        "verdicts": count,
+        "rows": entries,
+    }
+    return report.json_ready(found)
+
+
+def here(row: Mapping[str, Any]) -> str:
+    """The value with its interval."""
+    if row["value"] is None:
+        return "-"
+    low, high = row["interval"]
+    said = number(row["value"])
+    if low is None or high is None or low == high:
+        return said
+    return f"{said} [{number(low)}, {number(high)}]"
+
+
+def number(value: float) -> str:
+    """Three significant digits, and no exponent where it can be helped."""
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4 or abs(value) >= 1e6:
+        return f"{value:.1e}"
+    return f"{value:.3g}"
+
+
+def cells(row: Mapping[str, Any]) -> list[str]:
+    """A row under `HEADINGS`."""
+    measured = row["measured"] or "-"
+    return [
+        f"{row['claim']} ({row['source']})",
+        row["paper"],
+        f"{here(row)}\n{row['measures']}; bar {row['bar']}",
+        str(row["n"]) if row["n"] else "-",
+        measured,
+        row["verdict"],
+    ]
+
+
+def summary(found: Mapping[str, Any]) -> str:
+    """How often each verdict was reached, in a line."""
+    counts = found["verdicts"]
+    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    sizes = "small sizes (--quick)" if found["quick"] else "full sizes"
+    return f"{len(found['rows'])} claims, {sizes}: {said}."
+
+
+CAPTION = (
+    "95% intervals; n counts independent samples: windows, examples, heads or repeats. "
+    "A value that is counted has no interval. Reproduced: up to the bar, and the "
+    "interval excludes no effect. Direction only: smaller, or the interval does not. "
+    f'Measured: "{NOW}", or when and where the recorded run was made.'
+)
+
+
+def print_table(found: Mapping[str, Any]) -> None:
+    """The table on stdout, the reasons and the commands beneath."""
+    from rich.console import Console
+    from rich.table import Table
+
+    # Brackets are intervals here, not markup; and a file has no width of its own.
+    console = Console(markup=False, highlight=False)
+    if not console.is_terminal:
+        console = Console(markup=False, highlight=False, width=160)
+    table = Table(caption=CAPTION, caption_justify="left", show_lines=True)
+    for heading in HEADINGS:
+        table.add_column(heading, overflow="fold")
+    for row in found["rows"]:
+        table.add_row(*cells(row))
+    console.print(table)
+    for row in found["rows"]:
+        console.print(f"{row['name']}: {row['verdict']}. {row['reason']}")
+        console.print(f"    {row['command']}")
+    console.print(summary(found))
+
+
+def markdown(found: Mapping[str, Any]) -> str:
+    """The table and the reasons, for a page of the docs."""
+    lines = [
+        "| claim | the paper | here | n | measured | verdict |",
+        "|---|---|---|--:|---|---|",
+    ]
+    for row in found["rows"]:
+        text = [cell.replace("\n", "; ").replace("|", "\\|") for cell in cells(row)]
+        text[0] = f"`{row['name']}`: {text[0]}"
+        lines.append("| " + " | ".join(text) + " |")
+    lines += ["", summary(found), ""]
+    lines += [f"- `{row['name']}`: {row['reason']}" for row in found["rows"]]
+    return "\n".join(lines) + "\n"
+
+
+def html(found: Mapping[str, Any]) -> str:
+    """The whole report as one page."""
+    import jinja2
+
+    source = importlib.resources.files("kvjax") / "templates" / "reproduce.html.jinja"
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    template = environment.from_string(source.read_text(encoding="utf-8"))
+    details = {row["name"]: row["details"] for row in found["rows"]}
+    pictures = [
+        (title, report.svg(figure))
+        for title, figure in figures.every(found["rows"], details)
+    ]
+    return template.render(
+        summary=summary(found),
+        caption=CAPTION,
+        headings=HEADINGS,
+        rows=[(row, cells(row)) for row in found["rows"]],
+        figures=pictures,
+        manifest=found["manifest"],
+    )
+
+
+def write_results(folder: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
+    """Writes `results.json`, whole or not at all."""
+    path = folder / "results.json"
+    report.write_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    return path
+
+
+def write_page(folder: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
+    """Writes `report.html`, whole or not at all."""
+    path = folder / "report.html"
+    report.write_text(path, html(found))
+    return path

@@ -1,0 +1,276 @@
+"""Claims of "Retrospective Sparse Attention for Efficient Long-Context Generation"."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvjax import paging, retrospection
+from kvjax.evaluation import statistics
+from kvjax.evaluation.claims import recorded, texts
+from kvjax.evaluation.claims.claim import (
+    Claim,
+    Effect,
+    Measured,
+    NotMeasuredError,
+    Within,
+    counted,
+    of_interval,
+    without_spread,
+)
+from kvjax.evaluation.claims.session import SOFTMAX, Session
+from kvjax.rope import Rope
+
+PAPER = "arXiv:2508.09001"
+RESULTS = "*-retro.json"
+PAGE = 16  # quest's default
+SHARE = 0.15  # of the tokens, the paper's
+WINDOW, WIDE = 2, 8  # the paper's default, and its widest
+
+
+def _quest(session: Session) -> str:
+    # The paper reads at least 256 tokens; the share is what short contexts allow.
+    least = max(int(SHARE * session.sizes.context) // PAGE * PAGE, PAGE)
+    return f"quest:budget={least},budget_ratio={SHARE}"
+
+
+def _retro(session: Session, window: int) -> str:
+    return f"retro:window={window}+{_quest(session)}"
+
+
+def _driven(session: Session, spec: str):
+    # What is watched belongs to the run, whichever claim asks for it first.
+    watch = num_seen if spec.startswith("retro") else None
+    return texts.text(session, SOFTMAX, spec, watch)
+
+
+def _nats(session: Session, spec: str) -> np.ndarray:
+    return -_driven(session, spec).log_probs[:, 1:]
+
+
+def _text(session: Session) -> Measured:
+    quest, ours, full = (
+        _nats(session, spec).mean(1)
+        for spec in (_quest(session), _retro(session, WINDOW), "full")
+    )
+    found = statistics.paired_difference(quest, ours)
+    gap = float((quest - full).mean())
+    return of_interval(found, details={"quest_above_full": gap})
+
+
+def _keys(session: Session) -> Measured:
+    errors = {
+        name: key_errors(session, spec)
+        for name, spec in {
+            "quest": _quest(session),
+            "window 2": _retro(session, WINDOW),
+        }.items()
+    }
+    found = statistics.paired_difference(errors["quest"], errors["window 2"])
+    details = {name: float(error.mean()) for name, error in errors.items()}
+    return of_interval(found, details={"relative_error": details})
+
+
+def _recorded_widening(session: Session) -> Measured:
+    found = recorded.entries(session.results, RESULTS, "text")
+    two, eight = (
+        recorded.first(
+            found,
+            f"text under retro of window {window}",
+            lambda e, w=window: e["method"] == f"retro {w}",
+        )
+        for window in (WINDOW, WIDE)
+    )
+    errors = [entry.data["key_error_by_layer"][-1] for entry in (two, eight)]
+    details = {"relative_error": dict(zip(("2", "8"), errors, strict=True))}
+    below = errors[0] - errors[1]
+    return without_spread(below, two.data["windows"], when=two.when, details=details)
+
+
+def _widening(session: Session) -> Measured:
+    if not session.sizes.thorough:
+        return _recorded_widening(session)
+    two, eight = (
+        key_errors(session, _retro(session, window)) for window in (WINDOW, WIDE)
+    )
+    return of_interval(statistics.paired_difference(two, eight))
+
+
+def key_errors(session: Session, spec: str) -> np.ndarray:
+    """Of each window, how far the deepest layer's keys are from full attention's.
+
+    Relative L2 distance of the keys of decoded tokens that are revised no more.
+    """
+
+    def keys(spec):
+        state = _driven(session, spec).states[-1]
+        store = state.store if hasattr(state, "store") else state
+        kept = paging.views(store)[0] if hasattr(store, "pages") else store.k
+        first = session.sizes.context
+        last = first + session.sizes.text_steps - WIDE
+        return np.asarray(kept)[:, :, first:last]
+
+    kept, true = keys(spec), keys("full")
+    gap = np.linalg.norm(kept - true, axis=-1) / np.linalg.norm(true, axis=-1)
+    return gap.mean((1, 2))
+
+
+def num_seen(before: tuple, after: tuple) -> jax.Array:
+    """`(L, B, H, W)`: pages that each row of the step has seen by now."""
+    del before
+    counts = [
+        retrospection.num_seen(state.window, state.store.length, PAGE)
+        for state in after
+    ]
+    return jnp.stack(counts)
+
+
+def _exposure(session: Session) -> Measured:
+    window = WIDE if session.sizes.thorough else WINDOW
+    counts = _driven(session, _retro(session, window)).watched
+    # Of each window of text: (steps, L, B, H, W), windows are the samples.
+    by_age = np.stack(
+        [retrospection.exposure(counts[:, :, b]) for b in range(counts.shape[2])]
+    )
+    found = statistics.mean_interval(by_age[:, WINDOW - 1])
+    curve = by_age.mean(0).tolist()
+    return of_interval(found, details={"by_window": dict(enumerate(curve, 1))})
+
+
+def _bytes(session: Session) -> Measured:
+    spec = dataclasses.replace(
+        session.model(SOFTMAX).decoder.cache_spec(1, 32_768, 64),
+        num_q_heads=32,
+        num_kv_heads=8,
+        head_dim=128,
+        rope=Rope(128),
+        dtype="bfloat16",
+        sm_scale=None,
+    )
+    quest = f"quest:budget=256,budget_ratio={SHARE}"
+    plain, ours = (
+        session.method(name).traffic(spec, 32_768).total
+        for name in (quest, f"retro:window={WINDOW}+{quest}")
+    )
+    return counted(ours / plain, details={"bytes": [plain, ours]})
+
+
+def _answers(session: Session) -> Measured:
+    found = recorded.entries(session.results, RESULTS, "chain")
+    ours = recorded.first(
+        found, "retro 2 on long chains", lambda e: e["method"] == f"retro {WINDOW}"
+    )
+    above = ours.data["above_quest"]
+    details = {"links": ours.data["links"], "tokens": ours.data["new_tokens"]}
+    return Measured(**_fields(above), when=ours.when, details=details)
+
+
+def _fields(interval) -> dict:
+    names = {"value": "mean", "low": "low", "high": "high", "n": "n"}
+    return {name: interval[key] for name, key in names.items()}
+
+
+def _time(session: Session) -> Measured:
+    ours = recorded.first(
+        recorded.entries(session.results, RESULTS, "time"),
+        "a decode step of retro 2",
+        lambda e: e["method"] == f"retro {WINDOW}",
+    )
+    if ours.when.endswith("cores"):
+        raise NotMeasuredError(
+            "the paper's milliseconds are of a GPU, and none is recorded; on "
+            f"{ours.when}, a step of embedded-softmax takes "
+            f"{ours.data['over_quest']:.2f} times Quest's, as rows are computed, not "
+            "read, there."
+        )
+    quest = recorded.first(
+        recorded.entries(session.results, RESULTS, "time"),
+        "a decode step of quest",
+        lambda e: e["method"] == "quest",
+    )
+    more = ours.data["milliseconds_a_token"] - quest.data["milliseconds_a_token"]
+    return without_spread(more, ours.data["repeats"], when=ours.when)
+
+
+CLAIMS = (
+    Claim(
+        name="retro-text",
+        method="retro",
+        sentence="It predicts better than Quest over long generation",
+        source=f"{PAPER}, perplexity on PG-19",
+        paper="closer to full attention than Quest throughout; no figure seen",
+        value="nats a token below Quest, window 2",
+        bar=Effect(none=0.0, bar=0.0),
+        measure=_text,
+        because={
+            "not reproduced": "keys improve, which hardly shows in what is predicted",
+            "direction only": "keys improve, which hardly shows in what is predicted",
+        },
+    ),
+    Claim(
+        name="retro-answers",
+        method="retro",
+        sentence="It answers better than Quest in long generation",
+        source=f"{PAPER}, LongGenBench",
+        paper="GSM8K 56.5 against 52.6 (Llama-3.1-8B-Instruct)",
+        value="share of 20 links before the first mistake above Quest's",
+        bar=Effect(none=0.0, bar=0.0),
+        measure=_answers,
+        because={
+            "not reproduced": "both answers are the same, example for example: what "
+            "Quest does not find when a link is asked for is not repaired afterwards",
+        },
+    ),
+    Claim(
+        name="retro-keys",
+        method="retro",
+        sentence="Revised tokens leave keys nearer to those of full attention",
+        source=f"{PAPER}, abstract (outputs are refined by what arrives later)",
+        paper="no figure",
+        value="relative error of the deepest layer's keys below Quest's, window 2",
+        bar=Effect(none=0.0, bar=0.0),
+        measure=_keys,
+    ),
+    Claim(
+        name="retro-window",
+        method="retro",
+        sentence="A wider window comes closer to full attention",
+        source=f"{PAPER}, sensitivity to the window",
+        paper="accuracy rises from window 2 to 4 to 8; flat after 8",
+        value="relative error of the deepest layer's keys, window 2's above window 8's",
+        bar=Effect(none=0.0, bar=0.0),
+        measure=_widening,
+    ),
+    Claim(
+        name="retro-exposure",
+        method="retro",
+        sentence="A token comes to see more pages than its own step read, the more the "
+        "wider the window",
+        source=f"{PAPER}, effective KV exposure",
+        paper="no figure seen",
+        value="pages seen after one step more, over those of its own",
+        bar=Effect(none=1.0, bar=1.0),
+        measure=_exposure,
+    ),
+    Claim(
+        name="retro-bytes",
+        method="retro",
+        sentence="It reads hardly more than Quest",
+        source=f"{PAPER}, memory traffic",
+        paper="1.6% to 3.0% more",
+        value="bytes a step over Quest's, one 8B layer at 32K, window 2",
+        bar=Within(1.03),
+        measure=_bytes,
+    ),
+    Claim(
+        name="retro-time",
+        method="retro",
+        sentence="A token takes less than a millisecond more than under Quest",
+        source=f"{PAPER}, latency",
+        paper="less than 1 ms at window 2, about 2 ms at 8 (a GPU)",
+        value="milliseconds a token above Quest's",
+        bar=Within(1.0),
+        measure=_time,
+    ),
+)
