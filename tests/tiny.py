@@ -64,7 +64,7 @@ def keep_layers(folder: pathlib.Path, count: int) -> None:
     assert config["num_hidden_layers"] > count
     text = json.dumps(config | {"num_hidden_layers": count})
     (folder / "config.json").write_text(text, "utf-8")
-    (file,) = folder.glob("*.safetensors")
+    file = folder / "model.safetensors"
     weights = safetensors.numpy.load_file(file)
     for name in list(weights):
         layer = re.search(r"layers\.(\d+)\.", name)

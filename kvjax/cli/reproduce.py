@@ -26,8 +26,7 @@ def reproduce(
     results: Annotated[
         pathlib.Path | None,
         typer.Option(
-            help="Folder of recorded runs; the repository's benchmarks/results if "
-            "left out."
+            help="Folder of recorded runs; those of benchmarks/results if left out."
         ),
     ] = None,
     out: Annotated[

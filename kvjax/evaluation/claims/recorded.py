@@ -1,7 +1,7 @@
 """What benchmarks recorded: the files under `benchmarks/results`, newest first.
 
-They are part of the repository and not of an installed package: where the folder is
-missing, what only they know is not measured.
+They come with the package. Where the folder is missing, what only they know is not
+measured.
 """
 
 import json
@@ -12,7 +12,11 @@ from typing import Any, NamedTuple
 
 from kvjax.evaluation.claims.claim import NotMeasuredError
 
-FOLDER = pathlib.Path(__file__).parents[3] / "benchmarks" / "results"
+# In an installed package they lie beside this file.
+_HERE = pathlib.Path(__file__)
+FOLDER = _HERE.with_name("results")
+if not FOLDER.is_dir():
+    FOLDER = _HERE.parents[3] / "benchmarks" / "results"
 
 
 class Entry(NamedTuple):

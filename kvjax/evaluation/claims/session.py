@@ -142,7 +142,7 @@ def session(
         load, parse, text: see :class:`Session`.
         quick: the small sizes.
         sizes: others, if given.
-        results: folder of recorded runs; that of the repository if None.
+        results: folder of recorded runs; `recorded.FOLDER` if None.
     """
     if sizes is None:
         sizes = QUICK if quick else FULL
