@@ -22,8 +22,11 @@ def test_schedules_and_temporaries(generation):
     A record is of one compiler: another's schedules only have to keep to the bars.
     """
     recorded = _recorded()
-    rows = tpu.figures(generation)
-    assert [row["case"] for row in rows] == list(cases.CASES)
+    names = list(cases.CASES)
+    if generation != "v5e":  # once for all, elsewhere where there are bars to keep
+        names = [n for n in names if generation in cases.CASES[n].bars]
+    rows = tpu.figures(generation, *names)
+    assert [row["case"] for row in rows] == names
     for row in rows:
         case = cases.CASES[row["case"]]
         before = recorded[generation, row["case"]]

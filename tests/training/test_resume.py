@@ -86,7 +86,7 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_bits(
         return max([int(p.name) for p in saves.glob("*") if p.name.isdecimal()] or [0])
 
     flags, seen = [], 0
-    for attempt in range(4):
+    for attempt in range(3):
         process = start(out, config, environment, *flags, TOYS_SLEEP="0.004")
         target = seen + rng.randint(3, 12)
         wait_for(process, lambda target=target: newest() >= target)
