@@ -3,6 +3,8 @@ r"""RetroAttention against Quest and full attention, on an embedded model.
     python benchmarks/retro.py text --n 6 --context 2048 --new-tokens 1280 --json F
     python benchmarks/retro.py lost --json F
     python benchmarks/retro.py chain --n 20 --context 2048 --links 20 --json F
+    python benchmarks/retro.py extraction --model embedded-refreshkv --n 20 --json F
+    python benchmarks/retro.py questions --n 20 --context 2048 --keys 12 --json F
     python benchmarks/retro.py bytes --json F
     python benchmarks/retro.py time --json F
 
@@ -10,8 +12,10 @@ Each call adds its part to the file. Every method reads the same pages a step: a
 of the tokens so far, at least 256, and all layers are sparse. Text: held-out text fed
 token by token; perplexity by position, how far the keys that stay behind are from those
 of full attention, a layer at a time, and what revising did. Lost: the text's entries of
-the file against each other. Chain: long answers from a list. Bytes: of a layer of an 8B
-model. Time: a decode step, in turns.
+the file against each other. Chain and extraction: long answers from a list, links or
+rows. Questions: keys hidden in one prompt, all asked for, one after the other; the
+questions are fed, the answers decoded. Bytes: of a layer of an 8B model. Time: a decode
+step, in turns.
 """
 
 import argparse
@@ -19,6 +23,7 @@ import functools
 import json
 import pathlib
 import time
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +33,11 @@ from entries import add
 import kvjax
 import models
 from kvjax import accounting, paging, registry, report, retrospection
-from kvjax.evaluation import chain, compare, statistics, tasks
+from kvjax.evaluation import chain, compare, extraction, haystack, statistics, tasks
+from kvjax.evaluation.claims import driven
 from kvjax.generate import prefill
 from kvjax.rope import Rope
+from kvjax.words import WORDS
 from models import embedded
 
 SEED = 60_000
@@ -201,40 +208,124 @@ def key_errors(method, states, truth, finished):
 
 
 def chains(args):
-    model = models.load("embedded-softmax", dtype="float32")
-    examples = chain.chain_of_key(
-        model.tokenizer,
-        embedded.heldout_text(),
-        context=args.context,
-        n=args.n,
-        seed=SEED,
-        links=args.links,
-    )
+    make = functools.partial(chain.chain_of_key, links=args.links)
+    yield from answers(args, "chain", make, {"links": args.links})
+
+
+def extractions(args):
+    make = functools.partial(extraction.extraction, rows=args.rows)
+    yield from answers(args, "extraction", make, {"rows": args.rows})
+
+
+def answers(args, part, make, about):
+    model = models.load(args.model, dtype="float32")
+    text = embedded.heldout_text()
+    examples = make(model.tokenizer, text, context=args.context, n=args.n, seed=SEED)
     new_tokens = max(example.answer_tokens for example in examples) + 2
+
+    def scores(method):
+        return compare.retrieve(
+            model, method, examples, new_tokens=new_tokens, batch=args.batch
+        ).scores
+
+    yield from against_quest(args, part, scores, about | {"new_tokens": new_tokens})
+
+
+class Asked(NamedTuple):
+    """Keys hidden in a prompt, and all questions after it with their answers."""
+
+    prompt: list[int]
+    after: list[int]
+    answer: list[int]  # of each token after the prompt: of which answer it is, or -1
+
+
+def questions(args):
+    model = models.load(args.model, dtype="float32")
+    asked = [several_questions(model.tokenizer, args, i) for i in range(args.n)]
+    steps = max(len(example.after) for example in asked)
+    shape = driven.Shape(args.batch, args.context, steps, BUCKET)
+    # The questions are fed and their answers decoded; a row that has ended goes on.
+    given = [
+        [
+            token if answer < 0 else -1
+            for token, answer in zip(x.after, x.answer, strict=True)
+        ]
+        + [-1] * (steps - len(x.after))
+        for x in asked
+    ]
+
+    def scores(method):
+        prompts = [example.prompt for example in asked]
+        said = driven.drive(model, method, shape, prompts, given, steps).tokens
+        return [share_right(*pair) for pair in zip(asked, said.tolist(), strict=True)]
+
+    yield from against_quest(args, "questions", scores, {"keys": args.keys})
+
+
+def several_questions(tokenizer, args, index):
+    """`keys` facts, evenly apart in held-out text, asked for in another order."""
+    rng = np.random.default_rng((SEED, index))
+    source = haystack.source(
+        tokenizer, embedded.heldout_text(), lambda line: "key" in line
+    )
+    lines = haystack.cut(source, rng, args.context)
+    words = rng.permutation(WORDS)[: args.keys].tolist()
+    numbers = haystack.new_numbers(rng, "".join(lines), args.keys)
+    facts = [
+        (f"key {word} has value ", number)
+        for word, number in zip(words, numbers, strict=True)
+    ]
+    order = rng.permutation(args.keys).tolist()
+    needles = haystack.Needles(
+        [f"{before}{number}.\n" for before, number in facts],
+        np.linspace(0, 1, args.keys).tolist(),
+        "\n",
+        "".join(f"{facts[i][0]}{facts[i][1]}.\n" for i in order),
+    )
+    fitted = haystack.fit(tokenizer, lines, source.sizes, needles, args.context)
+    encoded = tokenizer.backend.encode(fitted.text + needles.answer)
+    first = len(fitted.prompt)
+    assert encoded.ids[:first] == fitted.prompt
+    answer, at = [-1] * len(encoded.ids), len(fitted.text)
+    for number, (before, value) in enumerate(facts[i] for i in order):
+        at += len(before)
+        for token, (start, end) in enumerate(encoded.offsets):
+            if at <= start < end <= at + len(value):
+                answer[token] = number
+        at += len(value) + len(".\n")
+    return Asked(fitted.prompt, encoded.ids[first:], answer[first:])
+
+
+def share_right(asked, said):
+    """Of the answers, those of which every token is right."""
+    wrong = {
+        answer
+        for token, right, answer in zip(said, asked.after, asked.answer, strict=False)
+        if token != right
+    }
+    every = set(asked.answer) - {-1}
+    return len(every - wrong) / len(every)
+
+
+def against_quest(args, part, scores, about):
+    """An entry a method: its scores, and how far above Quest's they are."""
     baseline = None
     for name, method in named(args).items():
         start = time.perf_counter()
-        found = compare.retrieve(
-            model, method, examples, new_tokens=new_tokens, batch=args.batch
-        )
-        scores = np.array(found.scores)
+        found = np.array(scores(method))
         if name == "quest":
-            baseline = scores
+            baseline = found
         entry = {
-            "part": "chain",
+            "part": part,
+            "model": args.model,
             "method": name,
             "context": args.context,
-            "links": args.links,
-            "new_tokens": new_tokens,
             "n": args.n,
-            "share_before_the_first_mistake": statistics.share_interval(
-                found.scores
-            )._asdict(),
-        }
+            "score": statistics.share_interval(found.tolist())._asdict(),
+        } | about
         if baseline is not None and name != "quest":
-            entry["above_quest"] = statistics.paired_difference(
-                scores, baseline
-            )._asdict()
+            above = statistics.paired_difference(found, baseline)
+            entry["above_quest"] = above._asdict()
         yield entry | {"seconds": round(time.perf_counter() - start, 1)}
 
 
@@ -366,7 +457,15 @@ def plain_steps(decoder, method, params, states, recent, tokens):
     return states, found
 
 
-PARTS = {"text": text, "lost": lost, "chain": chains, "bytes": num_bytes, "time": times}
+PARTS = {
+    "text": text,
+    "lost": lost,
+    "chain": chains,
+    "extraction": extractions,
+    "questions": questions,
+    "bytes": num_bytes,
+    "time": times,
+}
 
 
 def main(argv=None):
@@ -381,7 +480,10 @@ def main(argv=None):
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--contexts", type=int, nargs="*", default=[8192, 32768])
     parser.add_argument("--new-tokens", type=int, default=1280)
+    parser.add_argument("--model", default="embedded-softmax", help="that answers")
     parser.add_argument("--links", type=int, default=20)
+    parser.add_argument("--rows", type=int, default=extraction.ROWS)
+    parser.add_argument("--keys", type=int, default=12, help="asked for, of a prompt")
     parser.add_argument("--n", type=int, default=6)
     parser.add_argument("--batch", type=int, default=10)
     parser.add_argument("--repeats", type=int, default=7)

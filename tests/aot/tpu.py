@@ -146,7 +146,11 @@ def figures(generation: str, *names: str) -> list[dict]:
         RuntimeError: if the compiler fails; carries the end of what it said.
     """
     with tempfile.TemporaryDirectory() as folder:
-        dump = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        # The last of its some seventy stages: writing all takes as long as compiling.
+        dump = (
+            f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+            "--xla_jf_dump_llo_pass_label_regex=.*final_bundles.*"
+        )
         printed = child.output(
             "tpu", generation, *names, **ENVIRONMENT, LIBTPU_INIT_ARGS=dump
         )
