@@ -11,6 +11,7 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one per pytest worker
 
+import compiling
 import jax
 import jaxtyping
 import pytest
@@ -19,13 +20,10 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tiny programs; LLVM's optimiser most of that.
 jax.config.update("jax_disable_most_optimizations", True)
-# In one piece each, and by the older code generator while XLA has it. XLA reads flags
-# once, now; another reader, as libtpu, ends the process over one that it lacks.
-FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
-if jax.__version_info__ < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+# XLA reads flags once, now; another reader, as libtpu, ends the process over one that it
+# lacks.
 if "XLA_FLAGS" not in os.environ:
-    os.environ["XLA_FLAGS"] = " ".join(FLAGS)
+    os.environ["XLA_FLAGS"] = " ".join(compiling.FLAGS)
     jax.numpy.zeros(()).block_until_ready()
     del os.environ["XLA_FLAGS"]
 

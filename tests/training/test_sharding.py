@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import compiling
 import pytest
 import toys
 
@@ -25,6 +26,7 @@ from kvjax.training import step as steps
 decoder = toys.decoder()
 params = jax.jit(lambda: decoder.init(0))()
 folder = pathlib.Path(sys.argv[1])
+compiled = {}
 
 
 def run(data, fsdp, *, save=False, restore=False):
@@ -42,7 +44,9 @@ def run(data, fsdp, *, save=False, restore=False):
     if restore:
         state = checkpoint.newest(checkpoints, shapes, print).state
         first = 3
-    step = steps.make_train_step(decoder, tx, config, mesh)
+    if (data, fsdp) not in compiled:
+        compiled[data, fsdp] = steps.make_train_step(decoder, tx, config, mesh)
+    step = compiled[data, fsdp]
     losses = []
     for i in range(first, 5):
         state, metrics = step(state, sharding.place(source[i], mesh))
@@ -81,7 +85,9 @@ print(json.dumps(found))
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "XLA_FLAGS": " ".join(
+            ["--xla_force_host_platform_device_count=4", *compiling.FLAGS]
+        ),
         "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
