@@ -51,6 +51,7 @@ LONG = {
     "test_resume.py",
     "test_site.py",
     "test_tpu.py",
+    "test_triton.py",
 }
 
 
