@@ -20,8 +20,8 @@ jax.config.update("jax_num_cpu_devices", 2)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tiny programs; LLVM's optimiser most of that.
 jax.config.update("jax_disable_most_optimizations", True)
-# XLA reads flags once, now; another reader, as libtpu, ends the process over one that it
-# lacks.
+# XLA reads flags once, now; another reader, as libtpu, ends the process over one that
+# it lacks.
 if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = " ".join(compiling.FLAGS)
     jax.numpy.zeros(()).block_until_ready()

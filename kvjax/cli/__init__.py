@@ -28,6 +28,8 @@ from kvjax.cli import (
 )
 from kvjax.cli.common import arguments_given
 
+INTERRUPTED = 130  # as shells count: 128 and the signal
+
 app = typer.Typer(
     name="kvjax",
     help="Decoding with long contexts in JAX, without drowning in KV-cache traffic.",
@@ -39,7 +41,11 @@ app = typer.Typer(
 
 
 def main() -> None:
-    """Runs the command line: exit code 0, 1 (interrupted) or 2 (a user's mistake)."""
+    """Runs the command line.
+
+    Exit code 0, 2 (a user's mistake), 130 (interrupted), or 1: of training that was
+    stopped, saved and can be resumed.
+    """
     sys.exit(run(sys.argv[1:]))
 
 
@@ -51,7 +57,7 @@ def run(arguments: list[str]) -> int:
             args=arguments or ["--help"], prog_name="kvjax", standalone_mode=False
         )
     except (typer.Abort, KeyboardInterrupt):
-        return _complain("interrupted.", 1)
+        return _complain("interrupted.", INTERRUPTED)
     except BrokenPipeError:
         # Whoever read the output has enough. Keep Python from flushing into the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,6 +73,8 @@ def run(arguments: list[str]) -> int:
         if getattr(error, "exit_code", None) != 2:
             raise
         return _complain(error.format_message())
+    if code == INTERRUPTED:  # newer versions of typer end so, without a word
+        return _complain("interrupted.", INTERRUPTED)
     return code if isinstance(code, int) else 0
 
 
