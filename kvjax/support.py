@@ -210,7 +210,8 @@ def list_pages(
     )
     if size == 1:
         chosen = jnp.full((*scores.shape[:2], 0), -1, jnp.int32)
-    elif size > num_pages and order == "index":
+    elif size >= num_pages and order == "index":
+        # Room for all: beside the newest page no more than the others are historical.
         chosen = _packed(scores > -jnp.inf)
     else:
         chosen = top_k(scores, min(size - 1, num_pages), order=order)[1]
