@@ -334,7 +334,8 @@ def test_lists_have_the_best_pages_then_the_newest():
     scores[0, 0, 5:] = -np.inf
     scores[1, :, 6:] = 99  # the newest page and one beyond: not theirs to choose
     listed = jax.jit(support.list_pages, static_argnames=("page_size", "size", "order"))
-    for size, order in ((4, "index"), (4, "score"), (1, "index"), (NP, "index")):
+    sizes = (1, 4, NP - 1, NP, NP + 1)
+    for size, order in ((4, "score"), *((size, "index") for size in sizes)):
         ids, count = listed(scores, LENGTH, page_size=P, size=size, order=order)
         assert ids.shape == (B, HKV, size)
         for b, h in np.ndindex(B, HKV):
