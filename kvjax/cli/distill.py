@@ -11,6 +11,7 @@ import typer
 from kvjax import report
 from kvjax.cli.common import JsonOption, ModelOption, SeedOption, load, read_text
 
+AT_BUDGET = "topk_completion:budget={},charge=none"
 FILE = "map.safetensors"
 LEARNED = "learned"
 MOST_TOKENS = 1_000_000  # of the standard library's text
@@ -64,7 +65,7 @@ def distill(
         raise ImportError(
             f"training needs {error.name.split('.')[0]}: pip install 'kvjax[train]'."
         ) from error
-    from kvjax import completion, feature_maps, map_files
+    from kvjax import completion, feature_maps, map_files, registry
 
     known = (LEARNED, "moment", *feature_maps.NAMES)
     if feature_map not in known:
@@ -83,6 +84,11 @@ def distill(
     longest = max(settings.lengths)
     if budget is None:
         budget = completion.budget_tokens(longest, 0.02)
+    try:
+        # What the map is calibrated at, once it is trained.
+        registry.parse(f"{AT_BUDGET.format(budget)},lam=0")
+    except ValueError as error:
+        raise ValueError(f"--budget {budget} of --lengths {lengths}: {error}") from None
     if feature_map == LEARNED:
         run_folder.check(out, resume=resume)
     report.check_writable(out.parent)
@@ -142,7 +148,7 @@ def _calibrated(model, path, held_out, longest, budget, windows, seed):
     rng = np.random.default_rng([seed, 1])
     starts = rng.integers(len(held_out) - size + 1, size=windows)
     rows = [held_out[start : start + size].tolist() for start in starts]
-    method = f"topk_completion:budget={budget},charge=none"
+    method = AT_BUDGET.format(budget)
     with warnings.catch_warnings():
         # Room is made in whole chunks, which the longest prompt does not fill.
         warnings.filterwarnings("ignore", "the feature map was trained for prompts")

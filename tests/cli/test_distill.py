@@ -71,6 +71,7 @@ def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path):
         (["--lengths", "30,many"], "--lengths '30,many' must be numbers of tokens"),
         (["--lengths", "20"], "lengths=(20,) must each exceed 20"),
         (["--lengths", "4000"], "documents of 4064 tokens exceed the model's 512"),
+        (["--budget", "6"], "num_sinks=4 and tail=16 must be at least 0 and together"),
         (["--windows", "0"], "windows=0 must be at least 1"),
         (["--text", "no.txt"], "no.txt"),
         (["--resume"], "--resume"),
@@ -78,3 +79,4 @@ def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path):
 )
 def test_mistakes_are_one_line(fail, command, tmp_path, arguments, message):
     assert message in fail(*command, "--out", tmp_path / "run", *arguments)
+    assert not (tmp_path / "run").exists()  # before any work
