@@ -115,8 +115,6 @@ def has_turned(
         stride: of the due steps,
         max_gap: unless the next of them came after more small steps than that.
     """
-    tiny = jnp.finfo(jnp.float32).tiny
-    norms = jnp.linalg.norm(query, axis=-1) * jnp.linalg.norm(reference, axis=-1)
-    cosine = (query * reference).sum(-1) / jnp.maximum(norms, tiny)
+    cosine = selection.cosine(query, reference)
     # Rounding may take it past 1, which a threshold of 1 must not be exceeded by.
     return ~(jnp.minimum(cosine, 1.0) > threshold) | (since + stride > max_gap)

@@ -37,6 +37,16 @@ def top_k(
     return topk.top_k(scores, min(k, scores.shape[-1]), where=valid)[1]
 
 
+def cosine(
+    query: Float[Array, "*B D"], reference: Float[Array, "*B D"]
+) -> Float[Array, "*B"]:
+    """Of the angle between two vectors, in float32; 0 where one of them is 0."""
+    query, reference = (x.astype(jnp.float32) for x in (query, reference))
+    norms = jnp.linalg.norm(query, axis=-1) * jnp.linalg.norm(reference, axis=-1)
+    tiny = jnp.finfo(jnp.float32).tiny
+    return (query * reference).sum(-1) / jnp.maximum(norms, tiny)
+
+
 def in_order(positions: Int[Array, "*B N"]) -> Int[Array, "*B N"]:
     """Ascending, the empty ones (-1) last."""
     last = jnp.iinfo(jnp.int32).max

@@ -45,6 +45,9 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         # All keys to choose, then the values of the chosen.
         ("oracle_topk:budget=64", 1000, 64 * TOKEN // 2, 1000 * TOKEN // 2),
         ("oracle_topk:budget=64,per=query", 1000, 64 * TOKEN, 1000 * TOKEN // 2),
+        # All keys to choose, once there is something to choose.
+        ("token_select:budget=64", 1000, 64 * TOKEN, 1000 * TOKEN // 2),
+        ("token_select:budget=64", 64, 64 * TOKEN, 0),
         ("entmax_full", 1000, 1000 * TOKEN, 0),
         # At most the budget, and two vectors a page; the Gaussian's are float32.
         ("entmaxkv:budget=64", 1000, 64 * TOKEN, 63 * TOKEN),
@@ -139,7 +142,7 @@ MOST = {"cascade": 1.2}
 # What it gathers from, of keys and values; the compiler counts a gather as reading its
 # whole operand. EntmaxKV takes keys, then values, out of pages that hold both.
 GATHERS_FROM = {"quest": 1.0, "oracle_topk": 0.5, "entmaxkv": 2.0}
-GATHERS_FROM |= {"topk_completion": 1.0}
+GATHERS_FROM |= {"token_select": 1.0, "topk_completion": 1.0}
 # What goes through its lists in a loop, whose body the compiler counts once.
 LOOPS = {"quest", "entmaxkv"}
 

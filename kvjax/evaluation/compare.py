@@ -278,8 +278,9 @@ def measured_bytes(
     """Bytes of cache a decode step of one row read, all layers.
 
     Keys and values of the tokens that were attended to, counted, and what is read only
-    to choose, which is the same at every step. A method that chooses by the very keys
-    it then attends to has these counted twice.
+    to choose, taken for the same at every step: where a method chooses at some of them
+    (`refreshed`) it reads less. One that chooses by the very keys it then attends to
+    has these counted twice.
     """
     decoder = model.decoder
     spec = decoder.cache_spec(1, 1)

@@ -13,5 +13,6 @@ from kvjax.methods.refreshkv import refreshkv as refreshkv
 from kvjax.methods.retro import retro as retro
 from kvjax.methods.snapkv import snapkv as snapkv
 from kvjax.methods.streaming_llm import streaming_llm as streaming_llm
+from kvjax.methods.token_select import token_select as token_select
 from kvjax.methods.topk_completion import topk_completion as topk_completion
 from kvjax.methods.tova import tova as tova

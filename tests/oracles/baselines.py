@@ -1,5 +1,9 @@
 """Full attention, and the baselines that the papers compare with."""
 
+import math
+
+import numpy as np
+
 from oracles.attention import (
     Attention,
     Recorder,
@@ -25,23 +29,55 @@ def full(row: Row, alpha: float = 1.0) -> Trace:
     return record.trace()
 
 
+def renumbered(row: Row, record: Recorder, t: int, kept: list[int]) -> None:
+    """All heads of token t over `kept`, which sit at 0, 1, 2, ..., itself the last."""
+    outs, lses = [], []
+    for h in range(row.q.shape[0]):
+        kv = h // row.group
+        keys = [rotate(row.k[kv, j], place, row.theta) for place, j in enumerate(kept)]
+        query = rotate(row.q[h, t], len(kept) - 1, row.theta)
+        values = [row.v[kv, j] for j in kept]
+        out, lse, _ = softmax_attention(query, keys, values, row.sm_scale)
+        outs.append(out)
+        lses.append(lse)
+    record.add(outs, lses, [kept] * row.q.shape[0])
+
+
 def streaming_llm(row: Row, *, budget: int, num_sinks: int) -> Trace:
     """Sinks and the newest tokens, numbered 0, 1, 2, ... inside the cache."""
     record = Recorder(row)
     for t in range(row.num_tokens):
         kept = [j for j in range(t + 1) if j < num_sinks or j > t - budget + num_sinks]
-        outs, lses = [], []
-        for h in range(row.q.shape[0]):
-            kv = h // row.group
-            keys = [
-                rotate(row.k[kv, j], rank, row.theta) for rank, j in enumerate(kept)
-            ]
-            query = rotate(row.q[h, t], len(kept) - 1, row.theta)
-            values = [row.v[kv, j] for j in kept]
-            out, lse, _ = softmax_attention(query, keys, values, row.sm_scale)
-            outs.append(out)
-            lses.append(lse)
-        record.add(outs, lses, [kept] * row.q.shape[0])
+        renumbered(row, record, t, kept)
+    return record.trace()
+
+
+def token_select(
+    row: Row, *, budget: int, num_sinks: int, window: int, threshold=None
+) -> Trace:
+    """The tokens that all heads of the layer vote for, numbered 0, 1, 2, ..."""
+    record = Recorder(row)
+    last, chosen = None, set()
+    for t in range(row.num_tokens):
+        newest, between = max(t + 1 - window, 0), range(num_sinks, t + 1 - window)
+        if t < row.prompt or t < budget:
+            renumbered(row, record, t, list(range(t + 1)))
+            continue
+        query = row.q[:, t].astype(np.float64).ravel()
+        like = -1.0
+        if last is not None:
+            like = query @ last / math.sqrt((query @ query) * (last @ last))
+        if threshold is None or like < threshold:
+            votes = dict.fromkeys(between, 0.0)
+            for h in range(row.q.shape[0]):
+                near = rotate(row.q[h, t], window, row.theta)
+                keys = [row.k[h // row.group, j] for j in between]
+                _, _, weights = softmax_attention(near, keys, keys, sm_scale=1.0)
+                for j, weight in zip(between, weights, strict=True):
+                    votes[j] += weight
+            chosen, last = best(votes, budget - num_sinks - window), query
+        kept = {*range(num_sinks), *chosen, *range(newest, t + 1)}
+        renumbered(row, record, t, sorted(kept))
     return record.trace()
 
 
