@@ -6,7 +6,7 @@ import os
 import pathlib
 import re
 
-import jax
+import compiling
 import nbformat
 import pytest
 
@@ -14,11 +14,6 @@ ROOT = pathlib.Path(__file__).parents[1]
 SPEC = importlib.util.spec_from_file_location("build", ROOT / "colab/build.py")
 build = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(build)
-
-# As `conftest.py` has them, for a process of its own.
-FLAGS = ["--xla_cpu_parallel_codegen_split_count=1"]
-if jax.__version_info__ < (0, 11):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 
 NAMES = ("entmax", "quickstart", "refreshkv_training", "tpu_decode")
 NAMES += ("write_your_own_method",)
@@ -64,7 +59,7 @@ def test_a_notebook_runs(name, tmp_path):
     env = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": " ".join(FLAGS),
+        "XLA_FLAGS": " ".join(compiling.FLAGS),
         "IPYTHONDIR": str(tmp_path / "ipython"),
         "TMPDIR": str(tmp_path),
     }
