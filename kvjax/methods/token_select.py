@@ -147,7 +147,7 @@ def token_select(
 
     def choose(state, q):
         """What :func:`select` gives, in rows that need it, and which these are."""
-        is_due = state.length > budget
+        is_due = is_over = state.length > budget
         if threshold is not None:
             flat = (x.reshape(x.shape[0], -1) for x in (q, state.query))
             is_due &= selection.cosine(*flat) < threshold
@@ -156,7 +156,7 @@ def token_select(
         place = num_sinks + jnp.arange(state.chosen.shape[-1], dtype=jnp.int32)
         is_held = place < (state.length - window)[:, None, None]
         whole = jnp.where(is_held, place, -1)
-        before = jnp.where((state.length > budget)[:, None, None], state.chosen, whole)
+        before = jnp.where(is_over[:, None, None], state.chosen, whole)
         chosen = lax.cond(
             is_due.any(),
             lambda: jnp.where(by_row, select(state, q), before),
