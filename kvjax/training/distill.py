@@ -235,6 +235,8 @@ def train(
             model, tokens, settings, state, step, saved, metrics, progress, interrupt
         )
         saved.wait()
+    if step < settings.steps:
+        _notice(run_folder.stopped(step, settings.steps, out))
     weights = Learned(
         unstandardised(state.weights.keys, state.keys),
         unstandardised(state.weights.queries, state.queries),

@@ -333,10 +333,7 @@ class _Run:
         self.settle()
         self.checkpoints.wait()
         if self.step < self.config.steps:
-            _notice(
-                f"stopped after step {self.step} of {self.config.steps}, saved in "
-                f"{self.out}: run the same command with --resume to go on."
-            )
+            _notice(run_folder.stopped(self.step, self.config.steps, self.out))
         elif self.window.best is None or not (self.out / run_folder.MODEL).exists():
             self._export()
 

@@ -87,6 +87,14 @@ def replace_model(
     shutil.rmtree(old, ignore_errors=True)
 
 
+def stopped(step: int, steps: int, out: pathlib.Path) -> str:
+    """What a run that was broken off says."""
+    return (
+        f"stopped after step {step} of {steps}, saved in {out}: run the same command "
+        "with --resume to go on."
+    )
+
+
 def cut_metrics(path: pathlib.Path, step: int) -> None:
     """Removes the lines after `step`, and one that a crash left incomplete."""
     kept = []

@@ -29,7 +29,7 @@ class StopAfterOne(run_folder.Interrupt):
     asked = property(lambda self: True, lambda self, value: None)
 
 
-def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path):
+def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path, capsys):
     """Broken off and gone on with: the same map, bit for bit; a method reads it."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     printed = json.loads(run(*command, "--out", whole, "--json"))
@@ -40,6 +40,8 @@ def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path):
         patch.setattr(run_folder, "Interrupt", StopAfterOne)
         arguments = [str(x) for x in (*command, "--out", parts)]
         assert cli.run(arguments) == 1
+    said = f"stopped after step 1 of {STEPS}, saved in {parts}: run the same command"
+    assert said in capsys.readouterr().err
     assert not (parts / path.name).exists()
     lines = run(*command, "--out", parts, "--resume").splitlines()
     assert lines[-1] == f"wrote {parts / path.name}"
