@@ -9,7 +9,7 @@ it is proved that no other page matters.
     L   query heads of a list, Hq // H        K   entries of a list of pages
 """
 
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -96,12 +96,20 @@ def attend_pages(
             `corrected` moves that by `steps` of
             :func:`kvjax.thresholds.correct_threshold`. Both may leave a mass other
             than 1, by which nothing is divided.
-        tau_hat: from :func:`kvjax.thresholds.estimate_threshold`.
+        tau_hat: from :func:`kvjax.thresholds.estimate_threshold`. Where it is -inf,
+            there was nothing to estimate it from, and the exact one is taken.
         steps: of the correction.
 
     Raises:
-        ValueError: if a mode needs a `tau_hat` that is not given.
+        ValueError: if alpha is not above 1, or a mode is not known or needs a `tau_hat`
+            that is not given.
     """
+    if not alpha > 1:
+        raise ValueError(f"{alpha=} must be above 1: entmax of 1 is softmax.")
+    if tau_mode not in get_args(TauMode):
+        raise ValueError(f"{tau_mode=} must be one of {', '.join(get_args(TauMode))}.")
+    if tau_mode != "exact" and tau_hat is None:
+        raise ValueError(f"{tau_mode=} needs tau_hat.")
     page_size = pages.shape[3]
     listed = page_ids.shape[2]
     size = min(max(BLOCK // page_size, 1), listed)
@@ -128,15 +136,19 @@ def attend_pages(
     if tau_mode == "exact":
         tau = _threshold(scored, alpha)
         return _attend(scored, tau, pages, alpha, q.shape)
-    if tau_hat is None:
-        raise ValueError(f"{tau_mode=} needs tau_hat.")
     whole = jnp.moveaxis(scored.scores, 0, 3)
     seen = jnp.arange(len(ids), dtype=jnp.int32) < scored.blocks
     whole = jnp.where(seen[:, None], whole, -jnp.inf).reshape(*grouped.shape[:3], -1)
     tau = tau_hat.reshape(grouped.shape[:3])
     if tau_mode == "corrected":
         tau = thresholds.correct_threshold(whole, tau, alpha=alpha, steps=steps)
-    relative = tau[..., None] - (alpha - 1) * scored.top
+    relative = tau[..., None] - (alpha - 1) * _finite(scored.top)
+    is_known = tau_hat.reshape(relative.shape) > -jnp.inf
+    relative = lax.cond(
+        is_known.all(),
+        lambda: relative,
+        lambda: jnp.where(is_known, relative, _threshold(scored, alpha)),
+    )
     return _attend(scored, relative, pages, alpha, q.shape, normalise=False)
 
 
@@ -205,7 +217,7 @@ def attend_certified(
     scored, is_read, tau, _ = carry
     above = equations.shifted(of_list, scored.top, alpha) - tau
     left = (historical & ~is_read)[:, :, None]
-    exact = ~(left & (above > 0)).any(-1).reshape(q.shape[:2])
+    exact = ~(left & ~(above <= 0)).any(-1).reshape(q.shape[:2])
     ids = jnp.moveaxis(scored.ids, 0, 2).reshape(batch, lists, -1)
     return _attend(scored, tau, pages, alpha, q.shape), ids, exact
 
@@ -266,13 +278,19 @@ def _per_list(function, pages, ids, start, width, rows):
     return lax.platform_dependent(rows, index, cpu=one_by_one, default=at_once)
 
 
+def _finite(top):
+    """The largest score, 0 where nothing is seen: -inf would make all scores equal."""
+    return jnp.where(top == -jnp.inf, 0.0, top)
+
+
 def _threshold(scored, alpha):
     """tau relative to the largest score, over the blocks read so far."""
     number = scored.scores.shape[0] * scored.scores.shape[-1]
+    top = _finite(scored.top)
 
     def sums(tau):
         def add(block, totals):
-            z = equations.shifted(scored.scores[block], scored.top, alpha)
+            z = equations.shifted(scored.scores[block], top, alpha)
             parts = equations.powers(jnp.maximum(z - tau, 0.0), alpha)
             pairs = zip(totals, parts, strict=True)
             return tuple(total + part.sum(-1, keepdims=True) for total, part in pairs)
@@ -286,10 +304,11 @@ def _threshold(scored, alpha):
 def _attend(scored, tau, pages, alpha, shape, normalise=True):
     """Weighted values; blocks without weight are not read."""
     width = pages.shape[4] // 2
+    top = _finite(scored.top)
 
     def add(block, totals):
         out, mass, moment = totals
-        z = equations.shifted(scored.scores[block], scored.top, alpha)
+        z = equations.shifted(scored.scores[block], top, alpha)
         excess = jnp.maximum(z - tau, 0.0)
         p = equations.powers(excess, alpha)[0]
 
@@ -316,7 +335,7 @@ def _attend(scored, tau, pages, alpha, shape, normalise=True):
     out, mass, moment = _over_blocks(scored, add, totals)
     if normalise:
         out = out / equations.positive(mass)
-    value = equations.value(scored.top, tau, mass, moment, alpha)
-    absolute = (alpha - 1) * scored.top + tau
+    value = equations.value(top, tau, mass, moment, alpha)
+    absolute = (alpha - 1) * top + tau
     flat = (x.reshape(shape[:2]) for x in (value, absolute, mass))
     return PageAttention(out.reshape(shape), *flat)

@@ -259,20 +259,26 @@ def certificate(
     """Heads for which no page that was left out can have weight.
 
     The threshold of some keys never exceeds that of more. So a page whose bound stays
-    at or below that of the keys read has no key in the support, and entmax over what
-    was read is entmax over everything, to the rounding of the scores.
+    below that of the keys read has no key in the support, and entmax over what was read
+    is entmax over everything, to the rounding of the scores. A bound closer to the
+    threshold than float32 tells apart proves nothing, nor does one that is not finite.
 
     Args:
         bounds: from :func:`page_bounds`.
-        page_ids: what was read; H is Hkv or Hq.
+        page_ids: what was read; H is Hkv or Hq. Without the newest token's page, which
+            has no bound, nothing is proved.
         tau: threshold over it, in units of z.
         length: tokens of each row.
         alpha: of the entmax.
         page_size: tokens of a page.
     """
     num_pages = bounds.shape[-1]
-    left = ~is_listed(page_ids, num_pages)
-    left &= is_historical(length, num_pages, page_size)[:, None]
+    historical = is_historical(length, num_pages, page_size)[:, None]
+    newest = newest_page(length, page_size)[:, None, None]
+    is_newest = jnp.arange(num_pages, dtype=jnp.int32) == newest
+    left = ~is_listed(page_ids, num_pages) & (historical | is_newest)
     left = jnp.repeat(left, bounds.shape[1] // left.shape[1], axis=1)
-    above = (alpha - 1) * bounds > tau[..., None]
-    return ~(left & above).any(-1)
+    # Of many equal scores tau lies so close beneath them that it rounds to them.
+    slack = 4 * jnp.finfo(jnp.float32).eps * jnp.abs(tau)
+    below = (alpha - 1) * bounds <= (tau - slack)[..., None]
+    return ~(left & ~(below & historical)).any(-1)

@@ -11,6 +11,7 @@ import pytest
 from scipy import integrate, stats
 
 from kvjax import reading, support, thresholds
+from pallas_kernels.page_attention import page_attention
 
 B, HKV, G, D, P, NP = 2, 2, 2, 8, 4, 8
 LENGTH = np.array([8 * P, 6 * P + 1], np.int32)  # a full newest page; one of one token
@@ -401,6 +402,111 @@ def test_a_certificate_is_never_wrong_and_often_there():
             assert len(set(pages_read)) == len(pages_read)
     assert proved > 5
     assert lost_some > 5
+
+
+def test_a_certificate_needs_the_newest_page_and_finite_bounds():
+    q, pages = draw(2, sharpness=4.0)
+    low, high, *_ = statistics_of(pages[..., :D])
+    bounds = bounds_of(q, low, high)
+    length = np.array([NP * P, (NP - 1) * P], np.int32)  # whole pages
+    found = attend(q, pages, EVERY, length, alpha=1.5)
+
+    certificate = jax.jit(
+        functools.partial(support.certificate, alpha=1.5, page_size=P)
+    )
+
+    def proved(bounds, *listed):
+        return np.asarray(certificate(bounds, lists(*listed), found.tau, length))
+
+    far = np.full(bounds.shape, -1e6, np.float32)
+    assert proved(far, NP - 1, NP - 2).all()
+    assert proved(far, 0, NP - 1)[0].all()
+    assert not proved(far, 0, NP - 1)[1].any()  # its newest is the one before
+    assert not proved(far, 0)[0].any()
+    spoilt = far.copy()
+    spoilt[:, 1, 3] = np.nan
+    assert proved(spoilt, NP - 1, NP - 2).tolist() == [[True, False, True, True]] * 2
+    spoilt[1, :, NP - 1] = np.nan  # beyond the row's length
+    assert proved(spoilt, 3, NP - 1, NP - 2).all()
+
+
+@pytest.mark.parametrize(("score", "tokens"), [(2.0**15, 2048), (3000.0, 1 << 15)])
+def test_a_certificate_does_not_take_a_threshold_for_the_score_it_rounds_to(
+    score, tokens
+):
+    """Of n equal scores sparsemax's threshold is 1 / n below them, and half the weight
+    is left out where half of them are."""
+    size = 64
+    num_pages = tokens // size
+    pages = np.zeros((1, 1, num_pages, size, 2), np.float32)
+    pages[..., 0] = score
+    pages[..., 1] = np.arange(num_pages)[:, None]
+    ids = np.arange(num_pages // 2, num_pages, dtype=np.int32)[None, None]
+
+    @jax.jit
+    def both(q, pages, ids):
+        given = {"length": jnp.array([tokens], jnp.int32), "alpha": 2.0}
+        bounds = jnp.full((1, 1, num_pages), score)
+        found = reading.attend_pages(q, pages, ids, sm_scale=1.0, **given)
+        exact = support.certificate(bounds, ids, found.tau, page_size=size, **given)
+        complete = reading.attend_certified(
+            q, pages, bounds, ids, sm_scale=1.0, **given
+        )
+        return found, exact, complete
+
+    found, exact, complete = both(np.ones((1, 1, 1), np.float32), pages, ids)
+    assert float(found.tau[0, 0]) == score  # in float32
+    assert not exact[0, 0]
+    (dense, _, holds), middle = complete, (num_pages - 1) / 2
+    assert holds[0, 0]
+    np.testing.assert_allclose(dense.out[0, 0, 0], middle, rtol=1e-4)
+    assert found.out[0, 0, 0] > 1.4 * middle
+
+
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_where_nothing_is_seen_nothing_comes_out(alpha):
+    """As :func:`page_attention` has it, whatever the pages hold."""
+    q, pages = draw()
+    ids = lists(0, 1, NP - 1).copy()
+    ids[0, 0] = -1
+    length = np.array([NP * P, 0], np.int32)
+    found = attend(q, pages, ids, length, alpha=alpha)
+    other = jax.jit(functools.partial(page_attention, sm_scale=SCALE, alpha=alpha))
+    out, value = other(q[:, :, None], pages, ids, length[:, None] - 1)
+    np.testing.assert_allclose(found.out, out[:, :, 0], atol=5e-6)
+    np.testing.assert_allclose(found.value, value[:, :, 0], atol=5e-6)
+    nothing = np.zeros((B, HKV * G), bool)
+    nothing[0, :G] = nothing[1] = True
+    assert (np.asarray(found.mass) == 0).tolist() == nothing.tolist()
+    assert not np.asarray(found.out)[nothing].any()
+
+
+@pytest.mark.parametrize("tau_mode", ["fixed", "corrected"])
+@pytest.mark.parametrize("alpha", ALPHAS)
+def test_without_an_estimate_the_threshold_is_exact(alpha, tau_mode):
+    q, pages = draw(3)
+    exact = attend(q, pages, EVERY, LENGTH, alpha=alpha)
+    guess = np.array(exact.tau) - 0.3
+    guess[1, 0] = -np.inf
+    guess[0, 2] = -np.inf
+    found = attend(q, pages, EVERY, LENGTH, guess, alpha=alpha, tau_mode=tau_mode)
+    for b, h in ((1, 0), (0, 2)):
+        np.testing.assert_allclose(found.out[b, h], exact.out[b, h], atol=2e-5)
+        np.testing.assert_allclose(found.tau[b, h], exact.tau[b, h], atol=1e-6)
+    assert np.isfinite(found.out).all()
+    if tau_mode == "fixed":
+        assert (np.asarray(found.mass)[0, :2] > 1.1).all()  # theirs is what was given
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_errors_of_attention_over_pages():
+    q, pages = draw()
+    with pytest.raises(ValueError, match="alpha=1 must be above 1"):
+        reading.attend_pages(q, pages, EVERY, LENGTH, sm_scale=SCALE, alpha=1)
+    with pytest.raises(ValueError, match="tau_mode='Exact' must be one of exact, "):
+        reading.attend_pages(
+            q, pages, EVERY, LENGTH, sm_scale=SCALE, alpha=1.5, tau_mode="Exact"
+        )
 
 
 @pytest.mark.parametrize("alpha", [1.5])

@@ -94,7 +94,7 @@ def entmaxkv(
         >>> state = method.init(spec)
     """
     _check(budget, page_size, selector, per, tau_mode, certified)
-    _check_margins(max_quantile, safety_margin_z, excess)
+    _check_margins(max_quantile, page_size, safety_margin_z, excess)
     selection.check_reduce(group_reduce=group_reduce)
     is_gaussian = selector == "gaussian"
 
@@ -134,7 +134,10 @@ def entmaxkv(
             # it change which head of the group is served first.
             seen = jnp.where(historical[:, None], bounds, -jnp.inf)
             best = seen.max(-1, keepdims=True)
-            bounds = bounds - jnp.where(best == -jnp.inf, 0.0, best)
+            # Every head's best ties with the others', exactly: fused with the scale,
+            # the difference of two equal bounds is the rounding of one.
+            below = bounds - jnp.where(best == -jnp.inf, 0.0, best)
+            bounds = jnp.where(bounds == best, 0.0, below)
         return selection.reduce_group(bounds, store.spec.num_kv_heads, group_reduce)
 
     def by_margin(state, row, historical):
@@ -268,8 +271,10 @@ def _check(budget, page_size, selector, per, tau_mode, certified):
         )
 
 
-def _check_margins(max_quantile, safety_margin_z, excess):
-    if not 0 < max_quantile < 1:
-        raise ValueError(f"{max_quantile=} must be in (0, 1).")
-    if safety_margin_z < 0 or excess < 0:
+def _check_margins(max_quantile, page_size, safety_margin_z, excess):
+    if not 0 < max_quantile < 1 or max_quantile ** (1 / page_size) == 1:
+        raise ValueError(
+            f"{max_quantile=} must be in (0, 1), and its {page_size=}-th root below 1."
+        )
+    if not (safety_margin_z >= 0 and excess >= 0):
         raise ValueError(f"{safety_margin_z=} and {excess=} must be at least 0.")

@@ -27,7 +27,7 @@ def page_attention(
     batch, num_q_heads, rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists, listed = page_ids.shape[1:]
-    flat = pages.reshape(-1, page_size, width)
+    flat = jnp.asarray(pages).reshape(-1, page_size, width)
     # Lists of all rows in one sequence, each with the first of its KV head's pages.
     head = jnp.arange(batch * lists, dtype=jnp.int32) // (lists // num_kv_heads)
     grouped = q.reshape(batch * lists, num_q_heads // lists, rows, head_dim)

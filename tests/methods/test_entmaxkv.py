@@ -131,6 +131,25 @@ def test_estimated_thresholds_give_what_they_say():
         )
 
 
+@pytest.mark.parametrize("tau_mode", ["fixed", "corrected"])
+def test_rows_of_one_page_have_nothing_to_estimate_and_are_exact(tau_mode):
+    stream = clustered((0, 2, 29), 4, sharpness=1.0)
+    state, _ = filled(stream, 2.0, **GAUSSIAN)
+    exact = decode(state, stream, **GAUSSIAN)
+    found = decode(state, stream, **GAUSSIAN, tau_mode=tau_mode)
+    np.testing.assert_allclose(found.out[:, 0], exact.out[:, 0], atol=1e-5)
+    np.testing.assert_allclose(found.out[:2, 1], exact.out[:2, 1], atol=1e-5)
+    lse = found.diagnostics.lse
+    np.testing.assert_allclose(lse[:, 0], exact.diagnostics.lse[:, 0], atol=1e-5)
+    assert np.isfinite(found.out).all()
+
+
+def test_the_bests_of_a_groups_heads_tie_and_the_lower_page_is_read():
+    """Room for one page besides the newest, exactly, whatever the compiler fuses."""
+    run = check(drive.make_stream((41,) * 12, 2), 2.0, budget=8, page_size=4)
+    assert (counts(run) <= 8).all()
+
+
 def test_statistics_from_appends_are_those_from_scratch():
     """Of complete pages, to the bit; and appending writes in place."""
     prompts, steps = (0, 3, 16), 9
@@ -185,6 +204,8 @@ def test_traffic_is_a_bound():
         ({"selector": "gaussian", "certified": True}, "goes with selector='topk'"),
         ({"group_reduce": "sum"}, "group_reduce='sum' must be one of mean, max"),
         ({"max_quantile": 1.0}, r"max_quantile=1.0 must be in \(0, 1\)"),
+        ({"max_quantile": 1 - 2**-53}, "page_size=16-th root below 1"),
+        ({"safety_margin_z": float("nan")}, "safety_margin_z=nan and"),
         ({"excess": -0.1}, "safety_margin_z=0.0 and excess=-0.1 must be at least 0"),
     ],
 )
