@@ -131,6 +131,33 @@ def paired_difference(
     return mean_interval(difference, confidence)
 
 
+def paired_shares(
+    scores: ArrayLike, reference: ArrayLike, confidence: float = 0.95
+) -> Interval:
+    """As :func:`paired_difference`, of scores in [0, 1].
+
+    Differences that are all alike, as where two methods answer every example the same,
+    have no spread to estimate from. One more example may still differ from them, with a
+    probability of at most Wilson's upper end for none of n, and its difference may then
+    be any in [-1, 1].
+
+    Raises:
+        ValueError: if the two differ in length, are empty, or not within [0, 1].
+    """
+    for given in (np.asarray(scores), np.asarray(reference)):
+        if given.size and not (given.min() >= 0 and given.max() <= 1):
+            raise ValueError(
+                f"scores from {given.min()} to {given.max()} must all be in [0, 1]."
+            )
+    found = paired_difference(scores, reference, confidence)
+    difference = np.subtract(scores, reference, dtype=np.float64)
+    if np.ptp(difference) > 0:
+        return found
+    other = _wilson(0.0, found.n, confidence).high
+    low = found.mean - other * (1 + found.mean)
+    return Interval(found.mean, low, found.mean + other * (1 - found.mean), found.n)
+
+
 def perplexity(log_probs: ArrayLike, confidence: float = 0.95) -> Interval:
     """Perplexity from the mean log-probability (nats per token) of each window."""
     mean, low, high, n = mean_interval(log_probs, confidence)

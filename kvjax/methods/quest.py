@@ -59,7 +59,8 @@ def quest(
         Inference", ICML 2024, arXiv:2406.10774, Sec. 3.4, Alg. 1.
     Deviations:
         per="kv" shares one list among the query heads of a group (RetroAttention's cost
-        model); the official kernels know no groups, its evaluation is per="query".
+        model); the official kernels know no groups, its evaluation is per="query". The
+        paper leaves the first two layers to full attention: `dense_layers` does here.
 
     Example:
         >>> method = kvjax.quest(budget=256)

@@ -53,7 +53,8 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         ICLR 2024, arXiv:2309.17453, Sec. 3.2.
     Deviations:
         The current token counts in the budget; the official code evicts after
-        attending, so that one token more is attended to.
+        attending, so that one token more is attended to. A token of the prompt too sees
+        its own cache and no more; the official script attends to a prompt in full.
 
     Example:
         >>> method = kvjax.streaming_llm(budget=256)

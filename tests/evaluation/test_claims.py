@@ -32,7 +32,7 @@ from kvjax.evaluation.claims.claim import (
     NotMeasuredError,
     Within,
     as_dict,
-    counted,
+    from_shapes,
     judge,
     without_spread,
 )
@@ -183,12 +183,26 @@ def test_quick_runs_compile_with_few_optimisations_but_for_what_is_timed():
         with driven.optimised():
             seen.append(jax.config.read(name))
         seen.append(jax.config.read(name))
-        return counted(1.0)
+        return from_shapes(1.0)
 
     runner.run([a_claim(measure=looks)], reading(), quick=True)
     runner.run([a_claim(measure=looks)], reading(), quick=False)
     assert seen == [False, True, False, False]
     assert jax.config.read(name) == before
+
+
+def test_what_a_formula_gives_is_told_from_what_was_measured():
+    def formula(session):
+        return from_shapes(1.0, note="of 4 layers")
+
+    rows = runner.run([a_claim(), a_claim(name="bytes", measure=formula)], reading())
+    found = page.document(rows, {}, quick=False, asked=2)
+    measured, counted = (row["measured"] for row in found["rows"])
+    assert (measured, counted) == ("now", "never: counted")
+    assert page.summary(found).endswith("0 not measured. By formulas, not by a run: 1.")
+    assert rows[1].reason.endswith(" Of 4 layers.")
+    only = page.document(rows[:1], {}, quick=False, asked=2)
+    assert page.summary(only).endswith("0 not measured.")
 
 
 def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
@@ -309,15 +323,16 @@ def test_the_newest_recorded_run_that_has_it_is_read(results):
 def test_without_recorded_runs_what_needs_them_is_not_measured(tmp_path):
     shared = reading(tmp_path)
     names = ("entmax-gpu-softmax", "entmax-gpu-entmax", "refresh-training")
-    names += ("cascade-perplexity", "entmax-speed-softmax")
+    names += ("refresh-training-text", "entmax-speed-softmax")
     names += ("refresh-speed", "retro-answers", "retro-time", "retro-window")
+    names += ("retro-keys-window",)
     rows = runner.run(claims.named([*names, "completion-text"]), shared)
     assert {row.verdict for row in rows} == {"not measured"}
     assert all(row.reason for row in rows)
 
 
 def test_what_quick_leaves_out_says_so():
-    names = ["cascade-rings", "entmax-text", "entmax-certificate"]
+    names = ["cascade-perplexity", "entmax-text", "entmax-certificate"]
     names += ["refresh-attention-only", *(f"cascade-recall-{i}" for i in (1, 2, 4))]
     for row in runner.run(claims.named(names), reading()):
         assert row.verdict == "not measured"
@@ -355,46 +370,78 @@ def test_speed_on_a_gpu_is_of_its_longest_context_and_of_a_gpu_alone(results):
     assert row.verdict == "not reproduced"
 
 
-def test_training_is_judged_over_seeds_where_there_are_some(results):
-    above = {"mean": -0.01, "low": -0.03, "high": -0.002, "n": 8}
-    text = {
-        "part": "text",
-        "model": "embedded-refreshkv",
-        "method": "refreshkv:stride=5",
-        "nats_above_the_first_model": above,
-    }
-    folder = results("2026-01-01-refreshkv.json", {"entries": [text]})
-    claim = claims.named(["refresh-training"])
-    (row,) = runner.run(claim, reading(folder))
-    assert row.found[:4] == (0.01, 0.002, 0.03, 8)
-    assert row.verdict == "reproduced"
-    over_seeds = {"mean": 0.01, "low": -0.02, "high": 0.04, "n": 3}
-    seeds = [
-        {"part": "seeds", "source": source, "method": method}
-        | {"nats_above_control": over_seeds | {"mean": mean}}
-        for source, method, mean in (
-            ("text", "full", -9.0),
-            ("text", "refreshkv:stride=5", 0.01),
-            ("chain", "refreshkv:stride=5", -0.015),
+def test_training_is_judged_over_seeds_each_recipe_by_itself(results):
+    def interval(mean):
+        return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02, "n": 3}
+
+    recorded_ = [
+        {
+            "part": "seeds",
+            "source": source,
+            "method": method,
+            "training": training,
+            "nats_above_control": interval(mean),
+        }
+        for training, source, method, mean in (
+            ("the preset's mixture, rows of 1,024", "text", "full", 0.25),
+            ("the preset's mixture, rows of 1,024", "text", "refreshkv:stride=5", 0.01),
+            ("the preset's mixture, rows of 1,024", "chain", "refreshkv:stride=5", -9),
+            ("text alone, rows of 512", "text", "full", 0.5),
+            ("text alone, rows of 512", "text", "refreshkv:stride=5", -0.03),
         )
     ]
-    folder = results("2026-01-01-refreshkv.json", {"entries": [text, *seeds]})
-    (row,) = runner.run(claim, reading(folder))
-    assert row.found[:4] == (-0.01, -0.04, 0.02, 3)
-    assert row.found.details["nats_above_control"]["chain"]["mean"] == -0.015
+    folder = results("2026-01-01-refreshkv.json", {"entries": recorded_})
+    mixture, alone = runner.run(
+        claims.named(["refresh-training", "refresh-training-text"]), reading(folder)
+    )
+    assert mixture.found[:4] == pytest.approx((-0.01, -0.03, 0.01, 3))
+    assert mixture.verdict == "not reproduced"
+    assert "0.250 nats [0.230, 0.270] above their controls" in mixture.reason
+    assert alone.found[:4] == pytest.approx((0.03, 0.01, 0.05, 3))
+    assert alone.verdict == "reproduced"
+    assert "0.500 nats" in alone.reason
+    # Without what full attention loses by it, a gain is not told.
+    folder = results("2026-01-01-refreshkv.json", {"entries": recorded_[-1:]})
+    (row,) = runner.run(claims.named(["refresh-training-text"]), reading(folder))
+    assert row.verdict == "not measured"
+
+
+def test_what_never_differs_has_an_interval_all_the_same(results):
+    """Twenty ties do not prove that the twenty-first example is one too."""
+    chain = {
+        "part": "chain",
+        "method": "retro 2",
+        "links": 20,
+        "new_tokens": 99,
+        "above_quest": {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 20},
+    }
+    folder = results("2026-01-01-retro.json", {"entries": [chain]})
+    (row,) = runner.run(claims.named(["retro-answers"]), reading(folder))
     assert row.verdict == "not reproduced"
+    assert -0.2 < row.found.low < -0.1
+    assert 0.1 < row.found.high < 0.2
+    same = {"mean": 1.0, "scores": [1.0] * 8}
+    folder = results(
+        "2026-01-01-entmaxkv.json",
+        {"context": 64, "passkey": {"topk 8": same, "dense": same}},
+    )
+    (row,) = runner.run(claims.named(["entmax-answers"]), reading(folder))
+    assert row.verdict == "direction only"
+
+
+WINDOWS = ("retro-window", "retro-keys-window")
 
 
 def test_the_repositorys_recorded_runs_are_found():
     shared = reading()
     names = (
         "completion-text",
-        "cascade-perplexity",
         "entmax-answers",
         "refresh-training",
+        "refresh-training-text",
         "refresh-speed",
     )
-    rows = runner.run(claims.named([*names, "retro-answers", "retro-window"]), shared)
+    rows = runner.run(claims.named([*names, "retro-answers", *WINDOWS]), shared)
     assert "not measured" not in [row.verdict for row in rows]
     assert all(re.match(r"\d{4}-\d\d-\d\d, ", row.found.when) for row in rows)
 

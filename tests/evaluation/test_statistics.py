@@ -59,6 +59,33 @@ def test_pairing_removes_what_both_share():
     assert alone.high - alone.low > 1
 
 
+def test_ties_leave_room_for_an_example_that_differs():
+    """Wilson's upper end for none of n is z^2 / (n + z^2)."""
+    z = 1.959964
+    for n in (8, 24):
+        other = z * z / (n + z * z)
+        scores = np.linspace(0, 1, n)
+        found = statistics.paired_shares(scores, scores)
+        assert found == pytest.approx((0, -other, other, n), rel=1e-5)
+        # A method that is always right beside one that never is can only get worse.
+        found = statistics.paired_shares(np.ones(n), np.zeros(n))
+        assert found == pytest.approx((1, 1 - 2 * other, 1, n), rel=1e-5)
+    some = np.array([1.0, 0.5, 0.0, 1.0])
+    expected = statistics.paired_difference(some, some[::-1])
+    assert statistics.paired_shares(some, some[::-1]) == expected
+
+
+def test_rare_differences_are_covered():
+    rng = np.random.default_rng(5)
+    rate, hits = 0.02, 0
+    for _ in range(2000):
+        reference = (rng.random(24) > 0.5).astype(float)
+        better = np.where(rng.random(24) < 2 * rate, 1.0, reference)
+        found = statistics.paired_shares(better, reference)
+        hits += found.low <= rate <= found.high
+    assert hits / 2000 > 0.95  # where ties count as proof: 0.35
+
+
 def test_perplexity_is_monotone_and_in_order():
     log_probs = [-1.0, -2.0, -1.5, -1.2]
     interval = statistics.perplexity(log_probs)
@@ -138,6 +165,10 @@ def test_ratio_interval_covers_as_often_as_it_says():
         (
             lambda: statistics.paired_difference([1.0], [1.0, 2.0]),
             r"\(1,\) cannot be paired .* \(2,\)",
+        ),
+        (
+            lambda: statistics.paired_shares([1.0, 1.0], [0.0, 1.5]),
+            r"0.0 to 1.5 must all be in \[0, 1\]",
         ),
         (lambda: statistics.share_interval([]), "non-empty"),
         (

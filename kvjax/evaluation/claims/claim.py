@@ -18,7 +18,9 @@ VERDICTS: tuple[Verdict, ...] = (
     "not reproduced",
     "not measured",
 )
-NOW = "now"  # when a row was measured: else the date and machine of the recorded run
+# When a row was measured: else the date and machine of the recorded run.
+NOW = "now"
+FROM_SHAPES = "never: counted"  # what a formula gives, whatever the machine
 
 
 class NotMeasuredError(Exception):
@@ -39,6 +41,7 @@ class Measured(NamedTuple):
     when: str = NOW
     # What else was found: JSON-ready, for the document and the report's figures.
     details: Mapping[str, Any] = {}
+    note: str = ""  # what a reader must know beside the value, with its figures
 
 
 def of_interval(interval: Interval, **about: Any) -> Measured:
@@ -46,9 +49,14 @@ def of_interval(interval: Interval, **about: Any) -> Measured:
     return Measured(interval.mean, interval.low, interval.high, interval.n, **about)
 
 
-def counted(value: float, n: int = 1, **about: Any) -> Measured:
-    """A value that is counted from shapes or in whole: the same in every run."""
+def in_whole(value: float, n: int, **about: Any) -> Measured:
+    """A value over everything there is, such as a largest: no sample of it."""
     return Measured(value, value, value, n, **about)
+
+
+def from_shapes(value: float, **about: Any) -> Measured:
+    """A value that formulas of kvjax give: nothing was run, and no run can differ."""
+    return Measured(value, value, value, 1, when=FROM_SHAPES, **about)
 
 
 def without_spread(value: float, n: int, **about: Any) -> Measured:
@@ -179,7 +187,7 @@ def judge(
             f"[{found.low}, {found.high}]."
         )
     verdict, said = claim.bar.verdict(found)
-    parts = [said, claim.because.get(verdict, ""), claim.note]
+    parts = [said, claim.because.get(verdict, ""), claim.note, found.note]
     reason = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
     return Row(claim, found, verdict, reason, seconds, cpu_seconds)
 

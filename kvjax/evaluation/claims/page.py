@@ -8,7 +8,7 @@ from typing import Any
 
 from kvjax import report
 from kvjax.evaluation.claims import figures
-from kvjax.evaluation.claims.claim import NOW, VERDICTS, Row, as_dict
+from kvjax.evaluation.claims.claim import FROM_SHAPES, NOW, VERDICTS, Row, as_dict
 
 FORMAT = 1  # of results.json; a change that breaks readers adds one
 HEADINGS = ("claim", "the paper", "here", "n", "measured", "verdict")
@@ -78,14 +78,17 @@ def summary(found: Mapping[str, Any]) -> str:
     counts = found["verdicts"]
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     sizes = "small sizes (--quick)" if found["quick"] else "full sizes"
-    return f"{len(found['rows'])} claims, {sizes}: {said}."
+    formulas = sum(row["measured"] == FROM_SHAPES for row in found["rows"])
+    note = f" By formulas, not by a run: {formulas}." if formulas else ""
+    return f"{len(found['rows'])} claims, {sizes}: {said}.{note}"
 
 
 CAPTION = (
     "95% intervals; n counts independent samples: windows, examples, heads or repeats. "
     "A value that is counted has no interval. Reproduced: up to the bar, and the "
     "interval excludes no effect. Direction only: smaller, or the interval does not. "
-    f'Measured: "{NOW}", or when and where the recorded run was made.'
+    f'Measured: "{NOW}", when and where the recorded run was made, or '
+    f'"{FROM_SHAPES}", by formulas of kvjax that no run can contradict.'
 )
 
 

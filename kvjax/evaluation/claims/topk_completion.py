@@ -17,7 +17,7 @@ from kvjax.evaluation.claims.claim import (
     Measured,
     NotMeasuredError,
     Within,
-    counted,
+    from_shapes,
     of_interval,
     without_spread,
 )
@@ -58,13 +58,23 @@ def _entropy(session: Session) -> Measured:
     gain = (alone.found.error - completed.found.error).mean(1).ravel()
     entropy = layers.entropies(session, SOFTMAX, num_sinks=SINKS, tail=TAIL).ravel()
     details = {"entropy": entropy.tolist(), "gain": gain.tolist()}
-    return rank_correlation(entropy, gain, details)
+    # Heads of a layer are alike: as samples they count as one.
+    num_layers = session.model(SOFTMAX).decoder.num_layers
+    return rank_correlation(entropy, gain, num_layers, details)
 
 
-def rank_correlation(x: np.ndarray, y: np.ndarray, details: dict) -> Measured:
-    """Spearman's, with Fisher's interval and the variance of Bonett and Wright."""
+def rank_correlation(
+    x: np.ndarray, y: np.ndarray, n: int, details: dict | None = None
+) -> Measured:
+    """Spearman's, with Fisher's interval and the variance of Bonett and Wright.
+
+    `n` of the pairs count as independent; the interval of three or fewer is all of
+    [-1, 1].
+    """
     found = float(stats.spearmanr(x, y).statistic)
-    n = len(x)
+    details = details or {}
+    if n <= 3:
+        return Measured(found, -1.0, 1.0, n, details=details)
     middle = math.atanh(max(min(found, 1 - 1e-9), 1e-9 - 1))
     spread = math.sqrt((1 + found**2 / 2) / (n - 3))
     half = float(stats.norm.ppf(0.975)) * spread
@@ -126,7 +136,7 @@ def _reads(session: Session) -> Measured:
     )
     both = [method.traffic(spec, _LONG) for method in (alone, completed)]
     details = {"alone": both[0]._asdict(), "completed": both[1]._asdict()}
-    return counted(both[1].kv / both[0].kv, details=details)
+    return from_shapes(both[1].kv / both[0].kv, details=details)
 
 
 def _state(session: Session) -> Measured:
@@ -135,7 +145,7 @@ def _state(session: Session) -> Measured:
         method, spec = _of_8b(session, context, "")
         state = jax.eval_shape(lambda m=method, s=spec: m.finish(m.init(s)))
         found[context] = num_bytes((state.summary, state.params))
-    return counted(found[_LONG] / found[_SHORT], details={"bytes": found[_LONG]})
+    return from_shapes(found[_LONG] / found[_SHORT], details={"bytes": found[_LONG]})
 
 
 _MAPS = "Maps that need no training (anchor); the paper trains its map"
