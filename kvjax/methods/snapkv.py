@@ -46,7 +46,8 @@ def snapkv(
 
     State: k, v `(B, Hkv, budget + max_new_tokens, D)` cache dtype; positions int32.
         While the prompt runs: the whole cache and `window` queries.
-    Reads per step and layer: 2*(budget + generated)*D*Hkv elements of KV, per row.
+    Reads per step and layer: 2*(budget + generated)*D*Hkv elements of KV, and as many
+        positions, per row.
     Exact when: budget >= prompt length.
 
     Raises:
@@ -133,7 +134,9 @@ def snapkv(
     def traffic(spec, length):
         # As at the end of the run, when every generated token is there.
         kept = min(length, budget + spec.max_new_tokens)
-        return Traffic(kv=cache.kv_bytes(spec, kept), metadata=0)
+        positions = spec.batch * spec.num_kv_heads * kept
+        metadata = positions * jnp.dtype(jnp.int32).itemsize
+        return Traffic(kv=cache.kv_bytes(spec, kept), metadata=metadata)
 
     return Method(
         init=init,
