@@ -62,7 +62,7 @@ def train(
     if setting is not None and settings.refreshkv is None:
         settings = config_files.load(source, [f"{setting}={{}}", *changes])
     keep_compiled_code()
-    model = _model(settings, out)
+    model = _model(settings, out, resume)
     sources, held_out, data_id = _data(settings, model)
     result = loop.train(
         model.decoder,
@@ -87,7 +87,7 @@ class _Model(NamedTuple):
     save: Any
 
 
-def _model(settings: "Config", out: pathlib.Path) -> _Model:
+def _model(settings: "Config", out: pathlib.Path, resume: bool) -> _Model:
     import jax
 
     import models
@@ -107,7 +107,7 @@ def _model(settings: "Config", out: pathlib.Path) -> _Model:
 
     else:
         decoder = llama.LlamaDecoder(llama.from_hf(section.config, dtype="float32"))
-        tokenizer = _tokenizer(settings, out, decoder)
+        tokenizer = _tokenizer(settings, out, decoder, resume)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         loaded = kvjax.LanguageModel(decoder, None, tokenizer, eos)
 
@@ -122,7 +122,7 @@ def _model(settings: "Config", out: pathlib.Path) -> _Model:
     return _Model(loaded.decoder, loaded.tokenizer, init, save)
 
 
-def _tokenizer(settings: "Config", out: pathlib.Path, decoder) -> Any:
+def _tokenizer(settings: "Config", out: pathlib.Path, decoder, resume: bool) -> Any:
     from kvjax.training.data import text
     from models import embedded, llama
 
@@ -130,7 +130,7 @@ def _tokenizer(settings: "Config", out: pathlib.Path, decoder) -> Any:
     if name != "train":
         is_ours = name.startswith(embedded.PREFIX)
         folder = embedded.path(name) if is_ours else pathlib.Path(name)
-    elif not (folder / "tokenizer_config.json").is_file():
+    elif not resume:  # what lies there without a run is left of one that never began
         from models.embedded import tokenizer
 
         texts = text.read(_corpus(settings.data.corpus))

@@ -31,10 +31,20 @@ VOCAB_SIZE = 2816
 
 
 def train(texts: Sequence[str], vocab_size: int = VOCAB_SIZE) -> Tokenizer:
-    """Trains on `texts`: special tokens and bytes, merges, then numbers and words."""
+    """Trains on `texts`: special tokens and bytes, merges, then numbers and words.
+
+    Raises:
+        ValueError: if `vocab_size` has no room for what is in every vocabulary.
+    """
+    whole = [*_NUMBERS, *WORDS]
+    least = len(SPECIAL_TOKENS) + 256 + len(whole)
+    if vocab_size < least:
+        raise ValueError(
+            f"{vocab_size=} must be at least {least}: special tokens, bytes, "
+            f"{len(_NUMBERS)} numbers and {len(WORDS)} words."
+        )
     merged = Tokenizer(models.BPE())
     merged.pre_tokenizer = _pre_tokenizer()
-    whole = [*_NUMBERS, *WORDS]
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - len(whole),
         special_tokens=list(SPECIAL_TOKENS),

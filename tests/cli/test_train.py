@@ -56,6 +56,28 @@ def test_train_makes_a_model_that_the_other_commands_read(run, recipe, tmp_path)
     assert any(jax.tree.leaves(different))
 
 
+def test_a_tokenizer_of_a_run_that_never_began_is_not_taken(run, recipe, tmp_path):
+    """It was trained on another text, or cut off while it was written."""
+    changes = [
+        "--set",
+        "model.tokenizer=train",
+        "--set",
+        "model.config.vocab_size=2400",
+    ]
+    first, second = tmp_path / "first", tmp_path / "second"
+    other = tmp_path / "other.txt"
+    other.write_text("aaaa bbbb " * 200)
+    with pytest.raises(AssertionError):  # the tokenizer comes before the mistake
+        run("train", "--config", recipe, "--out", second, *changes,
+            "--set", f"data.corpus={other}", "--set", "mesh.data=4")  # fmt: skip
+    assert (second / "tokenizer").is_dir()
+    for out in (first, second):
+        run("train", "--config", recipe, "--out", out, *changes)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        left, right = (out / "model" / name for out in (first, second))
+        assert left.read_bytes() == right.read_bytes()
+
+
 def test_train_goes_on_from_a_checkpoint(run, recipe, checkpoint, tmp_path):
     options = ["--set", "model.config=null", "--set", "model.tokenizer=null"]
     options += ["--set", f"model.checkpoint={checkpoint}", "--set", "optimizer.lr=1e-9"]

@@ -63,6 +63,14 @@ def test_tokenizer_gives_any_text_back(made, text):
         assert made.decode(ids) == text
 
 
+def test_a_vocabulary_has_room_for_what_every_one_has():
+    with pytest.raises(ValueError, match="vocab_size=400 must be at least 2196: "):
+        tokenizer.train(["a text"], 400)
+    made = tokenizer.train(["a text"], 2196)
+    assert made.get_vocab_size() == 2196
+    assert made.decode(made.encode("é 017 text").ids) == "é 017 text"
+
+
 def test_numbers_are_cut_in_threes_from_the_left(made):
     prompt = made.encode("The pass key is ").tokens
     whole = made.encode("The pass key is 48213").tokens
