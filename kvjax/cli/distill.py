@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 import warnings
 from typing import Annotated, Any, Literal
 
@@ -102,8 +103,22 @@ def distill(
         file = training.as_file(result, language_model, settings)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILE
-    map_files.save(path, file, dtype)
-    found = _calibrated(language_model, path, held_out, longest, budget, windows, seed)
+    # A map that no head can abstain from must not pass for one that is finished.
+    draft = out / f"uncalibrated.{FILE}"
+    try:
+        map_files.save(draft, file, dtype)
+        found = _calibrated(
+            language_model, draft, held_out, longest, budget, windows, seed
+        )
+    except KeyboardInterrupt:
+        if feature_map == LEARNED:
+            print(
+                "trained, but not calibrated: run the same command with --resume.",
+                file=sys.stderr,
+            )
+        raise
+    finally:
+        draft.unlink(missing_ok=True)
     about = file.about | {
         "model": language_model.name,
         "weights": checkpoint.digest(language_model.params),

@@ -8,6 +8,7 @@ import pytest
 
 import models
 from kvjax import cli, map_files, registry
+from kvjax.evaluation import abstention
 from kvjax.training import checkpoint as checkpoints
 from kvjax.training import run_folder
 
@@ -64,6 +65,29 @@ def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path, caps
     method = registry.parse(f"topk_completion:budget=39,feature_map={path}")
     held = method.init(model.decoder.cache_spec(1, 40)).weights
     jax.tree.map(np.testing.assert_array_equal, held, file.layer(0)[0])
+
+
+def test_a_map_that_is_not_calibrated_is_not_there(
+    run, command, tmp_path, capsys, monkeypatch
+):
+    """What was there stays, and the run says how to go on."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "map.safetensors").write_text("an older one")
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(abstention, "calibrate", interrupted)
+        assert cli.run([str(x) for x in (*command, "--out", out)]) == 130
+    assert "not calibrated: run the same command with --resume" in (
+        capsys.readouterr().err
+    )
+    assert [path.name for path in out.glob("*.safetensors")] == ["map.safetensors"]
+    assert (out / "map.safetensors").read_text() == "an older one"
+    run(*command, "--out", out, "--resume")
+    assert map_files.load(out / "map.safetensors").gain is not None
 
 
 @pytest.mark.parametrize(
