@@ -142,8 +142,8 @@ class Method(NamedTuple):
             that a rotated query `(B, Hq, 1, D)` of the newest token reads, -1 = none.
             Transforms of such methods choose by it; None elsewhere.
         rewind: `rewind(state, count, most) -> state` after `finish`: without the newest
-            `count (B,)` tokens, at most `most`, as if they had not come; of methods
-            that keep every token and take more of a prompt at any time. None elsewhere.
+            `count (B,)` tokens, at most `most`, as if they had not come; of some
+            methods that keep every token and take more of a prompt at any time.
 
     Shapes: q `(B, Hq, T, D)`; k, v `(B, Hkv, T, D)`; out as q, in q's dtype; T is the
     chunk in prefill and `rows` in decode.

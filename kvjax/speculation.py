@@ -1,7 +1,7 @@
 """A draft of several tokens checked in one pass: what full attention would have said.
 
-Any method that keeps every token can draft with its small reads; one exact pass over
-the draft then costs about as much as one token of full attention.
+A method that can take tokens back drafts with its small reads; one exact pass over the
+draft then costs about as much as one token of full attention.
 """
 
 from typing import NamedTuple
@@ -31,8 +31,8 @@ def rewind(
     """
     if method.rewind is None:
         raise ValueError(
-            "this method cannot take tokens back: it does not keep every token. Use "
-            "full, quest, or retro and dense_layers around them."
+            "this method cannot take tokens back: it has no `rewind`. Use full, quest, "
+            "or retro and dense_layers around them."
         )
     return tuple(method.rewind(state, count, most) for state in states)
 

@@ -29,7 +29,10 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.")
 ]
 ContextOption = Annotated[int, typer.Option("--context", help="Tokens of an input.")]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of every random choice.")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Of every random choice."),
+]
 BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together.")]
 TextOption = Annotated[
     pathlib.Path | None,

@@ -17,11 +17,12 @@ def methods(as_json: JsonOption = False) -> None:
     if as_json:
         print(json.dumps([entry._asdict() for entry in known], indent=2))
         return
+    wide = max(len(entry.name) for entry in known) + 2
     for entry in known:
         options = [f"{name}={value}" for name, value in entry.options.items()]
-        print(f"{entry.name:<15}{entry.summary}")
-        print(f"{'':<15}options: {', '.join(options) or 'none'}")
-        print(f"{'':<15}reads per step and layer: {entry.reads}")
+        print(f"{entry.name:<{wide}}{entry.summary}")
+        print(f"{'':<{wide}}options: {', '.join(options) or 'none'}")
+        print(f"{'':<{wide}}reads per step and layer: {entry.reads}")
 
 
 def cite(

@@ -38,6 +38,8 @@ def broken(checkpoint, tmp_path):
         ),
         ("generate --prompt x --temperature -1", "temperature=-1.0 must be"),
         ("generate --prompt x --top-p 0", "top_p=0.0 must be in (0, 1]"),
+        ("generate --prompt x --seed -1", "Invalid value for '--seed'"),
+        ("eval --task passkey --seed 4294967296", "Invalid value for '--seed'"),
         ("generate", "--prompt or --prompt-file"),
         ("generate --prompt x --prompt-file y", "only one of them"),
         ("generate --prompt-file nowhere.txt", "nowhere.txt"),
