@@ -337,6 +337,18 @@ def holds_all(
     return jnp.repeat(count == length[:, None], num_q_heads // count.shape[1], axis=1)
 
 
+def turns_alike(spec: CacheSpec, length: Int[Array, "B"]) -> Bool[Array, "B 1"]:
+    """Rows whose keys, rotated now, are those rotated when they came.
+
+    Not beyond the original context under `dynamic` RoPE, whose frequencies go with the
+    length: :func:`kvjax.full` keeps keys as they were rotated, and a method that
+    rotates them anew is then another model, however many tokens it keeps.
+    """
+    if getattr(spec.rope, "kind", None) != "dynamic":
+        return jnp.ones_like(length, bool)[:, None]
+    return (length <= spec.rope.original_context)[:, None]
+
+
 def kv_bytes(spec: CacheSpec, tokens: int) -> int:
     """Bytes of the keys and values of `tokens` tokens, all rows and KV heads."""
     itemsize = jnp.dtype(spec.dtype).itemsize

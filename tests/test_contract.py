@@ -18,6 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import accounting, cache, partials, registry
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.rope import Rope
 
 # Small legal values, by the name of the option. An option with a large default that is
 # missing here fails `test_has_small_options`, so that no method is tested idle.
@@ -216,6 +217,28 @@ def test_is_full_attention_when_the_budget_covers_the_context(spec):
     run = drive.run(method, cache_spec, stream)
     drive.assert_matches(run, stream, oracles.full, alpha=alpha)
     assert run.diagnostics.exact.all()
+
+
+@pytest.mark.parametrize("spec", SPECS)
+def test_is_not_exact_where_it_rotates_keys_as_full_attention_does_not(spec):
+    """Under `dynamic` RoPE frequencies go with the length: what is rotated anew, beyond
+    the original context, is another model, and must not be called exact."""
+    stream = drive.make_stream((3, 12), 6, heads=(4, 1), seed=1)
+    alpha = alpha_of(spec)
+    rope = Rope(8, theta=100.0, kind="dynamic", factor=4.0, original_context=8)
+    cache_spec = drive.make_spec(
+        stream, capacity=20, layer=LAYER, alpha=alpha, rope=rope
+    )
+    chunks = [(3, 8), (0, 4)]
+    run = drive.run(
+        registry.parse(spelled(spec, budget=24)), cache_spec, stream, chunks
+    )
+    full = "full" if alpha == 1 else "entmax_full"
+    expected = drive.run(registry.parse(full), cache_spec, stream, chunks)
+    gap = np.abs(run.out - expected.out).max(-1)
+    exact = run.diagnostics.exact
+    assert (gap[exact] < 1e-5).all()
+    assert exact[:5, 0].all()  # up to the original context
 
 
 def _unrotated(x, positions, length=None):

@@ -84,7 +84,8 @@ def cascade(
         `(B, Hq, budget + stride)`.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, the scores,
         and less than a row a ring to move, per row.
-    Exact when: budget >= length + num_cascades - 1, with eager_fill.
+    Exact when: budget >= length + num_cascades - 1, with eager_fill; under `dynamic`
+        RoPE up to the original context.
 
     Raises:
         ValueError: if an option is out of its range, or the budget leaves no slot for
@@ -253,7 +254,8 @@ def cascade(
         attended = [jnp.broadcast_to(x, (*lists, x.shape[2])) for x in attended]
         attended = jnp.concatenate(attended, axis=2)
         exact = cache.holds_all(attended, state.length, q.shape[1])
-        diagnostics = Diagnostics(attended, lse, exact.all(1), exact)
+        alike = cache.turns_alike(state.spec, state.length)
+        diagnostics = Diagnostics(attended, lse, exact.all(1), exact & alike)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

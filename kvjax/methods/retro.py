@@ -44,7 +44,7 @@ def retro(method: Method, *, window: int = 2) -> Method:
         float32; last_loaded `(B, H, NP)` int32, H lists of pages.
     Reads per step and layer: as `method`; out, lse and last_loaded of the pages read;
         the keys of the newest window/P + 1 pages, whose extremes are taken again.
-    Exact when: `method` is.
+    Exact when: `method` is; under `dynamic` RoPE up to the original context.
 
     Raises:
         ValueError: if `window` < 1, or `method` does not list pages to be merged; from
@@ -123,7 +123,8 @@ def retro(method: Method, *, window: int = 2) -> Method:
         held = retrospection.advance(held, chosen, store.length - 1, found)
         attended = paging.tokens_of(chosen, store.pages.shape[3], store.length)
         exact = cache.holds_all(attended, store.length, q.shape[1])
-        diagnostics = Diagnostics(attended, found.lse, exact.all(-1), exact)
+        alike = cache.turns_alike(store.spec, store.length)  # revised keys, to old ones
+        diagnostics = Diagnostics(attended, found.lse, exact.all(-1), exact & alike)
         return RetroState(store, held), found.out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

@@ -43,7 +43,7 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
 
     State: sinks and ring, together k, v `(B, Hkv, budget, D)` cache dtype; length.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, per row.
-    Exact when: budget >= length.
+    Exact when: budget >= length; under `dynamic` RoPE up to the original context.
 
     Raises:
         ValueError: unless 0 <= num_sinks < budget.
@@ -165,7 +165,8 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
             attended, (attended.shape[0], state.k.shape[1], budget)
         )
         exact = cache.holds_all(attended, state.length, q.shape[1])
-        diagnostics = Diagnostics(attended, lse, state.length <= budget, exact)
+        alike = cache.turns_alike(state.spec, state.length)
+        diagnostics = Diagnostics(attended, lse, state.length <= budget, exact & alike)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

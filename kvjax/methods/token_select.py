@@ -40,9 +40,9 @@ def token_select(
     first tokens and the newest ones, at one distance from all of them and unscaled as
     in the official code; the votes of all query heads of the layer are added up, and
     all heads attend to the same tokens. What is attended to is numbered 0, 1, 2, ... in
-    order, so that a context longer than the model's own stays within its positions. A
-    query much like that of the last choice takes the tokens chosen then (Selection
-    Cache). The prompt is attended to in full.
+    order, so that decode steps stay within the model's positions however long the
+    context is. A query much like that of the last choice takes the tokens chosen then
+    (Selection Cache). The prompt is attended to in full, at its own positions.
 
     Args:
         budget: tokens attended to per step, the current one included. Paper: 2,688.
@@ -58,13 +58,13 @@ def token_select(
         A :class:`kvjax.Method` over :class:`TokenSelectState`.
 
     State: k, v `(B, Hkv, S, D)` and query `(B, Hq, D)`, cache dtype; chosen
-        `(B, 1, budget - num_sinks - window)` int32. A chunk of the prompt rotates a
-        copy of all keys.
+        `(B, 1, min(budget, S) - num_sinks - window)` int32. A chunk of the prompt
+        rotates a copy of all keys.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, and
         length*D*Hkv elements of keys to choose, per row; under a `threshold` the keys
         only at steps that do (`Diagnostics.refreshed`), which the accounting, made of
         shapes alone, takes for all.
-    Exact when: budget >= length.
+    Exact when: budget >= length; under `dynamic` RoPE up to the original context.
 
     Raises:
         ValueError: unless num_sinks >= 0, window >= 1, num_sinks + window < budget and
@@ -76,7 +76,7 @@ def token_select(
         arXiv:2411.02886.
     Deviations:
         The prompt is attended to in full; the paper chooses tokens for each 512 of its
-        queries by their mean.
+        queries by their mean, and so reads prompts longer than the model's context.
 
     Example:
         >>> method = kvjax.token_select(budget=256)
@@ -95,10 +95,16 @@ def token_select(
         raise ValueError(f"{threshold=} must be in (0, 1], or None.")
     num_chosen = budget - num_sinks - window
 
+    def room(spec):
+        """Sinks, chosen and newest tokens of a list: a step costs what can be there."""
+        sinks = min(num_sinks, spec.capacity)
+        recent = min(window, spec.capacity - sinks)
+        return sinks, min(num_chosen, spec.capacity - sinks - recent), recent
+
     def init(spec, weights=None):
         del weights
         shape = (spec.batch, spec.num_kv_heads, spec.capacity, spec.head_dim)
-        most = min(num_chosen, spec.capacity)
+        _, most, _ = room(spec)
         return TokenSelectState(
             spec,
             k=cache.allocate(shape, spec.dtype),
@@ -133,12 +139,13 @@ def token_select(
 
     def select(state, q):
         """The tokens between the sinks and the window with most votes, ascending."""
+        sinks, _, recent = room(state.spec)
         newest = (state.length - 1)[:, None]
-        near = state.spec.rope(q, jnp.full_like(newest, window), state.length)
+        near = state.spec.rope(q, jnp.full_like(newest, recent), state.length)
         logits = decode_logits(near, state.k, newest, sm_scale=1.0)[:, :, 0]
         slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
-        is_between = slots < (state.length - window)[:, None, None]
-        is_between &= slots >= num_sinks
+        is_between = slots < (state.length - recent)[:, None, None]
+        is_between &= slots >= sinks
         # Finite, so that a row with nothing between has votes too.
         logits = jnp.where(is_between, logits, jnp.finfo(logits.dtype).min)
         votes = jax.nn.softmax(logits, axis=-1).sum(1, keepdims=True)
@@ -147,14 +154,17 @@ def token_select(
 
     def choose(state, q):
         """What :func:`select` gives, in rows that need it, and which these are."""
-        is_due = is_over = state.length > budget
+        sinks, _, recent = room(state.spec)
+        is_due = is_over = state.length > min(budget, state.spec.capacity)
+        if not state.chosen.shape[-1]:
+            return state, is_due  # sinks and window have room for the whole cache
         if threshold is not None:
             flat = (x.reshape(x.shape[0], -1) for x in (q, state.query))
             is_due &= selection.cosine(*flat) < threshold
         by_row = is_due[:, None, None]
         # While the budget holds everything there is nothing to choose.
-        place = num_sinks + jnp.arange(state.chosen.shape[-1], dtype=jnp.int32)
-        is_held = place < (state.length - window)[:, None, None]
+        place = sinks + jnp.arange(state.chosen.shape[-1], dtype=jnp.int32)
+        is_held = place < (state.length - recent)[:, None, None]
         whole = jnp.where(is_held, place, -1)
         before = jnp.where(is_over[:, None, None], state.chosen, whole)
         chosen = lax.cond(
@@ -167,13 +177,14 @@ def token_select(
 
     def inspect_step(state, q):
         spec = state.spec
+        num_first, _, recent = room(spec)
         state, is_due = choose(state, q)
         length = state.length[:, None, None]
-        sinks = jnp.arange(num_sinks, dtype=jnp.int32)
-        sinks = jnp.where(sinks < length, sinks, -1)
-        newest = length - window + jnp.arange(window, dtype=jnp.int32)
-        newest = jnp.where(newest >= num_sinks, newest, -1)
-        attended = jnp.concatenate([sinks, state.chosen, newest], axis=-1)
+        first = jnp.arange(num_first, dtype=jnp.int32)
+        first = jnp.where(first < length, first, -1)
+        newest = length - recent + jnp.arange(recent, dtype=jnp.int32)
+        newest = jnp.where(newest >= num_first, newest, -1)
+        attended = jnp.concatenate([first, state.chosen, newest], axis=-1)
 
         is_listed = attended >= 0
         place = jnp.where(is_listed, jnp.cumsum(is_listed, -1, dtype=jnp.int32) - 1, -1)
@@ -192,7 +203,8 @@ def token_select(
         )
         attended = jnp.broadcast_to(attended, (*keys.shape[:2], attended.shape[-1]))
         exact = cache.holds_all(attended, state.length, spec.num_q_heads)
-        diagnostics = Diagnostics(attended, lse, is_due | exact.all(-1), exact)
+        alike = cache.turns_alike(spec, state.length)
+        diagnostics = Diagnostics(attended, lse, is_due | exact.all(-1), exact & alike)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):

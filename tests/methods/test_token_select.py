@@ -35,6 +35,17 @@ def test_equals_float64_loops(heads, options):
     check(drive.make_stream((1, 5, 8, 30), 12, heads=heads), **options)
 
 
+@pytest.mark.parametrize("budget", [64, 10**12])
+def test_a_list_has_room_for_what_can_be_there(budget):
+    """Whatever the budget: sinks, chosen and newest tokens are as many as the cache."""
+    stream = drive.make_stream((3, 27), 4)
+    spec = drive.make_spec(stream)
+    run = drive.run(token_select(budget=budget), spec, stream)
+    drive.assert_matches(run, stream, oracles.full)
+    assert run.diagnostics.attended.shape[-1] == spec.capacity
+    assert run.diagnostics.exact.all()
+
+
 def test_chunks_change_nothing():
     stream = drive.make_stream((3, 27, 26), 4)
     check(stream, chunks=[(1, 1, 9), (0, 25, 8), (2, 1, 9)], **SMALL)

@@ -198,7 +198,7 @@ def _training_claim(name: str, training: str, like: str) -> Claim:
 def _table_claim(name: str, kernel: int, why: str) -> Claim:
     reason = (
         f"votes pooled over {kernel} tokens do not reach from a row to the next, and "
-        "neither method finds its rows"
+        "neither method finds many"
     )
     return Claim(
         name=name,
