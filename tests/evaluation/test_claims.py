@@ -279,7 +279,8 @@ def test_the_last_full_run_is_judged_as_its_rows_say():
             continue
         low, high = row["interval"]
         low, high = -inf if low is None else low, inf if high is None else high
-        again = judge(claim, Measured(row["value"], low, high, row["n"]))
+        found = Measured(row["value"], low, high, row["n"], note=row["note"])
+        again = judge(claim, found)
         assert (again.verdict, again.reason) == (row["verdict"], row["reason"])
     held = document["verdicts"]["reproduced"] + document["verdicts"]["direction only"]
     assert held >= 11

@@ -216,6 +216,7 @@ def as_dict(row: Row) -> dict[str, Any]:
         "measured": None,
         "verdict": row.verdict,
         "reason": row.reason,
+        "note": "",
         "command": claim.command,
         "seconds": round(row.seconds, 1),
         "cpu_seconds": round(row.cpu_seconds, 1),
@@ -227,6 +228,7 @@ def as_dict(row: Row) -> dict[str, Any]:
             "interval": [found.low, found.high],
             "n": found.n,
             "measured": found.when,
+            "note": found.note,
             "details": dict(found.details),
         }
     return entry
