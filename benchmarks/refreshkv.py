@@ -230,6 +230,7 @@ def seeds(args):
             yield {
                 "part": "seeds",
                 "source": source,
+                "training": args.training,
                 "method": name,
                 "budget": args.budget,
                 "context": args.context,
@@ -376,6 +377,11 @@ def main(argv=None):
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--n", type=int, default=50)
     parser.add_argument("--batch", type=int, default=10)
+    parser.add_argument(
+        "--training",
+        default="the preset's mixture",
+        help="what the models of `seeds` were trained on, for the record",
+    )
     parser.add_argument("--json", type=pathlib.Path, help="file to add to")
     args = parser.parse_args(argv)
     args.model = args.model or ["embedded-refreshkv"]

@@ -324,7 +324,7 @@ def against_quest(args, part, scores, about):
             "score": statistics.share_interval(found.tolist())._asdict(),
         } | about
         if baseline is not None and name != "quest":
-            above = statistics.paired_difference(found, baseline)
+            above = statistics.paired_shares(found, baseline)
             entry["above_quest"] = above._asdict()
         yield entry | {"seconds": round(time.perf_counter() - start, 1)}
 

@@ -125,7 +125,7 @@ def _training(session: Session, training: str) -> Measured:
     on_text = [
         entry
         for entry in recorded.entries(session.results, RESULTS, "seeds")
-        if entry.data["source"] == "text" and training in entry.data["training"]
+        if entry.data["source"] == "text" and training in entry.data.get("training", "")
     ]
     ours, full = (
         recorded.first(
@@ -139,7 +139,7 @@ def _training(session: Session, training: str) -> Measured:
     found = below(ours, "nats_above_control", full_attention=above)
     return found._replace(
         note="Under full attention they are {mean:.3f} nats [{low:.3f}, {high:.3f}] "
-        "above their controls; three seeds".format(**above)
+        "above their controls; {n} seeds".format(**above)
     )
 
 

@@ -73,16 +73,16 @@ def _keys(session: Session) -> Measured:
     return of_interval(found, details={"relative_error": details})
 
 
-def _recorded_widening(session: Session) -> Measured:
-    found = recorded.entries(session.results, RESULTS, "text")
-    two, eight = (
-        recorded.first(
-            found,
-            f"text under retro of window {window}",
-            lambda e, w=window: e["method"] == f"retro {w}",
-        )
-        for window in (WINDOW, WIDE)
+def _recorded(session: Session, part: str, window: int) -> recorded.Entry:
+    return recorded.first(
+        recorded.entries(session.results, RESULTS, part),
+        f"{part} under retro {window}",
+        lambda e: e["method"] == f"retro {window}",
     )
+
+
+def _recorded_widening(session: Session) -> Measured:
+    two, eight = (_recorded(session, "text", window) for window in (WINDOW, WIDE))
     errors = [entry.data["key_error_by_layer"][-1] for entry in (two, eight)]
     details = {"relative_error": dict(zip(("2", "8"), errors, strict=True))}
     below = errors[0] - errors[1]
@@ -162,11 +162,7 @@ def _bytes(session: Session) -> Measured:
 def _compiled(session: Session) -> str:
     """What the compiler counted of a step, which is more than the cache it reads."""
     try:
-        found = recorded.first(
-            recorded.entries(session.results, RESULTS, "bytes"),
-            "a step of retro 2 as compiled",
-            lambda e: e["method"] == f"retro {WINDOW}",
-        )
+        found = _recorded(session, "bytes", WINDOW)
     except NotMeasuredError:
         return ""
     more, context = found.data["counted_over_quest"], found.data["context"]
@@ -176,16 +172,8 @@ def _compiled(session: Session) -> str:
     )
 
 
-def _recorded_scores(session: Session, part: str, window: int) -> recorded.Entry:
-    return recorded.first(
-        recorded.entries(session.results, RESULTS, part),
-        f"{part} under retro {window}",
-        lambda e: e["method"] == f"retro {window}",
-    )
-
-
 def _answers(session: Session) -> Measured:
-    ours = _recorded_scores(session, "chain", WINDOW)
+    ours = _recorded(session, "chain", WINDOW)
     above = Interval(**ours.data["above_quest"])
     if above.low == above.high:  # every example scored the same
         above = statistics.paired_shares([above.mean] * above.n, [0.0] * above.n)
@@ -195,9 +183,7 @@ def _answers(session: Session) -> Measured:
 
 def _wider_answers(session: Session) -> Measured:
     """Of the questions; the runs kept no scores to pair."""
-    two, eight = (
-        _recorded_scores(session, "questions", window) for window in (WINDOW, WIDE)
-    )
+    two, eight = (_recorded(session, "questions", window) for window in (WINDOW, WIDE))
     means = [entry.data["score"]["mean"] for entry in (two, eight)]
     details = {"scores": dict(zip(("2", "8"), means, strict=True))}
     more, n = means[1] - means[0], two.data["n"]
@@ -205,11 +191,7 @@ def _wider_answers(session: Session) -> Measured:
 
 
 def _time(session: Session) -> Measured:
-    ours = recorded.first(
-        recorded.entries(session.results, RESULTS, "time"),
-        "a decode step of retro 2",
-        lambda e: e["method"] == f"retro {WINDOW}",
-    )
+    ours = _recorded(session, "time", WINDOW)
     if ours.when.endswith("cores"):
         raise NotMeasuredError(
             "the paper's milliseconds are of a GPU, and none is recorded; on "
