@@ -46,8 +46,9 @@ def h2o(
     Returns:
         A :class:`kvjax.Method`; its state is :class:`H2OState` after `finish`.
 
-    State: k, v `(B, Hkv, budget, D)` cache dtype; scores float32, positions int32
-        `(B, Hkv, budget)`. While the prompt runs: the whole cache and its scores.
+    State: k, v `(B, Hkv, N, D)` cache dtype, N = min(budget, capacity); scores float32,
+        positions int32 `(B, Hkv, N)`. While the prompt runs: the whole cache and its
+        scores.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, and as many
         scores and positions, per row.
     Exact when: budget >= length.
@@ -102,14 +103,14 @@ def h2o(
         length = store.length[:, None, None]
         is_older = slots < length - recent
         heavy = selection.top_k(state.scores, budget - recent, is_older)
-        newest = length - recent + jnp.arange(recent, dtype=jnp.int32)
-        newest = jnp.broadcast_to(newest, (*heavy.shape[:2], recent))
+        count = min(recent, store.spec.capacity)
+        newest = length - count + jnp.arange(count, dtype=jnp.int32)
+        newest = jnp.broadcast_to(newest, (*heavy.shape[:2], count))
         positions = jnp.concatenate([heavy, jnp.maximum(newest, -1)], axis=-1)
-        positions = selection.in_order(positions)
-        spare = budget - positions.shape[-1]  # the capacity is below the budget
+        # No more than there is room for: empty slots are the last.
+        positions = selection.in_order(positions)[..., : store.spec.capacity]
         scores = jnp.take_along_axis(state.scores, jnp.maximum(positions, 0), axis=-1)
-        scores = jnp.pad(scores, ((0, 0), (0, 0), (0, spare)))
-        return H2OState(cache.keep(store, positions, spare), scores)
+        return H2OState(cache.keep(store, positions), scores)
 
     def append(state, k, v):
         kept = state.kept
@@ -118,7 +119,7 @@ def h2o(
         may_go = (kept.positions >= 0) & (kept.positions < oldest_recent)
         victim = selection.lowest(state.scores, kept.positions, may_go)
         used = cache.num_kept(kept)[:, None]
-        slots = jnp.where(used < budget, used, victim)
+        slots = jnp.where(used < kept.positions.shape[-1], used, victim)
         fresh = jnp.zeros((*slots.shape, 1), jnp.float32)
         scores = cache.write(
             state.scores, fresh, slots[..., None], jnp.ones_like(fresh, bool)

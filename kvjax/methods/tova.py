@@ -40,8 +40,9 @@ def tova(*, budget: int = 1024) -> Method:
     Returns:
         A :class:`kvjax.Method`; its state is :class:`TovaState` after `finish`.
 
-    State: k, v `(B, Hkv, budget, D)` cache dtype; weights float32 and positions int32
-        `(B, 1, budget)`. While the prompt runs: the whole cache and one query.
+    State: k, v `(B, Hkv, N, D)` cache dtype, N = min(budget, capacity); weights float32
+        and positions int32 `(B, 1, N)`. While the prompt runs: the whole cache and one
+        query.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, and as many
         weights and positions as tokens, per row.
     Exact when: budget >= length.
@@ -91,16 +92,14 @@ def tova(*, budget: int = 1024) -> Method:
         slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
         is_held = slots < store.length[:, None, None]
         positions = selection.in_order(selection.top_k(weights, budget, is_held))
-        spare = budget - positions.shape[-1]  # the capacity is below the budget
         weights = jnp.take_along_axis(weights, jnp.maximum(positions, 0), axis=-1)
-        weights = jnp.pad(weights, ((0, 0), (0, 0), (0, spare)))
-        return TovaState(cache.keep(store, positions, spare), weights)
+        return TovaState(cache.keep(store, positions), weights)
 
     def append(state, k, v):
         kept = state.kept
         victim = selection.lowest(state.weights, kept.positions, kept.positions >= 0)
         used = cache.num_kept(kept)[:, None]
-        slots = jnp.where(used < budget, used, victim)
+        slots = jnp.where(used < kept.positions.shape[-1], used, victim)
         return TovaState(cache.put(kept, slots, k, v), state.weights)
 
     def inspect_step(state, q):
@@ -109,7 +108,7 @@ def tova(*, budget: int = 1024) -> Method:
         (out, lse), weights = weighted_attention(
             rotated, kept.k, kept.v, positions, kept.positions, sm_scale=spec.sm_scale
         )
-        shape = (spec.batch, spec.num_kv_heads, budget)
+        shape = (spec.batch, spec.num_kv_heads, kept.positions.shape[-1])
         attended = jnp.broadcast_to(kept.positions, shape)
         refreshed = cache.num_kept(kept) == kept.length
         exact = cache.holds_all(attended, kept.length, spec.num_q_heads)
