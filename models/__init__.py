@@ -115,7 +115,7 @@ def save_pretrained(
         FileExistsError: if `directory` exists and is not empty.
         ValueError: if the parameters do not fit the configuration.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(
             f"{directory} exists; remove it or choose another directory."

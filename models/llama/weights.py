@@ -263,7 +263,9 @@ def _locate(files: Mapping[Path, set[str] | None]) -> dict[str, Path]:
                 f"{file} lacks tensors its index names: {_few(absent)}; download it "
                 "again."
             )
-        where |= dict.fromkeys(names, file)
+        # A tensor in two shards is where the index says.
+        where = dict.fromkeys(names, file) | where
+        where |= dict.fromkeys(expected or (), file)
     return where
 
 

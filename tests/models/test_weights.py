@@ -116,6 +116,22 @@ def test_shards_keep_their_limit(checkpoint, tmp_path):
     }
 
 
+def test_a_tensor_in_two_shards_is_where_the_index_says(checkpoint, tmp_path):
+    model = models.load(checkpoint())
+    saved = tmp_path / "saved"
+    models.save_pretrained(model, saved, max_shard_bytes=20_000)
+    where = json.loads((saved / INDEX).read_text())["weight_map"]
+    files = sorted(set(where.values()))
+    assert len(files) > 2
+    for file in files:  # a copy of another content in every other shard
+        copied = load_file(saved / file)
+        if where[Q0] != file:
+            copied[Q0] = np.full_like(load_file(saved / where[Q0])[Q0], 7)
+            save_file(copied, saved / file, {"format": "pt"})
+    again = models.load(saved)
+    jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
+
+
 def test_saved_files_may_be_read_by_whom_the_umask_lets(checkpoint, tmp_path):
     models.save_pretrained(models.load(checkpoint()), tmp_path / "saved")
     (tmp_path / "plain").touch()
