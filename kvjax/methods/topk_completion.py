@@ -109,7 +109,8 @@ def topk_completion(
         charge: the summary and the map count in the budget at every `step`; once per
             `request`, spread over its generated tokens; or not at all.
         window: if given, only so many generated tokens stay exact; older ones join the
-            middle, whose summary they enter. Paper: None.
+            middle, whose summary they enter; where the prompt left none to fit the map
+            to, or outliers took all, they can only be retrieved. Paper: None.
         calibration: newest prompt queries that maps are fitted to.
 
     Returns:
@@ -121,7 +122,8 @@ def topk_completion(
         (K from Hq lists for per="query"), the summary and the map's arrays in float32,
         and to choose length*D*Hkv elements of keys (`oracle`) or 2*NP*D*Hkv of page
         summaries, per row.
-    Exact when: budget >= capacity; K >= the tokens of the middle.
+    Exact when: budget >= capacity; K >= the tokens of the middle, or of the pages that
+        it touches.
 
     Raises:
         ValueError: for options out of range or that do not go together; from `init`, if
@@ -187,7 +189,8 @@ def topk_completion(
         generated = spec.max_new_tokens if window is None else window
         newest = max(min(tail + generated, spec.capacity), 1)
         if budget >= spec.capacity:
-            return _Plan(None, spec.capacity, 0, newest, 0.0)
+            whole = _in_pages(spec.capacity + page_size - 1)  # the last page too
+            return _Plan(None, whole, 0, newest, 0.0)
         room = completion.num_retrieved(budget, num_sinks, tail, num_outliers)
         if lam == 0:
             room += num_outliers
@@ -211,9 +214,14 @@ def topk_completion(
                 f"{feature_map=} equals {charged} ({charge=}): raise the budget, or "
                 "take feature_map='mean' or another charge."
             )
-        return _Plan(
-            estimator, _in_pages(room - charged), num_outliers, newest, charged
-        )
+        retrieved = _in_pages(room - charged)
+        if is_moment and not retrieved:
+            raise ValueError(
+                f"{budget=} leaves no token to retrieve beside sinks, tail and "
+                f"summary, and the mass of {feature_map=} is bounded by those that "
+                "are: raise the budget."
+            )
+        return _Plan(estimator, retrieved, num_outliers, newest, charged)
 
     def _in_pages(tokens):
         return tokens if selector == "oracle" else tokens // page_size * page_size

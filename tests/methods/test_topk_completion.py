@@ -63,7 +63,7 @@ def check(stream, retrieved, chunks=None, capacity=None, **options):
                 "mass_cap": False,
             },
         ),
-        ((4, 2), 0, {"feature_map": "moment", "window": 2, "tail": 0}),
+        ((4, 2), 1, {"feature_map": "moment", "window": 2, "tail": 0}),
         (
             (4, 2),
             8,
@@ -199,6 +199,29 @@ def test_what_a_budget_of_two_percent_buys(options, retrieved, elements):
         assert sum(leaf.size for leaf in leaves) == 2 * 4 * elements
         held = accounting.state_bytes(method, SPEC)
         assert held == 4096 * TOKEN + 2 * 4 * 4 * elements + 2 * 2 * 4
+
+
+@pytest.mark.parametrize("prompt", [13, 27, 36])
+@pytest.mark.parametrize("tail", [0, 1])
+def test_pages_of_a_budget_above_the_capacity_are_all_of_them(prompt, tail):
+    """Also the last one, which is not whole, and the only one."""
+    stream = drive.make_stream((prompt, 5), 3, sharpness=1.0)
+    method = topk_completion(selector="pages", tail=tail, num_sinks=0)
+    run = drive.run(method, drive.make_spec(stream), stream)
+    drive.assert_matches(run, stream, oracles.full)
+    assert run.diagnostics.exact.all()
+
+
+def test_a_mass_that_nothing_bounds_is_refused():
+    stream = drive.make_stream((40,), 1)
+    spec = drive.make_spec(stream)
+    options = {"feature_map": "moment", "charge": "none", "num_sinks": 2, "tail": 3}
+    with pytest.raises(ValueError, match="budget=5 leaves no token to retrieve"):
+        topk_completion(budget=5, **options).init(spec)
+    pages = options | {"selector": "pages", "page_size": 4}
+    with pytest.raises(ValueError, match="budget=8 leaves no token to retrieve"):
+        topk_completion(budget=8, **pages).init(spec)
+    topk_completion(budget=9, **pages).init(spec)
 
 
 def test_pages_read_whole_pages_and_their_extremes():
