@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import selection
@@ -16,6 +17,12 @@ def check(
     budget: int, stride: int, kernel: int, max_gap: int | None, **choices
 ) -> None:
     """Raises ValueError for options out of range."""
+    numbers = {"budget": budget, "stride": stride, "kernel": kernel}
+    if max_gap is not None:
+        numbers["max_gap"] = max_gap
+    for name, value in numbers.items():
+        if not isinstance(value, int | np.integer):
+            raise ValueError(f"{name}={value!r} must be an integer.")
     if budget < 2:
         raise ValueError(
             f"{budget=} must be at least 2 tokens: the current one and one more."

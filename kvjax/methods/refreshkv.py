@@ -1,5 +1,6 @@
 """RefreshKV: small-cache steps, and now and then a full one that refills the cache."""
 
+import math
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
@@ -113,6 +114,8 @@ def refreshkv(
         qc_batch=qc_batch,
     )
     selection.check_reduce(group_reduce=group_reduce)
+    if math.isnan(threshold):
+        raise ValueError(f"{threshold=} must be a number: no cosine is below it.")
     longest_gap = budget - 1 if max_gap is None else max_gap
 
     def init(spec, weights=None):
