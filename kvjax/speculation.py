@@ -61,8 +61,14 @@ def verify(
         :class:`Verified`; a pure function, for `jax.jit`.
 
     Raises:
-        ValueError: if the method cannot take tokens back.
+        ValueError: if the method cannot take tokens back, or the model's rope is
+            `dynamic`: its keys depend on how many come at once.
     """
+    if getattr(decoder.cache_spec(1, 1).rope, "kind", None) == "dynamic":
+        raise ValueError(
+            "the model's rope is 'dynamic', which would rotate a draft's keys as no "
+            "single step does: decode token by token."
+        )
     batch, rows = tokens.shape
     lengths = jnp.full((batch,), rows, jnp.int32)
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)

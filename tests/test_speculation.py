@@ -15,6 +15,7 @@ from kvjax.generate import generate, prefill
 from kvjax.methods.full import full
 from kvjax.methods.quest import quest
 from kvjax.methods.retro import retro
+from kvjax.rope import Rope
 
 PROMPTS = (9, 4)
 NEW = 12
@@ -117,6 +118,15 @@ def test_tokens_taken_back_leave_no_trace(count):
         if past < 7:
             own = np.asarray(before.window.last_loaded[past, b])
             np.testing.assert_array_equal(loaded[own >= 0] >= 0, True)
+
+
+def test_a_rope_that_goes_with_the_length_is_refused():
+    """A draft's keys would be rotated as no single step rotates them."""
+    rope = Rope(8, kind="dynamic", factor=4.0, original_context=16)
+    model = tiny_model(rope=rope)
+    tokens = jnp.zeros((1, 2), jnp.int32)
+    with pytest.raises(ValueError, match=r"rope is 'dynamic'.* token by token"):
+        speculation.verify(model.decoder, kvjax.full(), model.params, (), tokens)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
