@@ -78,7 +78,9 @@ class TextRow:
                     end = cut
                     break
         text, self.given = certain[self.given :], max(self.given, len(certain))
-        if len(certain) == len(fresh):
+        # Behind tokens without text the next may lose its blank: they stay in view.
+        is_seen = fresh or end - self.clean > _LONGEST_WAIT
+        if is_seen and len(certain) == len(fresh):
             self.given -= len(certain)
             self.anchor, self.clean = self.clean, end
         return text

@@ -196,13 +196,22 @@ def check_prompts(
 
 
 def check_options(
-    sampling: Sampling, stop: Sequence[str] = (), stream_every: int = 16
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stream_every: int = 16,
+    seed: int = 0,
+    eos_ids: Sequence[int] | None = None,
 ) -> None:
     """Raises ValueError unless each is in its range. See :func:`generate`."""
     validate(sampling)
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 1 << 32:
+        raise ValueError(f"{seed=} must be an integer in [0, 2**32).")
+    for token in () if eos_ids is None else eos_ids:
+        if not isinstance(token, int | np.integer) or not 0 <= token < 1 << 31:
+            raise ValueError(f"{eos_ids=} must be token ids, integers from 0 on.")
     if stream_every < 1:
         raise ValueError(f"{stream_every=} must be at least 1.")
-    if isinstance(stop, str) or not all(stop):
+    if isinstance(stop, str) or not isinstance(stop, Sequence) or not all(stop):
         raise ValueError(f"{stop=} must be a sequence of non-empty strings.")
 
 
@@ -377,7 +386,7 @@ def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
     """Checks every argument now; the work begins with the first `next`."""
     if isinstance(prompts, str):
         raise TypeError("prompts is one text: put it in a list.")
-    check_options(sampling, stop, stream_every)
+    check_options(sampling, stop, stream_every, options["seed"], options["eos_ids"])
     prompts = [
         model.tokenizer.encode(prompt)
         if isinstance(prompt, str)
@@ -452,9 +461,43 @@ def continued(
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     """What :func:`stream` yields and :func:`generate` returns, from a prompt's end.
 
-    `prefilled` is used up. `seen` are the tokens of each prompt, which a repetition
-    penalty needs; other arguments as there.
+    `prefilled` is used up; it must have been made with room for `max_new_tokens`.
+    `seen` are the tokens of each prompt, which a repetition penalty needs; other
+    arguments as there.
+
+    Raises:
+        ValueError: as :func:`generate`, at once.
     """
+    check_options(sampling, stop, stream_every, seed, eos_ids)
+    if max_new_tokens < 1:
+        raise ValueError(f"{max_new_tokens=} must be at least 1.")
+    return _continued(
+        model,
+        method,
+        prefilled,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=tuple(stop),
+        eos_ids=eos_ids,
+        seed=seed,
+        stream_every=stream_every,
+        seen=seen,
+    )
+
+
+def _continued(
+    model,
+    method,
+    prefilled,
+    *,
+    max_new_tokens,
+    sampling,
+    stop,
+    eos_ids,
+    seed,
+    stream_every,
+    seen,
+):
     decoder, params = model.decoder, model.params
     eos_ids = frozenset(model.eos_ids if eos_ids is None else eos_ids)
     eos_array = np.array(sorted(eos_ids), np.int32)
@@ -467,7 +510,6 @@ def continued(
     newest, tail = _first_token(
         decoder, params, hidden, tail, keys, sampling, eos_array
     )
-    stop = tuple(stop)
     rows = [
         TextRow(model.tokenizer, stop, eos_ids, max_new_tokens) for _ in range(batch)
     ]

@@ -169,7 +169,7 @@ def stream(
         ValueError: if there is no room for `max_new_tokens`, or an option is out of its
             range.
     """
-    check_options(sampling, stop, stream_every)
+    check_options(sampling, stop, stream_every, seed, eos_ids)
     if max_new_tokens is None:
         max_new_tokens = prefix.longest + prefix.room - max(map(len, prefix.prompts))
     if max_new_tokens < 1:

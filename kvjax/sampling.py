@@ -4,7 +4,6 @@ The order and meaning of the filters are those of the transformers library: repe
 penalty, temperature, top-k, top-p, min-p.
 """
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,20 +33,28 @@ class Sampling(NamedTuple):
     repetition_penalty: float = 1.0
 
 
+# Of a temperature and a penalty: logits divided by it remain float32 numbers.
+LEAST, MOST = 1e-30, 1e30
+
+
 def validate(sampling: Sampling) -> None:
     """Raises ValueError unless every field is in its range."""
     temperature, top_k, top_p, min_p, penalty = sampling
-    if not (math.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"{temperature=} must be finite and at least 0; 0 is greedy.")
-    if int(top_k) != top_k or top_k < 0:
-        raise ValueError(f"{top_k=} must be an integer of at least 0; 0 keeps all.")
+    if not (temperature == 0 or LEAST <= temperature <= MOST):
+        raise ValueError(
+            f"{temperature=} must be 0, which is greedy, or in [{LEAST}, {MOST}]."
+        )
+    if int(top_k) != top_k or not 0 <= top_k < 1 << 31:
+        raise ValueError(
+            f"{top_k=} must be an integer of at least 0, below 2**31; 0 keeps all."
+        )
     if not 0 < top_p <= 1:
         raise ValueError(f"{top_p=} must be in (0, 1]; 1 keeps all tokens.")
     if not 0 <= min_p <= 1:
         raise ValueError(f"{min_p=} must be in [0, 1]; 0 keeps all tokens.")
-    if not (math.isfinite(penalty) and penalty > 0):
+    if not LEAST <= penalty <= MOST:
         raise ValueError(
-            f"repetition_penalty={penalty} must be finite and above 0; 1 is none."
+            f"repetition_penalty={penalty} must be in [{LEAST}, {MOST}]; 1 is none."
         )
 
 
@@ -131,6 +138,7 @@ def filter_logits(
             # A token stays while those likelier than it have less than top_p together.
             probs = jax.nn.softmax(descending, axis=-1)
             kept = jnp.cumsum(probs, axis=-1) - probs < top_p
+            kept = kept.at[..., 0].set(True)  # whatever float32 makes of a small top_p
             kept = kept & (descending >= least)
             least = jnp.where(kept, descending, jnp.inf).min(-1, keepdims=True)
         logits = jnp.where(logits < least, -jnp.inf, logits)

@@ -90,7 +90,9 @@ def pieces(
     """UTF-8 text, cut between lines, or else after at most `most` characters.
 
     Tokens of the pieces are those of the whole text, as long as some of its lines end
-    in a word or have a line without blanks before and after the break.
+    in a word or have a line without blanks before and after the break. A tokenizer that
+    puts a blank before a text, as SentencePiece does for Llama 2, puts one before every
+    piece: a token in some ten thousand.
 
     Raises:
         ValueError: at the first byte that is not UTF-8; the message has its offset.

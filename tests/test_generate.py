@@ -352,7 +352,11 @@ def test_decoding_piece_by_piece_is_decoding_at_once(seed):
         ([[1]], {"stream_every": 0}, "stream_every=0 must be at least 1"),
         ([[1]], {"stop": ("",)}, "must be a sequence of non-empty strings"),
         ([[1]], {"stop": "end"}, "must be a sequence of non-empty strings"),
+        ([[1]], {"stop": iter(["end"])}, "must be a sequence of non-empty strings"),
         ([[1]], {"sampling": Sampling(top_p=2)}, "top_p=2 must be in"),
+        ([[1]], {"seed": -1}, r"seed=-1 must be an integer in \[0, 2\*\*32\)"),
+        ([[1]], {"seed": 1 << 32}, "seed=4294967296 must be an integer in"),
+        ([[1]], {"eos_ids": ["2"]}, r"eos_ids=\['2'\] must be token ids"),
         (
             [[1] * 4000],
             {"max_new_tokens": 97},
@@ -360,11 +364,46 @@ def test_decoding_piece_by_piece_is_decoding_at_once(seed):
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_mistakes_are_named_before_anything_runs(prompts, options, message):
     with pytest.raises(ValueError, match=message):
         generate(MODEL, kvjax.full(), prompts, **options)
     with pytest.raises(ValueError, match=message):
         stream(MODEL, kvjax.full(), prompts, **options)  # not only when iterated
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        ({"max_new_tokens": 4, "stream_every": 0}, "stream_every=0 must be at least 1"),
+        ({"max_new_tokens": 4, "stop": "end"}, "must be a sequence of non-empty"),
+        ({"max_new_tokens": 4, "sampling": Sampling(-1)}, "temperature=-1 must be 0"),
+    ],
+)
+def test_what_goes_on_from_a_prompt_is_checked_at_once(options, message):
+    method = kvjax.full()
+    prefilled = module.prefill(MODEL, method, [[1, 2, 3]], max_new_tokens=16)
+    with pytest.raises(ValueError, match=message):
+        module.continued(MODEL, method, prefilled, **options)
+    assert next(module.continued(MODEL, method, prefilled, max_new_tokens=16))
+
+
+def test_a_blank_behind_a_token_without_text_is_kept():
+    """As decoders of SentencePiece strip the first blank of a text."""
+    pieces = ["", " one", " two", " three"]
+
+    class Stripping(ByteTokenizer):
+        def decode(self, tokens):
+            return "".join(pieces[token] for token in tokens).removeprefix(" ")
+
+    tokens = [1, 0, 2, 0, 0, 3]
+    for size in (1, 2, 6):
+        row = module.TextRow(Stripping(), (), frozenset(), len(tokens))
+        for start in range(0, len(tokens), size):
+            row.push(tokens[start : start + size])
+        assert row.text == "one two three"
 
 
 def test_a_single_text_is_refused():

@@ -169,19 +169,36 @@ def test_values_do_not_compile_again(logits):
 @pytest.mark.parametrize(
     ("sampling", "message"),
     [
-        (Sampling(temperature=-0.1), "temperature=-0.1 must be finite and at least 0"),
-        (Sampling(temperature=float("nan")), "temperature=nan must be finite"),
+        (Sampling(temperature=-0.1), "temperature=-0.1 must be 0, which is greedy"),
+        (Sampling(temperature=float("nan")), "temperature=nan must be 0"),
         (Sampling(top_k=-1), "top_k=-1 must be an integer of at least 0"),
         (Sampling(top_k=2.5), "top_k=2.5 must be an integer"),
         (Sampling(top_p=0.0), r"top_p=0.0 must be in \(0, 1\]"),
         (Sampling(top_p=1.1), r"top_p=1.1 must be in \(0, 1\]"),
         (Sampling(min_p=-0.5), r"min_p=-0.5 must be in \[0, 1\]"),
-        (Sampling(repetition_penalty=0.0), "repetition_penalty=0.0 must be finite"),
+        (Sampling(temperature=1e-38), "temperature=1e-38 must be 0, .* or in"),
+        (Sampling(top_k=1 << 31), "top_k=2147483648 must be an integer .* below"),
+        (Sampling(repetition_penalty=0.0), "repetition_penalty=0.0 must be in"),
+        (Sampling(repetition_penalty=1e39), r"repetition_penalty=1e\+39 must be in"),
     ],
 )
 def test_values_out_of_range_are_named(sampling, message):
     with pytest.raises(ValueError, match=message):
         validate(sampling)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=1.0, top_p=1e-46),  # 0 in float32
+        Sampling(temperature=1e-30),
+        Sampling(temperature=1.0, min_p=1.0, top_p=1e-46, top_k=(1 << 31) - 1),
+    ],
+)
+def test_however_narrow_the_likeliest_token_stays(sampling, logits):
+    validate(sampling)
+    tokens = sample(row_keys(0, 3), jnp.asarray(logits), None, active(sampling))
+    np.testing.assert_array_equal(tokens, np.argmax(logits, axis=-1))
 
 
 def test_the_defaults_are_valid_and_greedy():
