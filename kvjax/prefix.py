@@ -5,12 +5,13 @@ still come. On disk it is complete or absent, and says what it belongs to: anoth
 model, method or dtype is refused. Needs orbax: `pip install 'kvjax[train]'`.
 """
 
+import hashlib
 import itertools
 import json
 import pathlib
 import shutil
 import uuid
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -37,11 +38,12 @@ from kvjax.interface import LanguageModel, Method, State
 from kvjax.sampling import Sampling, mentioned
 from kvjax.training import checkpoint
 
-FORMAT = 1  # of a folder; a change that breaks readers adds one
+FORMAT = 2  # of a folder; a change that breaks readers adds one
 ABOUT, ARRAYS = "prefix.json", "arrays"
+_LAYOUT = ("prompt_tokens", "longest", "room", "leaves")
 _KEYS = {
     *("method", "dtype", "decoder", "weights", "model"),
-    *("prompt_tokens", "longest", "room", "leaves", "fingerprints"),
+    *(*_LAYOUT, "layout", "fingerprints"),
 }
 # On a file that is missing, cut or not its own, orbax raises what comes.
 _READ = Exception
@@ -233,6 +235,7 @@ def save(
         "leaves": checkpoint.describe(arrays),
         "fingerprints": [int(f) for f in checkpoint.fingerprints(arrays)],
     }
+    about["layout"] = _digest(about)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
     try:
@@ -277,6 +280,10 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
         )
     if missing := sorted(_KEYS - found.keys()):
         raise checkpoint.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
+    if found["layout"] != _digest(found):
+        raise checkpoint.DamagedError(
+            f"{path} is damaged: {', '.join(_LAYOUT)} are not what was saved."
+        )
     return found
 
 
@@ -351,6 +358,12 @@ def _flat(states, hidden, tokens):
     leaves = jax.tree.leaves(states)
     named = {f"state{index:05}": leaf for index, leaf in enumerate(leaves)}
     return {**named, "hidden": hidden, "tokens": tokens}
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    """Of what the arrays are cut by; who may read them is compared, not trusted."""
+    text = json.dumps([about[key] for key in _LAYOUT], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:

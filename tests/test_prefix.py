@@ -183,13 +183,23 @@ def test_damage_is_found(saved, tmp_path):
         largest.write_bytes(largest.read_bytes()[:100])
 
     def no_key(copy):
-        (copy / prefix.ABOUT).write_text('{"format": 1, "room": 3}')
+        (copy / prefix.ABOUT).write_text('{"format": 2, "room": 3}')
 
     fingerprints = json.loads((folder / prefix.ABOUT).read_text())["fingerprints"]
     flipped = [fingerprints[0] ^ 1, *fingerprints[1:]]
-    for change in (cut_about, cut_arrays, no_key, about(fingerprints=flipped)):
+    lengths = json.loads((folder / prefix.ABOUT).read_text())["prompt_tokens"]
+    assert lengths[::-1] != lengths
+    edited = (
+        about(fingerprints=flipped),
+        about(prompt_tokens=lengths[::-1]),  # as many tokens, cut elsewhere
+        about(prompt_tokens=None),
+        about(longest="x"),
+        about(room=-5),
+        about(leaves={}),
+    )
+    for change in (cut_about, cut_arrays, no_key, *edited):
         with pytest.raises(DamagedError, match="is damaged"):
             prefix.restore(damaged(change), ONE_LAYER, full, method_name="full")
-    with pytest.raises(ValueError, match="has format 2, this kvjax reads 1"):
-        prefix.restore(damaged(about(format=2)), ONE_LAYER, full, method_name="full")
+    with pytest.raises(ValueError, match="has format 3, this kvjax reads 2"):
+        prefix.restore(damaged(about(format=3)), ONE_LAYER, full, method_name="full")
     gc.collect()  # orbax leaves the reads that failed to the collector: here, ignored
