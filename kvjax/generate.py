@@ -152,9 +152,8 @@ def prefill(
     states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
     hidden = None
     for tokens, lengths in chunks(decoder, prompts, chunk_size):
-        states, hidden = prefill_chunk(
-            decoder, method, params, states, tokens, lengths, hidden
-        )
+        states, newest = prefill_chunk(decoder, method, params, states, tokens, lengths)
+        hidden = newer(newest, lengths, hidden)
     return Prefilled(
         finish(method, states), hidden, jnp.asarray(recent(prompts, method.rows))
     )
@@ -291,10 +290,25 @@ def _finish(method, state):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def prefill_chunk(decoder, method, params, states, tokens, lengths, previous):
-    """States with a chunk read, and the newest hidden states; `states` are used up."""
+def prefill_chunk(decoder, method, params, states, tokens, lengths):
+    """States with a chunk read, and its newest hidden states; `states` are used up.
+
+    The first chunk and those behind it run the same program: see :func:`newer`.
+    """
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
-    return states, last_hidden(hidden, lengths, previous)
+    return states, last_hidden(hidden, lengths, None)
+
+
+@jax.jit
+def newer(
+    newest: Float[Array, "B E"],
+    lengths: Int[Array, "B"],
+    previous: Float[Array, "B E"] | None,
+) -> Float[Array, "B E"]:
+    """Hidden states of rows that the chunk has a token of; `previous` of the others."""
+    if previous is None:
+        return newest
+    return jnp.where((lengths > 0)[:, None], newest, previous)
 
 
 def last_hidden(
@@ -304,10 +318,7 @@ def last_hidden(
 ) -> Float[Array, "B E"]:
     """Of each row's newest token; `previous` where this chunk has none of the row."""
     index = jnp.maximum(lengths - 1, 0)[:, None, None]
-    newest = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    if previous is None:
-        return newest
-    return jnp.where((lengths > 0)[:, None], newest, previous)
+    return newer(jnp.take_along_axis(hidden, index, axis=1)[:, 0], lengths, previous)
 
 
 class _Tail(NamedTuple):

@@ -31,6 +31,7 @@ from kvjax.generate import (
     continued,
     empty_states,
     finish,
+    newer,
     prefill_chunk,
     recent,
 )
@@ -88,9 +89,10 @@ def read(
 
 def _read(model, method, states, hidden, pieces, chunk_size):
     for tokens, lengths in chunks(model.decoder, pieces, chunk_size):
-        states, hidden = prefill_chunk(
-            model.decoder, method, model.params, states, tokens, lengths, hidden
+        states, newest = prefill_chunk(
+            model.decoder, method, model.params, states, tokens, lengths
         )
+        hidden = newer(newest, lengths, hidden)
     return states, hidden
 
 

@@ -111,8 +111,10 @@ def test_nothing_compiles_again_within_a_bucket():
         done = run(method, [prompt], max_new_tokens=new, eos_ids=(), chunk_size=64)
         assert len(done[0].tokens) == new
 
+    before = compiled()
     go(145, 38)  # prompts of 145..160 share a bucket, so do 37..40 new tokens
     first = compiled()
+    assert first[1] == before[1] + 1  # for all three chunks
     go(152, 37)
     go(150, 40)
     assert compiled() == first
