@@ -24,9 +24,6 @@ from kvjax import accounting
 from kvjax.generate import (
     Generation,
     Prefilled,
-    check_options,
-    check_prompts,
-    check_vocabulary,
     chunks,
     continued,
     empty_states,
@@ -35,6 +32,7 @@ from kvjax.generate import (
     prefill_chunk,
     recent,
 )
+from kvjax.inputs import check_options, check_prompts, check_vocabulary
 from kvjax.interface import LanguageModel, Method, State
 from kvjax.sampling import Sampling, mentioned
 from kvjax.training import checkpoint

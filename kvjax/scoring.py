@@ -16,7 +16,6 @@ from jaxtyping import Float
 from kvjax import accounting
 from kvjax.generate import (
     PAD,
-    check_vocabulary,
     chunks,
     empty_states,
     finish,
@@ -24,6 +23,7 @@ from kvjax.generate import (
     recent,
 )
 from kvjax.generate import prefill as read_prompts
+from kvjax.inputs import check_vocabulary
 from kvjax.interface import LanguageModel, Method
 
 STEPS = 64  # teacher-forced tokens between two looks of the host

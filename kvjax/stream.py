@@ -21,12 +21,12 @@ from kvjax.generate import (
     PAD,
     Generation,
     Prefilled,
-    check_vocabulary,
     continued,
     empty_states,
     finish,
     last_hidden,
 )
+from kvjax.inputs import check_vocabulary
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
 from kvjax.scoring import POSITIONS
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from kvjax.generate import PAD, check_vocabulary, empty_states, finish
+from kvjax.generate import PAD, empty_states, finish
+from kvjax.inputs import check_vocabulary
 from kvjax.interface import LanguageModel, Method
 
 DARK = "#1b6ca8"
