@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from kvjax.interface import Params
-from models.llama import tokenizer, weights
+from models.llama import tensors, tokenizer, weights
 from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, to_hf
 from models.llama.model import LlamaDecoder
 
@@ -16,6 +16,7 @@ __all__ = [
     "LlamaDecoder",
     "from_hf",
     "load",
+    "tensors",
     "to_hf",
     "tokenizer",
     "weights",
@@ -30,4 +31,5 @@ def load(
 ) -> tuple[LlamaDecoder, Params]:
     """Decoder and weights of a checkpoint directory; see :func:`models.load`."""
     decoder = LlamaDecoder(from_hf(config, dtype=dtype))
-    return decoder, weights.load(directory, decoder.config, device)
+    opened = tensors.from_safetensors(directory)
+    return decoder, weights.load(opened, decoder.config, device)

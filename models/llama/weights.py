@@ -1,13 +1,11 @@
-"""Weights of the Llama family in safetensors files of the Hugging Face layout.
+"""Weights of the Llama family, from any checkpoint and into safetensors files.
 
 Reading streams: one tensor at a time goes from its file to the device and into our
-layout there, so that the host never holds more than one. torch is not needed, not for
-bfloat16 either.
+layout there, so that the host never holds more than one.
 """
 
 import functools
 import json
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,11 +16,7 @@ import numpy as np
 from kvjax.interface import Params
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
-
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-_SHOWN = 4  # names listed in an error before it is cut
-_FLOATS = ("F64", "F32", "F16", "BF16")
+from models.llama.tensors import INDEX, SINGLE, Tensors, few
 
 
 class Entry(NamedTuple):
@@ -78,29 +72,30 @@ def _entry(path: tuple[str | int, ...], target: jax.ShapeDtypeStruct) -> Entry:
     return Entry(path, name, target.shape[::-1], target)
 
 
-def load(directory: Path, config: LlamaConfig, device: Any = None) -> Params:
-    """Reads the weights of a checkpoint directory into the structure of `param_shapes`.
+def load(tensors: Tensors, config: LlamaConfig, device: Any = None) -> Params:
+    """Reads the weights of a checkpoint into the structure of `param_shapes`.
 
     Args:
-        directory: holds `model.safetensors`, or shards and their index.
+        tensors: of the checkpoint, by their names in the Hugging Face layout.
         config: sizes, and the dtype to cast to.
         device: a `jax.Device`, a `Sharding`, a pytree of shardings in the structure of
             `param_shapes`, or None for the default device.
 
     Raises:
-        FileNotFoundError: if there are no weights or a shard is missing.
-        ValueError: if a file is damaged, tensors are missing, unknown or of the wrong
-            shape, or a weight is not finite.
+        ValueError: if tensors are missing, unknown or of the wrong shape, or a weight
+            is not finite.
     """
     entries = layout(config)
-    files = _find_files(directory)
-    where = _locate(files)
+    where = tensors.files
     tied = config.tied_embeddings and "lm_head.weight" in where
-    _check_names({entry.name for entry in entries}, set(where), directory, tied)
+    _check_names({entry.name for entry in entries}, set(where), tensors.source, tied)
     placement = _placement(device, config)
 
     params: dict = {}
-    for entry, raw in _stream(entries, where):
+    # A file after the other, in the order of the layers.
+    order = {file: place for place, file in enumerate(dict.fromkeys(where.values()))}
+    for entry in sorted(entries, key=lambda entry: order[where[entry.name]]):
+        raw = tensors.read(entry.name)
         if raw.shape != entry.shape:
             raise ValueError(
                 f"{where[entry.name].name}: tensor {entry.name} has shape {raw.shape}, "
@@ -119,7 +114,7 @@ def load(directory: Path, config: LlamaConfig, device: Any = None) -> Params:
             node = node.setdefault(key, {})
         node[entry.path[-1]] = value
     if tied:
-        _check_tied(params["embedding"], where["lm_head.weight"])
+        _check_tied(params["embedding"], tensors)
     return params
 
 
@@ -151,7 +146,7 @@ def save(
             )
     if given:
         names = ["/".join(map(str, path)) for path in given]
-        raise ValueError(f"the configuration has no parameters {_few(names)}.")
+        raise ValueError(f"the configuration has no parameters {few(names)}.")
 
     shards = _split(entries, max_shard_bytes)
     for number, shard in enumerate(shards, 1):
@@ -199,111 +194,20 @@ def _export(entry: Entry, params: Params) -> np.ndarray:
     return np.ascontiguousarray(host)
 
 
-def _few(names) -> str:
-    names = sorted(names)
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
-
-
-def _find_files(directory: Path) -> dict[Path, set[str] | None]:
-    """The weight files, each with the tensors its index expects in it."""
-    if (directory / SINGLE).is_file():
-        return {directory / SINGLE: None}
-    index = directory / INDEX
-    if not index.is_file():
-        if list(directory.glob("pytorch_model*.bin")):
-            raise FileNotFoundError(
-                f"{directory} has only pytorch_model.bin, which is not read because "
-                "unpickling runs code; convert it to safetensors, for example with "
-                "transformers' save_pretrained."
-            )
-        raise FileNotFoundError(
-            f"{directory} has no weights: neither {SINGLE} nor {INDEX}."
-        )
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        files: dict[Path, set[str]] = {}
-        for name, file in weight_map.items():
-            if Path(file).name != file:
-                raise ValueError(f"shard {file!r} is no file name")
-            files.setdefault(directory / file, set()).add(name)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{index} is damaged ({type(error).__name__}: {error}); download it again."
-        ) from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"{directory} lacks {len(missing)} of {len(files)} shards: "
-            f"{_few(missing)}; download them again."
-        )
-    return files
-
-
-def _open(file: Path):
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, framework="np")
-    except SafetensorError as error:
-        raise ValueError(
-            f"{file} ({file.stat().st_size} bytes) is damaged or truncated: {error}; "
-            "download it again."
-        ) from error
-
-
-def _locate(files: Mapping[Path, set[str] | None]) -> dict[str, Path]:
-    where = {}
-    for file, expected in files.items():
-        with _open(file) as tensors:
-            names = set(tensors.keys())
-        absent = (expected or set()) - names
-        if absent:
-            raise ValueError(
-                f"{file} lacks tensors its index names: {_few(absent)}; download it "
-                "again."
-            )
-        # A tensor in two shards is where the index says.
-        where = dict.fromkeys(names, file) | where
-        where |= dict.fromkeys(expected or (), file)
-    return where
-
-
-def _check_names(
-    expected: set[str], found: set[str], directory: Path, tied: bool
-) -> None:
+def _check_names(expected: set[str], found: set[str], source: Path, tied: bool) -> None:
     # Old checkpoints carry the rotary frequencies, which are recomputed.
     found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
     missing = expected - found
     extra = found - expected - ({"lm_head.weight"} if tied else set())
     problems = []
     if missing:
-        problems.append(f"{len(missing)} tensors are missing: {_few(missing)}")
+        problems.append(f"{len(missing)} tensors are missing: {few(missing)}")
     if extra:
-        problems.append(f"{len(extra)} tensors are unknown: {_few(extra)}")
+        problems.append(f"{len(extra)} tensors are unknown: {few(extra)}")
     if problems:
         raise ValueError(
-            f"{directory}: {'; '.join(problems)}. The weights do not fit config.json."
+            f"{source}: {'; '.join(problems)}. The weights do not fit config.json."
         )
-
-
-def _stream(
-    entries: list[Entry], where: Mapping[str, Path]
-) -> Iterator[tuple[Entry, np.ndarray]]:
-    by_file: dict[Path, list[Entry]] = {}
-    for entry in entries:
-        by_file.setdefault(where[entry.name], []).append(entry)
-    for file, inside in by_file.items():
-        with _open(file) as tensors:
-            for entry in inside:
-                stored = tensors.get_slice(entry.name).get_dtype()
-                if stored not in _FLOATS:
-                    raise ValueError(
-                        f"{file.name}: tensor {entry.name} is {stored}, which is not a "
-                        f"plain float ({', '.join(_FLOATS)}); use the unquantized "
-                        "checkpoint."
-                    )
-                yield entry, tensors.get_tensor(entry.name)
 
 
 def _placement(device: Any, config: LlamaConfig):
@@ -343,11 +247,11 @@ def _converter(sharding: jax.sharding.Sharding | None, transposed: bool):
     return on_device
 
 
-def _check_tied(embedding: jax.Array, file: Path) -> None:
-    with _open(file) as tensors:
-        output = jnp.asarray(tensors.get_tensor("lm_head.weight"), embedding.dtype)
+def _check_tied(embedding: jax.Array, tensors: Tensors) -> None:
+    output = jnp.asarray(tensors.read("lm_head.weight"), embedding.dtype)
     if output.shape != embedding.shape or not bool((output == embedding).all()):
         raise ValueError(
-            f"{file.name}: lm_head.weight differs from model.embed_tokens.weight, but "
-            "config.json says tie_word_embeddings=true; set it to false."
+            f"{tensors.files['lm_head.weight'].name}: lm_head.weight differs from "
+            "model.embed_tokens.weight, but config.json says tie_word_embeddings=true; "
+            "set it to false."
         )

@@ -434,11 +434,12 @@ from models import llama
 import jax, jax.numpy as jnp
 jnp.ones((2048, 512)).block_until_ready()
 directory = pathlib.Path(sys.argv[1])
-config = llama.from_hf(json.loads((directory / "config.json").read_text()))
-llama.weights.load(pathlib.Path(sys.argv[2]), llama.from_hf(
-    json.loads((pathlib.Path(sys.argv[2]) / "config.json").read_text())))
+def load(directory):
+    config = llama.from_hf(json.loads((directory / "config.json").read_text()))
+    return llama.weights.load(llama.tensors.from_safetensors(directory), config)
+load(pathlib.Path(sys.argv[2]))
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-params = llama.weights.load(directory, config)
+params = load(directory)
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print((after - before) * 1024, sum(x.nbytes for x in jax.tree.leaves(params)))
 """
