@@ -1,18 +1,18 @@
 """The definition of `decode_attention`, and its path on every device (XLA).
 
 A few rows: one pass over the whole cache, whose only temporary is the logits. Many rows
-(a chunk of a prompt): blocks of keys with an online softmax, as many as the longest row
-needs, so that no temporary grows with the cache. Both accumulate in float32, and what
-is float64 in float64.
+(a chunk of a prompt): tiles of rows, each over blocks of keys with an online softmax,
+as many as the tile's last row needs, so that no temporary grows with the cache and half
+of a causal chunk is not computed. Both accumulate in float32, and what is float64 in
+float64.
 """
-
-import functools
 
 import jax.numpy as jnp
 from jax import lax
 
 DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than a block
-BLOCK = 1024  # keys per block: 1024 x 128 x f32 = 512 KB a head, inside an L2 cache
+TILE = 256  # rows of a query head that are attended for together
+BLOCK = 512  # keys per block: a head's logits of a tile, 512 KB, stay in an L2 cache
 
 
 def decode_attention(
@@ -31,20 +31,16 @@ def decode_attention(
 
     Here `key_positions (B, H, T, S)` may also differ from row to row.
     """
-    shape = q.shape[:3]
+    scores = {"sm_scale": sm_scale, "window": window, "soft_cap": soft_cap}
+    rows = q.shape[1] // k.shape[1] * q.shape[2]
+    if not with_logits and rows > DENSE_ROWS and k.shape[2] > BLOCK:
+        return _tiled(q, k, v, query_positions, key_positions, scores)
     grouped, row_positions = _group(q, k, query_positions)
-    logits_of = functools.partial(
-        _logits, sm_scale=sm_scale, window=window, soft_cap=soft_cap
-    )
     held = _held(k, key_positions, grouped.shape[2])
-    if with_logits or grouped.shape[2] <= DENSE_ROWS or k.shape[2] <= BLOCK:
-        logits = logits_of(grouped, k, row_positions, held)
-        out, lse = _dense(logits, v)
-    else:
-        reach = row_positions.max() if key_positions is None else None
-        out, lse = _blocked(grouped, k, v, row_positions, held, reach, logits_of)
-    found = out.reshape(q.shape), lse.reshape(shape)
-    return (*found, logits.reshape(*shape, -1)) if with_logits else found
+    logits = _logits(grouped, k, row_positions, held, **scores)
+    out, lse = _dense(logits, v)
+    result = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    return (*result, logits.reshape(*q.shape[:3], -1)) if with_logits else result
 
 
 def decode_logits(q, k, query_positions, key_positions, *, sm_scale):
@@ -133,14 +129,49 @@ def _dense(logits, v):
     return _finish(m, weights.sum(-1), _weighted_values(weights, v))
 
 
-def _blocked(grouped, k, v, row_positions, held, reach, logits_of):
+def _tiled(q, k, v, query_positions, key_positions, scores):
+    """Attends for `TILE` rows at a time; `(B, Hq, T, D)` and `(B, Hq, T)`."""
+    batch, heads, rows, head_dim = q.shape
+    size = min(TILE, rows)
+    tiles = -(-rows // size)
+    padding = tiles * size - rows
+    # A padded row sees no key.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
+    of_rows = key_positions is not None and key_positions.ndim == 4
+    if of_rows:
+        widths = ((0, 0), (0, 0), (0, padding), (0, 0))
+        key_positions = jnp.pad(key_positions, widths, constant_values=-1)
+
+    def tile(index):
+        start = index * size
+        some, where = (
+            lax.dynamic_slice_in_dim(x, start, size, axis)
+            for x, axis in ((q, 2), (positions, 1))
+        )
+        keys_at = key_positions
+        if of_rows:
+            keys_at = lax.dynamic_slice_in_dim(keys_at, start, size, 2)
+        grouped, row_positions = _group(some, k, where)
+        held = _held(k, keys_at, grouped.shape[2])
+        reach = where.max() if keys_at is None else None
+        out, lse = _blocked(grouped, k, v, row_positions, held, reach, scores)
+        return out.reshape(some.shape), lse.reshape(some.shape[:3])
+
+    out, lse = lax.map(tile, jnp.arange(tiles, dtype=jnp.int32))
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, tiles * size, head_dim)
+    lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, tiles * size)
+    return out[:, :, :rows], lse[:, :, :rows]
+
+
+def _blocked(grouped, k, v, row_positions, held, reach, scores):
     slots = k.shape[2]
 
     def block(start, size, carry):
         m, l, acc = carry
         keys, values = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k, v))
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
-        logits = logits_of(grouped, keys, row_positions, part)
+        logits = _logits(grouped, keys, row_positions, part, **scores)
         m_new = jnp.maximum(m, logits.max(-1))
         weights = _softmax_parts(logits, m_new)
         decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))

@@ -95,8 +95,9 @@ def test_positions_of_a_ring_in_any_order(shape):
 @pytest.mark.parametrize("blocked", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 def test_blocks_agree_with_one_pass(monkeypatch, blocked, given):
-    """Small blocks: several whole ones, a rest, and rows that end in each of them."""
+    """Whole blocks, a rest, rows that end in each of them; tiles of two rows."""
     monkeypatch.setattr(reference, "BLOCK", 4 if blocked else 64)
+    monkeypatch.setattr(reference, "TILE", 2)
     monkeypatch.setattr(reference, "DENSE_ROWS", 2)
     q, k, v = _problem(2, (4, 2), 5, 14, 4)
     query_positions = np.array([[-1, 0, 3, 4, 13], [2, 7, 8, 11, 12]])
@@ -105,6 +106,28 @@ def test_blocks_agree_with_one_pass(monkeypatch, blocked, given):
     _check(q, k, v, query_positions, held, held if given else None, window=3)
     options = {"soft_cap": 0.7, "with_logits": not blocked}
     _check(q, k, v, query_positions, held, held if given else None, **options)
+
+
+def test_tiles_keep_positions_that_differ_from_row_to_row(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK", 4)
+    monkeypatch.setattr(reference, "DENSE_ROWS", 2)
+    monkeypatch.setattr(reference, "TILE", 2)
+    q, k, v = (jnp.asarray(x) for x in _problem(2, (4, 2), 5, 14, 4))
+    query_positions = jnp.asarray([[3, 4, 9, 12, 13], [2, 7, 8, 11, 12]], jnp.int32)
+    held = np.stack([np.random.default_rng(i).permutation(14) for i in range(5)])
+    held = np.broadcast_to(held[None, None], (2, 1, 5, 14)).astype(np.int32)
+    out, lse = reference.decode_attention(
+        q, k, v, query_positions, jnp.asarray(held), sm_scale=0.3
+    )
+    for row in range(5):
+        expected = _loops(
+            *(np.asarray(x) for x in (q[:, :, [row]], k, v)),
+            np.asarray(query_positions[:, [row]]),
+            held[:, :, row],
+            0.3,
+        )
+        np.testing.assert_allclose(out[:, :, [row]], expected[0], atol=3e-6)
+        np.testing.assert_allclose(lse[:, :, [row]], expected[1], atol=1e-5)
 
 
 def test_half_precision_accumulates_in_single():
