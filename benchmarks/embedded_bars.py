@@ -20,7 +20,7 @@ from rich.table import Table
 import kvjax
 import models
 from kvjax import report
-from kvjax.evaluation import chain, compare, forced, statistics, tasks
+from kvjax.evaluation import chain, compare, compare_runs, forced, statistics, tasks
 from kvjax.training.attention import causal_attention
 from models import embedded
 
@@ -60,15 +60,16 @@ def measure(model, text, args, progress):
             )
             scores = [e.score(x) for e, x in zip(examples, answers, strict=True)]
         else:
-            scores = compare.retrieve(
+            (answered,) = compare_runs.retrieve(
                 model,
-                full,
+                [full],
                 examples,
                 new_tokens=max(e.answer_tokens for e in examples) + 2,
                 batch=args.batch,
                 chunk_size=1024,
                 progress=update,
-            ).scores
+            )
+            scores = answered.scores
         interval = compare.proportion(scores)
         if isinstance(examples[0], chain.Chain):
             interval = statistics.share_interval(scores)

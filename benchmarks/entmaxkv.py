@@ -23,7 +23,7 @@ import numpy as np
 import kvjax
 import models
 from kvjax import cache, dense, paging, report, selection, support
-from kvjax.evaluation import compare, fidelity, tasks
+from kvjax.evaluation import compare, compare_inputs, fidelity, tasks
 from kvjax.generate import prefill
 from models import embedded
 from pallas_kernels.decode_attention import decode_logits
@@ -121,7 +121,7 @@ def measure_windows(model, groups, args, say, save):
     )
     before = args.context - args.new_tokens
     tokens = np.array([window[before:-1] for window in windows], np.int32)
-    settings = compare.Settings(context=args.context, new_tokens=args.new_tokens)
+    settings = compare_inputs.Settings(context=args.context, new_tokens=args.new_tokens)
     entries = []
     for reader, methods in groups:
         if args.only and not set(args.only) & set(methods):

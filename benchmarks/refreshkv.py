@@ -35,7 +35,7 @@ from entries import add
 import kvjax
 import models
 from kvjax import accounting, cache, registry, report
-from kvjax.evaluation import compare, statistics, tasks
+from kvjax.evaluation import compare, compare_inputs, compare_runs, statistics, tasks
 from kvjax.evaluation.chain import chain_of_key
 from kvjax.evaluation.extraction import extraction
 from kvjax.generate import prefill
@@ -244,7 +244,7 @@ def seeds(args):
 
 def counted(args):
     model = load(args.model[0])
-    settings = compare.Settings(
+    settings = compare_inputs.Settings(
         context=args.context, new_tokens=args.decoded, windows=args.n, batch=args.n
     )
     windows = tasks.windows(
@@ -257,7 +257,7 @@ def counted(args):
     for stride in (5, 10):
         options = f"schedule=fixed,stride={stride}"
         method = registry.parse(f"refreshkv:{options}", budget=args.budget)
-        layers = compare.layer_fidelity(
+        layers = compare_runs.layer_fidelity(
             model,
             kvjax.full(),
             method,

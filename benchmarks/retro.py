@@ -33,7 +33,7 @@ from entries import add
 import kvjax
 import models
 from kvjax import accounting, paging, registry, report, retrospection
-from kvjax.evaluation import chain, compare, extraction, haystack, statistics, tasks
+from kvjax.evaluation import chain, extraction, haystack, statistics, tasks
 from kvjax.evaluation.claims import driven
 from kvjax.generate import prefill
 from kvjax.rope import Rope
@@ -224,9 +224,10 @@ def answers(args, part, make, about):
     new_tokens = max(example.answer_tokens for example in examples) + 2
 
     def scores(method):
-        return compare.retrieve(
-            model, method, examples, new_tokens=new_tokens, batch=args.batch
-        ).scores
+        (answered,) = compare_runs.retrieve(
+            model, [method], examples, new_tokens=new_tokens, batch=args.batch
+        )
+        return answered.scores
 
     yield from against_quest(args, part, scores, about | {"new_tokens": new_tokens})
 

@@ -27,6 +27,14 @@ def bytes_held(
     return sum(state_bytes(method, spec) for spec in specs)
 
 
+def bytes_of_prompt(
+    method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
+) -> int:
+    """Bytes all layers hold while the prompt is read, every row."""
+    specs = _layers(decoder, batch, capacity, max_new_tokens)
+    return sum(prompt_bytes(method, spec) for spec in specs)
+
+
 @functools.cache
 def is_constant(method: Method, decoder: DecoderLM) -> bool:
     """Whether no layer's state grows with the context: inputs of any length fit.

@@ -26,6 +26,7 @@ def method() -> Method:
         inspect_step=_inspect_step,
         traffic=_traffic,
         rewind=_rewind,
+        exact_prompt=True,
     )
 
 
@@ -121,6 +122,7 @@ def windowed(method: Method, rows: int) -> Method:
         traffic=method.traffic,
         rows=rows,
         rewind=rewind if method.rewind else None,
+        exact_prompt=method.exact_prompt,
     )
 
 

@@ -1,8 +1,7 @@
 """Prompt to text: a prefill in chunks, then one jitted loop whose states stay in place.
 
 The loop runs up to `stream_every` steps on the device before the host looks at the
-tokens, so text streams and no step waits for the host. A model and a method are
-arguments here; nothing below knows either.
+tokens: text streams, and no step waits. A model and a method are arguments here.
 """
 
 import dataclasses
@@ -17,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.detokenize import TextRow
 from kvjax.inputs import check_options, check_prompts
-from kvjax.interface import DecoderLM, LanguageModel, Method, State
+from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
 from kvjax.sampling import Sampling, active, mentioned, row_keys, sample
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
@@ -214,9 +213,17 @@ def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
     """Ends the prompt. Layer by layer: at most one layer is held in both shapes."""
     states = list(states)
     for layer in range(len(states)):
-        # Not donated: shapes may change, and a buffer passed through is not copied.
-        states[layer] = _finish(method, states[layer])
+        # Without the layer's number one program serves all. Not donated: shapes may
+        # change, and a buffer passed through is not copied.
+        finished = _finish(method, with_layer(states[layer], 0))
+        states[layer] = with_layer(finished, layer)
     return tuple(states)
+
+
+def drop_programs() -> None:
+    """Frees what was compiled to read prompts and to decode, of every method."""
+    for program in _init, prefill_chunk, _finish, _first_token, _decode:
+        program.clear_cache()
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -87,6 +87,20 @@ class CacheSpec:
         return self.num_q_heads // self.num_kv_heads
 
 
+def with_layer(state: State, layer: int) -> State:
+    """Returns the state with every spec in it of that layer.
+
+    States of layers that differ in the number alone can then share a program.
+    """
+
+    def of_layer(leaf):
+        if isinstance(leaf, CacheSpec):
+            return dataclasses.replace(leaf, layer=layer)
+        return leaf
+
+    return jax.tree.map(of_layer, state, is_leaf=lambda x: isinstance(x, CacheSpec))
+
+
 class Diagnostics(NamedTuple):
     """What one decode step attended to. Every method fills every field.
 
@@ -131,7 +145,9 @@ class Method(NamedTuple):
             Exact attention over the prompt unless the method says otherwise. Splitting
             a prompt into chunks changes nothing.
         finish: `finish(state) -> state` after the last chunk. Evicting methods choose
-            here what to keep, and the state takes its final, smaller shape.
+            here what to keep, and the state takes its final, smaller shape. Layers of
+            equal shapes share one program: nothing may depend on `CacheSpec.layer`
+            here but through what `init` put into the state.
         append: `append(state, k, v) -> state` writes the KV of this step's rows.
         inspect_step: `inspect_step(state, q) -> (state, out, diagnostics)`.
         traffic: `traffic(spec, length) -> Traffic` when `length` tokens are cached.
@@ -144,6 +160,8 @@ class Method(NamedTuple):
         rewind: `rewind(state, count, most) -> state` after `finish`: without the newest
             `count (B,)` tokens, at most `most`, as if they had not come; of some
             methods that keep every token and take more of a prompt at any time.
+        exact_prompt: `prefill` returns exact attention over the prompt, whatever the
+            options. Such methods can read a prompt together: the model runs once.
 
     Shapes: q `(B, Hq, T, D)`; k, v `(B, Hkv, T, D)`; out as q, in q's dtype; T is the
     chunk in prefill and `rows` in decode.
@@ -158,6 +176,7 @@ class Method(NamedTuple):
     rows: int = 1
     select: Callable[..., Array] | None = None
     rewind: Callable[..., State] | None = None
+    exact_prompt: bool = False
 
     def decode_step(
         self, state: State, q: Float[Array, "B Hq T D"]

@@ -1,9 +1,8 @@
-"""What people and programs get to see: progress, a table, one HTML page, one JSON file.
+"""What people and programs get to see: a table, one HTML page, one JSON file.
 
 The page is self-contained: figures are inline SVG, and it loads nothing.
 """
 
-import contextlib
 import datetime
 import importlib.metadata
 import io
@@ -16,7 +15,8 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-FORMAT = 1  # of results.json; a change that breaks readers adds one
+FORMAT = 2  # of results.json; a change that breaks readers adds one
+DATA = "results.json"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -59,13 +59,21 @@ def _version(package: str) -> str:
 
 
 def results(
-    rows: Sequence, manifest: Mapping[str, Any], kept: Sequence = ()
+    rows: Sequence,
+    manifest: Mapping[str, Any],
+    kept: Sequence = (),
+    *,
+    complete: bool = True,
 ) -> dict[str, Any]:
-    """A comparison's rows, its manifest and `kept_figure.Kept`s, JSON-ready."""
+    """A comparison's rows, its manifest and `kept_figure.Kept`s, JSON-ready.
+
+    A row is a :class:`kvjax.evaluation.compare.Row`, or what this made of one.
+    """
     return json_ready(
         {
             "format": FORMAT,
             "manifest": dict(manifest),
+            "complete": complete,
             "rows": [_as_dict(row) for row in rows],
             "kept": [
                 found._replace(
@@ -78,6 +86,8 @@ def results(
 
 
 def _as_dict(row) -> dict[str, Any]:
+    if isinstance(row, Mapping):
+        return dict(row)
     fields = row._asdict()
     for name, value in fields.items():
         if hasattr(value, "_asdict"):
@@ -97,6 +107,59 @@ def json_ready(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_free(folder: pathlib.Path, *, overwrite: bool, go_on: bool) -> None:
+    """Refuses a folder that holds a report, unless told what to do with it.
+
+    Raises:
+        ValueError: if it is to be overwritten and gone on with.
+        FileExistsError: if there is a report and neither is wanted.
+    """
+    if overwrite and go_on:
+        raise ValueError("give --overwrite or --continue, not both.")
+    data = folder / DATA
+    if data.exists() and not (overwrite or go_on):
+        raise FileExistsError(
+            f"{data} is there from an earlier run: go on with it by --continue, "
+            "replace it by --overwrite, or give --out another folder."
+        )
+
+
+def earlier_rows(
+    folder: pathlib.Path, manifest: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Rows by method that an earlier run left in the folder; none without a report.
+
+    Raises:
+        ValueError: if the report is damaged, or of another model, settings or version
+            than `manifest` says; names the first difference.
+    """
+    path = folder / DATA
+    if not path.exists():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        before, rows = found["manifest"], {row["method"]: row for row in found["rows"]}
+        form, settings = found["format"], before["settings"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}): begin anew with "
+            "--overwrite."
+        ) from error
+    pairs = {"format": (form, FORMAT)}
+    for key in ("kvjax", "model", "backend"):
+        pairs[key] = before.get(key), manifest[key]
+    wanted = json_ready(manifest["settings"])
+    for key in wanted | settings:
+        pairs[key] = settings.get(key), wanted.get(key)
+    for key, (old, new) in pairs.items():
+        if old != new:
+            raise ValueError(
+                f"{path} was made with {key}={old!r} and cannot go on with {new!r}: "
+                "use that one, or --overwrite, or another --out."
+            )
+    return rows
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -123,10 +186,16 @@ def write(
     folder: pathlib.Path, results: Mapping[str, Any]
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes `report.html` and `results.json`, each whole or not at all."""
-    page, data = folder / "report.html", folder / "results.json"
+    page = folder / "report.html"
     write_text(page, html(results))
+    return page, write_data(folder, results)
+
+
+def write_data(folder: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:
+    """Writes `results.json` alone, as after each row."""
+    data = folder / DATA
     write_text(data, json.dumps(results, indent=2, allow_nan=False) + "\n")
-    return page, data
+    return data
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
@@ -186,6 +255,7 @@ HEADINGS = (
     "held",
     "perplexity",
     "nats lost",
+    "KL",
     "passkey",
     "multi-key",
     "chain",
@@ -207,6 +277,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 format_bytes(row["bytes_held"]),
                 f"{row['perplexity']['mean']:.3f}",
                 "-" if is_reference else _signed(row["nats_lost"]),
+                "-" if is_reference else f"{row['kl']['mean']:.2g}",
                 format_share(row["passkey"]),
                 format_share(row["multikey"]),
                 format_share(row["chain"]),
@@ -276,7 +347,8 @@ def caption(results: Mapping[str, Any]) -> str:
         f"intervals. Chain: links of {links} before the first mistake. Bytes are of "
         f"cache: read for one token of one row, held for one row. Speed: "
         f"{settings['batch']} rows together on {about['device']} "
-        f"({about['backend']}), median of batches after a warm-up."
+        f"({about['backend']}), median of batches after a warm-up; prefill: one row's "
+        "prompt, read alone. KL and nats are per token, against the first row."
     )
 
 
@@ -343,25 +415,6 @@ def print_task(document: Mapping[str, Any]) -> None:
                 f"{layer['exact']['mean']:.0%}, full steps "
                 f"{layer['refreshed']['mean']:.0%}"
             )
-
-
-@contextlib.contextmanager
-def progress():
-    """A progress bar a method on stderr; nothing where stderr is no terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    bars: dict[str, int] = {}
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-
-        def update(name: str, fraction: float) -> None:
-            if name not in bars:
-                bars[name] = bar.add_task(name, total=1.0)
-            bar.update(bars[name], completed=fraction)
-
-        yield update
 
 
 def html(results: Mapping[str, Any]) -> str:

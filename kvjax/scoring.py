@@ -11,11 +11,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from kvjax import accounting
 from kvjax.generate import (
     PAD,
+    Prefilled,
     chunks,
     empty_states,
     finish,
@@ -73,7 +74,7 @@ def score(
             f"{prefill=} must be at least 1 and below the length of every row; the "
             f"shortest has {shortest} tokens."
         )
-    decoder, params = model.decoder, model.params
+    decoder = model.decoder
     longest = int(lengths.max())
     if longest > decoder.context and not accounting.is_constant(method, decoder):
         raise ValueError(
@@ -100,15 +101,49 @@ def score(
             chunk_size=chunk_size,
         )
         prompt_log_probs = np.full((len(tokens), prefill), np.nan, np.float32)
-    log_probs, logits = [prompt_log_probs], []
+    decoded = continue_scores(
+        model,
+        method,
+        Prefilled(states, hidden, window),
+        padded[:, prefill:longest],
+        return_logits=return_logits,
+    )
+    log_probs = np.concatenate([prompt_log_probs, decoded.log_probs], axis=1)
+    log_probs[np.arange(longest - 1) >= lengths[:, None] - 1] = np.nan
+    return Scores(log_probs, decoded.logits)
+
+
+def continue_scores(
+    model: LanguageModel,
+    method: Method,
+    prefilled: Prefilled,
+    tokens: Int[np.ndarray, "B n"],
+    *,
+    return_logits: bool = False,
+) -> Scores:
+    """Scores tokens that are fed one by one after a prompt that was read.
+
+    Args:
+        prefilled: the prompts, with room for `n` tokens; used up.
+        tokens: what follows them. The last is predicted and never fed.
+        return_logits: also return the logits, `(B, n, V)`, of what chose each token.
+
+    Returns:
+        :class:`Scores`, of the tokens alone: log-probabilities `(B, n - 1)` of all but
+        the first, which the prompt predicts.
+    """
+    decoder, params = model.decoder, model.params
+    states, hidden, window = prefilled
+    log_probs: list[np.ndarray] = [np.zeros((len(tokens), 0), np.float32)]
+    logits = []
     if return_logits:
         logits.append(np.asarray(_logits(decoder, params, hidden))[:, None])
-    steps = longest - 1 - prefill  # the last token is never fed
-    for start in range(prefill, prefill + steps, STEPS):
+    steps = tokens.shape[1] - 1
+    for start in range(0, steps, STEPS):
         ahead = np.full((len(tokens), STEPS + 1), PAD, np.int32)
-        piece = padded[:, start : start + STEPS + 1]
+        piece = tokens[:, start : start + STEPS + 1]
         ahead[:, : piece.shape[1]] = piece
-        limit = min(STEPS, prefill + steps - start)
+        limit = min(STEPS, steps - start)
         states, window, likely, chosen = _score_steps(
             decoder,
             method,
@@ -122,10 +157,16 @@ def score(
         log_probs.append(np.asarray(likely)[:, :limit])
         if return_logits:
             logits.append(np.asarray(chosen)[:, :limit])
+    return Scores(
+        np.concatenate(log_probs, axis=1),
+        np.concatenate(logits, axis=1) if return_logits else None,
+    )
 
-    result = np.concatenate(log_probs, axis=1)
-    result[np.arange(longest - 1) >= lengths[:, None] - 1] = np.nan
-    return Scores(result, np.concatenate(logits, axis=1) if return_logits else None)
+
+def drop_programs() -> None:
+    """Frees what was compiled to score tokens, of every method."""
+    for program in (_logits, _score_chunk, _score_steps):
+        program.clear_cache()
 
 
 def _read_and_score(model, method, padded, prompts, longest, chunk_size):

@@ -241,6 +241,17 @@ def test_is_not_exact_where_it_rotates_keys_as_full_attention_does_not(spec):
     assert exact[:5, 0].all()  # up to the original context
 
 
+def test_a_prompt_is_exact_where_the_method_says_so(case):
+    """Methods read prompts together by this word of theirs: both ways it must be true,
+    at budgets below the prompts."""
+    alpha, furthest = case.spec.alpha, 0.0
+    for b, prompt in enumerate(PROMPTS):
+        expected = oracles.full(case.stream.row(b), alpha=alpha).out[:prompt]
+        gap = np.abs(case.baseline.prompt_out[b] - expected.swapaxes(0, 1))
+        furthest = max(furthest, gap.max())
+    assert case.method.exact_prompt == (furthest < 1e-4)
+
+
 def _unrotated(x, positions, length=None):
     """A model without positions: re-numbering them cannot matter."""
     del positions, length

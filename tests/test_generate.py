@@ -417,3 +417,29 @@ def test_the_context_may_be_filled_to_the_last_token():
     model = tiny_model(context=24)
     done = run(kvjax.full(), [PROMPTS[0][:14]], model, max_new_tokens=10, eos_ids=())
     assert len(done[0].tokens) == 10
+
+
+def test_layers_share_the_program_that_ends_a_prompt():
+    traced = []
+    method = kvjax.snapkv(budget=8, window=4)
+
+    def finish(state):
+        traced.append(state)
+        return method.finish(state)
+
+    model = tiny_model(num_layers=3)
+    watched = method._replace(finish=finish)
+    read = prefill(model, watched, PROMPTS, max_new_tokens=4)
+    assert len(traced) == 1
+    assert [state.spec.layer for state in read.states] == [0, 1, 2]
+
+    # Each layer ends its own prompt.
+    states = module.empty_states(model.decoder, method, 3, 70, 4)
+    for chunk in module.chunks(model.decoder, PROMPTS, 512):
+        states, _ = module.prefill_chunk(
+            model.decoder, method, model.params, states, *chunk
+        )
+    for ended, state in zip(read.states, states, strict=True):
+        expected = jax.tree.leaves(method.finish(state))
+        for a, b in zip(jax.tree.leaves(ended), expected, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-6)

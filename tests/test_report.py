@@ -136,13 +136,14 @@ def test_the_page_holds_the_table_and_loads_nothing(page, results):
 def test_the_tables_numbers(results):
     full, quest = report.table_rows(results)
     assert len(full) == len(quest) == len(report.HEADINGS)
-    assert full[4] == full[8] == "-"
+    assert full[4] == full[5] == full[9] == "-"
     assert quest == [
         "quest:budget=<32>",
         "16.0 KiB",
         "32.0 KiB",
         "7.123",
         "+0.100 ±0.050",
+        "0.2",
         "25% [5, 70]",
         "75% [30, 95]",
         "35% [20, 50]",

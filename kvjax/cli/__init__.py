@@ -15,6 +15,7 @@ import typer
 import kvjax
 from kvjax.cli import (
     bench,
+    compare,
     decode,
     distill,
     evaluate,
@@ -124,7 +125,7 @@ _EXAMPLES = {
     decode.score: "kvjax score --method snapkv:budget=256 --text book.txt",
     stream.stream: "kvjax stream --text book.txt --method cascade:budget=1024",
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
-    evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
+    compare.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
     plan.plan: "kvjax plan --model embedded-softmax --context 8192 --budget 512",
     reproduce.reproduce: "kvjax reproduce --quick --claim completion-error",

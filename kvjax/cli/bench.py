@@ -17,6 +17,7 @@ from kvjax.cli.common import (
     positive,
     whole_numbers,
 )
+from kvjax.progress import show_progress
 
 SUBJECTS = ("kernels",)
 
@@ -61,7 +62,7 @@ def bench(
     for sizes in runs:
         benchmark.operations(sizes, like=True)  # mistakes first
     timings = []
-    with report.progress() as progress:
+    with show_progress(len(runs)) as progress:
         for sizes in runs:
             timings += benchmark.kernels(
                 sizes,

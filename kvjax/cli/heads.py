@@ -19,6 +19,7 @@ from kvjax.cli.common import (
     positive,
     read_text,
 )
+from kvjax.progress import show_progress
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -46,7 +47,7 @@ def heads(
     report.check_writable(out.parent)
     content = held_out_text() if text is None else read_text(text)
     language_model = load(model, dtype)
-    with report.progress() as progress:
+    with show_progress() as progress:
         result = seen.inspect(
             language_model,
             content,

@@ -10,6 +10,7 @@ import typer
 import kvjax
 from kvjax import registry, report
 from kvjax.cli.common import JsonOption, arguments_given, held_out_text, load
+from kvjax.progress import show_progress
 
 
 def reproduce(
@@ -62,15 +63,13 @@ def reproduce(
     def found(rows):
         return page.document(rows, about, quick=quick, asked=len(chosen))
 
-    with report.progress() as progress:
+    with show_progress(len(chosen)) as progress:
 
         def finished(rows):
             # Row by row: what is interrupted keeps what it has.
             page.write_results(out, found(rows))
             progress(rows[-1].claim.name, 1.0)
-            progress("all claims", len(rows) / len(chosen))
 
-        progress("all claims", 0.0)
         rows = runner.run(
             chosen,
             shared,

@@ -73,6 +73,38 @@ class SideBySideState(NamedTuple):
 
 
 @functools.cache
+def in_steps_of(reference: Method, rows: int) -> Method:
+    """The reference, in decode steps of as many query rows as a candidate's.
+
+    Raises:
+        ValueError: if the reference has several rows, and another number of them.
+    """
+    if rows != reference.rows == 1:
+        reference = dense.windowed(reference, rows)
+    if reference.rows != rows:
+        raise ValueError(
+            f"reference rows={reference.rows} and candidate rows={rows} must be equal "
+            "to run side by side."
+        )
+    return reference
+
+
+def joined(
+    reference: State, candidate: State, batch: int, num_q_heads: int
+) -> SideBySideState:
+    """The state of :func:`side_by_side` of one layer before its first step."""
+    sums = [jnp.zeros((batch, num_q_heads), jnp.float32) for _ in range(4)]
+    return SideBySideState(
+        reference,
+        candidate,
+        *sums,
+        read=jnp.zeros((batch,), jnp.float32),
+        refreshed=jnp.zeros((batch,), jnp.float32),
+        steps=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+@functools.cache
 def side_by_side(reference: Method, candidate: Method) -> Method:
     """Runs two methods on the same q, k, v and adds up how far they are apart.
 
@@ -96,13 +128,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
             many as the candidate; from `init`, if the reference does not keep every
             token in one store.
     """
-    if candidate.rows != reference.rows == 1:
-        reference = dense.windowed(reference, candidate.rows)
-    if reference.rows != candidate.rows:
-        raise ValueError(
-            f"reference rows={reference.rows} and candidate rows={candidate.rows} must "
-            "be equal to run side by side."
-        )
+    reference = in_steps_of(reference, candidate.rows)
 
     def init(spec, weights=None):
         first = reference.init(spec)
@@ -111,15 +137,8 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
                 f"a reference with state {type(first).__name__} does not keep every "
                 "token in one store, whose weights are the truth: use full."
             )
-        sums = [jnp.zeros((spec.batch, spec.num_q_heads), jnp.float32)] * 4
-        return SideBySideState(
-            first,
-            candidate.init(spec, weights),
-            *sums,
-            read=jnp.zeros((spec.batch,), jnp.float32),
-            refreshed=jnp.zeros((spec.batch,), jnp.float32),
-            steps=jnp.zeros((spec.batch,), jnp.int32),
-        )
+        second = candidate.init(spec, weights)
+        return joined(first, second, spec.batch, spec.num_q_heads)
 
     def prefill(state, q, k, v, lengths):
         first, out = reference.prefill(state.reference, q, k, v, lengths)
@@ -234,3 +253,63 @@ def teacher_forced(
         return (decoder.decode_step(params, states, window, method)[0], window), None
 
     return jax.lax.scan(step, (states, recent), tokens.T)[0][0]
+
+
+class Steps(NamedTuple):
+    """The inputs of a layer's decode steps, T of them, in turn."""
+
+    q: Float[Array, "T B Hq R D"]
+    k: Float[Array, "T B Hkv R D"]
+    v: Float[Array, "T B Hkv R D"]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def record_steps(
+    decoder: DecoderLM,
+    method: Method,
+    params: Params,
+    states: tuple[State, ...],
+    tokens: Int[Array, "B T"],
+    recent: Int[Array, "B R"],
+) -> tuple[Steps, ...]:
+    """Decodes given tokens and returns what each layer was given.
+
+    Arguments as of :func:`teacher_forced`; the states stay as they are.
+    """
+
+    def step(carry, token):
+        states, window = carry
+        window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
+        appended, queries = [], []
+
+        def append(state, k, v):
+            appended.append((k, v))
+            return method.append(state, k, v)
+
+        def inspect_step(state, q):
+            queries.append(q)
+            return method.inspect_step(state, q)
+
+        recorder = method._replace(append=append, inspect_step=inspect_step)
+        states, _ = decoder.decode_step(params, states, window, recorder)
+        pairs = zip(queries, appended, strict=True)
+        return (states, window), tuple(Steps(q, *kv) for q, kv in pairs)
+
+    return jax.lax.scan(step, (states, recent), tokens.T)[1]
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
+def run_layer(method: Method, state: State, steps: Steps) -> State:
+    """Takes one layer through its steps; a program for all layers of equal specs."""
+
+    def step(state, given):
+        q, k, v = given
+        return method.inspect_step(method.append(state, k, v), q)[0], None
+
+    return jax.lax.scan(step, state, steps)[0]
+
+
+def drop_programs() -> None:
+    """Frees what was compiled to compare layers, of every method."""
+    for program in (teacher_forced, record_steps, run_layer):
+        program.clear_cache()

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.evaluation import compare, tasks
+from kvjax.evaluation import compare_inputs, tasks
 from kvjax.interface import LanguageModel
 from pallas_kernels.entmax import entmax
 
@@ -116,7 +116,7 @@ def inspect(
         the same. The paper's score is a share of the needle's tokens, ours of the
         answer's. `needle_mass` has no counterpart there.
     """
-    compare.check_context(model, context)
+    compare_inputs.check_context(model, context)
     rows = tasks.windows(model.tokenizer, text, context=context, n=windows, seed=seed)
     asked = _asked(model, text, context, prompts, seed)
     counts = [len(one.queries) for one in asked]

@@ -8,6 +8,8 @@ import numpy as np
 from kvjax.evaluation import (
     chain,
     compare,
+    compare_inputs,
+    compare_runs,
     extraction,
     fidelity,
     forced,
@@ -69,7 +71,7 @@ def run(
         ValueError: if the task is unknown, or the sizes do not fit model or text.
     """
     check_task(task)
-    compare.check_context(model, context)
+    compare_inputs.check_context(model, context)
     shapes = {"batch": min(batch, n), "chunk_size": chunk_size}
     if task in RETRIEVAL:
         make = RETRIEVAL[task]
@@ -86,8 +88,8 @@ def run(
 
 def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
     longest = max(example.answer_tokens for example in examples)
-    answers = compare.retrieve(
-        model, method, examples, new_tokens=longest, progress=progress, **shapes
+    (answers,) = compare_runs.retrieve(
+        model, [method], examples, new_tokens=longest, progress=progress, **shapes
     )
     found = zip(examples, answers.answers, answers.scores, strict=True)
     listed = [
@@ -123,7 +125,9 @@ def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
 
 
 def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
-    predicted = compare.predict(model, method, windows, progress=progress, **shapes)
+    predicted = compare_runs.predict(
+        model, method, windows, progress=progress, **shapes
+    )
     means = predicted.log_probs.mean(1)
     decoded = predicted.log_probs.shape[1]
     firsts = [len(window) - decoded for window in windows]
@@ -138,12 +142,12 @@ def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
 
 
 def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, Any]:
-    expected = compare.predict(model, reference, windows, **shapes)
+    expected = compare_runs.predict(model, reference, windows, **shapes)
     progress(1 / 3)
-    predicted = compare.predict(model, method, windows, **shapes)
+    predicted = compare_runs.predict(model, method, windows, **shapes)
     progress(2 / 3)
     agreement = fidelity.agreement(expected.logits, predicted.logits)
-    layers = compare.layer_fidelity(model, reference, method, windows, **shapes)
+    layers = compare_runs.layer_fidelity(model, reference, method, windows, **shapes)
     progress(1.0)
     lost = expected.log_probs.mean(1), predicted.log_probs.mean(1)
     per_head = {

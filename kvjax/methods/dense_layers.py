@@ -94,4 +94,5 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         traffic=traffic,
         rows=method.rows,
         rewind=rewind if method.rewind and dense.rewind else None,
+        exact_prompt=method.exact_prompt and dense.exact_prompt,
     )

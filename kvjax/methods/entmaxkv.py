@@ -241,6 +241,7 @@ def entmaxkv(
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )
 
 

@@ -153,4 +153,5 @@ def h2o(
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )

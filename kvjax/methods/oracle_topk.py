@@ -106,4 +106,5 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
         append=cache.extend,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )

@@ -147,4 +147,5 @@ def quest(
         traffic=traffic,
         select=select,
         rewind=paging.rewind,
+        exact_prompt=True,
     )

@@ -163,4 +163,5 @@ def refresh(
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=method.exact_prompt,
     )

@@ -309,4 +309,5 @@ def refreshkv(
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )

@@ -152,4 +152,5 @@ def retro(method: Method, *, window: int = 2) -> Method:
         traffic=traffic,
         rows=window,
         rewind=rewind if method.rewind else None,
+        exact_prompt=method.exact_prompt,
     )

@@ -145,4 +145,5 @@ def snapkv(
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )

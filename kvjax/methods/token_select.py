@@ -218,4 +218,5 @@ def token_select(
         append=extend,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )

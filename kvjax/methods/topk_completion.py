@@ -423,6 +423,7 @@ def topk_completion(
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )
 
 

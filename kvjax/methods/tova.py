@@ -128,4 +128,5 @@ def tova(*, budget: int = 1024) -> Method:
         append=append,
         inspect_step=inspect_step,
         traffic=traffic,
+        exact_prompt=True,
     )

@@ -12,6 +12,7 @@ from tiny import TEXT
 import kvjax
 import models
 from kvjax import cli, registry
+from kvjax.evaluation import compare as comparison
 from kvjax.generate import generate
 from kvjax.scoring import score
 
@@ -200,8 +201,66 @@ def test_compare_writes_what_it_prints(run, checkpoint, text_file, tmp_path):
     assert about["settings"]["seed"] == 0
 
 
+@pytest.fixture
+def compared(checkpoint, text_file, tmp_path):
+    """Arguments of a small comparison."""
+    options = ["--model", checkpoint, "--text", text_file, "--out", tmp_path / "report"]
+    options += ["--context", "352", "--new-tokens", "8", "--windows", "2", "--n", "1"]
+    return ["compare", *options, "--budget", "40"]
+
+
+def test_a_comparison_goes_on_where_it_was_stopped(
+    run, fail, compared, tmp_path, monkeypatch, capsys
+):
+    data = tmp_path / "report" / "results.json"
+    original = comparison.compare_runs.seconds_to_read
+    timed = []
+
+    def stopped(model, method, *arguments, **options):
+        timed.append(method)
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        return original(model, method, *arguments, **options)
+
+    methods = ["--method", "snapkv", "--method", "streaming_llm"]
+    monkeypatch.setattr(comparison.compare_runs, "seconds_to_read", stopped)
+    assert cli.run([str(argument) for argument in [*compared, *methods]]) == 130
+    capsys.readouterr()
+    before = json.loads(data.read_text("utf-8"))
+    assert [row["method"] for row in before["rows"]] == ["full", "snapkv:budget=40"]
+    assert before["complete"] is False
+
+    # What is there is not lost by a second call without a word.
+    line = fail(*compared, *methods)
+    assert "results.json is there from an earlier run" in line
+    assert "--continue" in line
+    assert "--overwrite" in line
+    assert json.loads(data.read_text("utf-8")) == before
+
+    monkeypatch.setattr(comparison.compare_runs, "seconds_to_read", original)
+    line = fail(*compared, *methods, "--continue", "--seed", "1")
+    assert "seed=0 and cannot go on with 1" in line
+    run(*compared, *methods, "--continue")
+    after = json.loads(data.read_text("utf-8"))
+    assert after["complete"] is True
+    assert after["rows"][:2] == before["rows"]
+    names = [row["method"] for row in after["rows"]]
+    assert names == ["full", "snapkv:budget=40", "streaming_llm:budget=40"]
+
+    # A row that was gone on with is the row of a run that was never stopped.
+    run(*compared, *methods, "--overwrite")
+    whole = json.loads(data.read_text("utf-8"))["rows"][2]
+    speed = ("tokens_per_second", "prefill_seconds")
+    for name in whole.keys() - set(speed):
+        assert after["rows"][2][name] == whole[name], name
+    assert "not both" in fail(*compared, "--continue", "--overwrite")
+
+    data.write_text("{")
+    assert "is damaged" in fail(*compared, *methods, "--continue")
+
+
 def test_the_budget_goes_to_every_method_that_does_not_say():
-    found = cli.evaluate._methods(
+    found = cli.compare._methods(
         ["dense_layers:first=1+quest:page_size=8", "tova:budget=5"], 100, 32
     )
     assert list(found) == [
@@ -210,7 +269,7 @@ def test_the_budget_goes_to_every_method_that_does_not_say():
         "tova:budget=5",
     ]
     for alpha in (1.0, 1.5):
-        every = cli.evaluate._methods(cli.evaluate._every(alpha), 1024, 256)
+        every = cli.compare._methods(cli.compare._every(alpha), 1024, 256)
         named = dict.fromkeys(spec.partition(":")[0] for spec in every)
         assert list(named) == list(registry.names(alpha))
     assert "entmaxkv:budget=256,selector=gaussian" in every

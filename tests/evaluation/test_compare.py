@@ -6,7 +6,7 @@ from tiny import tiny_model
 
 import kvjax
 from kvjax import accounting, report
-from kvjax.evaluation import chain, compare, single, tasks
+from kvjax.evaluation import chain, compare, compare_inputs, compare_runs, single, tasks
 from kvjax.generate import Generation
 from kvjax.scoring import score
 
@@ -14,7 +14,7 @@ MODEL = tiny_model(num_layers=1)
 TEXT = "".join(
     f"line {i * 7919 % 1000} is about {'abcdefgh'[i % 8] * 5}.\n" for i in range(300)
 )
-SETTINGS = compare.Settings(
+SETTINGS = compare_inputs.Settings(
     context=352, new_tokens=16, examples=3, windows=3, batch=2, depths=(0.0, 1.0)
 )
 METHODS = {
@@ -26,7 +26,7 @@ METHODS = {
 
 @pytest.fixture(scope="module")
 def inputs():
-    return compare.make_inputs(MODEL, TEXT, SETTINGS)
+    return compare_inputs.make_inputs(MODEL, TEXT, SETTINGS)
 
 
 @pytest.fixture(scope="module")
@@ -125,15 +125,20 @@ def test_speed_and_progress_are_reported(rows, seen):
 
 def answering(monkeypatch, reply):
     """Replaces generation: row i of the batch says `reply(its prompt)`."""
-    calls = []
+    calls, prompts, really = [], [], compare_runs.together.read
 
-    def generate(model, method, prompts, *, max_new_tokens, on_text, **options):
+    def read(model, methods, given, **options):
+        prompts[:] = given
+        return really(model, methods, given, **options)
+
+    def continued(model, method, prefilled, *, max_new_tokens, **options):
         calls.append((len(prompts), max_new_tokens, options))
-        on_text(0, ".")
+        yield 0, "."
         tokens = [list(reply(bytes(prompt).decode()).encode()) for prompt in prompts]
         return [Generation(row, "." * len(row), "length") for row in tokens]
 
-    monkeypatch.setattr(compare, "generate", generate)
+    monkeypatch.setattr(compare_runs.together, "read", read)
+    monkeypatch.setattr(compare_runs, "continued", continued)
     return calls
 
 
@@ -144,25 +149,28 @@ def test_retrieval_counts_right_answers_in_their_places(monkeypatch):
     calls = answering(
         monkeypatch, lambda text: answers[text] + ". R" if text in right else "nonsense"
     )
-    found = compare.retrieve(MODEL, METHODS["full"], examples, new_tokens=8, batch=2)
+    (found,) = compare_runs.retrieve(
+        MODEL, [METHODS["full"]], examples, new_tokens=8, batch=2
+    )
     assert found.scores == [1, 0, 1, 0, 1]
     assert len(found.answers) == 5
     # Three batches, all of one shape; the first, which compiles, is not timed.
     assert [(size, new) for size, new, _ in calls] == [(2, 8)] * 3
-    assert len(found.tokens_per_second) == len(found.prefill_seconds) == 2
+    assert len(found.tokens_per_second) == 2
     assert all(options["eos_ids"] == () for _, _, options in calls)
 
 
-def test_the_clock_tells_prefill_from_decode(monkeypatch):
-    clock = iter(np.arange(0.0, 90, 1.0) ** 2)  # start, first text, end: gaps grow
-    monkeypatch.setattr(compare.time, "perf_counter", lambda: next(clock))
+def test_decoding_is_timed_from_the_first_token_on(monkeypatch):
+    clock = iter(np.arange(0.0, 90, 1.0) ** 2)  # first text, end: gaps grow
+    monkeypatch.setattr(compare_runs.time, "perf_counter", lambda: next(clock))
     answering(monkeypatch, lambda text: "x" * 8)
     examples = tasks.passkey(MODEL.tokenizer, TEXT, context=200, n=2)
-    found = compare.retrieve(MODEL, METHODS["full"], examples, new_tokens=8, batch=2)
-    # The only batch runs again: ticks 0, 1, 4 are its warm-up, then 9, 16, 25.
+    (found,) = compare_runs.retrieve(
+        MODEL, [METHODS["full"]], examples, new_tokens=8, batch=2, timed=True
+    )
+    # The only batch runs again: ticks 0, 1 are its warm-up, then 4, 9.
     assert len(found.answers) == 2
-    assert found.prefill_seconds == [16 - 9]
-    assert found.tokens_per_second == [2 * 7 / (25 - 16)]
+    assert found.tokens_per_second == [2 * 7 / (9 - 4)]
 
 
 def read_list(text):
@@ -224,10 +232,10 @@ def test_scores_go_to_their_own_task(monkeypatch, inputs):
 def test_a_chain_has_as_many_links_as_new_tokens_can_hold():
     # Of bytes: a word is 3 to 7 tokens, a link up to 17.
     for new_tokens, most in ((8, 1), (64, 4), (100, 5)):
-        settings = compare.Settings(
+        settings = compare_inputs.Settings(
             context=400, new_tokens=new_tokens, examples=4, windows=1
         )
-        made = compare.make_inputs(MODEL, TEXT, settings).chain
+        made = compare_inputs.make_inputs(MODEL, TEXT, settings).chain
         assert {example.links for example in made} == {most}
         assert max(example.answer_tokens for example in made) <= new_tokens
 
@@ -317,26 +325,31 @@ def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: compare.Settings(examples=-1), "examples=-1 must be at least 1"),
         (
-            lambda: compare.Settings(context=64, new_tokens=64),
+            lambda: compare_inputs.Settings(examples=-1),
+            "examples=-1 must be at least 1",
+        ),
+        (
+            lambda: compare_inputs.Settings(context=64, new_tokens=64),
             r"new_tokens=64 must be in \[2, context=64\)",
         ),
         (
-            lambda: compare.check_context(MODEL, 5000),
+            lambda: compare_inputs.check_context(MODEL, 5000),
             "context=5000 exceeds the 4096 tokens",
         ),
         (
             lambda: compare.compare(
-                MODEL, {}, compare.Inputs([], [], [], []), SETTINGS
+                MODEL, {}, compare_inputs.Inputs([], [], [], []), SETTINGS
             ),
             "reference='full' is not among",
         ),
         (
-            lambda: compare.make_inputs(
+            lambda: compare_inputs.make_inputs(
                 MODEL,
                 TEXT,
-                compare.Settings(context=352, new_tokens=4, examples=1, windows=1),
+                compare_inputs.Settings(
+                    context=352, new_tokens=4, examples=1, windows=1
+                ),
             ),
             "new_tokens=4 cannot hold an answer of 5 tokens",
         ),

@@ -10,7 +10,7 @@ import pytest
 from tiny import ByteTokenizer, dense, tiny_model
 
 import kvjax
-from kvjax.evaluation import chain, compare, forced, tasks
+from kvjax.evaluation import chain, compare_runs, forced, tasks
 from kvjax.generate import generate
 from kvjax.scoring import score
 
@@ -160,7 +160,8 @@ def test_scores_are_those_of_greedy_generation():
         *tasks.passkey(MODEL.tokenizer, TEXT, context=150, n=2),
         *chain.chain_of_key(MODEL.tokenizer, "", context=150, n=2, links=2),
     ]
-    greedy = compare.retrieve(MODEL, FULL, examples, new_tokens=32, batch=4).answers
+    (answered,) = compare_runs.retrieve(MODEL, [FULL], examples, new_tokens=32, batch=4)
+    greedy = answered.answers
     found = forced.answers(MODEL, attention, examples, batch=4)
     for example, whole, known in zip(examples, greedy, found, strict=True):
         assert whole.startswith(known)

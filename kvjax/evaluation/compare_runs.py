@@ -1,0 +1,328 @@
+"""Methods run on the inputs of a comparison: retrieval, prediction, and their layers.
+
+Methods of exact prompts read every prompt together (`together`), then each decodes from
+what it kept. Every batch has equal shapes, so that compiled code serves all of them;
+the first batch compiles and is never timed.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from kvjax import generate, scoring
+from kvjax.evaluation import fidelity, together
+from kvjax.evaluation.haystack import Prompted
+from kvjax.generate import Prefilled, continued, prefill
+from kvjax.interface import LanguageModel, Method, with_layer
+from kvjax.scoring import continue_scores
+
+
+class Retrieval(NamedTuple):
+    """Answers of a method, and how fast it decoded them."""
+
+    scores: list[float]  # one an example, in [0, 1]
+    answers: list[str]
+    tokens_per_second: list[float]  # one a batch, all rows together, after the prompt
+
+
+class Predicted(NamedTuple):
+    """Predictions of decode steps: how likely each token was."""
+
+    log_probs: Float[np.ndarray, "W T"]
+    logits: Float[np.ndarray, "W T V"]
+
+
+class _Ticks:
+    """A tokenizer whose text only says that tokens have come: a letter each."""
+
+    def encode(self, text: str) -> list[int]:
+        raise TypeError("prompts are tokens here.")
+
+    def decode(self, tokens: list[int]) -> str:
+        return "." * len(tokens)
+
+
+def retrieve(
+    model: LanguageModel,
+    methods: Sequence[Method],
+    examples: Sequence[Prompted],
+    *,
+    new_tokens: int,
+    batch: int,
+    chunk_size: int = 512,
+    timed: bool = False,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[Retrieval]:
+    """Answers the examples under each method, and times each batch's decoding.
+
+    Every row generates exactly `new_tokens`, EOS or not, so that batches compare. The
+    first one compiles and is not timed.
+
+    Args:
+        methods: which read together; several must all have exact prompts.
+        timed: run the only batch again, so that there is a time.
+
+    Raises:
+        ValueError: as :func:`kvjax.generate.generate`.
+    """
+    clocked = model._replace(tokenizer=_Ticks())
+    answers: list[list[str]] = [[] for _ in methods]
+    rates: list[list[float]] = [[] for _ in methods]
+    groups = list(_batches(examples, batch))
+    repeats = groups if timed and len(groups) == 1 else []
+    for index, group in enumerate([*groups, *repeats]):
+        read = together.read(
+            model,
+            methods,
+            [example.prompt for example in group],
+            max_new_tokens=new_tokens,
+            chunk_size=chunk_size,
+        )
+        for place, method in enumerate(methods):
+            events = continued(
+                clocked,
+                method,
+                read.pop(0),
+                max_new_tokens=new_tokens,
+                eos_ids=(),
+                stream_every=new_tokens,
+            )
+            generations, rate = _timed(events, batch * (new_tokens - 1))
+            if index > 0:
+                rates[place].append(rate)
+            for example, generation in zip(group, generations, strict=True):
+                # A few tokens more than the answer's: text may begin with a blank.
+                tokens = generation.tokens[: example.answer_tokens + 2]
+                answers[place].append(model.tokenizer.decode(tokens))
+            done = index + (place + 1) / len(methods)
+            progress(done / (len(groups) + len(repeats)))
+    return [
+        Retrieval(
+            [x.score(answer) for x, answer in zip(examples, said, strict=False)],
+            said[: len(examples)],
+            rate,
+        )
+        for said, rate in zip(answers, rates, strict=True)
+    ]
+
+
+def _timed(events, tokens: int):
+    """What a generator returns, and the tokens a second after its first event."""
+    next(events)
+    start = time.perf_counter()
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value, tokens / (time.perf_counter() - start)
+
+
+def seconds_to_read(
+    model: LanguageModel,
+    method: Method,
+    prompt: Sequence[int],
+    *,
+    new_tokens: int,
+    chunk_size: int = 512,
+) -> float:
+    """Seconds that reading one row's prompt takes the method alone, compiled before."""
+    decoder, options = model.decoder, {"max_new_tokens": new_tokens}
+    states = generate.empty_states(decoder, method, 1, len(prompt), new_tokens)
+    tokens, lengths = next(generate.chunks(decoder, [prompt], chunk_size))
+    states, _ = generate.prefill_chunk(
+        decoder, method, model.params, states, tokens, lengths
+    )
+    jax.block_until_ready(generate.finish(method, states))
+    start = time.perf_counter()
+    read = prefill(model, method, [prompt], chunk_size=chunk_size, **options)
+    jax.block_until_ready(read)
+    return time.perf_counter() - start
+
+
+def predict(
+    model: LanguageModel,
+    method: Method,
+    windows: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    batch: int,
+    chunk_size: int = 512,
+    progress: Callable[[float], None] = lambda done: None,
+) -> Predicted:
+    """Feeds the last `new_tokens` of each window through the decode path.
+
+    The first of them is predicted by the prompt, as in generation, and is left out: T
+    is ``new_tokens - 1``.
+
+    Raises:
+        ValueError: as :func:`kvjax.generate.prefill`.
+    """
+    parts = []
+    groups = list(_batches(windows, batch))
+    for index, group in enumerate(groups):
+        prompts, following = _cut(group, new_tokens)
+        (read,) = together.read(
+            model, [method], prompts, max_new_tokens=new_tokens, chunk_size=chunk_size
+        )
+        parts.append(_predicted(model, method, read, following))
+        progress((index + 1) / len(groups))
+    return _joined(parts, len(windows))
+
+
+def layer_fidelity(
+    model: LanguageModel,
+    reference: Method,
+    candidate: Method,
+    windows: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    batch: int,
+    chunk_size: int = 512,
+) -> fidelity.LayerFidelity:
+    """What attention loses in each layer over the windows' last tokens.
+
+    Raises:
+        ValueError: as :func:`kvjax.generate.prefill` and
+            :func:`kvjax.evaluation.fidelity.side_by_side`.
+    """
+    leader = fidelity.in_steps_of(reference, candidate.rows)
+    parts = []
+    for group in _batches(windows, batch):
+        prompts, following = _cut(group, new_tokens)
+        first, second = together.read(
+            model,
+            [leader, candidate],
+            prompts,
+            max_new_tokens=new_tokens,
+            chunk_size=chunk_size,
+        )
+        steps = _recorded(model, leader, first, following)
+        parts.append(_layers(model, leader, candidate, first, second, steps))
+    return _layers_of(parts, len(windows))
+
+
+class Followed(NamedTuple):
+    """A method's predictions of the windows, and what its layers lose on them."""
+
+    predicted: Predicted
+    layers: fidelity.LayerFidelity
+
+
+def follow(
+    model: LanguageModel,
+    reference: Method,
+    methods: Sequence[Method],
+    windows: Sequence[Sequence[int]],
+    *,
+    new_tokens: int,
+    batch: int,
+    chunk_size: int = 512,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[Followed]:
+    """:func:`predict` and :func:`layer_fidelity` of each method, from one reading.
+
+    A method whose prompt is not exact reads the windows once more, on its own.
+
+    Raises:
+        ValueError: as the two.
+    """
+    options = {"max_new_tokens": new_tokens, "chunk_size": chunk_size}
+    leaders = [fidelity.in_steps_of(reference, method.rows) for method in methods]
+    readers = list(dict.fromkeys([*leaders, *methods]))
+    groups = list(_batches(windows, batch))
+    predicted: list[list[Predicted]] = [[] for _ in methods]
+    layers: list[list[fidelity.LayerFidelity]] = [[] for _ in methods]
+    for index, group in enumerate(groups):
+        prompts, following = _cut(group, new_tokens)
+        read = together.read(model, readers, prompts, **options)
+        kept = dict(zip(readers, read, strict=True))
+        del read
+        steps = {
+            leader: _recorded(model, leader, kept[leader], following)
+            for leader in dict.fromkeys(leaders)
+        }
+        for place, (leader, method) in enumerate(zip(leaders, methods, strict=True)):
+            # What decodes uses its states up.
+            if method.exact_prompt:
+                own = _copied(kept[method])
+            else:
+                (own,) = together.read(model, [method], prompts, **options)
+            predicted[place].append(_predicted(model, method, own, following))
+            second = _copied(kept[method]) if method in leaders else kept.pop(method)
+            first = _copied(kept[leader])
+            layers[place].append(
+                _layers(model, leader, method, first, second, steps[leader])
+            )
+            progress((index + (place + 1) / len(methods)) / len(groups))
+    count = len(windows)
+    return [
+        Followed(_joined(predictions, count), _layers_of(parts, count))
+        for predictions, parts in zip(predicted, layers, strict=True)
+    ]
+
+
+def drop_programs() -> None:
+    """Frees the programs of the methods that have run: 30 layers are 100 MB each."""
+    generate.drop_programs()
+    scoring.drop_programs()
+    fidelity.drop_programs()
+
+
+def _cut(windows, new_tokens):
+    """The prompts of the windows, and what follows them as an array."""
+    before = len(windows[0]) - new_tokens
+    following = np.array([window[before:] for window in windows], np.int32)
+    return [window[:before] for window in windows], following
+
+
+def _copied(prefilled: Prefilled) -> Prefilled:
+    return prefilled._replace(states=jax.tree.map(jnp.copy, prefilled.states))
+
+
+def _predicted(model, method, read, following) -> Predicted:
+    scores = continue_scores(model, method, read, following, return_logits=True)
+    return Predicted(scores.log_probs, scores.logits[:, 1:])
+
+
+def _recorded(model, leader, read, following) -> tuple[fidelity.Steps, ...]:
+    return fidelity.record_steps(
+        model.decoder, leader, model.params, read.states, following[:, :-1], read.recent
+    )
+
+
+def _layers(model, leader, method, first, second, steps) -> fidelity.LayerFidelity:
+    """Of each layer, fed what the leader's is; the states are used up, one by one."""
+    both = fidelity.side_by_side(leader, method)
+    num_q_heads = model.decoder.cache_spec(1, 1).num_q_heads
+    references, candidates = list(first.states), list(second.states)
+    states = []
+    for layer, given in enumerate(steps):
+        pair = references[layer], candidates[layer]
+        references[layer] = candidates[layer] = None
+        batch = given.q.shape[1]
+        state = fidelity.joined(*with_layer(pair, 0), batch, num_q_heads)
+        del pair
+        ended = fidelity.run_layer(both, state, given)
+        states.append(ended._replace(reference=None, candidate=None))
+    return jax.tree.map(np.asarray, fidelity.layers(tuple(states)))
+
+
+def _joined(parts: Sequence[Predicted], count: int) -> Predicted:
+    return Predicted(*(np.concatenate(x)[:count] for x in zip(*parts, strict=True)))
+
+
+def _layers_of(parts, count: int) -> fidelity.LayerFidelity:
+    return jax.tree.map(lambda *x: np.concatenate(x, 1)[:, :count], *parts)
+
+
+def _batches(items: Sequence, size: int):
+    """Groups of exactly `size`, the last filled up again from the first item on."""
+    count = -(-len(items) // size) * size
+    filled = [items[i % len(items)] for i in range(count)]
+    for start in range(0, count, size):
+        yield filled[start : start + size]

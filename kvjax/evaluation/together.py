@@ -1,0 +1,78 @@
+"""One prompt read for several methods: the model runs once, each method keeps its own.
+
+Every method is given the queries, keys and values of the first one's run. For methods
+of exact prompts (`Method.exact_prompt`) these are, to rounding, what their own run
+would give them; a method of another kind leads, or reads alone.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax.generate import Prefilled, prefill, recent
+from kvjax.interface import LanguageModel, Method
+
+
+@functools.cache
+def reader(methods: tuple[Method, ...]) -> Method:
+    """A method that reads prompts for all `methods`; its state is theirs, a tuple.
+
+    Its output is the first one's: what the others attend to while they read, XLA drops
+    unless their states need it. It decodes nothing.
+    """
+
+    def init(spec, weights=None):
+        return tuple(method.init(spec, weights) for method in methods)
+
+    def read_chunk(state, q, k, v, lengths):
+        pairs = [
+            method.prefill(own, q, k, v, lengths)
+            for method, own in zip(methods, state, strict=True)
+        ]
+        return tuple(own for own, _ in pairs), pairs[0][1]
+
+    def finish(state):
+        pairs = zip(methods, state, strict=True)
+        return tuple(method.finish(own) for method, own in pairs)
+
+    def decode(*arguments: Any):
+        raise TypeError("methods that read together decode one by one.")
+
+    return Method(
+        init=init,
+        prefill=read_chunk,
+        finish=finish,
+        append=decode,
+        inspect_step=decode,
+        traffic=decode,
+        exact_prompt=methods[0].exact_prompt,
+    )
+
+
+def read(
+    model: LanguageModel,
+    methods: Sequence[Method],
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    chunk_size: int,
+) -> list[Prefilled]:
+    """Reads the prompts for all methods; one :class:`Prefilled` a method, in order.
+
+    Raises:
+        ValueError: as :func:`kvjax.generate.prefill`.
+    """
+    both = reader(tuple(methods))
+    states, hidden, _ = prefill(
+        model, both, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
+    )
+    return [
+        Prefilled(
+            tuple(layer[index] for layer in states),
+            hidden,
+            jnp.asarray(recent(prompts, method.rows)),
+        )
+        for index, method in enumerate(methods)
+    ]

@@ -1,0 +1,133 @@
+"""Methods that read a prompt together end up where each of them would alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny import SMALL, tiny_model
+
+import kvjax
+from kvjax import registry
+from kvjax.evaluation import compare, compare_inputs, compare_runs, fidelity, together
+from kvjax.generate import continued, prefill
+
+MODEL = tiny_model(num_layers=2)
+RNG = np.random.default_rng(0)
+PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (70, 33)]
+OPTIONS = {"max_new_tokens": 8, "chunk_size": 32}
+EXACT = [
+    name for name in registry.names(1.0) if registry.parse(name, **SMALL).exact_prompt
+]
+
+
+def text_of(method, read):
+    events = continued(MODEL, method, read, max_new_tokens=8, eos_ids=())
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return [generation.tokens for generation in end.value]
+
+
+@pytest.fixture(scope="module")
+def read():
+    methods = [registry.parse(name, **SMALL) for name in EXACT]
+    found = together.read(MODEL, methods, PROMPTS, **OPTIONS)
+    return dict(zip(EXACT, zip(methods, found, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_each_method_has_what_it_would_have_alone(read, name):
+    method, found = read[name]
+    alone = prefill(MODEL, method, PROMPTS, **OPTIONS)
+    assert jax.tree.structure(found.states) == jax.tree.structure(alone.states)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(alone), strict=True):
+        written = np.abs(b) < 1e20  # of the slots some hold poison
+        a, b = np.where(written, a, 0), np.where(written, b, 0)
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert text_of(method, found) == text_of(method, alone)
+
+
+def test_methods_that_read_together_decode_one_by_one():
+    both = together.reader((kvjax.full(), kvjax.quest(budget=16, page_size=4)))
+    spec = MODEL.decoder.cache_spec(1, 8)
+    query = jnp.zeros((1, spec.num_q_heads, 1, spec.head_dim))
+    with pytest.raises(TypeError, match="decode one by one"):
+        both.decode_step(both.init(spec), query)
+
+
+def test_a_method_whose_prompt_is_not_exact_is_followed_on_its_own():
+    """Its predictions are of what its own prompt left, not of full attention's."""
+    windows = [RNG.integers(0, 256, 48).tolist() for _ in range(2)]
+    sizes = {"new_tokens": 8, "batch": 2, "chunk_size": 32}
+    method = kvjax.streaming_llm(budget=12, num_sinks=2)
+    (followed,) = compare_runs.follow(MODEL, kvjax.full(), [method], windows, **sizes)
+    expected = compare_runs.predict(MODEL, method, windows, **sizes)
+    np.testing.assert_allclose(
+        followed.predicted.log_probs, expected.log_probs, atol=1e-5
+    )
+    led = together.read(
+        MODEL, [kvjax.full(), method], [w[:40] for w in windows], **OPTIONS
+    )
+    other = compare_runs._predicted(
+        MODEL, method, led[1], np.array([w[40:] for w in windows], np.int32)
+    )
+    assert np.abs(other.log_probs - expected.log_probs).max() > 1e-3
+
+
+@pytest.mark.parametrize("spec", ["quest", "retro+quest", "streaming_llm"])
+def test_layers_lose_what_a_whole_model_side_by_side_says(spec):
+    """Layers stepped one by one against the model run with both methods inside."""
+    windows = np.array([RNG.integers(0, 256, 48) for _ in range(2)], np.int32)
+    method = registry.parse(spec, budget=16)
+    if spec != "streaming_llm":
+        method = registry.parse(spec.replace("quest", "quest:page_size=4"), budget=16)
+    found = compare_runs.layer_fidelity(
+        MODEL, kvjax.full(), method, windows.tolist(), new_tokens=8, batch=2
+    )
+    both = fidelity.side_by_side(kvjax.full(), method)
+    begun = prefill(MODEL, both, windows[:, :40].tolist(), max_new_tokens=8)
+    states = fidelity.teacher_forced(
+        MODEL.decoder, both, MODEL.params, begun.states, windows[:, 40:-1], begun.recent
+    )
+    for a, b in zip(found, fidelity.layers(states), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+    assert found.error.max() > 1e-3
+
+
+SETTINGS = compare_inputs.Settings(context=64, new_tokens=8, windows=8, batch=2)
+METHODS = {
+    name: registry.parse(name, **SMALL)
+    for name in ("full", "snapkv", "streaming_llm", "quest", "h2o")
+}
+
+
+def grouped(room):
+    return compare.groups(MODEL, METHODS, METHODS["full"], SETTINGS, room)
+
+
+def test_groups_fill_the_room_and_others_are_alone():
+    whole = ["full", "snapkv", "quest", "h2o"]
+    assert grouped(1 << 30) == [whole, ["streaming_llm"]]
+    assert grouped(0) == [["full"], ["snapkv"], ["quest"], ["h2o"], ["streaming_llm"]]
+    one = compare._prompt_bytes(MODEL, METHODS["full"], SETTINGS)
+    snap = compare._prompt_bytes(MODEL, METHODS["snapkv"], SETTINGS)
+    # With the reference, of two rows each: room for one more, to the byte.
+    assert grouped(2 * (one + snap))[0] == ["full", "snapkv"]
+    assert grouped(2 * (one + snap) - 1)[0] == ["full"]
+
+
+def test_the_batch_leaves_room_for_methods_to_read_together():
+    def batch(room, **changes):
+        settings = compare_inputs.Settings(
+            **({"context": 64, "new_tokens": 8, "windows": 8} | changes)
+        )
+        return compare.batch_that_fits(MODEL, METHODS, settings, room)
+
+    assert batch(1 << 30) == 8
+    assert batch(1 << 30, windows=3) == 2
+    assert batch(1) == 1
+    sizes = [compare._prompt_bytes(MODEL, m, SETTINGS) for m in METHODS.values()]
+    four = 4 * sum(sizes) / len(sizes)
+    assert batch(int(2 * four) + 1) == 2
+    assert batch(int(2 * four) - 1) == 1
