@@ -1,0 +1,190 @@
+"""The header of a GGUF file: metadata and a map of the tensors, read and checked.
+
+No tensor is read here, but the file must be long enough for all of them.
+"""
+
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from models.llama.tensors import few
+
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+_MAGIC = b"GGUF"
+_VERSIONS = (2, 3)
+# Whatever a reader that trusts its file may stumble over.
+_MALFORMED = (
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OverflowError,
+    RecursionError,
+)
+
+
+class Header(NamedTuple):
+    """All of a GGUF file but the numbers of its tensors."""
+
+    path: Path
+    architecture: str
+    fields: Mapping[str, Any]  # `gguf.ReaderField` by key
+    tensors: Mapping[str, Any]  # `gguf.ReaderTensor` by name, its data mapped
+
+    def integer(self, key: str, default: int | None = None) -> int | None:
+        """A whole number, at least 0."""
+        value = self._value(key, int, "a whole number >= 0", default)
+        if value is not None and value < 0:
+            raise ValueError(f"{self.path}: {key}={value} must be at least 0.")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """A number, rounded to what float32 can tell apart: 1e-5, not 9.9999997e-06."""
+        value = self._value(key, (int, float), "a number", default)
+        return None if value is None else float(f"{value:.7g}")
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """A string."""
+        return self._value(key, str, "text", default)
+
+    def flag(self, key: str, default: bool | None = None) -> bool | None:
+        """A truth value."""
+        return self._value(key, bool, "true or false", default)
+
+    def array(self, key: str, kind: type) -> list | None:
+        """A list whose elements are all of `kind`."""
+        values = self._value(key, list, "a list", None)
+        if values is not None and not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{self.path}: {key} holds more than {kind.__name__}.")
+        return values
+
+    def length(self, key: str) -> int | None:
+        """Elements of a list, which is not read."""
+        return len(self.fields[key].data) if key in self.fields else None
+
+    def _value(self, key, kind, wanted, default):
+        if key not in self.fields:
+            return default
+        try:
+            value = self.fields[key].contents()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{self.path}: {key} is not UTF-8: {error}.") from error
+        if not isinstance(value, kind) or (
+            isinstance(value, bool) and kind is not bool
+        ):
+            raise ValueError(f"{self.path}: {key}={value!r} must be {wanted}.")
+        return value
+
+
+def read(path: Path) -> Header:
+    """Opens a GGUF file of the Llama family.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no GGUF file, damaged, cut short, one part of several,
+            big-endian, of another architecture, or quantized in a way that cannot be
+            undone.
+        ImportError: if the package `gguf` is not installed.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is no file.")
+    _check_start(path)
+    reader = _open(path)
+    count = reader.fields.get("split.count")
+    parts = 1 if count is None else count.contents()
+    if parts != 1 or re.search(r"-\d{5}-of-(?!00001)\d{5}\.gguf$", path.name):
+        raise ValueError(
+            f"{path} is one part of several; merge them first, with llama.cpp's "
+            "`llama-gguf-split --merge`."
+        )
+    fields = {key: field for key, field in reader.fields.items() if key[:5] != "GGUF."}
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    header = Header(path, "", fields, tensors)
+    architecture = header.text("general.architecture")
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{path}: architecture {architecture!r} is not supported; supported: "
+            f"{', '.join(ARCHITECTURES)}."
+        )
+    _check_types(header)
+    return header._replace(architecture=architecture)
+
+
+def _check_start(path: Path) -> None:
+    with path.open("rb") as file:
+        magic, version = file.read(4), file.read(4)
+    if magic != _MAGIC:
+        raise ValueError(
+            f"{path} is not a GGUF file: it begins with {magic!r}, not with {_MAGIC!r}."
+        )
+    if int.from_bytes(version, "big") in _VERSIONS:
+        raise ValueError(
+            f"{path} is big-endian, which is not supported; convert it with "
+            "`gguf-convert-endian FILE.gguf little`."
+        )
+    if int.from_bytes(version, "little") not in _VERSIONS:
+        raise ValueError(
+            f"{path} is GGUF version {int.from_bytes(version, 'little')}; versions "
+            f"{_VERSIONS[0]} and {_VERSIONS[1]} can be read: get a newer file."
+        )
+    if sys.byteorder != "little":
+        raise ValueError("GGUF files can be read on little-endian machines only.")
+
+
+def _open(path: Path):
+    try:
+        import gguf
+    except ImportError as error:
+        raise ImportError(
+            "a GGUF file needs the package gguf: pip install 'kvjax[gguf]'."
+        ) from error
+    size = path.stat().st_size
+
+    class Reader(gguf.GGUFReader):
+        """Stops where the file ends; the package would go on with what there is."""
+
+        def _get(self, offset, dtype, count=1, *args, **kwargs):
+            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+            if end > size:
+                raise EOFError(f"{end:,}")
+            return super()._get(offset, dtype, count, *args, **kwargs)
+
+    try:
+        with np.errstate(over="ignore"):  # a damaged offset
+            return Reader(path)
+    except EOFError as error:
+        raise ValueError(
+            f"{path} is cut short: it has {size:,} bytes of {error} or more; download "
+            "it again."
+        ) from error
+    except _MALFORMED as error:
+        raise ValueError(
+            f"{path} is damaged ({type(error).__name__}: {error}); download it again."
+        ) from error
+
+
+def _check_types(header: Header) -> None:
+    import gguf
+
+    kinds = {tensor.tensor_type for tensor in header.tensors.values()}
+    unreadable = set()
+    for kind in kinds:
+        _, num_bytes = gguf.GGML_QUANT_SIZES[kind]
+        try:
+            gguf.dequantize(np.zeros((1, num_bytes), np.uint8), kind)
+        except NotImplementedError:
+            unreadable.add(kind)
+    if unreadable:
+        names = [
+            f"{name} ({tensor.tensor_type.name})"
+            for name, tensor in header.tensors.items()
+            if tensor.tensor_type in unreadable
+        ]
+        raise ValueError(
+            f"{header.path}: {len(names)} tensors are of a type that the package gguf "
+            f"cannot turn into floats: {few(names)}; choose another quantization."
+        )
