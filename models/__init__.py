@@ -124,10 +124,7 @@ def save_pretrained(
         ValueError: if the parameters do not fit the configuration.
     """
     directory = Path(directory).expanduser()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(
-            f"{directory} exists; remove it or choose another directory."
-        )
+    check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
@@ -148,6 +145,15 @@ def save_pretrained(
         partial.rename(directory)
     finally:  # an interrupt too leaves nothing behind
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(directory: str | Path) -> None:
+    """Raises FileExistsError if `directory` exists and is not empty."""
+    directory = Path(directory).expanduser()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists; remove it or choose another directory."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ import typer
 import kvjax
 from kvjax.cli import (
     bench,
+    convert,
     decode,
     distill,
     evaluate,
@@ -126,6 +127,7 @@ _EXAMPLES = {
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
     evaluate.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
+    convert.convert: "kvjax convert model.gguf model",
     plan.plan: "kvjax plan --model embedded-softmax --context 8192 --budget 512",
     reproduce.reproduce: "kvjax reproduce --quick --claim completion-error",
     bench.bench: "kvjax bench kernels --context 131072 --budget 2048",

@@ -62,10 +62,12 @@ def to_hf(header: Header) -> dict[str, Any]:
     _reject_unknown(header)
     config: dict[str, Any] = {"model_type": name}
     for key, ours in _SIZES.items():
-        config[ours] = header.integer(f"{name}.{key}")
-    config["rms_norm_eps"] = header.number(f"{name}.attention.layer_norm_rms_epsilon")
+        config[ours] = header.integer(f"{name}.{key}", 0)
+    config["rms_norm_eps"] = header.number(
+        f"{name}.attention.layer_norm_rms_epsilon", 0.0
+    )
     config["vocab_size"] = _vocab_size(header)
-    missing = [ours for ours, value in config.items() if value is None]
+    missing = [ours for ours, value in config.items() if not value]
     if missing:
         raise ValueError(
             f"{header.path}: the metadata lack what config.json calls "
@@ -79,8 +81,8 @@ def to_hf(header: Header) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in header.tensors
     config["attention_bias"] = name == "qwen2" or "blk.0.attn_q.bias" in header.tensors
     config["mlp_bias"] = "blk.0.ffn_gate.bias" in header.tensors
-    window = header.integer(f"{name}.attention.sliding_window") or None
-    if window is not None:
+    window = header.integer(f"{name}.attention.sliding_window", 0)
+    if window:
         config["sliding_window"] = window
         if name == "llama":  # what llama.cpp calls a Mistral
             config["model_type"] = "mistral"
@@ -110,20 +112,20 @@ def _reject_unknown(header: Header) -> None:
             )
 
 
-def _vocab_size(header: Header) -> int | None:
-    size = header.integer(f"{header.architecture}.vocab_size")
+def _vocab_size(header: Header) -> int:
+    size = header.integer(f"{header.architecture}.vocab_size", 0)
     tokens = header.length("tokenizer.ggml.tokens")
-    if size is not None and tokens is not None and tokens > size:
+    if 0 < size < tokens:
         raise ValueError(
             f"{header.path}: {header.architecture}.vocab_size={size} is less than the "
             f"{tokens} tokens of its tokenizer."
         )
-    return tokens if size is None else size
+    return size or tokens
 
 
 def _head_dim(header: Header, width: int, heads: int) -> int:
     name = header.architecture
-    size = header.integer(f"{name}.attention.key_length", width // max(heads, 1))
+    size = header.integer(f"{name}.attention.key_length", width // heads)
     for key in ("attention.value_length", "rope.dimension_count"):
         other = header.integer(f"{name}.{key}", size)
         if other != size:
@@ -140,7 +142,7 @@ def _rope(header: Header, context: int, head_dim: int) -> dict[str, Any]:
     old = header.number(f"{name}.rope.scale_linear", 1.0)
     factor = header.number(f"{name}.rope.scaling.factor", old)
     # As llama.cpp has it: a factor without a type is linear.
-    kind = header.text(f"{name}.rope.scaling.type", "linear")
+    kind = header.text(f"{name}.rope.scaling.type") or "linear"
     if kind not in ("none", "linear", "yarn"):
         raise ValueError(
             f"{header.path}: {name}.rope.scaling.type={kind!r} is not supported; "

@@ -35,38 +35,38 @@ class Header(NamedTuple):
     fields: Mapping[str, Any]  # `gguf.ReaderField` by key
     tensors: Mapping[str, Any]  # `gguf.ReaderTensor` by name, its data mapped
 
-    def integer(self, key: str, default: int | None = None) -> int | None:
+    def integer(self, key: str, default: int) -> int:
         """A whole number, at least 0."""
-        value = self._value(key, int, "a whole number >= 0", default)
-        if value is not None and value < 0:
+        value = self._value(key, int, "a whole number", default)
+        if value < 0 and key in self.fields:
             raise ValueError(f"{self.path}: {key}={value} must be at least 0.")
         return value
 
-    def number(self, key: str, default: float | None = None) -> float | None:
+    def number(self, key: str, default: float) -> float:
         """A number, rounded to what float32 can tell apart: 1e-5, not 9.9999997e-06."""
         value = self._value(key, (int, float), "a number", default)
-        return None if value is None else float(f"{value:.7g}")
+        return float(f"{value:.7g}")
 
-    def text(self, key: str, default: str | None = None) -> str | None:
-        """A string."""
-        return self._value(key, str, "text", default)
+    def text(self, key: str) -> str:
+        """A string; empty if there is none."""
+        return self._value(key, str, "text", "")
 
-    def flag(self, key: str, default: bool | None = None) -> bool | None:
+    def flag(self, key: str, default: bool) -> bool:
         """A truth value."""
         return self._value(key, bool, "true or false", default)
 
-    def array(self, key: str, kind: type) -> list | None:
-        """A list whose elements are all of `kind`."""
-        values = self._value(key, list, "a list", None)
-        if values is not None and not all(isinstance(value, kind) for value in values):
-            raise ValueError(f"{self.path}: {key} holds more than {kind.__name__}.")
+    def array(self, key: str, kind: type) -> list[Any]:
+        """A list of elements of one kind; empty if there is none."""
+        values = self._value(key, list, "a list", [])
+        if not all(isinstance(value, kind) for value in values):
+            raise ValueError(f"{self.path}: {key} must hold {kind.__name__} only.")
         return values
 
-    def length(self, key: str) -> int | None:
-        """Elements of a list, which is not read."""
-        return len(self.fields[key].data) if key in self.fields else None
+    def length(self, key: str) -> int:
+        """Elements of a list, which is not read; 0 if there is none."""
+        return len(self.fields[key].data) if key in self.fields else 0
 
-    def _value(self, key, kind, wanted, default):
+    def _value(self, key, kind, wanted, default) -> Any:
         if key not in self.fields:
             return default
         try:

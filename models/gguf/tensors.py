@@ -39,14 +39,18 @@ def from_gguf(header: Header, config: LlamaConfig) -> Tensors:
     Raises:
         ValueError: if there are tensors that no model of these families has.
     """
-    weights = [name for name in header.tensors if name != ROPE_FACTORS]
-    unknown = [name for name in weights if _hf_name(name) is None]
+    names = {}
+    unknown = []
+    for name in header.tensors:
+        if (known := _hf_name(name)) is not None:
+            names[known] = name
+        elif name != ROPE_FACTORS:
+            unknown.append(name)
     if unknown:
         raise ValueError(
             f"{header.path}: tensors of another architecture than "
             f"{header.architecture}: {few(unknown)}."
         )
-    names = {_hf_name(name): name for name in weights}
 
     def read(name: str) -> np.ndarray:
         import gguf

@@ -70,6 +70,7 @@ _IDS = {
 }
 # What a sentencepiece vocabulary means if it does not say.
 _SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+_NONE = -1  # id of no token
 _ENDINGS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATE = "tokenizer.chat_template"
 
@@ -83,7 +84,7 @@ def load(header: Header) -> HFTokenizer:
     """
     kind = header.text(_key("model"))
     tokens = header.array(_key("tokens"), str)
-    if kind is None or not tokens:
+    if not kind or not tokens:
         raise ValueError(
             f"{header.path} has no tokenizer; convert the model again, with its "
             "tokenizer beside it."
@@ -106,9 +107,9 @@ def load(header: Header) -> HFTokenizer:
     _add_tokens(header, backend, tokens)
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for name, key in _IDS.items():
-        default = _SENTENCEPIECE_IDS.get(name) if kind == "llama" else None
-        index = _token_id(header, key, tokens, default)
-        if index is not None:
+        default = _SENTENCEPIECE_IDS.get(name, _NONE) if kind == "llama" else _NONE
+        index = _token_id(header, key, len(tokens), default)
+        if index != _NONE:
             config[name] = tokens[index]
     config["add_bos_token"] = header.flag(_key("add_bos_token"), adds_bos)
     if config["add_bos_token"]:
@@ -118,20 +119,20 @@ def load(header: Header) -> HFTokenizer:
 
 def eos_ids(header: Header) -> tuple[int, ...]:
     """Ids of the tokens that end a text, a turn or a message; the first is EOS."""
-    count = header.length(_key("tokens")) or 0
-    ids = [_token_id(header, key, range(count)) for key in _ENDINGS]
-    return tuple(dict.fromkeys(index for index in ids if index is not None))
+    count = header.length(_key("tokens"))
+    ids = [_token_id(header, key, count) for key in _ENDINGS]
+    return tuple(dict.fromkeys(index for index in ids if index != _NONE))
 
 
 def _key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def _token_id(header: Header, key: str, tokens, default: int | None = None):
+def _token_id(header: Header, key: str, count: int, default: int = _NONE) -> int:
     index = header.integer(_key(key), default)
-    if index is not None and index >= len(tokens):
+    if index >= count:
         raise ValueError(
-            f"{header.path}: {_key(key)}={index} is beyond the {len(tokens)} tokens of "
+            f"{header.path}: {_key(key)}={index} is beyond the {count} tokens of "
             "the vocabulary; convert the model again."
         )
     return index
@@ -151,27 +152,18 @@ def _split(header: Header) -> _Split:
 def _byte_level(header: Header, tokens: list[str], split: _Split):
     from tokenizers import Regex, decoders, normalizers, pre_tokenizers
 
-    merges = header.array(_key("merges"), str)
-    if merges is None:
+    if _key("merges") not in header.fields:
         raise ValueError(f"{header.path}: a gpt2 tokenizer needs {_key('merges')}.")
-    backend = _bpe(
-        header,
-        tokens,
-        [tuple(merge.split(" ")) for merge in merges],
-        ignore_merges=split.whole_words,
-    )
+    backend = _bpe(header, tokens, _merges(header), ignore_merges=split.whole_words)
     if split.nfc:
         backend.normalizer = normalizers.NFC()
-    steps = [
-        pre_tokenizers.ByteLevel(
-            add_prefix_space=False, use_regex=split.pattern is None
-        )
-    ]
-    if split.pattern is not None:
-        steps.insert(0, pre_tokenizers.Split(Regex(split.pattern), "isolated"))
+    steps = []
     if split.single_digits:
-        steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(steps)
+        steps.append(pre_tokenizers.Digits(individual_digits=True))
+    if split.pattern is not None:
+        steps.append(pre_tokenizers.Split(Regex(split.pattern), "isolated"))
+    as_bytes = pre_tokenizers.ByteLevel(False, use_regex=split.pattern is None)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, as_bytes])
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -179,36 +171,29 @@ def _byte_level(header: Header, tokens: list[str], split: _Split):
 def _sentencepiece(header: Header, tokens: list[str]):
     from tokenizers import decoders, normalizers
 
-    merges = header.array(_key("merges"), str)
-    unknown = _token_id(header, "unknown_token_id", tokens, 0)
+    default = _SENTENCEPIECE_IDS["unk_token"]
+    unknown = _token_id(header, "unknown_token_id", len(tokens), default)
     backend = _bpe(
         header,
         tokens,
-        _merges_by_score(header, tokens)
-        if merges is None
-        else [tuple(merge.split(" ")) for merge in merges],
+        _merges(header) or _merges_by_score(header, tokens),
         unk_token=tokens[unknown],
         fuse_unk=True,
         byte_fallback=True,
     )
-    normalize = [normalizers.Replace(" ", "▁")]
-    decode = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    if header.flag(_key("add_space_prefix"), True):
-        normalize.insert(0, normalizers.Prepend("▁"))
-        decode.append(decoders.Strip(" ", 1, 0))
-    backend.normalizer = normalizers.Sequence(normalize)
-    backend.decoder = decoders.Sequence(decode)
+    prefix = header.flag(_key("add_space_prefix"), True)
+    before = [normalizers.Prepend("▁")] if prefix else []
+    backend.normalizer = normalizers.Sequence([*before, normalizers.Replace(" ", "▁")])
+    after = [decoders.Strip(" ", 1, 0)] if prefix else []
+    decode = (decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse())
+    backend.decoder = decoders.Sequence([*decode, *after])
     return backend
 
 
-def _bpe(header: Header, tokens: list[str], merges: list[tuple], **options):
+def _bpe(header: Header, tokens: list[str], merges: list[tuple[str, str]], **options):
     from tokenizers import Tokenizer
     from tokenizers.models import BPE
 
-    if any(len(merge) != 2 for merge in merges):
-        raise ValueError(
-            f"{header.path}: {_key('merges')} must be pairs with one space between."
-        )
     vocab = {token: index for index, token in enumerate(tokens)}
     try:
         return Tokenizer(BPE(vocab, merges, **options))
@@ -218,6 +203,11 @@ def _bpe(header: Header, tokens: list[str], merges: list[tuple], **options):
         ) from error
 
 
+def _merges(header: Header) -> list[tuple[str, str]]:
+    pairs = [merge.partition(" ") for merge in header.array(_key("merges"), str)]
+    return [(left, right) for left, _, right in pairs]
+
+
 def _merges_by_score(header: Header, tokens: list[str]) -> list[tuple[str, str]]:
     """Every way to make a token of two others, the best token first.
 
@@ -225,10 +215,10 @@ def _merges_by_score(header: Header, tokens: list[str]) -> list[tuple[str, str]]
     part comes first, then the longer right: as in the `tokenizer.json` of these models.
     """
     scores = header.array(_key("scores"), float)
-    if scores is None or len(scores) != len(tokens):
+    if len(scores) != len(tokens):
         raise ValueError(
             f"{header.path}: a llama tokenizer needs {_key('scores')}, one per token; "
-            f"got {len(scores or ())} for {len(tokens)}."
+            f"got {len(scores)} for {len(tokens)}."
         )
     vocab = set(tokens)
     ranked = [
@@ -250,7 +240,7 @@ def _add_tokens(header: Header, backend, tokens: list[str]) -> None:
     from tokenizers import AddedToken
 
     kinds = header.array(_key("token_type"), int)
-    if kinds is not None and len(kinds) != len(tokens):
+    if kinds and len(kinds) != len(tokens):
         raise ValueError(
             f"{header.path}: {_key('token_type')} has {len(kinds)} entries for "
             f"{len(tokens)} tokens; convert the model again."
@@ -258,7 +248,7 @@ def _add_tokens(header: Header, backend, tokens: list[str]) -> None:
     backend.add_tokens(
         [
             AddedToken(token, normalized=False, special=kind == _CONTROL)
-            for token, kind in zip(tokens, kinds or (), strict=kinds is not None)
+            for token, kind in zip(tokens, kinds, strict=False)  # or none at all
             if kind in (_CONTROL, _USER_DEFINED)
         ]
     )
