@@ -21,7 +21,6 @@ _MALFORMED = (
     ValueError,
     KeyError,
     IndexError,
-    TypeError,
     OverflowError,
     RecursionError,
 )

@@ -11,6 +11,7 @@ from models.gguf.config import ROPE_FACTORS
 from models.gguf.header import Header
 from models.llama.config import LlamaConfig
 from models.llama.tensors import Tensors, few
+from models.llama.weights import layout
 
 _TOP = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -37,7 +38,8 @@ def from_gguf(header: Header, config: LlamaConfig) -> Tensors:
     """The tensors of a file, each read and dequantized when it is asked for.
 
     Raises:
-        ValueError: if there are tensors that no model of these families has.
+        ValueError: if there are tensors that no model of these families has, or their
+            shapes are not those of `config`.
     """
     names = {}
     unknown = []
@@ -51,6 +53,16 @@ def from_gguf(header: Header, config: LlamaConfig) -> Tensors:
             f"{header.path}: tensors of another architecture than "
             f"{header.architecture}: {few(unknown)}."
         )
+    for entry in layout(config):
+        if entry.name not in names:
+            continue
+        stored = header.tensors[names[entry.name]].shape  # the columns come first
+        shape = tuple(int(size) for size in reversed(stored))
+        if shape != entry.shape:
+            raise ValueError(
+                f"{header.path}: tensor {names[entry.name]} has shape {shape}, the "
+                f"metadata ask for {entry.shape}; one of the two is wrong."
+            )
 
     def read(name: str) -> np.ndarray:
         import gguf
@@ -84,10 +96,10 @@ def _rotated_heads(name: str, config: LlamaConfig) -> int:
 def _halves(rows: np.ndarray, heads: int) -> np.ndarray:
     """Undoes llama.cpp's order of a head's rows, which turns neighbours together.
 
-    Rows (0, D/2, 1, D/2 + 1, ...) become (0, 1, ..., D - 1). Rows are moved whole, so
-    they may be quantized. Those that are no `heads` are left for the shape's check.
+    Rows (0, D/2, 1, D/2 + 1, ...) become (0, 1, ..., D - 1). They are moved whole, so
+    they may be quantized.
     """
-    if not heads or len(rows) % (2 * heads):
+    if not heads:
         return rows
     pairs = rows.reshape(heads, -1, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
