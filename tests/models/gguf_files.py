@@ -97,22 +97,24 @@ def write(
     change: dict | None = None,
     arrays: dict | None = None,
     tokenizer: dict | None = TOKENIZER,
-    **writer,
 ) -> Path:
     """A file of a configuration; `change` and `arrays` replace, or remove with None."""
     fields = metadata(config) | (tokenizer or {}) | (change or {})
-    stored = tensors(config) | (arrays or {})
-    out = gguf.GGUFWriter(path, fields.pop("general.architecture"), **writer)
+    return write_raw(path, fields, tensors(config) | (arrays or {}), kind)
+
+
+def write_raw(path: Path, fields: dict, arrays: dict, kind: str = "F32") -> Path:
+    fields = dict(fields)
+    out = gguf.GGUFWriter(path, fields.pop("general.architecture"))
     for key, value in fields.items():
         add(out, key, value)
     wanted = gguf.GGMLQuantizationType[kind]
     block, _ = gguf.GGML_QUANT_SIZES[wanted]
-    for name, array in stored.items():
-        if array is None:
+    for name, array in arrays.items():
+        if isinstance(array, tuple):  # bytes, and the type they are of
+            out.add_tensor(name, array[0], raw_dtype=array[1])
+        elif array is None:
             continue
-        if not isinstance(array, np.ndarray):  # bytes, with their type
-            array, raw = array
-            out.add_tensor(name, array, raw_dtype=raw)
         elif array.ndim < 2 or array.shape[-1] % block or kind == "F32":
             out.add_tensor(name, array)
         else:
