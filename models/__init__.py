@@ -57,7 +57,7 @@ def load(
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} has no config.json; give the directory of a checkpoint in "
-            "the Hugging Face layout."
+            "the Hugging Face layout, or a file that ends in .gguf."
         )
     config = _read_json(directory / "config.json")
     family = config.get("model_type")

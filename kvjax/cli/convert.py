@@ -16,7 +16,7 @@ def convert(
     dtype: Annotated[
         str | None,
         typer.Option(
-            help="Of the weights; float32 if left out, or the file's if it has one."
+            help="Of the weights; if left out the file's, or float32 if quantized."
         ),
     ] = None,
     as_json: JsonOption = False,

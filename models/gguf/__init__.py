@@ -16,7 +16,7 @@ __all__ = ["is_gguf", "load", "load_decoder"]
 
 
 def is_gguf(name: str | Path) -> bool:
-    """Whether a model's name is that of a GGUF file, by its ending."""
+    """Returns whether a model's name is that of a GGUF file, by its ending."""
     path = Path(name).expanduser()
     return path.suffix.lower() == ".gguf" and not path.is_dir()
 
@@ -58,8 +58,8 @@ def load_decoder(
 
 
 def _decoder(opened: header.Header, dtype) -> llama.LlamaDecoder:
-    wanted = config.to_hf(opened)
+    hf_config = config.to_hf(opened)
     try:
-        return llama.LlamaDecoder(llama.from_hf(wanted, dtype=dtype))
+        return llama.LlamaDecoder(llama.from_hf(hf_config, dtype=dtype))
     except ValueError as error:
         raise ValueError(f"{opened.path}: {error}") from error

@@ -67,6 +67,11 @@ def to_hf(header: Header) -> dict[str, Any]:
         f"{name}.attention.layer_norm_rms_epsilon", 0.0
     )
     config["vocab_size"] = _vocab_size(header)
+    if config["num_hidden_layers"] > len(header.tensors):
+        raise ValueError(
+            f"{header.path}: {len(header.tensors)} tensors are too few for "
+            f"{name}.block_count={config['num_hidden_layers']}; one of them is wrong."
+        )
     missing = [ours for ours, value in config.items() if not value]
     if missing:
         raise ValueError(
@@ -100,14 +105,14 @@ def _reject_unknown(header: Header) -> None:
         name = key.removeprefix(prefix)
         if name == key or name in _HANDLED or name in _HARMLESS:
             continue
-        value = header.fields[key].contents()
+        value = header.value(key)
         if name not in _FIXED:
             raise ValueError(
-                f"{header.path}: {key}={value!r} is not known to this model."
+                f"{header.path}: {key}={value!r:.80} is not known to this model."
             )
         if value != _FIXED[name]:
             raise ValueError(
-                f"{header.path}: {key}={value!r} is not supported; only "
+                f"{header.path}: {key}={value!r:.80} is not supported; only "
                 f"{_FIXED[name]!r} is."
             )
 
@@ -137,10 +142,10 @@ def _head_dim(header: Header, width: int, heads: int) -> int:
 
 
 def _rope(header: Header, context: int, head_dim: int) -> dict[str, Any]:
-    """The keys that say how positions are scaled, if they are."""
+    """The keys of `config.json` that say how positions are scaled; none if not."""
     name = header.architecture
-    old = header.number(f"{name}.rope.scale_linear", 1.0)
-    factor = header.number(f"{name}.rope.scaling.factor", old)
+    factor = header.number(f"{name}.rope.scale_linear", 1.0)  # its older key
+    factor = header.number(f"{name}.rope.scaling.factor", factor)
     # As llama.cpp has it: a factor without a type is linear.
     kind = header.text(f"{name}.rope.scaling.type") or "linear"
     if kind not in ("none", "linear", "yarn"):

@@ -1,8 +1,9 @@
 """The header of a GGUF file: metadata and a map of the tensors, read and checked.
 
-No tensor is read here, but the file must be long enough for all of them.
+The tensors are left where they are, but the file must be long enough for all of them.
 """
 
+import math
 import re
 import sys
 from collections.abc import Mapping
@@ -27,7 +28,7 @@ _MALFORMED = (
 
 
 class Header(NamedTuple):
-    """All of a GGUF file but the numbers of its tensors."""
+    """A GGUF file without the numbers of its tensors."""
 
     path: Path
     architecture: str
@@ -42,9 +43,11 @@ class Header(NamedTuple):
         return value
 
     def number(self, key: str, default: float) -> float:
-        """A number, rounded to what float32 can tell apart: 1e-5, not 9.9999997e-06."""
+        """A number >= 0, as short as float32 allows: 1e-5, not 9.9999997e-06."""
         value = self._value(key, (int, float), "a number", default)
-        return float(f"{value:.7g}")
+        if not (value >= 0 and math.isfinite(value)):
+            raise ValueError(f"{self.path}: {key}={value} must be finite, at least 0.")
+        return float(str(np.float32(value)))
 
     def text(self, key: str) -> str:
         """A string; empty if there is none."""
@@ -62,20 +65,24 @@ class Header(NamedTuple):
         return values
 
     def length(self, key: str) -> int:
-        """Elements of a list, which is not read; 0 if there is none."""
+        """The number of elements of a list, which is not read; 0 if there is none."""
         return len(self.fields[key].data) if key in self.fields else 0
 
-    def _value(self, key, kind, wanted, default) -> Any:
-        if key not in self.fields:
-            return default
+    def value(self, key: str) -> Any:
+        """The value of a key that the file has, whatever its type."""
         try:
-            value = self.fields[key].contents()
+            return self.fields[key].contents()
         except UnicodeDecodeError as error:
             raise ValueError(f"{self.path}: {key} is not UTF-8: {error}.") from error
+
+    def _value(self, key, kind, description, default) -> Any:
+        if key not in self.fields:
+            return default
+        value = self.value(key)
         if not isinstance(value, kind) or (
             isinstance(value, bool) and kind is not bool
         ):
-            raise ValueError(f"{self.path}: {key}={value!r} must be {wanted}.")
+            raise ValueError(f"{self.path}: {key}={value!r:.80} must be {description}.")
         return value
 
 

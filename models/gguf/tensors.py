@@ -1,6 +1,6 @@
-"""Weights of a GGUF file, by their names in the Hugging Face layout.
+"""The weights of a GGUF file, by their names in the Hugging Face layout.
 
-Each is turned into float32 when it is read, one at a time.
+Each becomes float32 when it is read, one at a time.
 """
 
 import re
@@ -44,8 +44,8 @@ def from_gguf(header: Header, config: LlamaConfig) -> Tensors:
     names = {}
     unknown = []
     for name in header.tensors:
-        if (known := _hf_name(name)) is not None:
-            names[known] = name
+        if (hf_name := _hf_name(name)) is not None:
+            names[hf_name] = name
         elif name != ROPE_FACTORS:
             unknown.append(name)
     if unknown:
@@ -87,7 +87,7 @@ def _hf_name(name: str) -> str | None:
 
 
 def _rotated_heads(name: str, config: LlamaConfig) -> int:
-    """Heads among the rows of a projection whose output is rotated; else 0."""
+    """The number of heads of a projection whose output is rotated; else 0."""
     if ".q_proj." in name:
         return config.num_q_heads
     return config.num_kv_heads if ".k_proj." in name else 0

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from models.gguf.header import Header
 from models.llama.tokenizer import HFTokenizer
 
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_UNKNOWN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -34,7 +34,7 @@ _GPT_4O = (
 
 
 class _Split(NamedTuple):
-    """One way to split text before byte-level BPE, and what goes with it."""
+    """A way to split text before byte-level BPE, and what goes with it."""
 
     pattern: str | None = None  # None is GPT-2's
     single_digits: bool = False  # each is split off before
@@ -49,7 +49,7 @@ _LLAMA = _Split(_LLAMA3, whole_words=True, adds_bos=True)
 _QWEN = _Split(_QWEN2, nfc=True)
 _CASED = _Split(_GPT_4O)
 # By the names of llama.cpp (src/llama-vocab.cpp).
-SPLITS = {
+_SPLITS = {
     **dict.fromkeys(("smollm", "starcoder", "refact", "command-r"), _DIGITS),
     **dict.fromkeys(("codeshell", "exaone", "minerva-7b", "mellum2"), _DIGITS),
     **dict.fromkeys(("gpt-2", "phi-2", "mpt", "olmo", "jais", "trillion"), _GPT_2),
@@ -118,7 +118,7 @@ def load(header: Header) -> HFTokenizer:
 
 
 def eos_ids(header: Header) -> tuple[int, ...]:
-    """Ids of the tokens that end a text, a turn or a message; the first is EOS."""
+    """The ids of the tokens that end a text, a turn or a message; the first is EOS."""
     count = header.length(_key("tokens"))
     ids = [_token_id(header, key, count) for key in _ENDINGS]
     return tuple(dict.fromkeys(index for index in ids if index != _NONE))
@@ -140,13 +140,13 @@ def _token_id(header: Header, key: str, count: int, default: int = _NONE) -> int
 
 def _split(header: Header) -> _Split:
     name = header.text(_key("pre"))
-    if name not in SPLITS:
+    if name not in _SPLITS:
         raise ValueError(
             f"{header.path}: {_key('pre')}={name!r} does not say how text is split "
-            f"before BPE; known: {', '.join(SPLITS)}. Convert the model again, with a "
+            f"before BPE; known: {', '.join(_SPLITS)}. Convert the model again, with a "
             "newer llama.cpp if it is one of these."
         )
-    return SPLITS[name]
+    return _SPLITS[name]
 
 
 def _byte_level(header: Header, tokens: list[str], split: _Split):
@@ -209,7 +209,7 @@ def _merges(header: Header) -> list[tuple[str, str]]:
 
 
 def _merges_by_score(header: Header, tokens: list[str]) -> list[tuple[str, str]]:
-    """Every way to make a token of two others, the best token first.
+    """Lists every way to make a token of two others, the best token first.
 
     Among the ways to make one token, and among tokens of one score, the longer left
     part comes first, then the longer right: as in the `tokenizer.json` of these models.
@@ -232,7 +232,7 @@ def _merges_by_score(header: Header, tokens: list[str]) -> list[tuple[str, str]]
 
 
 def _add_tokens(header: Header, backend, tokens: list[str]) -> None:
-    """Tokens that are matched whole, wherever they stand in a text.
+    """Adds the tokens that are matched whole, wherever they stand in a text.
 
     In a byte-level vocabulary such a token is spelled as in the text, not in the
     alphabet of the bytes: it keeps its id because the vocabulary has it so.
@@ -247,9 +247,9 @@ def _add_tokens(header: Header, backend, tokens: list[str]) -> None:
         )
     backend.add_tokens(
         [
-            AddedToken(token, normalized=False, special=kind == _CONTROL)
+            AddedToken(token, normalized=False, special=kind != _USER_DEFINED)
             for token, kind in zip(tokens, kinds, strict=False)  # or none at all
-            if kind in (_CONTROL, _USER_DEFINED)
+            if kind in (_UNKNOWN, _CONTROL, _USER_DEFINED)
         ]
     )
 

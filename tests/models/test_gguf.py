@@ -218,9 +218,12 @@ def test_keys_that_may_be_absent(tmp_path):
 
 
 def test_epsilon_is_what_was_meant(tmp_path):
-    """As float32 it is 9.999999747378752e-06."""
-    config = models.load_decoder(write(tmp_path / "tiny.gguf", "gqa")).config
+    """As float32 it is 9.999999747378752e-06; a base of eight digits is exact."""
+    change = {"llama.rope.freq_base": 12_345_678.0}
+    path = write(tmp_path / "tiny.gguf", "gqa", change=change)
+    config = models.load_decoder(path).config
     assert config.norm_epsilon == 1e-5
+    assert config.rope.theta == 12_345_678.0
 
 
 @pytest.mark.parametrize(

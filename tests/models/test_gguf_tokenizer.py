@@ -288,6 +288,7 @@ def test_sentencepiece_equals_one_made_by_hand(load):
     for text in ("hello world", "<|im_start|>user", "ünïcode", "tab\tand\nline"):
         assert ours.encode(text) == theirs.encode(text).ids
         assert ours.decode(ours.encode(text)) == theirs.decode(theirs.encode(text).ids)
+    assert ours.encode("<unk>") == [0, 4]
 
 
 def test_the_space_before_a_text_may_be_left_out(load):
@@ -318,6 +319,14 @@ def test_a_folder_written_of_it_has_the_same_tokenizer(fields, load, tmp_path):
     assert again.encode(text) == ours.encode(text)
     assert again.chat_templates == ours.chat_templates
     assert again.special_tokens == ours.special_tokens
+
+
+def test_a_template_is_written_in_its_folder_only(load, tmp_path):
+    ours = load(BYTE_LEVEL, **{"tokenizer.chat_template.../../out": "x"})
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match=r"chat template '\.\./\.\./out' cannot"):
+        models.llama.tokenizer.save(ours, tmp_path / "folder")
+    assert not list((tmp_path / "folder").iterdir())
 
 
 @pytest.mark.parametrize(
