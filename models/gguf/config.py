@@ -197,7 +197,7 @@ def _factors(header: Header, head_dim: int) -> list[float]:
 
 
 def _linear(header: Header, context: int, factor: float) -> dict[str, Any]:
-    positions = int(context / factor)
+    positions = round(context / factor)
     if int(factor * positions) != context:
         raise ValueError(
             f"{header.path}: {header.architecture}.context_length={context} must be "

@@ -69,7 +69,7 @@ _IDS = {
     "pad_token": "padding_token_id",
 }
 # What a sentencepiece vocabulary means if it does not say.
-_SENTENCEPIECE_IDS = {"bos_token": 1, "eos_token": 2, "unk_token": 0}
+_SENTENCEPIECE_IDS = {"bos_token_id": 1, "eos_token_id": 2, "unknown_token_id": 0}
 _NONE = -1  # id of no token
 _ENDINGS = ("eos_token_id", "eot_token_id", "eom_token_id")
 _TEMPLATE = "tokenizer.chat_template"
@@ -107,8 +107,7 @@ def load(header: Header) -> HFTokenizer:
     _add_tokens(header, backend, tokens)
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for name, key in _IDS.items():
-        default = _SENTENCEPIECE_IDS.get(name, _NONE) if kind == "llama" else _NONE
-        index = _token_id(header, key, len(tokens), default)
+        index = _token_id(header, key)
         if index != _NONE:
             config[name] = tokens[index]
     config["add_bos_token"] = header.flag(_key("add_bos_token"), adds_bos)
@@ -119,8 +118,7 @@ def load(header: Header) -> HFTokenizer:
 
 def eos_ids(header: Header) -> tuple[int, ...]:
     """The ids of the tokens that end a text, a turn or a message; the first is EOS."""
-    count = header.length(_key("tokens"))
-    ids = [_token_id(header, key, count) for key in _ENDINGS]
+    ids = [_token_id(header, key) for key in _ENDINGS]
     return tuple(dict.fromkeys(index for index in ids if index != _NONE))
 
 
@@ -128,8 +126,11 @@ def _key(name: str) -> str:
     return f"tokenizer.ggml.{name}"
 
 
-def _token_id(header: Header, key: str, count: int, default: int = _NONE) -> int:
+def _token_id(header: Header, key: str) -> int:
+    is_byte_level = header.text(_key("model")) != "llama"
+    default = _NONE if is_byte_level else _SENTENCEPIECE_IDS.get(key, _NONE)
     index = header.integer(_key(key), default)
+    count = header.length(_key("tokens"))
     if index >= count:
         raise ValueError(
             f"{header.path}: {_key(key)}={index} is beyond the {count} tokens of "
@@ -143,8 +144,8 @@ def _split(header: Header) -> _Split:
     if name not in _SPLITS:
         raise ValueError(
             f"{header.path}: {_key('pre')}={name!r} does not say how text is split "
-            f"before BPE; known: {', '.join(_SPLITS)}. Convert the model again, with a "
-            "newer llama.cpp if it is one of these."
+            f"before BPE; known: {', '.join(_SPLITS)}. Use the model's Hugging Face "
+            "folder, or convert it again if one of these is meant."
         )
     return _SPLITS[name]
 
@@ -171,13 +172,11 @@ def _byte_level(header: Header, tokens: list[str], split: _Split):
 def _sentencepiece(header: Header, tokens: list[str]):
     from tokenizers import decoders, normalizers
 
-    default = _SENTENCEPIECE_IDS["unk_token"]
-    unknown = _token_id(header, "unknown_token_id", len(tokens), default)
     backend = _bpe(
         header,
         tokens,
         _merges(header) or _merges_by_score(header, tokens),
-        unk_token=tokens[unknown],
+        unk_token=tokens[_token_id(header, "unknown_token_id")],
         fuse_unk=True,
         byte_fallback=True,
     )

@@ -442,12 +442,13 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
 
 def _longrope_factors(name, given, positions) -> tuple[float, ...]:
     """The factors of a `longrope` whose frequencies never change, without a scale."""
-    known = {"short_factor", "long_factor", "original_max_position_embeddings"}
+    keys = {"short_factor", "long_factor", "attention_factor"}
+    keys.add("original_max_position_embeddings")
     factors = given.get("long_factor")
     original = given.get("original_max_position_embeddings", positions)
     scale = given.get("attention_factor", 1.0 if original == positions else None)
     if (
-        not given.keys() <= known | {"attention_factor"}
+        not given.keys() <= keys
         or not isinstance(factors, list)
         or not all(isinstance(factor, int | float) for factor in factors)
         or given.get("short_factor") != factors

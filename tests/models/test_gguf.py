@@ -171,6 +171,7 @@ def test_factors_of_one_are_no_scaling(tmp_path):
         ({}, 64),
         (LINEAR, 256),
         (LINEAR | {"llama.context_length": 100}, 100),
+        (LINEAR | {"llama.attention.sliding_window": 48}, 48),
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 64),
         (YARN, 64),
         (YARN | {"llama.context_length": 4096}, 4096),

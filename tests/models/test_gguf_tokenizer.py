@@ -299,12 +299,14 @@ def test_the_space_before_a_text_may_be_left_out(load):
     assert prefixed.decode(prefixed.encode(" self")) == " self"
 
 
-def test_sentencepiece_ids_that_a_file_leaves_out(load):
+def test_sentencepiece_ids_that_a_file_leaves_out(load, tmp_path):
     fields = scored()
     for key in ("bos_token_id", "eos_token_id", "unknown_token_id"):
         del fields[key]
     ours = load(fields)
     assert (ours.bos_id, ours.eos_id) == (1, 2)
+    opened = header.read(write(tmp_path / "t.gguf", fields))
+    assert tokenizer.eos_ids(opened) == (2,)
     assert ours.special_tokens["unk_token"] == "<unk>"
     assert load(fields, add_bos_token=False).encode("self")[0] != 1
 
