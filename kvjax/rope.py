@@ -20,18 +20,21 @@ class Rope:
     Attributes:
         head_dim: elements per head, even.
         theta: base of the frequencies.
-        kind: `default`, `linear`, `dynamic`, `llama3` or `yarn`.
-        factor: how far the context is stretched (not for `default`).
+        kind: `default`, `linear`, `dynamic`, `llama3`, `yarn` or `factors`.
+        factor: how far the context is stretched (not for `default` and `factors`).
         original_context: tokens of the unstretched model (`dynamic`, `llama3`, `yarn`).
         low_freq_factor, high_freq_factor: the band of `llama3`.
         beta_fast, beta_slow, truncate: the ramp of `yarn`.
         attention_factor: scale on the rotated vectors (`yarn`); None derives it.
         mscale, mscale_all_dim: the alternative spelling of that scale.
+        factors: what divides each frequency (`factors`), `head_dim / 2` of them.
     """
 
     head_dim: int
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"] = (
+        "default"
+    )
     factor: float = 1.0
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -42,6 +45,7 @@ class Rope:
     attention_factor: float | None = None
     mscale: float | None = None
     mscale_all_dim: float | None = None
+    factors: tuple[float, ...] = ()
 
     def __post_init__(self):
         if self.head_dim % 2:
@@ -57,6 +61,14 @@ class Rope:
                 f"rope kind {self.kind!r} needs original_context >= 1, got "
                 f"{self.original_context}."
             )
+        if len(self.factors) != (self.head_dim // 2 if self.kind == "factors" else 0):
+            raise ValueError(
+                f"rope kind {self.kind!r} with head_dim={self.head_dim} got "
+                f"{len(self.factors)} factors; only 'factors' takes them, "
+                "head_dim / 2 of them."
+            )
+        if not all(factor > 0 and math.isfinite(factor) for factor in self.factors):
+            raise ValueError("every rope factor must be finite and above 0.")
 
     def __call__(
         self,
@@ -145,10 +157,15 @@ def _yarn(rope: Rope) -> np.ndarray:
     return blend.astype(np.float32)
 
 
+def _factors(rope: Rope) -> np.ndarray:
+    return _default(rope) / np.asarray(rope.factors, np.float32)
+
+
 _FREQUENCIES = {
     "default": _default,
     "linear": _linear,
     "dynamic": _default,
     "llama3": _llama3,
     "yarn": _yarn,
+    "factors": _factors,
 }

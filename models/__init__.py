@@ -1,7 +1,8 @@
 """Flax decoders. They know `kvjax.interface` and `kvjax.rope`, and no method.
 
-:func:`load` reads a checkpoint in the Hugging Face layout and :func:`save_pretrained`
-writes one. Adding a model is a folder, and an entry per `model_type` in `FAMILIES`.
+:func:`load` reads a checkpoint in the Hugging Face layout, or a GGUF file, and
+:func:`save_pretrained` writes the former. Adding a model is a folder, and an entry per
+`model_type` in `FAMILIES`.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import Any
 import jax
 
 from kvjax.interface import LanguageModel
-from models import embedded, llama
+from models import embedded, gguf, llama
 
 FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
 
@@ -28,30 +29,35 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
 ) -> LanguageModel:
-    """A model from a directory in the Hugging Face layout, from the hub, or our own.
+    """A model from a directory in the Hugging Face layout, a GGUF file, or the hub.
 
     Args:
-        name: a directory; or a hub id `owner/model`, optionally with `@revision`; or
-            the name of an embedded model, such as "embedded-softmax".
+        name: a directory; or a file that ends in `.gguf`; or a hub id `owner/model`,
+            optionally with `@revision`; or the name of an embedded model, such as
+            "embedded-softmax".
         dtype: of weights, activations and cache; None keeps the checkpoint's.
         device: a `jax.Device`, a `jax.sharding.Sharding`, a pytree of shardings in the
             structure of the decoder's `param_shapes()`, or None for JAX's default.
 
     Returns:
         A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
-        `generation_config.json`, else of `config.json`, else the tokenizer's.
+        `generation_config.json`, else of `config.json`, else the tokenizer's; of a GGUF
+        file those that end a text, a turn or a message.
 
     Raises:
         FileNotFoundError: if the directory, or a file in it, is missing.
         ValueError: if a file is damaged, the model is not supported, weights and
             `config.json` disagree, or there is no such embedded model.
-        ImportError: if a hub id is given and `huggingface_hub` is not installed.
+        ImportError: if a hub id is given and `huggingface_hub` is not installed, or a
+            GGUF file and `gguf` is not.
     """
+    if gguf.is_gguf(name):
+        return gguf.load(name, dtype=dtype, device=device)
     directory = _resolve(name)
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} has no config.json; give the directory of a checkpoint in "
-            "the Hugging Face layout."
+            "the Hugging Face layout, or a file that ends in .gguf."
         )
     config = _read_json(directory / "config.json")
     family = config.get("model_type")
@@ -82,7 +88,7 @@ def load(
 def load_decoder(
     name: str | Path, *, dtype: jax.typing.DTypeLike | None = None
 ) -> llama.LlamaDecoder:
-    """The decoder alone, from a `config.json` alone: no weights are read or fetched.
+    """The decoder alone, from a `config.json` or a GGUF header: no weights are read.
 
     Args:
         name: as for :func:`load`; or the `config.json` itself, whatever it is called.
@@ -91,6 +97,8 @@ def load_decoder(
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
     """
+    if gguf.is_gguf(name):
+        return gguf.load_decoder(name, dtype=dtype)
     path = Path(name).expanduser()
     if not path.is_file():
         path = _resolve(name, ["config.json"]) / "config.json"
@@ -116,10 +124,7 @@ def save_pretrained(
         ValueError: if the parameters do not fit the configuration.
     """
     directory = Path(directory).expanduser()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(
-            f"{directory} exists; remove it or choose another directory."
-        )
+    check_new(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
     partial.mkdir()
@@ -140,6 +145,15 @@ def save_pretrained(
         partial.rename(directory)
     finally:  # an interrupt too leaves nothing behind
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_new(directory: str | Path) -> None:
+    """Raises FileExistsError if `directory` exists and is not empty."""
+    directory = Path(directory).expanduser()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(
+            f"{directory} exists; remove it or choose another directory."
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -144,6 +144,7 @@ def test_importing_kvjax_needs_jax_and_numpy_only():
         "yaml",
         "safetensors",
         "tokenizers",
+        "gguf",
         "huggingface_hub",
         "kvjax.cli",
     ]

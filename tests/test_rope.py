@@ -104,6 +104,12 @@ def test_yarn_blends_and_warms_the_softmax():
     _check(rope, inverse, scale=0.1 * math.log(4.0) + 1.0)
 
 
+def test_factors_divide_the_frequencies():
+    factors = (1.0, 1.5, 3.0, 8.0)
+    inverse = [f / by for f, by in zip(_plain(8, 1e4), factors, strict=True)]
+    _check(Rope(8, kind="factors", factors=factors), inverse)
+
+
 def test_logits_depend_on_distance_only():
     rng = np.random.default_rng(2)
     q, k = rng.standard_normal((2, 1, 16))
@@ -122,6 +128,16 @@ def test_logits_depend_on_distance_only():
         (
             {"head_dim": 8, "kind": "yarn", "factor": 2.0},
             r"needs original_context >= 1",
+        ),
+        ({"head_dim": 8, "kind": "factors"}, "kind 'factors' .* got 0 factors"),
+        ({"head_dim": 8, "factors": (1.0,) * 4}, "kind 'default' .* got 4 factors"),
+        (
+            {"head_dim": 4, "kind": "factors", "factors": (1.0, math.nan)},
+            "must be finite and above 0",
+        ),
+        (
+            {"head_dim": 4, "kind": "factors", "factors": (1.0, 0.0)},
+            "must be finite and above 0",
         ),
         ({"head_dim": 8, "kind": "longrope"}, r"'longrope' is unknown; known: default"),
     ],

@@ -16,6 +16,7 @@ import kvjax
 from kvjax.cli import (
     bench,
     compare,
+    convert,
     decode,
     distill,
     evaluate,
@@ -127,6 +128,7 @@ _EXAMPLES = {
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
     compare.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
+    convert.convert: "kvjax convert model.gguf model",
     plan.plan: "kvjax plan --model embedded-softmax --context 8192 --budget 512",
     reproduce.reproduce: "kvjax reproduce --quick --claim completion-error",
     bench.bench: "kvjax bench kernels --context 131072 --budget 2048",

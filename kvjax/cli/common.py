@@ -16,7 +16,8 @@ from kvjax import registry
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
 
 MODEL_HELP = (
-    "Folder or hub id of a Llama, or embedded-entmax; embedded-softmax if left out."
+    "Folder, FILE.gguf or hub id of a Llama, or embedded-entmax; embedded-softmax if "
+    "left out."
 )
 METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
 ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]

@@ -48,7 +48,7 @@ class Model(Section):
     """What is trained: weights to continue from, or sizes to start from.
 
     Attributes:
-        checkpoint: folder, hub id or embedded model whose weights are the beginning.
+        checkpoint: folder, GGUF file, hub id or embedded model: the first weights.
         config: keys of a Hugging Face `config.json`, for a model from scratch.
         tokenizer: of a model from scratch: a folder with `tokenizer.json`, or "train".
         alpha: attention to go on with, whatever the checkpoint's: 1 is softmax, above 1

@@ -166,9 +166,9 @@ def from_hf(
     Both spellings are read: `rope_theta`/`rope_scaling`/`torch_dtype`, and the
     `rope_parameters`/`dtype` of transformers 5.
 
-    `context` is `max_position_embeddings`, which for `llama3` counts the stretched
-    context already; for `linear` and `dynamic` it is `factor` times that, and for
-    `yarn` at least `factor * original_max_position_embeddings`. A sliding window in
+    `context` is `max_position_embeddings`, which for `llama3` and `longrope` counts the
+    stretched context already; for `linear` and `dynamic` it is `factor` times that, and
+    for `yarn` at least `factor * original_max_position_embeddings`. A sliding window in
     force (Mistral, or `use_sliding_window` in Qwen) cuts it to the window, where
     windowed and full attention are still the same.
 
@@ -296,11 +296,7 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     if rope.kind in ("linear", "dynamic"):
         written["max_position_embeddings"] = rope.original_context
     if rope.kind != "default":
-        keys = _ROPE_KEYS[rope.kind]
-        values = {key: getattr(rope, name) for name, key in keys.items()}
-        written["rope_scaling"] = {"rope_type": rope.kind, "type": rope.kind} | {
-            key: value for key, value in values.items() if value is not None
-        }
+        written["rope_scaling"] = _rope_to_hf(rope, config.context)
     if family in ("llama", "qwen3"):
         written["attention_bias"] = config.qkv_bias
     if family == "llama":
@@ -392,9 +388,25 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, positions: int) -> R
     return next(iter(ropes.values()))
 
 
+def _rope_to_hf(rope: Rope, context: int) -> dict[str, Any]:
+    if rope.kind == "factors":
+        return {
+            "rope_type": "longrope",
+            "type": "longrope",
+            "short_factor": list(rope.factors),
+            "long_factor": list(rope.factors),
+            "attention_factor": 1.0,
+            "original_max_position_embeddings": context,
+        }
+    values = {key: getattr(rope, name) for name, key in _ROPE_KEYS[rope.kind].items()}
+    return {"rope_type": rope.kind, "type": rope.kind} | {
+        key: value for key, value in values.items() if value is not None
+    }
+
+
 def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
     kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in _ROPE_KEYS:
+    if kind not in (*_ROPE_KEYS, "longrope"):
         raise ValueError(
             f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
         )
@@ -402,6 +414,9 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
     theta = given.pop("rope_theta", theta)
     for key in ("rope_type", "type", "finetuned"):
         given.pop(key, None)
+    if kind == "longrope":
+        factors = _longrope_factors(name, given, positions)
+        return Rope(head_dim, float(theta or 10_000.0), "factors", factors=factors)
     # Harmless at these values: the whole head turns, and what HF falls back to anyway.
     harmless = {"partial_rotary_factor": 1.0}
     if kind in ("linear", "dynamic"):
@@ -423,3 +438,24 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
     if missing:
         raise ValueError(f"{name} of rope type {kind!r} lacks {', '.join(missing)}.")
     return Rope(head_dim, theta=float(theta or 10_000.0), kind=kind, **read)
+
+
+def _longrope_factors(name, given, positions) -> tuple[float, ...]:
+    """The factors of a `longrope` whose frequencies never change, without a scale."""
+    keys = {"short_factor", "long_factor", "attention_factor"}
+    keys.add("original_max_position_embeddings")
+    factors = given.get("long_factor")
+    original = given.get("original_max_position_embeddings", positions)
+    scale = given.get("attention_factor", 1.0 if original == positions else None)
+    if (
+        not given.keys() <= keys
+        or not isinstance(factors, list)
+        or not all(isinstance(factor, int | float) for factor in factors)
+        or given.get("short_factor") != factors
+        or scale != 1
+    ):
+        raise ValueError(
+            f"{name} of rope type 'longrope' is supported only with short_factor equal "
+            "to long_factor and attention_factor=1.0."
+        )
+    return tuple(map(float, factors))

@@ -179,7 +179,17 @@ def load(directory: Path) -> HFTokenizer:
 
 
 def save(tokenizer: HFTokenizer, directory: Path) -> None:
-    """Writes what :func:`load` reads."""
+    """Writes what :func:`load` reads.
+
+    Raises:
+        ValueError: if the name of a chat template is no name of a file.
+    """
+    for name in tokenizer.chat_templates:
+        if Path(name).name != name:
+            raise ValueError(
+                f"chat template {name!r} cannot be written: its name must be one of a "
+                "file."
+            )
     config = {
         key: value for key, value in tokenizer.config.items() if key != "chat_template"
     }

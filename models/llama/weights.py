@@ -206,7 +206,8 @@ def _check_names(expected: set[str], found: set[str], source: Path, tied: bool) 
         problems.append(f"{len(extra)} tensors are unknown: {few(extra)}")
     if problems:
         raise ValueError(
-            f"{source}: {'; '.join(problems)}. The weights do not fit config.json."
+            f"{source}: {'; '.join(problems)}. The weights do not fit the "
+            "configuration."
         )
 
 

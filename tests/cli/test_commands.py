@@ -24,7 +24,7 @@ def test_version(run):
 
 
 COMMANDS = ("methods", "cite", "generate", "prefill", "score", "eval", "compare")
-COMMANDS += ("plan", "reproduce", "train")
+COMMANDS += ("convert", "plan", "reproduce", "train")
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -193,8 +193,8 @@ def test_harmless_keys(harmless):
             "mlp_bias=True is not supported for qwen3",
         ),
         (
-            {"rope_scaling": {"rope_type": "longrope", "factor": 2.0}},
-            "'longrope' is not supported; supported: default, linear, dynamic, llama3",
+            {"rope_scaling": {"rope_type": "ntk", "factor": 2.0}},
+            "'ntk' is not supported; supported: default, linear, dynamic, llama3",
         ),
         ({"rope_scaling": {"type": "linear"}}, "rope type 'linear' lacks factor"),
         (
@@ -221,6 +221,49 @@ def test_harmless_keys(harmless):
 def test_errors(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf(BASE | change)
+
+
+FACTORS = [1.0, 2.0, 4.0, 8.0]
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": FACTORS,
+    "long_factor": FACTORS,
+    "attention_factor": 1.0,
+    "original_max_position_embeddings": 16,
+}
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"attention_factor": None, "original_max_position_embeddings": 64}]
+)
+def test_longrope_that_is_the_same_at_every_length(change):
+    config = from_hf(BASE | {"rope_scaling": LONGROPE | change})
+    assert config.rope == Rope(8, 100.0, "factors", factors=tuple(FACTORS))
+    assert config.context == 64
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"short_factor": [1.0, 1.0, 1.0, 1.0]},
+        {"short_factor": None},
+        {"short_factor": 2.0, "long_factor": 2.0},
+        {"short_factor": ["a"] * 4, "long_factor": ["a"] * 4},
+        {"attention_factor": 1.2},
+        {"attention_factor": None},  # derived of 64 / 16
+        {"factor": 4.0},
+    ],
+)
+def test_any_other_longrope_is_refused(change):
+    with pytest.raises(ValueError, match="'longrope' is supported only with"):
+        from_hf(BASE | {"rope_scaling": LONGROPE | change})
+
+
+def test_longrope_needs_a_factor_for_every_pair():
+    three = {"short_factor": FACTORS[:3], "long_factor": FACTORS[:3]}
+    with pytest.raises(ValueError, match="head_dim=8 got 3 factors"):
+        from_hf(BASE | {"rope_scaling": LONGROPE | three})
 
 
 def test_family_that_cannot_say_it_is_an_error():

@@ -1,0 +1,65 @@
+"""GGUF files of the Llama family: weights, configuration and tokenizer in one file.
+
+All of it is translated into the Hugging Face layout and goes the same way from there.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from kvjax.interface import LanguageModel
+from models import llama
+from models.gguf import config, header, tensors, tokenizer
+
+__all__ = ["is_gguf", "load", "load_decoder"]
+
+
+def is_gguf(name: str | Path) -> bool:
+    """Returns whether a model's name is that of a GGUF file, by its ending."""
+    path = Path(name).expanduser()
+    return path.suffix.lower() == ".gguf" and not path.is_dir()
+
+
+def load(
+    path: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    device: Any = None,
+) -> LanguageModel:
+    """The model of a GGUF file; see :func:`models.load`.
+
+    Quantized weights become floats, one tensor at a time: `dtype` of None is float16 or
+    bfloat16 where all matrices are, else float32.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is damaged, or asks for what is not supported.
+        ImportError: if the package `gguf` is not installed.
+    """
+    opened = header.read(Path(path).expanduser())
+    decoder = _decoder(opened, dtype)
+    language = tokenizer.load(opened)
+    eos_ids = tokenizer.eos_ids(opened)
+    weights = tensors.from_gguf(opened, decoder.config)
+    params = llama.weights.load(weights, decoder.config, device)
+    return LanguageModel(decoder, params, language, eos_ids, str(path), {})
+
+
+def load_decoder(
+    path: str | Path, *, dtype: jax.typing.DTypeLike | None = None
+) -> llama.LlamaDecoder:
+    """The decoder alone, from the header alone; see :func:`models.load_decoder`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`load`.
+    """
+    return _decoder(header.read(Path(path).expanduser()), dtype)
+
+
+def _decoder(opened: header.Header, dtype) -> llama.LlamaDecoder:
+    hf_config = config.to_hf(opened)
+    try:
+        return llama.LlamaDecoder(llama.from_hf(hf_config, dtype=dtype))
+    except ValueError as error:
+        raise ValueError(f"{opened.path}: {error}") from error
