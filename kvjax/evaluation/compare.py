@@ -21,7 +21,7 @@ from kvjax.interface import LanguageModel, Method
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
 # Bytes of the states that a group of methods holds while it reads together.
-ROOM = 1_600_000_000
+ROOM = 1_050_000_000
 GROUP = 4  # methods that are worth more than a larger batch
 
 
@@ -100,9 +100,7 @@ def compare(
         expected = compare_runs.predict(
             model, methods[reference], inputs.windows, **shapes
         )
-    # In turn, so that every batch has prompts of all kinds, and so one length.
-    in_turn = zip(inputs.passkey, inputs.multikey, inputs.chain, strict=True)
-    examples = list(itertools.chain.from_iterable(in_turn))
+    examples = [*inputs.passkey, *inputs.multikey, *inputs.chain]
     prompt = inputs.windows[0][: settings.context - settings.new_tokens]
     rows = {}
     for names in groups(model, wanted, methods[reference], settings, room):
@@ -240,7 +238,11 @@ def of_windows(values: Float[np.ndarray, "L B Hq"]) -> Interval:
 
 def _row(name, num_bytes, inputs, answered, followed, expected, seconds) -> Row:
     predicted, layers = followed
-    passkey, multikey, links = (answered.scores[task::3] for task in range(3))
+    scores = iter(answered.scores)
+    passkey, multikey, links = (
+        list(itertools.islice(scores, len(examples)))
+        for examples in (inputs.passkey, inputs.multikey, inputs.chain)
+    )
     window_means = predicted.log_probs.mean(1)
     agreement = fidelity.agreement(expected.logits, predicted.logits)
     return Row(

@@ -5,6 +5,9 @@ what it kept. Every batch has equal shapes, so that compiled code serves all of 
 the first batch compiles and is never timed.
 """
 
+import contextlib
+import ctypes
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -60,8 +63,8 @@ def retrieve(
 ) -> list[Retrieval]:
     """Answers the examples under each method, and times each batch's decoding.
 
-    Every row generates exactly `new_tokens`, EOS or not, so that batches compare. The
-    first one compiles and is not timed.
+    A batch generates what its longest answer takes, EOS or not, at most `new_tokens`;
+    examples of one task belong side by side. The first one compiles and is not timed.
 
     Args:
         methods: which read together; several must all have exact prompts.
@@ -83,20 +86,23 @@ def retrieve(
             max_new_tokens=new_tokens,
             chunk_size=chunk_size,
         )
+        release()
+        # A few tokens more than the answer's: text may begin with a blank.
+        longest = max(example.answer_tokens for example in group) + 2
+        steps = min(longest, new_tokens)
         for place, method in enumerate(methods):
             events = continued(
                 clocked,
                 method,
                 read.pop(0),
-                max_new_tokens=new_tokens,
+                max_new_tokens=steps,
                 eos_ids=(),
                 stream_every=new_tokens,
             )
-            generations, rate = _timed(events, batch * (new_tokens - 1))
+            generations, rate = _timed(events, batch * (steps - 1))
             if index > 0:
                 rates[place].append(rate)
             for example, generation in zip(group, generations, strict=True):
-                # A few tokens more than the answer's: text may begin with a blank.
                 tokens = generation.tokens[: example.answer_tokens + 2]
                 answers[place].append(model.tokenizer.decode(tokens))
             done = index + (place + 1) / len(methods)
@@ -242,6 +248,7 @@ def follow(
         read = together.read(model, readers, prompts, **options)
         kept = dict(zip(readers, read, strict=True))
         del read
+        release()
         steps = {
             leader: _recorded(model, leader, kept[leader], following)
             for leader in dict.fromkeys(leaders)
@@ -271,6 +278,14 @@ def drop_programs() -> None:
     generate.drop_programs()
     scoring.drop_programs()
     fidelity.drop_programs()
+    release()
+
+
+def release() -> None:
+    """Gives freed memory back to the system, where the C library would keep it."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _cut(windows, new_tokens):

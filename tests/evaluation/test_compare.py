@@ -155,7 +155,8 @@ def test_retrieval_counts_right_answers_in_their_places(monkeypatch):
     assert found.scores == [1, 0, 1, 0, 1]
     assert len(found.answers) == 5
     # Three batches, all of one shape; the first, which compiles, is not timed.
-    assert [(size, new) for size, new, _ in calls] == [(2, 8)] * 3
+    # An answer has five digits.
+    assert [(size, new) for size, new, _ in calls] == [(2, 7)] * 3
     assert len(found.tokens_per_second) == 2
     assert all(options["eos_ids"] == () for _, _, options in calls)
 
@@ -170,7 +171,7 @@ def test_decoding_is_timed_from_the_first_token_on(monkeypatch):
     )
     # The only batch runs again: ticks 0, 1 are its warm-up, then 4, 9.
     assert len(found.answers) == 2
-    assert found.tokens_per_second == [2 * 7 / (9 - 4)]
+    assert found.tokens_per_second == [2 * 6 / (9 - 4)]
 
 
 def read_list(text):
