@@ -1,21 +1,25 @@
 """The README tells the truth: its tables are generated, its commands and code run.
 
-`python tests/test_readme.py` writes the generated parts anew.
+`python tests/test_readme.py` writes the generated parts and the figure anew.
 """
 
 import ast
+import functools
+import json
 import pathlib
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import textwrap
 
 import pytest
 from tiny import keep_layers
 
-from kvjax import registry
+from kvjax import registry, report
 from kvjax.describe import describe
+from kvjax.evaluation import compare_figures
 from models import embedded
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -50,7 +54,38 @@ def tree() -> str:
     return "\n".join([*lines, "```"])
 
 
-GENERATED = {"methods": method_table, "tree": tree}
+# What `kvjax compare` wrote, under the names of the tables.
+RESULTS = ROOT / "benchmarks" / "results"
+COMPARISONS = {
+    "embedded": "2026-11-29-compare-embedded.json",
+    "smollm2": "2026-11-29-compare-smollm2-2k.json",
+    "smollm2-4k": "2026-11-29-compare-smollm2-4k.json",
+}
+FIGURE = ROOT / "docs" / "images" / "compare-smollm2.png"
+HEADINGS = ("method", "read / token", "held", "passkey", "multi-key", "chain")
+HEADINGS += ("perplexity", "KL", "tokens/s")
+
+
+def comparison(name: str) -> dict:
+    return json.loads((RESULTS / COMPARISONS[name]).read_text("utf-8"))
+
+
+def comparison_table(name: str) -> str:
+    """The columns of the terminal's table that tell most, and how it was measured."""
+    results = comparison(name)
+    assert results["complete"]
+    places = [report.HEADINGS.index(heading) for heading in HEADINGS]
+    rows = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|--:" * 8 + "|"]
+    for cells in report.table_rows(results):
+        chosen = [cells[place] for place in places]
+        rows.append(f"| `{chosen[0]}` | " + " | ".join(chosen[1:]) + " |")
+    caption = textwrap.fill(report.caption(results), 88)
+    return "\n".join([*rows, "", caption])
+
+
+GENERATED = {"methods": method_table, "tree": tree} | {
+    name: functools.partial(comparison_table, name) for name in COMPARISONS
+}
 
 
 def between(text: str, name: str) -> re.Match:
@@ -129,3 +164,4 @@ if __name__ == "__main__":
         start, end = between(text, name).span(1)
         text = text[:start] + generate() + "\n" + text[end:]
     README.write_text(text, "utf-8")
+    compare_figures.scatter(comparison("smollm2")).savefig(FIGURE, dpi=110)
