@@ -84,11 +84,16 @@ def model_name(model: str | None) -> str:
         summary = published.record(model).summary
         agreed = may_fetch.get()
         if not agreed and sys.stdin.isatty() and sys.stderr.isatty():
-            question = f"{model} is not on this machine: {summary}. Fetch it now?"
-            agreed = typer.confirm(question, err=True)
+            agreed = _ask(f"{model} is not on this machine: {summary}. Fetch it now?")
         if agreed:
             fetch(model)
     return model
+
+
+def _ask(question: str) -> bool:
+    # typer's own would write to stdout too, which is for results.
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
 
 
 def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:

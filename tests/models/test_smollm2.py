@@ -126,7 +126,11 @@ def test_the_tokenizer_is_that_of_an_independent_construction(smollm2, model):
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
     files = sorted(root.glob("*.py"))[:: len(list(root.glob("*.py"))) // NUM_SOURCES]
     texts = [path.read_text("utf-8")[:50_000] for path in files[:NUM_SOURCES]]
-    texts += [reference.passage(), "   123\n\n\t 4567 <|im_end|>x", "naïve 日本語 🙂 ١٢٣"]
+    texts += [
+        reference.passage(),
+        "   123\n\n\t 4567 <|im_end|>x",
+        "naïve 日本語 🙂 ١٢٣",
+    ]
     assert len(texts) == NUM_SOURCES + 3
     for text in texts:
         ids = model.tokenizer.encode(text)
@@ -186,7 +190,9 @@ def stream(recorded):
     longest = max(prompts) + STEPS
     starts = range(0, 4 * num_layers, 4)
     rows = [
-        np.stack([x[row, :, start : start + longest] for row, start in enumerate(starts)])
+        np.stack(
+            [x[row, :, start : start + longest] for row, start in enumerate(starts)]
+        )
         for x in heads
     ]
     return drive.Stream(*rows, prompts, STEPS)
