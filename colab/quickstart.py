@@ -2,15 +2,22 @@
 # # kvjax in five minutes
 #
 # To decode one token a model reads its whole KV cache: at 100,000 tokens that traffic
-# is the cost. Methods that read less differ in what they lose. Here a small Llama,
-# which ships with the package, decodes under several of them.
+# is the cost. Methods that read less differ in what they lose. Here SmolLM2 of 135M
+# parameters decodes under several of them, or, where it cannot be fetched, a small
+# Llama that ships with the package.
 
 # %%
 import models
 from kvjax.generate import generate
-from models import embedded
+from models import embedded, published
 
-model = models.load("embedded-softmax")  # or a Hugging Face folder, or a hub id
+NAME = "smollm2"
+try:
+    published.fetch(NAME)  # once: 93 MB, Apache-2.0
+except (OSError, ImportError) as error:
+    NAME = "embedded-softmax"
+    print(f"{error}\nGoing on with {NAME}.")
+model = models.load(NAME)  # or a Hugging Face folder, a GGUF file, or a hub id
 method = kvjax.parse("quest:budget=128,page_size=16")  # or kvjax.quest(budget=128)
 text = embedded.heldout_text()
 
