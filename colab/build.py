@@ -53,6 +53,7 @@ def make(source: pathlib.Path) -> nbformat.NotebookNode:
     cells = [title, nbformat.v4.new_code_cell(first_cell(address)), *cells]
     for index, cell in enumerate(cells):
         cell["id"], cell["metadata"] = f"{source.stem}-{index:02}", {}
+    cells[1]["metadata"] = {"cellView": "form"}  # Colab shows its title and its field
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)

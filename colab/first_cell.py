@@ -1,4 +1,4 @@
-# Installs what is missing, for the device that is here, and says what this runs on.
+# @title Install what is missing, for the device that is here, and say what this runs on
 import importlib.metadata
 import importlib.util
 import os
@@ -8,7 +8,8 @@ import shutil
 import subprocess
 import sys
 
-KVJAX = ""  # where to install kvjax from: a folder, a wheel, or a repository's address
+# Where to install kvjax from: a folder, a wheel, or the address of a repository.
+KVJAX = ""  # @param {type: "string"}
 REPOSITORY = ""  # kvjax's own, if it has one
 
 MODULES = ("kvjax", "models", "gguf", "grain", "huggingface_hub", "optax", "orbax")

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
-from models import published
+from models import embedded, published
 
 on_accelerator = jax.default_backend() != "cpu"
 
@@ -38,7 +38,7 @@ else:
     try:
         published.fetch(NAME)  # once: 93 MB, Apache-2.0
     except (OSError, ImportError) as error:
-        NAME = "embedded-softmax"
+        NAME = embedded.DEFAULT
         print(f"{error}\nGoing on with {NAME}.")
 print(f"{NAME}: {CONTEXT:,} tokens, budgets of {BUDGET}")
 
@@ -131,7 +131,6 @@ import time
 from kvjax import planning
 from kvjax.cache import num_bytes
 from kvjax.generate import continued, prefill
-from models import embedded
 
 model = models.load(NAME, dtype=DTYPE)
 config = model.decoder.config
