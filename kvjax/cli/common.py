@@ -65,9 +65,9 @@ def with_yes(command: Callable) -> Callable:
     yes = inspect.Parameter(
         "yes", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=YesOption
     )
-    run.__signature__ = signature.replace(
-        parameters=[*signature.parameters.values(), yes]
-    )
+    parameters = [*signature.parameters.values(), yes]
+    # typer reads the options here.
+    run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore
     return run
 
 
