@@ -190,8 +190,8 @@ def _resolve(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
     if directory.exists() or not _is_hub_id(hub_id):
         known = ", ".join((*embedded.names(), *published.MODELS))
         raise FileNotFoundError(
-            f"{name} is no directory, no GGUF file, no hub id of the form owner/model "
-            f"and no model known by name: {known}."
+            f"{name} is no directory, and no hub id of the form owner/model; models "
+            f"known by name: {known}."
         )
     try:
         from huggingface_hub import snapshot_download
