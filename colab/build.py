@@ -16,50 +16,26 @@ import nbformat
 
 FOLDER = pathlib.Path(__file__).resolve().parent
 BADGE = "https://colab.research.google.com/assets/colab-badge.svg"
-SETUP = """\
-%matplotlib inline
-# What is missing is installed; what this runs on is said.
-import importlib.util
-import pathlib
-import platform
-import subprocess
-import sys
-
-REPOSITORY = "{repository}"  # where kvjax is cloned from, if it is not here already
-root = pathlib.Path("..").resolve()
-if not (root / "pallas_kernels").is_dir():
-    root = pathlib.Path("kvjax-repository").resolve()
-    if not root.is_dir():
-        if not REPOSITORY:
-            raise RuntimeError("set REPOSITORY to the address of kvjax's repository.")
-        subprocess.run(["git", "clone", "--depth", "1", REPOSITORY, root], check=True)
-needed = ("kvjax", "models", "orbax", "optax", "grain", "huggingface_hub")
-if not all(map(importlib.util.find_spec, needed)):
-    install = [sys.executable, "-m", "pip", "install", "-q", f"{{root}}[train,hub]"]
-    subprocess.run(install, check=True)
-
-import jax
-
-import kvjax
-
-print(f"kvjax {{kvjax.__version__}}, jax {{jax.__version__}}", end=", ")
-print(f"Python {{platform.python_version()}}, {{jax.devices()}}")
-if jax.default_backend() == "cpu":
-    print("=" * 78)
-    print("NO ACCELERATOR. Everything runs, on the CPU, at small sizes: speeds mean")
-    print("nothing here. In Colab: Runtime, Change runtime type, TPU or GPU.")
-    print("=" * 78)"""
+FIRST_CELL = FOLDER / "first_cell.py"
 
 
 def sources() -> list[pathlib.Path]:
     """The sources, by name."""
-    return sorted(path for path in FOLDER.glob("*.py") if path.name != "build.py")
+    others = (FIRST_CELL.name, "build.py")
+    return sorted(path for path in FOLDER.glob("*.py") if path.name not in others)
 
 
 def repository() -> str:
     """The address in `pyproject.toml`, or nothing."""
     text = (FOLDER.parent / "pyproject.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)["project"].get("urls", {}).get("Repository", "")
+
+
+def first_cell(address: str) -> str:
+    """The source of the cell that installs, with the repository's address."""
+    text = FIRST_CELL.read_text(encoding="utf-8").strip()
+    code = text.replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
+    return f"%matplotlib inline\n{code}"
 
 
 def make(source: pathlib.Path) -> nbformat.NotebookNode:
@@ -74,10 +50,10 @@ def make(source: pathlib.Path) -> nbformat.NotebookNode:
             f"https://colab.research.google.com/github/{place}/blob/main/colab/{name}"
         )
     title.source += f"\n\n[![Open in Colab]({BADGE})]({link})"
-    setup = nbformat.v4.new_code_cell(SETUP.format(repository=address))
-    cells = [title, setup, *cells]
+    cells = [title, nbformat.v4.new_code_cell(first_cell(address)), *cells]
     for index, cell in enumerate(cells):
         cell["id"], cell["metadata"] = f"{source.stem}-{index:02}", {}
+    cells[1]["metadata"] = {"cellView": "form"}  # Colab shows its title and its field
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     metadata = {"kernelspec": kernel, "language_info": {"name": "python"}}
     notebook = nbformat.v4.new_notebook(cells=cells, metadata=metadata)

@@ -2,15 +2,22 @@
 # # kvjax in five minutes
 #
 # To decode one token a model reads its whole KV cache: at 100,000 tokens that traffic
-# is the cost. Methods that read less differ in what they lose. Here a small Llama,
-# which ships with the package, decodes under several of them.
+# is the cost. Methods that read less differ in what they lose. Here SmolLM2 of 135M
+# parameters decodes under several of them, or, where it cannot be fetched, a small
+# Llama that ships with the package.
 
 # %%
 import models
 from kvjax.generate import generate
-from models import embedded
+from models import embedded, published
 
-model = models.load("embedded-softmax")  # or a Hugging Face folder, or a hub id
+NAME = "smollm2"
+try:
+    published.fetch(NAME)  # once: 93 MB, Apache-2.0
+except (OSError, ImportError) as error:
+    NAME = embedded.DEFAULT
+    print(f"{error}\nGoing on with {NAME}.")
+model = models.load(NAME)  # or a Hugging Face folder, a GGUF file, or a hub id
 method = kvjax.parse("quest:budget=128,page_size=16")  # or kvjax.quest(budget=128)
 text = embedded.heldout_text()
 
@@ -42,19 +49,21 @@ for name in registry.names(alpha=model.decoder.alpha):
 # A column is a token of the text, a line a moment while it is read. What is dark is
 # attended to then, by one head of the last layer: a window that slides behind four
 # sinks, a cascade whose older tokens stand ever further apart, and pages chosen for the
-# newest query.
+# newest query. The model is the small one that ships with kvjax: its few layers compile
+# in seconds.
 
 # %%
 from kvjax.evaluation import kept_figure
 
+small = models.load(embedded.DEFAULT)
 kept_figure.of_methods(
-    model,
+    small,
     {
         "streaming_llm": kvjax.streaming_llm(budget=64),
         "cascade": kvjax.cascade(budget=64),
         "quest": kvjax.quest(budget=64, page_size=8),
     },
-    model.tokenizer.encode(text)[:256],
+    small.tokenizer.encode(text)[:256],
     every=32,
 )
 

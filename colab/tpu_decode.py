@@ -5,7 +5,7 @@
 # definitions on the chip that is really here; then every operation is timed beside the
 # time that its bytes alone would take; then a model decodes under several methods,
 # beside the roofline that `kvjax plan` computes. With no accelerator all of it runs
-# too, small.
+# too, small. The model is of the hub, else SmolLM2, else one that ships with kvjax.
 
 # %%
 import socket
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import models
+from models import embedded, published
 
 on_accelerator = jax.default_backend() != "cpu"
 
@@ -31,7 +32,14 @@ HUB_MODEL = "unsloth/Llama-3.2-1B"
 if on_accelerator and has_network():
     NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = HUB_MODEL, "bfloat16", 32768, 1024, 128
 else:
-    NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = "embedded-softmax", None, 256, 64, 8
+    NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = "smollm2", "float32", 256, 64, 8
+    if on_accelerator:
+        DTYPE, CONTEXT, BUDGET, NEW_TOKENS = "bfloat16", 8192, 1024, 128
+    try:
+        published.fetch(NAME)  # once: 93 MB, Apache-2.0
+    except (OSError, ImportError) as error:
+        NAME = embedded.DEFAULT
+        print(f"{error}\nGoing on with {NAME}.")
 print(f"{NAME}: {CONTEXT:,} tokens, budgets of {BUDGET}")
 
 # %% [markdown]
@@ -123,7 +131,6 @@ import time
 from kvjax import planning
 from kvjax.cache import num_bytes
 from kvjax.generate import continued, prefill
-from models import embedded
 
 model = models.load(NAME, dtype=DTYPE)
 config = model.decoder.config

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from kvjax.interface import LanguageModel
-from models import embedded, gguf, llama
+from models import embedded, gguf, llama, published
 
 FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
 
@@ -34,7 +34,8 @@ def load(
     Args:
         name: a directory; or a file that ends in `.gguf`; or a hub id `owner/model`,
             optionally with `@revision`; or the name of an embedded model, such as
-            "embedded-softmax".
+            "embedded-softmax", or of a published one: "smollm2". A directory wins over
+            a name.
         dtype: of weights, activations and cache; None keeps the checkpoint's.
         device: a `jax.Device`, a `jax.sharding.Sharding`, a pytree of shardings in the
             structure of the decoder's `param_shapes()`, or None for JAX's default.
@@ -45,15 +46,17 @@ def load(
         file those that end a text, a turn or a message.
 
     Raises:
-        FileNotFoundError: if the directory, or a file in it, is missing.
+        FileNotFoundError: if the directory, or a file in it, is missing, or a published
+            model was not fetched (:func:`models.published.fetch`).
         ValueError: if a file is damaged, the model is not supported, weights and
             `config.json` disagree, or there is no such embedded model.
         ImportError: if a hub id is given and `huggingface_hub` is not installed, or a
             GGUF file and `gguf` is not.
     """
-    if gguf.is_gguf(name):
-        return gguf.load(name, dtype=dtype, device=device)
     directory = _resolve(name)
+    if gguf.is_gguf(directory):
+        model = gguf.load(directory, dtype=dtype, device=device)
+        return model._replace(name=str(name))
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
             f"{directory} has no config.json; give the directory of a checkpoint in "
@@ -97,11 +100,13 @@ def load_decoder(
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
     """
-    if gguf.is_gguf(name):
-        return gguf.load_decoder(name, dtype=dtype)
     path = Path(name).expanduser()
     if not path.is_file():
-        path = _resolve(name, ["config.json"]) / "config.json"
+        path = _resolve(name, ["config.json"])
+    if gguf.is_gguf(path):
+        return gguf.load_decoder(path, dtype=dtype)
+    if path.is_dir():
+        path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no config.json.")
     config = _read_json(path)
@@ -173,15 +178,20 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def _resolve(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
+    """The directory, or the GGUF file, that a model's name means."""
     directory = Path(name).expanduser()
-    if directory.is_dir():
+    if directory.is_dir() or gguf.is_gguf(directory):
         return directory
     if str(name).startswith(embedded.PREFIX):
         return embedded.path(str(name))
+    if str(name) in published.MODELS:
+        return published.path(str(name))
     hub_id, _, revision = str(name).partition("@")
     if directory.exists() or not _is_hub_id(hub_id):
+        known = ", ".join((*embedded.names(), *published.MODELS))
         raise FileNotFoundError(
-            f"{name} is no directory, and no hub id of the form owner/model."
+            f"{name} is no directory, and no hub id of the form owner/model; models "
+            f"known by name: {known}."
         )
     try:
         from huggingface_hub import snapshot_download

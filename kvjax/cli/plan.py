@@ -12,6 +12,7 @@ from kvjax.cli.common import (
     MODEL_HELP,
     DtypeOption,
     JsonOption,
+    model_name,
     positive,
     whole_numbers,
     with_budget,
@@ -48,7 +49,6 @@ def plan(
     """Memory of a model at a context, method by method, and which devices it fits."""
     import models
     from kvjax import planning
-    from models import embedded
 
     positive(context=context, new_tokens=new_tokens, batch=batch, chunk_size=chunk_size)
     budgets = whole_numbers("--budget", budget)
@@ -59,7 +59,7 @@ def plan(
             known = ", ".join(planning.DEVICES)
             raise ValueError(f"unknown device={wanted!r}: choose one of {known}.")
     devices = {d: planning.DEVICES[d] for d in device or planning.DEVICES}
-    name = embedded.DEFAULT if model is None else model
+    name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
     weights, sizes = _weights(decoder), _sizes(decoder)
     given = method or registry.names(decoder.alpha)

