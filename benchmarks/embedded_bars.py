@@ -21,6 +21,7 @@ import kvjax
 import models
 from kvjax import report
 from kvjax.evaluation import chain, compare, compare_runs, forced, statistics, tasks
+from kvjax.progress import show_progress
 from kvjax.training.attention import causal_attention
 from models import embedded
 
@@ -132,7 +133,7 @@ def main(argv=None):
     parser.add_argument("--json", type=pathlib.Path, help="file for the numbers")
     args = parser.parse_args(argv)
     model = models.load(args.model, dtype="float32")
-    with report.progress() as progress:
+    with show_progress() as progress:
         entries = measure(model, embedded.heldout_text(), args, progress)
     show(model.name, entries)
     if args.json is not None:

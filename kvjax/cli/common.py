@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import functools
+import importlib.util
 import inspect
 import pathlib
 import sys
@@ -80,6 +81,12 @@ def model_name(model: str | None) -> str:
 
     if model is None:
         return embedded.DEFAULT
+    is_published = model in published.MODELS and not pathlib.Path(model).is_dir()
+    if is_published and importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            f"{model} is a GGUF file, which needs the package gguf: pip install "
+            "'kvjax[gguf]'."
+        )
     if published.is_missing(model):
         summary = published.record(model).summary
         agreed = may_fetch.get()
