@@ -21,8 +21,9 @@ import kvjax
 import models
 from kvjax import report
 from kvjax.evaluation import chain, compare, compare_runs, forced, statistics, tasks
+from kvjax.interface import layer_specs
 from kvjax.progress import show_progress
-from kvjax.training.attention import causal_attention
+from kvjax.training.attention import by_layer, causal_attention
 from models import embedded
 
 # name, task, context in tokens, the least that is wanted
@@ -38,8 +39,10 @@ SEED = 20_000
 
 def measure(model, text, args, progress):
     """One entry a bar, ready for JSON."""
-    spec = model.decoder.cache_spec(1, 1)
-    attention = causal_attention(spec.rope, alpha=spec.alpha, sm_scale=spec.sm_scale)
+    attention = by_layer(
+        causal_attention(spec.rope, alpha=spec.alpha, sm_scale=spec.sm_scale)
+        for spec in layer_specs(model.decoder, 1, 1)
+    )
     full = kvjax.full()
     entries = []
 

@@ -1,12 +1,11 @@
 """Bytes a method reads per token and holds, from shapes alone: one accounting."""
 
-import dataclasses
 import functools
 
 import jax
 
 from kvjax.cache import num_bytes
-from kvjax.interface import CacheSpec, DecoderLM, Method, Traffic
+from kvjax.interface import CacheSpec, DecoderLM, Method, Traffic, layer_specs
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:
@@ -23,7 +22,7 @@ def bytes_held(
     method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
 ) -> int:
     """Bytes all layers hold while decoding, every row."""
-    specs = _layers(decoder, batch, capacity, max_new_tokens)
+    specs = layer_specs(decoder, batch, capacity, max_new_tokens)
     return sum(state_bytes(method, spec) for spec in specs)
 
 
@@ -43,7 +42,7 @@ def is_constant(method: Method, decoder: DecoderLM) -> bool:
     """
     held = []
     for capacity in (1 << 24, 1 << 25):
-        specs = _layers(decoder, 1, capacity, capacity)
+        specs = layer_specs(decoder, 1, capacity, capacity)
         sizes = [(prompt_bytes(method, s), state_bytes(method, s)) for s in specs]
         held.append(sizes)
     return held[0] == held[1]
@@ -53,7 +52,7 @@ def traffic(
     method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
 ) -> Traffic:
     """Bytes of cache all layers read for one token of one row at `length` tokens."""
-    layers = _layers(decoder, 1, length, min(max_new_tokens, length))
+    layers = layer_specs(decoder, 1, length, min(max_new_tokens, length))
     parts = [method.traffic(spec, length) for spec in layers]
     return Traffic(sum(p.kv for p in parts), sum(p.metadata for p in parts))
 
@@ -63,8 +62,3 @@ def bytes_read(
 ) -> int:
     """The total of :func:`traffic`."""
     return traffic(method, decoder, length, max_new_tokens).total
-
-
-def _layers(decoder, batch, capacity, max_new_tokens):
-    spec = decoder.cache_spec(batch, capacity, max_new_tokens)
-    return [dataclasses.replace(spec, layer=i) for i in range(decoder.num_layers)]

@@ -4,7 +4,6 @@ The loop runs up to `stream_every` steps on the device before the host looks at 
 tokens: text streams, and no step waits. A model and a method are arguments here.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import NamedTuple
@@ -16,7 +15,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.detokenize import TextRow
 from kvjax.inputs import check_options, check_prompts
-from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
+from kvjax.interface import (
+    DecoderLM,
+    LanguageModel,
+    Method,
+    State,
+    dynamic_rope,
+    layer_specs,
+    with_layer,
+)
 from kvjax.sampling import Sampling, active, mentioned, row_keys, sample
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
@@ -172,8 +179,8 @@ def empty_states(
 ) -> tuple[State, ...]:
     """States of every layer for prompts up to `longest` tokens, in bucketed sizes."""
     new_tokens = bucket(max_new_tokens)
-    spec = decoder.cache_spec(batch, bucket(longest + new_tokens), new_tokens)
-    return _init(method, spec, decoder.num_layers)
+    capacity = bucket(longest + new_tokens)
+    return _init(method, layer_specs(decoder, batch, capacity, new_tokens))
 
 
 def chunks(
@@ -192,8 +199,8 @@ def chunks(
 
 def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
     padded = bucket(longest)
-    rope = decoder.cache_spec(1, padded).rope
-    if getattr(rope, "kind", None) == "dynamic" and longest > rope.original_context:
+    rope = dynamic_rope(decoder)
+    if rope is not None and longest > rope.original_context:
         # Its frequencies depend on the whole prompt's length: all keys rotate at once.
         return padded
     # Chunks of one size, so that the last one is not mostly padding.
@@ -226,12 +233,9 @@ def drop_programs() -> None:
         program.clear_cache()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _init(method, spec, num_layers):
-    return tuple(
-        method.init(dataclasses.replace(spec, layer=layer))
-        for layer in range(num_layers)
-    )
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(method, specs):
+    return tuple(method.init(spec) for spec in specs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

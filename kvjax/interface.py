@@ -190,8 +190,9 @@ class Method(NamedTuple):
 class DecoderLM(Protocol):
     """What the decode loop needs of a model: pure functions, static and hashable.
 
-    `states` is a tuple, one method state per layer. Hidden states go through `logits`
-    separately so that a prompt's logits are computed only where they are wanted.
+    `cache_spec` is that of one layer: layers may differ in their rope. `states` is a
+    tuple, one method state per layer. Hidden states go through `logits` separately so
+    that a prompt's logits are computed only where they are wanted.
     """
 
     num_layers: int
@@ -199,7 +200,7 @@ class DecoderLM(Protocol):
     vocab_size: int
 
     def cache_spec(
-        self, batch: int, capacity: int, max_new_tokens: int = 0
+        self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
     ) -> CacheSpec: ...
 
     def prefill(
@@ -222,6 +223,37 @@ class DecoderLM(Protocol):
     def logits(
         self, params: Params, hidden: Float[Array, "*B E"]
     ) -> Float[Array, "*B V"]: ...
+
+
+@runtime_checkable
+class LayeredLM(Protocol):
+    """The part of a model that says what its layers hold."""
+
+    @property
+    def num_layers(self) -> int: ...
+
+    def cache_spec(
+        self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
+    ) -> CacheSpec: ...
+
+
+def layer_specs(
+    decoder: LayeredLM, batch: int, capacity: int, max_new_tokens: int = 0
+) -> tuple[CacheSpec, ...]:
+    """Returns the spec of every layer, in their order."""
+    return tuple(
+        decoder.cache_spec(batch, capacity, max_new_tokens, layer)
+        for layer in range(decoder.num_layers)
+    )
+
+
+def dynamic_rope(decoder: LayeredLM) -> Any | None:
+    """Returns the rope of a layer that turns with the running length, None without one.
+
+    Keys of such a layer depend on how many tokens come at once.
+    """
+    ropes = (spec.rope for spec in layer_specs(decoder, 1, 1))
+    return next((r for r in ropes if getattr(r, "kind", None) == "dynamic"), None)
 
 
 @runtime_checkable

@@ -33,7 +33,7 @@ from kvjax.generate import (
     recent,
 )
 from kvjax.inputs import check_options, check_prompts, check_vocabulary
-from kvjax.interface import LanguageModel, Method, State
+from kvjax.interface import LanguageModel, Method, State, dynamic_rope
 from kvjax.sampling import Sampling, mentioned
 from kvjax.training import checkpoint
 
@@ -120,8 +120,7 @@ def extend(
         )
     if not any(map(len, more)):
         return prefix
-    rope = model.decoder.cache_spec(1, 1).rope
-    if getattr(rope, "kind", None) == "dynamic":
+    if dynamic_rope(model.decoder) is not None:
         raise ValueError(
             "the model's rope is 'dynamic', which rotates all keys of a prompt at "
             "once: read the whole prompt anew."

@@ -20,7 +20,8 @@ class Rope:
     Attributes:
         head_dim: elements per head, even.
         theta: base of the frequencies.
-        kind: `default`, `linear`, `dynamic`, `llama3`, `yarn` or `factors`.
+        kind: `default`, `linear`, `dynamic`, `llama3`, `yarn` or `factors`; or `none`,
+            which returns its input, of layers without positions.
         factor: how far the context is stretched (not for `default` and `factors`).
         original_context: tokens of the unstretched model (`dynamic`, `llama3`, `yarn`).
         low_freq_factor, high_freq_factor: the band of `llama3`.
@@ -32,9 +33,9 @@ class Rope:
 
     head_dim: int
     theta: float = 10_000.0
-    kind: Literal["default", "linear", "dynamic", "llama3", "yarn", "factors"] = (
-        "default"
-    )
+    kind: Literal[
+        "default", "linear", "dynamic", "llama3", "yarn", "factors", "none"
+    ] = "default"
     factor: float = 1.0
     original_context: int = 0
     low_freq_factor: float = 1.0
@@ -81,6 +82,8 @@ class Rope:
         `length` is the number of tokens in the row once this call's are in. Only
         `dynamic` looks at it: frequencies stretch once it exceeds `original_context`.
         """
+        if self.kind == "none":
+            return x
         inverse = _FREQUENCIES[self.kind](self)
         if self.kind == "dynamic" and length is not None:
             inverse = _dynamic(self, length)[:, None, None, :]
@@ -168,4 +171,5 @@ _FREQUENCIES = {
     "llama3": _llama3,
     "yarn": _yarn,
     "factors": _factors,
+    "none": _default,  # not asked for
 }

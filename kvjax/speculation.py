@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.interface import DecoderLM, Method, Params, State
+from kvjax.interface import DecoderLM, Method, Params, State, dynamic_rope
 
 
 class Verified(NamedTuple):
@@ -64,7 +64,7 @@ def verify(
         ValueError: if the method cannot take tokens back, or the model's rope is
             `dynamic`: its keys depend on how many come at once.
     """
-    if getattr(decoder.cache_spec(1, 1).rope, "kind", None) == "dynamic":
+    if dynamic_rope(decoder) is not None:
         raise ValueError(
             "the model's rope is 'dynamic', which would rotate a draft's keys as no "
             "single step does: decode token by token."

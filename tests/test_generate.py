@@ -10,7 +10,7 @@ import kvjax
 from kvjax import cache, registry
 from kvjax import generate as module
 from kvjax.generate import Generation, bucket, generate, prefill, stream
-from kvjax.interface import LanguageModel
+from kvjax.interface import LanguageModel, layer_specs
 from kvjax.rope import Rope
 from kvjax.sampling import Sampling, active
 
@@ -57,10 +57,10 @@ def test_unwritten_slots_have_no_weight(method, monkeypatch):
 def decode_arguments(method, batch, capacity, new_tokens):
     """Shapes of a decode loop's arguments after a prompt, without running anything."""
     decoder = MODEL.decoder
-    spec = decoder.cache_spec(batch, capacity, new_tokens)
+    specs = layer_specs(decoder, batch, capacity, new_tokens)
 
     def prompt():
-        states = module._init(method, spec, decoder.num_layers)
+        states = module._init(method, specs)
         tokens = jnp.zeros((batch, 8), jnp.int32)
         lengths = jnp.full((batch,), 8, jnp.int32)
         states, _ = decoder.prefill(MODEL.params, states, tokens, lengths, method)

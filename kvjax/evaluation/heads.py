@@ -234,7 +234,7 @@ def _look(
     in_needle = (keys >= needle[0]) & (keys < needle[1])
 
     def attention(layer, q, k, v):
-        weigh = _weigher(decoder, q, k)
+        weigh = _weigher(decoder, layer, q, k)
         weights = weigh(queries)
         first, before = weights[..., 0], weights[:, jnp.arange(len(later)), queries - 1]
         positive = weights > 0
@@ -263,7 +263,7 @@ def _all_weights(
     weights: list[Array | None] = [None] * decoder.num_layers
 
     def attention(layer, q, k, v):
-        weigh = _weigher(decoder, q, k)
+        weigh = _weigher(decoder, layer, q, k)
         weights[layer] = weigh(jnp.arange(tokens.shape[1], dtype=jnp.int32))
         return _attend(weigh, v, q.dtype)
 
@@ -271,10 +271,10 @@ def _all_weights(
     return jnp.stack(weights)
 
 
-def _weigher(decoder, q, k) -> Callable[[Array], Array]:
+def _weigher(decoder, layer, q, k) -> Callable[[Array], Array]:
     """`weigh(queries (R,)) -> (Hq, R, T)`: causal weights of one row, float32."""
     length = k.shape[2]
-    spec = decoder.cache_spec(1, length)
+    spec = decoder.cache_spec(1, length, layer=layer)
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     total = jnp.full((1,), length, jnp.int32)
     q, k = (spec.rope(x, positions, total)[0] for x in (q, k))

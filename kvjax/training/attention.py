@@ -7,7 +7,7 @@ its log-sum-exp or threshold, so that memory is linear in the length.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,16 @@ def causal_attention(
         scale = q.shape[-1] ** -0.5 if sm_scale is None else sm_scale
         plan = _plan(q.shape, block, scale, float(alpha))
         return _attend(plan, rope(q, where), rope(k, where), v, segments)
+
+    return attention
+
+
+def by_layer(attentions: Iterable[Attention]) -> Attention:
+    """Joins attentions of single layers, in their order, which may differ in rope."""
+    attentions = tuple(attentions)
+
+    def attention(layer, q, k, v):
+        return attentions[layer](layer, q, k, v)
 
     return attention
 

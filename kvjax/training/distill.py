@@ -23,10 +23,10 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from kvjax.feature_maps import Learned
-from kvjax.interface import LanguageModel
+from kvjax.interface import LanguageModel, layer_specs
 from kvjax.map_files import MapFile
 from kvjax.training import checkpoint, run_folder
-from kvjax.training.attention import causal_attention
+from kvjax.training.attention import by_layer, causal_attention
 from kvjax.training.maps import (
     TINY,
     Moments,
@@ -71,13 +71,14 @@ class Result(NamedTuple):
 def trace(decoder: Any, params: Any, tokens: Int[Array, "1 S"], queries: int) -> Trace:
     """One document through the frozen model, attention exact."""
     length = tokens.shape[1]
-    spec = decoder.cache_spec(1, length)
-    attend = causal_attention(spec.rope, sm_scale=spec.sm_scale)
+    specs = layer_specs(decoder, 1, length)
+    attend = by_layer(causal_attention(s.rope, sm_scale=s.sm_scale) for s in specs)
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     total = jnp.full((1,), length, jnp.int32)
     found: list[Any] = [None] * decoder.num_layers
 
     def attention(layer, q, k, v):
+        spec = specs[layer]
         turned = spec.rope(q[:, :, -queries:], positions[:, -queries:], total)
         shape = (spec.num_kv_heads, spec.group, queries, spec.head_dim)
         keys = spec.rope(k, positions, total)[0]

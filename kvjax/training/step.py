@@ -4,6 +4,7 @@ The loss of a batch is `sum(weights * cross_entropy) / sum(weights)`, whatever t
 number of accumulated parts and of devices.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -13,9 +14,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.interface import CacheSpec, Params
+from kvjax.interface import CacheSpec, Params, layer_specs
 from kvjax.training import sharding
-from kvjax.training.attention import causal_attention
+from kvjax.training.attention import by_layer, causal_attention
 from kvjax.training.batch import Batch
 from kvjax.training.config import Config, RefreshKV
 from kvjax.training.refresh import refresh_attention
@@ -28,6 +29,7 @@ MAX_LOGITS = 2**27
 class TrainableLM(Protocol):
     """What training needs of a model: pure functions of `params`, static, hashable."""
 
+    num_layers: int
     vocab_size: int
     context: int  # longest sequence the model was made for, tokens
     alpha: float  # of attention's normaliser: 1 is softmax, more is entmax
@@ -35,7 +37,7 @@ class TrainableLM(Protocol):
     def param_shapes(self) -> Params: ...
 
     def cache_spec(
-        self, batch: int, capacity: int, max_new_tokens: int = 0
+        self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
     ) -> CacheSpec: ...
 
     def hidden(
@@ -162,16 +164,17 @@ def token_losses(
     """
     params = jax.tree.map(lambda leaf: leaf.astype(compute), params)
     num_rows, length = batch.tokens.shape
-    rope = decoder.cache_spec(num_rows, length).rope
+    ropes = [spec.rope for spec in layer_specs(decoder, num_rows, length)]
     if setting is None:
-        attention = causal_attention(
-            rope,
+        make = functools.partial(
+            causal_attention,
             alpha=decoder.alpha,
             segments=batch.segments,
             positions=batch.positions,
         )
     else:
-        attention = _refresh(setting, rope, batch, decoder.alpha)
+        make = _refresh(setting, batch, decoder.alpha)
+    attention = by_layer(map(make, ropes))
     hidden = decoder.hidden(params, batch.tokens, attention, remat=remat)
 
     def losses(hidden, targets):
@@ -199,7 +202,7 @@ def token_losses(
     return join(nats), join(right)
 
 
-def _refresh(setting, rope, batch, alpha):
+def _refresh(setting, batch, alpha):
     if batch.segments is not None or alpha != 1:
         raise ValueError(
             "refreshkv needs rows of one sequence and softmax attention; the rows are "
@@ -207,7 +210,7 @@ def _refresh(setting, rope, batch, alpha):
         )
     options = setting.model_dump(exclude={"decoded"})
     prompt = batch.tokens.shape[1] - setting.decoded
-    return refresh_attention(rope, prompt=prompt, **options)
+    return functools.partial(refresh_attention, prompt=prompt, **options)
 
 
 def sums(

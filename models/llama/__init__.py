@@ -1,4 +1,4 @@
-"""Llama and its near relatives (Mistral, Qwen2, Qwen3)."""
+"""Llama and the families that are run as one: see `MODEL_TYPES`."""
 
 from pathlib import Path
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import jax
 
 from kvjax.interface import Params
-from models.llama import tensors, tokenizer, weights
-from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, to_hf
+from models.llama import families, tensors, tokenizer, weights
+from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, notes, to_hf
 from models.llama.model import LlamaDecoder
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "LlamaDecoder",
     "from_hf",
     "load",
+    "notes",
     "tensors",
     "to_hf",
     "tokenizer",
@@ -31,5 +32,5 @@ def load(
 ) -> tuple[LlamaDecoder, Params]:
     """Decoder and weights of a checkpoint directory; see :func:`models.load`."""
     decoder = LlamaDecoder(from_hf(config, dtype=dtype))
-    opened = tensors.from_safetensors(directory)
+    opened = families.fold(tensors.from_safetensors(directory), config)
     return decoder, weights.load(opened, decoder.config, device)

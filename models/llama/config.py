@@ -1,7 +1,7 @@
 """What a Llama-family model is made of: static sizes, to and from `config.json`.
 
-`from_hf` accepts only keys it handles or knows to be harmless: a `config.json` that
-asks for something else is an error naming it, never a model that is silently wrong.
+`from_hf` reads the keys of the families in `ARCHITECTURES`, which the model runs as
+they are; :mod:`models.llama.families` rewrites those of others first.
 """
 
 import dataclasses
@@ -13,18 +13,21 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.rope import Rope
+from models.llama import families
+from models.llama.config_keys import reject_unknown
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and options of a Llama or a near relative (Mistral, Qwen2, Qwen3).
+    """Sizes and options of a Llama or a near relative (see `ARCHITECTURES`).
 
     Attributes:
         vocab_size, width, num_layers, num_q_heads, num_kv_heads, head_dim, mlp_width:
             sizes; the axes V, E, L, Hq, Hkv, D, F.
         context: longest sequence the weights were made for, tokens, rope scaling
             included and never beyond `sliding_window`.
-        rope: positions, with their scaling.
+        rope: positions, with their scaling, of every layer that rotates.
+        unrotated_layers: layers without positions, ascending (SmolLM3).
         norm_epsilon: of every RMSNorm.
         qkv_bias, output_bias, mlp_bias: biases of the projections (Qwen2: the first).
         qk_norm: RMSNorm on each query and key head before rotation (Qwen3).
@@ -51,10 +54,11 @@ class LlamaConfig:
     mlp_bias: bool = False
     qk_norm: bool = False
     tied_embeddings: bool = False
-    family: Literal["llama", "mistral", "qwen2", "qwen3"] = "llama"
+    family: Literal["llama", "mistral", "qwen2", "qwen3", "smollm3"] = "llama"
     dtype: jax.typing.DTypeLike = "float32"
     sliding_window: int | None = None
     attention_alpha: float = 1.0
+    unrotated_layers: tuple[int, ...] = ()
 
     def __post_init__(self):
         alpha = self.attention_alpha
@@ -70,11 +74,16 @@ ARCHITECTURES = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
 }
 # What is written for entmax attention, after the family's name: libraries that know
 # the family only must refuse the checkpoint, or they would run it with softmax.
 _ENTMAX = "_entmax"
-MODEL_TYPES = (*ARCHITECTURES, *(family + _ENTMAX for family in ARCHITECTURES))
+MODEL_TYPES = (
+    *ARCHITECTURES,
+    *(family for family in families.FAMILIES if family not in ARCHITECTURES),
+    *(family + _ENTMAX for family in ARCHITECTURES),
+)
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = (
     "vocab_size",
@@ -100,38 +109,12 @@ _HANDLED = {
     "torch_dtype",
     "sliding_window",
     "use_sliding_window",
-    "max_window_layers",  # `context` keeps every layer inside a window
+    "max_window_layers",
     "layer_types",
+    "max_sequence_length",
+    "original_max_position_embeddings",
+    "no_rope_layers",
     "attention_alpha",  # ours: absent is softmax
-}
-# Keys that change nothing here whatever they say: bookkeeping, training, sampling.
-_HARMLESS = {
-    *("_name_or_path", "architectures", "transformers_version", "_commit_hash"),
-    *("_attn_implementation", "_attn_implementation_autoset", "attn_implementation"),
-    *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
-    *("initializer_range", "attention_dropout", "max_sequence_length"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "unk_token_id"),
-    *("do_sample", "temperature", "top_p", "top_k", "max_length", "max_new_tokens"),
-    *(
-        "id2label",
-        "label2id",
-        "problem_type",
-        "finetuning_task",
-        "task_specific_params",
-    ),
-    *("unsloth_version", "unsloth_fixed", "tokenizer_class", "torchscript"),
-}
-# Keys that are harmless at one value only.
-_FIXED = {
-    "hidden_act": "silu",
-    "pretraining_tp": 1,
-    "partial_rotary_factor": 1.0,
-    "chunk_size_feed_forward": 0,
-    "is_encoder_decoder": False,
-    "add_cross_attention": False,
-    "is_decoder": False,
-    "use_mrope": False,
-    "pruned_heads": {},
 }
 # What each kind of rope scaling reads: our name -> key of the dict.
 _STRETCH = {"factor": "factor"}
@@ -167,10 +150,11 @@ def from_hf(
     `rope_parameters`/`dtype` of transformers 5.
 
     `context` is `max_position_embeddings`, which for `llama3` and `longrope` counts the
-    stretched context already; for `linear` and `dynamic` it is `factor` times that, and
-    for `yarn` at least `factor * original_max_position_embeddings`. A sliding window in
-    force (Mistral, or `use_sliding_window` in Qwen) cuts it to the window, where
-    windowed and full attention are still the same.
+    stretched context already; for `dynamic` it is `factor` times that, and for `yarn`
+    at least `factor * original_max_position_embeddings`. Files of `linear` models count either
+    way and do not say which: only a `max_sequence_length` promises more. A sliding
+    window of any layer cuts it to the window, where windowed and full attention are
+    still the same. See :func:`notes`.
 
     Args:
         config: the decoded JSON object.
@@ -180,6 +164,7 @@ def from_hf(
         ValueError: if the family or rope scaling is unknown, a required key is missing,
             or a key asks for something this model does not do.
     """
+    config = families.translate(config)
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(
@@ -194,14 +179,15 @@ def from_hf(
             f"model_type {family!r} is softmax."
         )
     missing = [key for key in _REQUIRED if config.get(key) is None]
-    if family != "llama" and "num_key_value_heads" not in config:
+    if family != "llama" and config.get("num_key_value_heads") is None:
         missing.append("num_key_value_heads")
     if missing:
         raise ValueError(
             f"config.json lacks {', '.join(missing)}; add the missing keys."
         )
-    _reject_unknown(config)
-    for key in (*_SIZES, "num_key_value_heads", "head_dim", "sliding_window"):
+    reject_unknown(config, _HANDLED)
+    optional = ("num_key_value_heads", "head_dim", "sliding_window")
+    for key in (*_SIZES, *optional, "max_sequence_length"):
         value = config.get(key)
         if value is not None and (type(value) is not int or value < 1):
             raise ValueError(
@@ -215,11 +201,14 @@ def from_hf(
             f"num_attention_heads={heads} must be a multiple of "
             f"num_key_value_heads={kv_heads}."
         )
-    attention_bias = bool(config.get("attention_bias", family == "qwen2"))
+    attention_bias = config.get("attention_bias")
+    attention_bias = bool(
+        family == "qwen2" if attention_bias is None else attention_bias
+    )
     mlp_bias = bool(config.get("mlp_bias", False))
     if family in ("mistral", "qwen2") and attention_bias != (family == "qwen2"):
         raise _unsupported("attention_bias", config["attention_bias"], family)
-    if family != "llama" and mlp_bias:
+    if family not in ("llama", "smollm3") and mlp_bias:
         raise _unsupported("mlp_bias", mlp_bias, family)
 
     head_dim = config.get("head_dim")
@@ -228,11 +217,15 @@ def from_hf(
     positions = config["max_position_embeddings"]
     rope = _rope_from_hf(config, head_dim, positions)
     context = positions
-    if rope.kind in ("linear", "dynamic"):
+    if rope.kind == "linear":
+        longest = int(rope.factor * positions)
+        context = min(config.get("max_sequence_length") or positions, longest)
+    elif rope.kind == "dynamic":
         context = int(rope.factor * positions)
     elif rope.kind == "yarn":
         context = max(positions, int(rope.factor * rope.original_context))
-    window = _window_in_force(config, family)
+    unrotated = _unrotated_layers(config, family)
+    window = _window_in_force(config, family, unrotated)
 
     return LlamaConfig(
         vocab_size=config["vocab_size"],
@@ -254,7 +247,28 @@ def from_hf(
         dtype=_dtype_from_hf(config, dtype),
         sliding_window=window,
         attention_alpha=1.0 if alpha is None else alpha,
+        unrotated_layers=unrotated,
     )
+
+
+def notes(config: LlamaConfig) -> tuple[str, ...]:
+    """What a user must know of a loaded model, one line each; mostly nothing."""
+    told = []
+    window, rope = config.sliding_window, config.rope
+    if window is not None and config.context == window:
+        told.append(
+            f"the context ends at {window} tokens, the sliding window of the "
+            "checkpoint, which is not implemented."
+        )
+    elif rope.kind == "linear":
+        longest = int(rope.factor * rope.original_context)
+        if config.context < longest:
+            told.append(
+                f"the context is {config.context} tokens: config.json does not say "
+                f"whether it counts the linear rope factor {rope.factor:g}; if not, "
+                f"set max_sequence_length to {longest}."
+            )
+    return tuple(told)
 
 
 def to_hf(config: LlamaConfig) -> dict[str, Any]:
@@ -295,19 +309,28 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
         written["attention_alpha"] = config.attention_alpha
     if rope.kind in ("linear", "dynamic"):
         written["max_position_embeddings"] = rope.original_context
+    if rope.kind == "linear":
+        written["max_sequence_length"] = config.context
     if rope.kind != "default":
         written["rope_scaling"] = _rope_to_hf(rope, config.context)
-    if family in ("llama", "qwen3"):
+    if family in ("llama", "qwen3", "smollm3"):
         written["attention_bias"] = config.qkv_bias
-    if family == "llama":
+    if family in ("llama", "smollm3"):
         written["mlp_bias"] = config.mlp_bias
-    if family == "mistral":
+    windowed = config.sliding_window is not None
+    if family != "llama":
         written["sliding_window"] = config.sliding_window
-    if family.startswith("qwen"):
-        windowed = config.sliding_window is not None
+    if family not in ("llama", "mistral"):
         written["use_sliding_window"] = windowed
-        written["sliding_window"] = config.sliding_window
+    if family in ("qwen2", "qwen3"):
         written["max_window_layers"] = 0 if windowed else config.num_layers
+    if family == "smollm3":
+        rotated = [
+            layer not in config.unrotated_layers for layer in range(config.num_layers)
+        ]
+        written["no_rope_layers"] = [int(is_rotated) for is_rotated in rotated]
+        kind = "sliding_attention" if windowed else "full_attention"
+        written["layer_types"] = [kind] * len(rotated)
     read_back = from_hf(written)
     differing = [
         f"{field.name}={getattr(config, field.name)!r}"
@@ -323,45 +346,57 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     return written
 
 
-def _reject_unknown(config: Mapping[str, Any]) -> None:
-    for key, value in config.items():
-        if key in _HANDLED or key in _HARMLESS or value is None:
-            continue
-        if key == "quantization_config":
-            raise ValueError(
-                f"quantization_config={value!r} is not supported; use the "
-                "unquantized checkpoint."
-            )
-        if key not in _FIXED:
-            raise ValueError(
-                f"config.json key {key}={value!r} is not known to this model; remove "
-                "it if it changes nothing."
-            )
-        if value != _FIXED[key]:
-            raise ValueError(
-                f"config.json key {key}={value!r} is not supported; only "
-                f"{_FIXED[key]!r} is."
-            )
-
-
 def _unsupported(key: str, value: Any, family: str) -> ValueError:
     return ValueError(f"config.json key {key}={value!r} is not supported for {family}.")
 
 
-def _window_in_force(config: Mapping[str, Any], family: str) -> int | None:
-    window = config.get("sliding_window")
-    if family == "llama" and window is not None:
-        raise _unsupported("sliding_window", window, family)
-    if family.startswith("qwen") and not config.get("use_sliding_window"):
+def _window_in_force(
+    config: Mapping[str, Any], family: str, unrotated: tuple[int, ...]
+) -> int | None:
+    """The window of the layers that slide, by the rule of each family in transformers.
+
+    None if there is no window, or no layer attends in one.
+    """
+    default = 4096 if family != "smollm3" else None
+    window = config.get("sliding_window", default)
+    if family == "llama":
+        if config.get("sliding_window") is not None:
+            raise _unsupported("sliding_window", window, family)
         window = None
+    elif family != "mistral" and not config.get("use_sliding_window"):
+        window = None
+    kinds = config.get("layer_types")
     allowed = ("full_attention", "sliding_attention")[: 1 if window is None else 2]
-    strange = {kind for kind in config.get("layer_types") or () if kind not in allowed}
+    strange = {kind for kind in kinds or () if kind not in allowed}
     if strange:
         raise ValueError(
             f"config.json key layer_types holds {', '.join(sorted(strange))} with "
             f"sliding_window={window}; only {', '.join(allowed)} is supported."
         )
-    return window
+    if family in ("llama", "mistral"):  # Mistral's layers are all alike
+        return window
+    if kinds is not None:
+        return window if "sliding_attention" in kinds else None
+    if family == "smollm3":
+        return window if unrotated else None
+    first = config.get("max_window_layers")
+    first = 28 if first is None else first
+    return window if first < config["num_hidden_layers"] else None
+
+
+def _unrotated_layers(config: Mapping[str, Any], family: str) -> tuple[int, ...]:
+    layers = config.get("no_rope_layers")
+    if layers is None:
+        return ()
+    if family != "smollm3":
+        raise _unsupported("no_rope_layers", layers, family)
+    count = config["num_hidden_layers"]
+    if not isinstance(layers, list) or len(layers) < count:
+        raise ValueError(
+            f"config.json key no_rope_layers={layers!r} must be a list of {count}, 1 "
+            "for a layer with RoPE and 0 for one without."
+        )
+    return tuple(layer for layer in range(count) if not layers[layer])
 
 
 def _dtype_from_hf(config: Mapping[str, Any], dtype) -> str:
@@ -385,7 +420,17 @@ def _rope_from_hf(config: Mapping[str, Any], head_dim: int, positions: int) -> R
             f"config.json keys rope_parameters={config['rope_parameters']!r} and "
             f"rope_scaling={config['rope_scaling']!r} disagree; remove one."
         )
-    return next(iter(ropes.values()))
+    rope = next(iter(ropes.values()))
+    original = config.get("original_max_position_embeddings")
+    if rope.kind in ("llama3", "yarn") and original not in (
+        None,
+        rope.original_context,
+    ):
+        raise ValueError(
+            f"config.json key original_max_position_embeddings={original!r} disagrees "
+            f"with the {rope.original_context} of its rope; remove one."
+        )
+    return rope
 
 
 def _rope_to_hf(rope: Rope, context: int) -> dict[str, Any]:
@@ -419,7 +464,9 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
         return Rope(head_dim, float(theta or 10_000.0), "factors", factors=factors)
     # Harmless at these values: the whole head turns, and what HF falls back to anyway.
     harmless = {"partial_rotary_factor": 1.0}
-    if kind in ("linear", "dynamic"):
+    if kind in ("default", "linear"):  # neither reads it
+        given.pop("original_max_position_embeddings", None)
+    if kind == "dynamic":
         harmless["original_max_position_embeddings"] = positions
     keys = _ROPE_KEYS[kind]
     for key, value in given.items():

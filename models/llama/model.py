@@ -19,6 +19,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from kvjax.interface import CacheSpec, Method, Params, State
+from kvjax.rope import Rope
 from models.llama.config import LlamaConfig
 
 # attention(layer, q, k, v) -> out, all head-major, q and k not yet rotated
@@ -207,9 +208,12 @@ class LlamaDecoder:
         return nnx.to_pure_dict(_graph(self.config)[1])
 
     def cache_spec(
-        self, batch: int, capacity: int, max_new_tokens: int = 0
+        self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
     ) -> CacheSpec:
-        """What a method may know of this model."""
+        """What a method may know of one layer of this model."""
+        rope = self.config.rope
+        if layer in self.config.unrotated_layers:
+            rope = Rope(rope.head_dim, kind="none")
         return CacheSpec(
             batch=batch,
             num_q_heads=self.config.num_q_heads,
@@ -217,8 +221,9 @@ class LlamaDecoder:
             head_dim=self.config.head_dim,
             capacity=capacity,
             dtype=self.config.dtype,
-            rope=self.config.rope,
+            rope=rope,
             max_new_tokens=max_new_tokens,
+            layer=layer,
             alpha=self.alpha,
         )
 

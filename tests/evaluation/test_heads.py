@@ -33,7 +33,7 @@ class Made:
     num_layers: int = 2
     vocab_size: int = 260
 
-    def cache_spec(self, batch, capacity, max_new_tokens=0):
+    def cache_spec(self, batch, capacity, max_new_tokens=0, layer=0):
         return CacheSpec(
             batch=batch,
             num_q_heads=4,
@@ -43,6 +43,7 @@ class Made:
             dtype=jnp.float32,
             rope=lambda x, positions, length=None: x,
             max_new_tokens=max_new_tokens,
+            layer=layer,
             sm_scale=1.0,
             alpha=self.alpha,
         )

@@ -1,6 +1,5 @@
 """RetroAttention in whole models: revised tokens change the keys of deeper layers."""
 
-import dataclasses
 import functools
 
 import jax
@@ -12,6 +11,7 @@ from tiny import tiny_model
 
 import kvjax
 from kvjax.generate import generate
+from kvjax.interface import layer_specs
 from kvjax.methods.quest import quest
 from kvjax.methods.retro import retro
 
@@ -61,8 +61,7 @@ def decode_texts(spec):
     else:
         method = kvjax.parse(spec)
     longest = max(MODEL_STARTS)
-    empty = decoder.cache_spec(len(texts()), longest + MODEL_STEPS, MODEL_STEPS)
-    layers = [dataclasses.replace(empty, layer=i) for i in range(decoder.num_layers)]
+    layers = layer_specs(decoder, len(texts()), longest + MODEL_STEPS, MODEL_STEPS)
 
     @jax.jit
     def run(params, prompts, lengths, recent, tokens):

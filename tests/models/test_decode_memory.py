@@ -12,6 +12,7 @@ from aot import gpu, tpu
 from jax.sharding import SingleDeviceSharding
 
 from kvjax import cache, registry
+from kvjax.interface import layer_specs
 from kvjax.rope import Rope
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
@@ -56,10 +57,9 @@ def compile_step(name, dtype, sharding=None, batch=1):
     )
     decoder = LlamaDecoder(config)
     method = registry.parse(name, budget=2048)
-    spec = decoder.cache_spec(batch, CONTEXT // batch, 1024)
+    specs = layer_specs(decoder, batch, CONTEXT // batch, 1024)
 
     def states():
-        specs = [dataclasses.replace(spec, layer=i) for i in range(layers)]
         return tuple(method.finish(method.init(spec)) for spec in specs)
 
     def step(params, states, tokens):

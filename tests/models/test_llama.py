@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from make_goldens import GOLDENS, reference
 
+from kvjax.interface import layer_specs
 from kvjax.methods.full import full
 from kvjax.rope import Rope
 from models import llama
@@ -39,8 +40,8 @@ def run(decoder, params, tokens, prompt=None):
     """Logits `(T, V)`: `prompt` tokens in one prefill, the others one by one."""
     method = full()
     prompt = len(tokens) if prompt is None else prompt
-    spec = decoder.cache_spec(1, len(tokens), len(tokens) - prompt)
-    states = tuple(method.init(spec) for _ in range(decoder.num_layers))
+    specs = layer_specs(decoder, 1, len(tokens), len(tokens) - prompt)
+    states = tuple(method.init(spec) for spec in specs)
     prefill = jax.jit(decoder.prefill, static_argnums=4)
     step = jax.jit(decoder.decode_step, static_argnums=3)
     states, hidden = prefill(

@@ -17,7 +17,13 @@ from jaxtyping import Array, Float
 from kvjax import cache, dense
 from kvjax.evaluation import tasks
 from kvjax.evaluation.claims.session import SEED, Session
-from kvjax.interface import CacheSpec, Diagnostics, LanguageModel, Traffic
+from kvjax.interface import (
+    CacheSpec,
+    Diagnostics,
+    LanguageModel,
+    Traffic,
+    layer_specs,
+)
 from kvjax.support import is_listed
 
 
@@ -103,13 +109,13 @@ def seen(model: LanguageModel, tokens: np.ndarray) -> Inputs:
 @functools.partial(jax.jit, static_argnums=0)
 def _seen(decoder, params, tokens):
     full = dense.method()
-    spec = decoder.cache_spec(*tokens.shape)
+    specs = layer_specs(decoder, *tokens.shape)
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
 
     def prefill(state, q, k, v, lengths):
         return Inputs(q, k, v), full.prefill(state, q, k, v, lengths)[1]
 
-    states = tuple(full.init(spec) for _ in range(decoder.num_layers))
+    states = tuple(full.init(spec) for spec in specs)
     recording = full._replace(prefill=prefill)
     found, _ = decoder.prefill(params, states, tokens, lengths, recording)
     return Inputs(*(jnp.concatenate(x) for x in zip(*found, strict=True)))

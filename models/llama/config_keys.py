@@ -1,0 +1,114 @@
+"""Keys of a `config.json` that say nothing about the model's arithmetic, and the rest.
+
+Lists as data, and the one function that reads them: a key that is neither handled nor
+known to be harmless is an error naming it, never a model that is silently wrong.
+"""
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+# Of transformers' `GenerationConfig`, in all releases: how to sample, not what from.
+_GENERATION = {
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "max_time"),
+    *("early_stopping", "stop_strings", "do_sample", "num_beams", "num_beam_groups"),
+    *("use_cache", "cache_implementation", "cache_config", "max_cache_len", "use_mtp"),
+    *("temperature", "top_k", "top_p", "min_p", "top_h", "typical_p"),
+    *("epsilon_cutoff", "eta_cutoff", "repetition_penalty", "length_penalty"),
+    *("encoder_repetition_penalty", "diversity_penalty", "penalty_alpha"),
+    *(
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "max_matching_ngram_size",
+    ),
+    *("bad_words_ids", "force_words_ids", "constraints", "renormalize_logits"),
+    *("remove_invalid_values", "exponential_decay_length_penalty", "sequence_bias"),
+    *("suppress_tokens", "begin_suppress_tokens", "token_healing", "guidance_scale"),
+    *("low_memory", "watermarking_config", "num_return_sequences", "dola_layers"),
+    *("output_attentions", "output_hidden_states", "output_scores", "output_logits"),
+    *("return_dict_in_generate", "is_assistant", "num_assistant_tokens"),
+    *("num_assistant_tokens_schedule", "assistant_confidence_threshold"),
+    *("prompt_lookup_num_tokens", "assistant_early_exit", "assistant_lookbehind"),
+    *("assistant_ensemble_weight", "target_lookbehind", "speculation_type"),
+    *("compile_config", "disable_compile", "continuous_batching_config"),
+    *("prefill_chunk_size",),
+}
+# Names, versions, classification heads, training, and the choice of an implementation.
+_BOOKKEEPING = {
+    *("architectures", "auto_map", "transformers_version", "transformers.js_config"),
+    *("name_or_path", "model_name", "tokenizer_class", "torchscript", "return_dict"),
+    *("id2label", "label2id", "num_labels", "problem_type", "finetuning_task"),
+    *("task_specific_params", "prefix", "use_bfloat16", "initializer_range"),
+    *("initializer_factor", "init_std", "neftune_noise_alpha"),
+    *("gradient_checkpointing", "use_gradient_checkpointing", "attn_implementation"),
+    *("use_flash_attn", "use_flash_attention", "use_flash_attention_2", "use_sdpa"),
+    "pretraining_tp",  # how a product is cut into slices that are summed
+    *("max_sequence_length", "model_max_length", "tokenizer_model_max_length"),
+    *("tokenizer_padding_side", "seq_length", "max_seq_length", "max_seq_len"),
+}
+# Keys that are harmless at these values only.
+_FIXED = {
+    "hidden_act": ("silu", "swish"),
+    "activation": ("swiglu", "silu"),  # Falcon3
+    "partial_rotary_factor": (1.0,),
+    "chunk_size_feed_forward": (0,),
+    "causal": (True,),
+    "is_causal": (True,),
+    "use_rope": (True,),
+    # Granite's, which is another `model_type`.
+    **dict.fromkeys(("embedding_multiplier", "residual_multiplier"), (1.0,)),
+    **dict.fromkeys(("attention_multiplier", "logits_scaling"), (1.0,)),
+    **dict.fromkeys(("full_attn_mod", "interpolate_factor"), (1,)),  # Phi-4
+    **dict.fromkeys(("is_encoder_decoder", "add_cross_attention"), (False,)),
+    **dict.fromkeys(("is_decoder", "use_mrope", "rope_interleaved"), (False,)),
+}
+_QUANTIZED = {
+    "quantization_config": "quantized",
+    "compression_config": "quantized",
+    "quantization": "quantized by MLX",
+}
+
+
+def reject_unknown(config: Mapping[str, Any], handled: Collection[str]) -> None:
+    """Checks every key of `config` that is not `handled`.
+
+    Raises:
+        ValueError: for the first key that asks for something this model does not do, or
+            that is not known.
+    """
+    for key, value in config.items():
+        if key in handled or _is_harmless(key):
+            continue
+        if key in _FIXED and value is not None:
+            if value not in _FIXED[key]:
+                raise ValueError(
+                    f"config.json key {key}={value!r} is not supported; only "
+                    f"{' or '.join(map(repr, _FIXED[key]))} is."
+                )
+        elif not _is_absent(value):
+            if key in _QUANTIZED:
+                method = value.get("quant_method") if isinstance(value, dict) else None
+                by = "" if method is None else f" ({method})"
+                raise ValueError(
+                    f"config.json has {key}: the weights are {_QUANTIZED[key]}{by}, "
+                    "which is not supported; use the unquantized checkpoint."
+                )
+            raise ValueError(
+                f"config.json key {key}={value!r} is not known to this model; remove "
+                "it if it changes nothing."
+            )
+
+
+def _is_harmless(key: str) -> bool:
+    return (
+        key in _GENERATION
+        or key in _BOOKKEEPING
+        or key.startswith(("_", "unsloth_"))
+        or key.endswith(("_token_id", "_pdrop"))
+        or "dropout" in key
+        or (key.startswith("is_") and key.endswith("_config"))  # is_llama_config
+    )
+
+
+def _is_absent(value: Any) -> bool:
+    """Whether a key asks for nothing: the flag of something that is not done."""
+    return value is None or value is False or value in ("", [], {})
