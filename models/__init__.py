@@ -16,6 +16,7 @@ import jax
 
 from kvjax.interface import LanguageModel
 from models import embedded, gguf, llama, published
+from models.llama import git_lfs
 
 FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
 
@@ -164,6 +165,7 @@ def check_new(directory: str | Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    git_lfs.check_content(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

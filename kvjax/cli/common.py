@@ -124,7 +124,17 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     if dtype is None and jax.default_backend() == "cpu":
         # XLA's CPU backend converts whole bfloat16 buffers at every step.
         dtype = "float32"
-    return models.load(model_name(model), dtype=dtype)
+    loaded = models.load(model_name(model), dtype=dtype)
+    print_notes(loaded.decoder)
+    return loaded
+
+
+def print_notes(decoder) -> None:
+    """What a user must know of a model, on stderr: results go to stdout."""
+    from models import llama
+
+    for note in llama.notes(decoder.config):
+        print(f"kvjax: note: {note}", file=sys.stderr)
 
 
 def keep_compiled_code() -> None:

@@ -14,6 +14,7 @@ from kvjax.cli.common import (
     JsonOption,
     model_name,
     positive,
+    print_notes,
     whole_numbers,
     with_budget,
 )
@@ -61,6 +62,7 @@ def plan(
     devices = {d: planning.DEVICES[d] for d in device or planning.DEVICES}
     name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
+    print_notes(decoder)
     weights, sizes = _weights(decoder), _sizes(decoder)
     given = method or registry.names(decoder.alpha)
     specs = dict.fromkeys(with_budget(spec, b) for spec in given for b in budgets)

@@ -10,10 +10,20 @@ from typing import NamedTuple
 
 import numpy as np
 
+from models.llama import git_lfs
+
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _SHOWN = 4  # names listed in an error before it is cut
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Endings of the tensors that lie beside quantized weights, in the order of asking.
+_QUANTIZED = {
+    "an AWQ or GPTQ checkpoint": ("qweight", "qzeros", "g_idx"),
+    "a compressed-tensors checkpoint": ("weight_packed", "weight_shape"),
+    "an FP8 checkpoint": ("weight_scale_inv", "weight_scale", "input_scale"),
+    "a bitsandbytes checkpoint": ("absmax", "quant_map", "nested_absmax", "SCB"),
+    "quantized by MLX": ("scales", "biases"),
+}
 
 
 class Tensors(NamedTuple):
@@ -47,6 +57,12 @@ def from_safetensors(directory: Path) -> Tensors:
     return Tensors(directory, files, read)
 
 
+def quantization(names: Iterable[str]) -> str | None:
+    """Says what kind of quantized weights tensors of these names belong to, if any."""
+    endings = {name.rpartition(".")[2] for name in names}
+    return next((k for k, known in _QUANTIZED.items() if endings & {*known}), None)
+
+
 def few(names: Iterable[str]) -> str:
     """Names for an error message, cut where there are many."""
     names = sorted(names)
@@ -69,6 +85,7 @@ def _find_files(directory: Path) -> dict[Path, set[str] | None]:
         raise FileNotFoundError(
             f"{directory} has no weights: neither {SINGLE} nor {INDEX}."
         )
+    git_lfs.check_content(index)
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files: dict[Path, set[str]] = {}
@@ -92,6 +109,7 @@ def _find_files(directory: Path) -> dict[Path, set[str] | None]:
 def _open(file: Path):
     from safetensors import SafetensorError, safe_open
 
+    git_lfs.check_content(file)
     try:
         return safe_open(file, framework="np")
     except SafetensorError as error:

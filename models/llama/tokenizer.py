@@ -12,6 +12,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from models.llama import git_lfs
+
 # A character is at most four bytes, hence four byte tokens: more that do not decode are
 # not the beginning of one.
 _MOST_PENDING = 8
@@ -82,7 +84,7 @@ class HFTokenizer:
         add_generation_prompt: bool = True,
         *,
         tokenize: bool = True,
-        template: str = "default",
+        template: str | None = None,
         **variables: Any,
     ) -> list[int] | str:
         """A conversation as the model was trained to see it.
@@ -91,13 +93,18 @@ class HFTokenizer:
             messages: dicts with `role` and `content`, JSON values only.
             add_generation_prompt: end with the opening of the assistant's turn.
             tokenize: token ids; False gives the text.
-            template: name of the template, if the checkpoint has several.
+            template: name of the template, if the checkpoint has several; None is
+                `tool_use` where there is one and `tools` are given, else `default`.
             **variables: further variables of the template, such as `tools`.
 
         Raises:
             ValueError: if there is no such template, or it refuses the messages.
             ImportError: if jinja2 is not installed.
         """
+        if template is None:
+            asks = variables.get("tools") is not None
+            takes_tools = asks and "tool_use" in self.chat_templates
+            template = "tool_use" if takes_tools else "default"
         if template not in self.chat_templates:
             known = ", ".join(self.chat_templates) or "none: this is no chat model"
             raise ValueError(
@@ -166,6 +173,7 @@ def load(directory: Path) -> HFTokenizer:
             f"{directory} has no tokenizer.json; save it with transformers' "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
+    git_lfs.check_content(path)
     try:
         backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # tokenizers raises bare Exception
@@ -175,7 +183,34 @@ def load(directory: Path) -> HFTokenizer:
     config = _read_json(directory / "tokenizer_config.json")
     special = _read_json(directory / "special_tokens_map.json")
     config = special | config
-    return HFTokenizer(backend, config, _templates(directory, config))
+    tokenizer = HFTokenizer(backend, config, _templates(directory, config))
+    if config.get("add_bos_token") is True:
+        _begin_with_bos(tokenizer)
+    return tokenizer
+
+
+def _begin_with_bos(tokenizer: HFTokenizer) -> None:
+    """Adds BOS to the post-processor, unless it or the text itself already has it.
+
+    Some checkpoints ask for BOS in `tokenizer_config.json` alone (DeepSeek-R1-Distill).
+    `add_eos_token` is not looked at, as in transformers: only `tokenizer.json` ends a
+    text.
+    """
+    from tokenizers import processors
+
+    backend, bos = tokenizer.backend, tokenizer.bos_id
+    if bos is None or backend.encode("a").ids[:1] == [bos]:
+        return
+    text = tokenizer.special_tokens["bos_token"]
+    begin = processors.TemplateProcessing(
+        single=[text, "$A:0"],
+        pair=[text, "$A:0", text, "$B:1"],
+        special_tokens=[(text, bos)],
+    )
+    before = backend.post_processor
+    backend.post_processor = (
+        begin if before is None else processors.Sequence([before, begin])
+    )
 
 
 def save(tokenizer: HFTokenizer, directory: Path) -> None:
@@ -209,6 +244,7 @@ def save(tokenizer: HFTokenizer, directory: Path) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    git_lfs.check_content(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -16,7 +16,7 @@ import numpy as np
 from kvjax.interface import Params
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
-from models.llama.tensors import INDEX, SINGLE, Tensors, few
+from models.llama.tensors import INDEX, SINGLE, Tensors, few, quantization
 
 
 class Entry(NamedTuple):
@@ -199,6 +199,11 @@ def _check_names(expected: set[str], found: set[str], source: Path, tied: bool) 
     found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
     missing = expected - found
     extra = found - expected - ({"lm_head.weight"} if tied else set())
+    quantized = quantization(extra)
+    if quantized is not None:
+        raise ValueError(
+            f"{source} is {quantized}: {few(extra)}; use the unquantized checkpoint."
+        )
     problems = []
     if missing:
         problems.append(f"{len(missing)} tensors are missing: {few(missing)}")

@@ -6,7 +6,9 @@ uniform.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -85,6 +87,168 @@ CONFIGS = {
 }
 
 
+class Twin(NamedTuple):
+    """A checkpoint of a family that becomes another, and what it is made of."""
+
+    config: dict  # its config.json
+    plain: dict  # of a plain model with the same numbers of weights
+    pack: Callable[[dict], dict] = dict  # tensors of `plain` -> as the family stores it
+
+
+def _fused(tensors: dict) -> dict:
+    """As Phi-3 stores them: the rows of q, k and v, and of gate and up, in one."""
+    stored = {}
+    for name, array in tensors.items():
+        if "q_proj" in name:
+            parts = (tensors[name.replace("q_proj", f"{x}_proj")] for x in "qkv")
+            stored[name.replace("q_proj", "qkv_proj")] = np.concatenate([*parts])
+        elif "gate_proj" in name:
+            parts = (array, tensors[name.replace("gate_proj", "up_proj")])
+            stored[name.replace("gate_proj", "gate_up_proj")] = np.concatenate(parts)
+        elif not any(part in name for part in ("k_proj", "v_proj", "up_proj")):
+            stored[name] = array
+    return stored
+
+
+def _outer(prefix: str, head: str, image: str) -> Callable[[dict], dict]:
+    """As models store them that also see: below `prefix`, beside an image tower."""
+
+    def pack(tensors: dict) -> dict:
+        stored = {f"{image}.another.weight": np.ones((3, 2), np.float32)}
+        for name, array in tensors.items():
+            inside = name.removeprefix("model.")
+            stored[head + name if name == inside else prefix + inside] = array
+        return stored
+
+    return pack
+
+
+_TEXT = {key: value for key, value in BASE.items() if key != "model_type"}
+_FLAT = _TEXT | {"rms_norm_eps": 1e-6}
+_MROPE = {"type": "mrope", "mrope_section": [1, 1, 2]}
+_PIXTRAL = {
+    "model_type": "pixtral",
+    **dict.fromkeys(("hidden_size", "intermediate_size", "image_size"), 16),
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "patch_size": 8,
+}
+_QWEN_VISION = {
+    "depth": 1,
+    "hidden_size": 16,
+    "num_heads": 2,
+    "intermediate_size": 16,
+    "out_hidden_size": 32,
+}
+_GRANITE = {
+    "model_type": "granite",
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.7,
+    "attention_multiplier": 0.25,
+    "logits_scaling": 2.5,
+}
+# The defaults of transformers are beyond this vocabulary.
+_TOKENS = {"pad_token_id": None, "bos_token_id": 0, "eos_token_id": 1}
+_FOUR = BASE | {"num_hidden_layers": 4, "intermediate_size": 16}
+FAMILIES = {
+    "phi3": Twin(
+        BASE
+        | _TOKENS
+        | {"model_type": "phi3", "sliding_window": None, "resid_pdrop": 0.0}
+        | {"original_max_position_embeddings": 64, "embd_pdrop": 0.0},
+        BASE,
+        _fused,
+    ),
+    "phi3_window": Twin(
+        BASE | _TOKENS | {"model_type": "phi3", "sliding_window": 48}, BASE, _fused
+    ),
+    "granite": Twin(
+        BASE | _GRANITE | {"tie_word_embeddings": True},
+        BASE | {"tie_word_embeddings": True},
+    ),
+    "granite_biases": Twin(
+        BASE | _GRANITE | {"attention_bias": True, "mlp_bias": True},
+        BASE | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "internlm3": Twin(
+        BASE
+        | {"model_type": "internlm3", "qkv_bias": True, "bias": True, "head_dim": 8}
+        | {"rope_scaling": {"rope_type": "dynamic", "factor": 6.0}},
+        BASE | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "seed_oss": Twin(
+        BASE
+        | {"model_type": "seed_oss", "attention_bias": True, "head_dim": 12}
+        | {"attention_out_bias": False, "residual_dropout": 0.1},
+        BASE | {"model_type": "qwen2", "head_dim": 12},
+    ),
+    "ministral": Twin(
+        BASE
+        | {"model_type": "ministral", "sliding_window": 48, "head_dim": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        BASE,
+    ),
+    "smollm3": Twin(
+        _FOUR
+        | _TOKENS
+        | {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1]}
+        | {"tie_word_embeddings": True, "pretraining_tp": 2},
+        _FOUR | {"tie_word_embeddings": True},
+    ),
+    "smollm3_biases": Twin(
+        _FOUR
+        | _TOKENS
+        | {"model_type": "smollm3", "no_rope_layer_interval": 2}
+        | {"attention_bias": True, "mlp_bias": True},
+        _FOUR | {"attention_bias": True, "mlp_bias": True},
+    ),
+    "mistral3": Twin(
+        {
+            "model_type": "mistral3",
+            "text_config": _TEXT | {"model_type": "mistral", "sliding_window": None},
+            "vision_config": _PIXTRAL,
+            "image_token_index": 10,
+            "spatial_merge_size": 2,
+            "tie_word_embeddings": False,
+            "vision_feature_layer": -1,
+            "projector_hidden_act": "gelu",
+        },
+        BASE,
+        _outer("language_model.model.", "language_model.", "vision_tower"),
+    ),
+    "qwen2_vl": Twin(
+        _FLAT
+        | {"model_type": "qwen2_vl", "rope_scaling": _MROPE, "image_token_id": 60}
+        | {"vision_config": {"depth": 1, "embed_dim": 16, "num_heads": 2}}
+        | {"use_sliding_window": False, "sliding_window": 8, "max_window_layers": 1},
+        _FLAT | {"model_type": "qwen2"},
+        _outer("model.", "", "visual"),
+    ),
+    "qwen2_5_vl": Twin(
+        {
+            "model_type": "qwen2_5_vl",
+            "text_config": _TEXT
+            | {"model_type": "qwen2_5_vl_text", "rope_scaling": _MROPE}
+            | {"tie_word_embeddings": True},
+            "vision_config": _QWEN_VISION,
+        },
+        BASE | {"model_type": "qwen2", "tie_word_embeddings": True},
+        _outer("model.language_model.", "", "model.visual"),
+    ),
+    "qwen3_vl": Twin(
+        {
+            "model_type": "qwen3_vl",
+            "text_config": _TEXT
+            | {"model_type": "qwen3_vl_text", "head_dim": 8}
+            | {"rope_scaling": _MROPE | {"type": "default"}},
+            "vision_config": _QWEN_VISION | {"deepstack_visual_indexes": [0]},
+        },
+        BASE | {"model_type": "qwen3"},
+        _outer("model.language_model.", "", "model.visual"),
+    ),
+}
+
+
 def uniform(seed: int, size: int) -> np.ndarray:
     """Mean 0, variance 1, float32; the same numbers on every machine and release."""
     bits = np.random.PCG64(seed).random_raw(size) >> np.uint64(40)
@@ -143,10 +307,20 @@ def weights(config: dict, seed: int = 0) -> dict[str, np.ndarray]:
 
 def write(directory: Path, config: dict, seed: int = 0, dtype=np.float32, **extra):
     """A checkpoint directory without a tokenizer, in one file."""
+    tensors = {k: v.astype(dtype) for k, v in weights(config, seed).items()}
+    return _write(directory, config | extra, tensors)
+
+
+def write_family(directory: Path, name: str) -> Path:
+    """A checkpoint directory of one of `FAMILIES`, without a tokenizer."""
+    twin = FAMILIES[name]
+    return _write(directory, twin.config, twin.pack(weights(twin.plain)))
+
+
+def _write(directory: Path, config: dict, tensors: dict) -> Path:
     from safetensors.numpy import save_file
 
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").write_text(json.dumps(config | extra))
-    tensors = {k: v.astype(dtype) for k, v in weights(config, seed).items()}
+    (directory / "config.json").write_text(json.dumps(config))
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
     return directory

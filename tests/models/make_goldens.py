@@ -1,10 +1,11 @@
-"""Writes goldens/logits.npz: what transformers computes on the tiny checkpoints.
+"""Writes goldens/*.npz: what transformers computes on the tiny checkpoints.
 
 Run from the repository root, with torch and transformers installed:
 
     python tests/models/make_goldens.py
 """
 
+import inspect
 import tempfile
 from pathlib import Path
 
@@ -12,26 +13,37 @@ import checkpoints
 import numpy as np
 
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
+FAMILIES = GOLDENS.with_name("families.npz")
 
 
 def reference(directory: Path, tokens: np.ndarray, dtype: str = "float32"):
     """Logits `(T, V)` in one pass, and the last ones again token by token."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        DynamicCache,
+    )
 
     def model():  # a fresh one each time: dynamic scaling remembers what it has seen
-        return AutoModelForCausalLM.from_pretrained(
+        config = AutoConfig.from_pretrained(directory)
+        sees = hasattr(config, "vision_config")
+        kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+        return kind.from_pretrained(
             directory, dtype=getattr(torch, dtype), attn_implementation="eager"
         ).eval()
 
     ids = torch.tensor(tokens[None].astype(np.int64))
     with torch.no_grad():
         whole = model()(ids, use_cache=False).logits[0].float().numpy()
-        stepping, cache, half = model(), None, len(tokens) // 2
-        steps = []
+        stepping, half = model(), len(tokens) // 2
+        # Renamed in transformers 5; the cache is written in place.
+        parameters = inspect.signature(stepping.forward).parameters
+        name = "cache" if "cache" in parameters else "past_key_values"
+        cache, steps = {name: DynamicCache(config=stepping.config)}, []
         for chunk in (ids[:, :half], *ids[:, half:].split(1, dim=1)):
-            out = stepping(chunk, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = stepping(chunk, use_cache=True, **cache)
             steps.append(out.logits[0, -1].float().numpy())
     return whole, np.stack(steps[1:])
 
@@ -49,7 +61,17 @@ def main():
             np.testing.assert_allclose(steps, whole[-len(steps) :], atol=2e-5)
             del arrays[f"{name}/decode"]
     np.savez_compressed(GOLDENS, **arrays)
-    print(f"{GOLDENS.name}: {GOLDENS.stat().st_size / 1024:.0f} KB")
+
+    arrays = {}
+    for name, twin in checkpoints.FAMILIES.items():
+        with tempfile.TemporaryDirectory() as folder:
+            directory = checkpoints.write_family(Path(folder), name)
+            whole, steps = reference(directory, checkpoints.tokens(twin.plain))
+        np.testing.assert_allclose(steps, whole[-len(steps) :], atol=2e-5)
+        arrays[name] = whole
+    np.savez_compressed(FAMILIES, **arrays)
+    for file in (GOLDENS, FAMILIES):
+        print(f"{file.name}: {file.stat().st_size / 1024:.0f} KB")
 
 
 if __name__ == "__main__":
