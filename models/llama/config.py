@@ -328,6 +328,7 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
         rotated = [
             layer not in config.unrotated_layers for layer in range(config.num_layers)
         ]
+        written["pad_token_id"] = None  # its default may be beyond the vocabulary
         written["no_rope_layers"] = [int(is_rotated) for is_rotated in rotated]
         kind = "sliding_attention" if windowed else "full_attention"
         written["layer_types"] = [kind] * len(rotated)

@@ -155,8 +155,8 @@ def _granite(config: Config) -> dict[str, Any]:
 
 def _shares_embedding(config: Config) -> bool:
     """Whether the output matrix still is the embedding once both are folded."""
-    plain = config.get("embedding_multiplier", 1) * config.get("logits_scaling", 1) == 1
-    return bool(config.get("tie_word_embeddings")) and plain
+    factors = (config.get(key, 1) for key in ("embedding_multiplier", "logits_scaling"))
+    return bool(config.get("tie_word_embeddings")) and all(f == 1 for f in factors)
 
 
 def _fold_granite(tensors: Tensors, config: Config) -> Tensors:

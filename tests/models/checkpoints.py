@@ -189,11 +189,11 @@ FAMILIES = {
         BASE,
     ),
     "smollm3": Twin(
-        _FOUR
+        BASE
         | _TOKENS
-        | {"model_type": "smollm3", "no_rope_layers": [1, 0, 0, 1]}
+        | {"model_type": "smollm3", "no_rope_layers": [0, 1]}
         | {"tie_word_embeddings": True, "pretraining_tp": 2},
-        _FOUR | {"tie_word_embeddings": True},
+        BASE | {"tie_word_embeddings": True},
     ),
     "smollm3_biases": Twin(
         _FOUR
