@@ -34,7 +34,7 @@ BECOMES = {
     "internlm3": {"family": "llama", "output_bias": True, "context": 6 * 64},
     "seed_oss": {"family": "qwen2", "head_dim": 12, "output_bias": False},
     "ministral": {"family": "mistral", "context": 48},
-    "smollm3": {"family": "smollm3", "unrotated_layers": (1, 2), "context": 64},
+    "smollm3": {"family": "smollm3", "unrotated_layers": (0,), "context": 64},
     "smollm3_biases": {"unrotated_layers": (1, 3), "tied_embeddings": False},
     "mistral3": {"family": "mistral", "context": 64, "tied_embeddings": False},
     "qwen2_vl": {"family": "qwen2", "context": 64, "norm_epsilon": 1e-6},
@@ -128,9 +128,7 @@ def test_a_fused_matrix_of_other_sizes_is_an_error(tmp_path):
     file = directory / "model.safetensors"
     name = "model.layers.1.self_attn.qkv_proj.weight"
     save_file(load_file(file) | {name: np.ones((80, 32), np.float32)}, file)
-    with pytest.raises(
-        ValueError, match=f"{name} has 80 rows, config.json asks for 64"
-    ):
+    with pytest.raises(ValueError, match=f"{name} has 80 rows, .* asks for 64"):
         load(directory)
 
 
@@ -155,7 +153,7 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
             "attention_bias=False and attention_out_bias=True are not supported",
         ),
         (_of("seed_oss", mlp_bias=True), "mlp_bias=True is not supported for qwen2"),
-        (_of("smollm3", no_rope_layers=[1, 0]), "must be a list of 4"),
+        (_of("smollm3", no_rope_layers=[1]), "must be a list of 2"),
         (_of("smollm3", no_rope_layer_interval=0), "no_rope_layer_interval=0 must be"),
         (checkpoints.BASE | {"no_rope_layers": [1, 0]}, "not supported for llama"),
         (
@@ -175,10 +173,10 @@ def test_what_a_family_does_not_do_is_named(config, message):
 
 
 def test_only_rotated_layers_have_a_rope():
-    decoder = llama.LlamaDecoder(llama.from_hf(FAMILIES["smollm3"].config))
+    decoder = llama.LlamaDecoder(llama.from_hf(FAMILIES["smollm3_biases"].config))
     specs = layer_specs(decoder, 1, 8)
     assert [spec.layer for spec in specs] == [0, 1, 2, 3]
-    assert [spec.rope.kind for spec in specs] == ["default", "none", "none", "default"]
+    assert [spec.rope.kind for spec in specs] == ["default", "none", "default", "none"]
     x = jnp.arange(16.0).reshape(1, 1, 2, 8)
     for spec in specs:
         turned = spec.rope(x, jnp.asarray([[3, 4]]))
@@ -187,10 +185,10 @@ def test_only_rotated_layers_have_a_rope():
 
 def test_dynamic_rope_is_seen_behind_an_unrotated_layer():
     scaled = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
-    given = _of("smollm3", no_rope_layers=[0, 0, 1, 0], **scaled)
+    given = _of("smollm3", **scaled)
     decoder = llama.LlamaDecoder(llama.from_hf(given))
     assert dynamic_rope(decoder) == decoder.config.rope
-    plain = dataclasses.replace(decoder.config, unrotated_layers=(0, 1, 2, 3))
+    plain = dataclasses.replace(decoder.config, unrotated_layers=(0, 1))
     assert dynamic_rope(llama.LlamaDecoder(plain)) is None
 
 
