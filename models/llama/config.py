@@ -364,9 +364,10 @@ def _window_in_force(
         if config.get("sliding_window") is not None:
             raise _unsupported("sliding_window", window, family)
         window = None
-    elif family != "mistral" and not config.get("use_sliding_window"):
-        window = None
     kinds = config.get("layer_types")
+    flagged = family.startswith("qwen") or (family == "smollm3" and kinds is None)
+    if flagged and not config.get("use_sliding_window"):
+        window = None
     allowed = ("full_attention", "sliding_attention")[: 1 if window is None else 2]
     strange = {kind for kind in kinds or () if kind not in allowed}
     if strange:

@@ -6,9 +6,10 @@ import math
 
 import pytest
 from checkpoints import BASE, CONFIGS, LLAMA3, YARN
+from known_configs import LOADED, REFUSED
 
 from kvjax.rope import Rope
-from models.llama import LlamaDecoder, from_hf, to_hf
+from models.llama import LlamaDecoder, from_hf, notes, to_hf
 
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"],
@@ -42,6 +43,7 @@ LLAMA_31_8B = {
     "use_cache": True,
     "vocab_size": 128256,
 }
+LINEAR = {"rope_scaling": {"type": "linear", "factor": 4.0}}
 QWEN = BASE | {"model_type": "qwen2", "sliding_window": 32, "max_window_layers": 1}
 
 
@@ -82,7 +84,12 @@ def test_type_and_rope_type_are_one():
     ("change", "context"),
     [
         ({}, 64),
-        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 256),
+        # The file does not say whether 64 counts the factor, until it says it all.
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 64),
+        (LINEAR | {"max_sequence_length": 256}, 256),
+        (LINEAR | {"max_sequence_length": 1000}, 256),
+        (LINEAR | {"max_sequence_length": 100}, 100),
+        ({"max_sequence_length": 256}, 64),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.5}}, 160),
         ({"rope_scaling": LLAMA3}, 64),
         ({"rope_scaling": YARN}, 64),
@@ -93,6 +100,7 @@ def test_type_and_rope_type_are_one():
         ({"model_type": "mistral", "sliding_window": 48}, 48),
         ({"model_type": "mistral", "sliding_window": 4096}, 64),
         ({"model_type": "mistral", "sliding_window": None}, 64),
+        ({"model_type": "mistral", "max_position_embeddings": 5000}, 4096),
         (QWEN | {"use_sliding_window": False}, 64),
         (QWEN | {"use_sliding_window": True}, 32),
         (QWEN | {"use_sliding_window": True, "layer_types": ["sliding_attention"]}, 32),
@@ -154,6 +162,9 @@ def test_dtype_in_either_spelling_and_overridden():
         {"eos_token_id": [1, 2], "transformers_version": "9", "use_mrope": False},
         {"layer_types": ["full_attention", "full_attention"], "rope_scaling": None},
         {"foo": None, "partial_rotary_factor": 1.0, "head_dim": None},
+        {"foo": False, "bar": [], "baz": {}, "qux": "", "pretraining_tp": 2},
+        {"_anything": 3, "unsloth_version": "1", "is_llama_config": True},
+        {"embd_pdrop": 0.1, "hidden_dropout": 0.1, "image_token_id": 3},
     ],
 )
 def test_harmless_keys(harmless):
@@ -168,9 +179,16 @@ def test_harmless_keys(harmless):
             "model_type='gpt2' is not supported; supported: llama",
         ),
         ({"foo": 3}, "key foo=3 is not known"),
-        ({"foo": False}, "key foo=False is not known"),
+        ({"foo": 0}, "key foo=0 is not known"),
+        ({"foo": True}, "key foo=True is not known"),
         ({"hidden_act": "gelu"}, "key hidden_act='gelu' is not supported; only 'silu'"),
-        ({"pretraining_tp": 2}, "key pretraining_tp=2 is not supported; only 1 is"),
+        ({"is_causal": False}, "key is_causal=False is not supported; only True is"),
+        ({"logits_scaling": 8.0}, "logits_scaling=8.0 is not supported; only 1.0 is"),
+        ({"max_sequence_length": 0}, "max_sequence_length=0 must be an integer >= 1"),
+        (
+            {"rope_scaling": LLAMA3, "original_max_position_embeddings": 16},
+            "original_max_position_embeddings=16 disagrees with the 32 of its rope",
+        ),
         ({"partial_rotary_factor": 0.5}, "partial_rotary_factor=0.5"),
         ({"quantization_config": {"bits": 4}}, "unquantized checkpoint"),
         ({"layer_types": ["full_attention", "mamba"]}, "layer_types holds mamba"),
@@ -337,3 +355,85 @@ def test_entmax_is_written_so_that_others_refuse_it(family, tmp_path):
 def test_wrong_alpha(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf(BASE | change)
+
+
+@pytest.mark.parametrize("name", LOADED)
+def test_files_of_known_checkpoints(name):
+    given, family, context = LOADED[name]
+    config = from_hf(given)
+    assert (config.family, config.context) == (family, context)
+    assert (config.dtype, config.num_kv_heads) == ("bfloat16", 2)
+    assert from_hf(to_hf(config)) == config
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_files_that_ask_for_something_else_are_refused_by_its_name(name):
+    given, message = REFUSED[name]
+    with pytest.raises(ValueError, match=message) as caught:
+        from_hf(given)
+    assert "\n" not in str(caught.value)
+
+
+def test_defaults_of_transformers_are_harmless():
+    """Lists of one release, `known_configs` has those of older ones."""
+    transformers = pytest.importorskip("transformers")
+    defaults = transformers.PretrainedConfig().to_dict()
+    generation = transformers.GenerationConfig()
+    sampling = generation.to_dict() | generation._get_default_generation_params()
+    for key, value in (sampling | defaults).items():
+        if key not in ("model_type", "dtype"):
+            assert from_hf(BASE | {key: value}) == from_hf(BASE), key
+    for key in sampling:
+        assert from_hf(BASE | {key: "something"}) == from_hf(BASE), key
+
+
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+@pytest.mark.parametrize(
+    "family", ["mistral", "ministral", "qwen2", "qwen3", "smollm3"]
+)
+@pytest.mark.parametrize("used", [{}, {"use_sliding_window": True}])
+@pytest.mark.parametrize(
+    "layers",
+    [
+        {},
+        *({"max_window_layers": count} for count in (0, 1, 2, 28)),
+        *({"layer_types": kinds} for kinds in ([FULL, SLIDING], [FULL, FULL])),
+    ],
+)
+@pytest.mark.parametrize("window", [{}, {"sliding_window": 48}])
+def test_a_window_is_that_of_a_layer_that_slides(family, used, layers, window):
+    """The rule of each family is transformers' own."""
+    transformers = pytest.importorskip("transformers")
+    keys = used | layers | window | {"pad_token_id": None}
+    if family == "smollm3":
+        keys["no_rope_layers"] = [1, 0]
+    given = BASE | {"model_type": family, "max_position_embeddings": 9000} | keys
+    theirs = transformers.AutoConfig.for_model(family, **_rest(given))
+    kinds = getattr(theirs, "layer_types", None)
+    if family == "mistral":  # its model does not look at them
+        kinds = None
+    slides = theirs.sliding_window is not None and (kinds is None or SLIDING in kinds)
+    if kinds is not None and SLIDING in kinds and theirs.sliding_window is None:
+        with pytest.raises(ValueError, match="holds sliding_attention with"):
+            from_hf(given)
+        return
+    if family == "smollm3" and not used:
+        slides = False  # its layers ask for both
+    config = from_hf(given)
+    assert config.sliding_window == (theirs.sliding_window if slides else None)
+    assert config.context == (theirs.sliding_window if slides else 9000)
+    assert from_hf(to_hf(config)) == config
+
+
+def test_notes():
+    assert notes(from_hf(BASE)) == ()
+    window = BASE | {"model_type": "mistral", "sliding_window": 48}
+    (note,) = notes(from_hf(window))
+    assert note.startswith("the context ends at 48 tokens, the sliding window of")
+    assert notes(from_hf(window | {"sliding_window": 4096})) == ()
+    (note,) = notes(from_hf(BASE | LINEAR))
+    assert note.startswith("the context is 64 tokens: config.json does not say")
+    assert "factor 4; if not, set max_sequence_length to 256." in note
+    assert notes(from_hf(BASE | LINEAR | {"max_sequence_length": 256})) == ()
