@@ -201,16 +201,32 @@ def _begin_with_bos(tokenizer: HFTokenizer) -> None:
     backend, bos = tokenizer.backend, tokenizer.bos_id
     if bos is None or backend.encode("a").ids[:1] == [bos]:
         return
-    text = tokenizer.special_tokens["bos_token"]
-    begin = processors.TemplateProcessing(
-        single=[text, "$A:0"],
-        pair=[text, "$A:0", text, "$B:1"],
-        special_tokens=[(text, bos)],
-    )
     before = backend.post_processor
-    backend.post_processor = (
-        begin if before is None else processors.Sequence([before, begin])
-    )
+    parts = [] if before is None else [json.loads(before.__getstate__())]
+    if parts and parts[0]["type"] == "Sequence":
+        parts = parts[0]["processors"]
+    # Two templates in a row would take the tokens of the first for a second text.
+    template = next((p for p in parts if p["type"] == "TemplateProcessing"), None)
+    if template is None:
+        plain = processors.TemplateProcessing(single="$A", pair="$A $B:1")
+        template = json.loads(plain.__getstate__())
+        parts.append(template)
+    text = tokenizer.special_tokens["bos_token"]
+    template["special_tokens"][text] = {"id": text, "ids": [bos], "tokens": [text]}
+    for form in ("single", "pair"):
+        template[form] = [
+            piece for old in template[form] for piece in (*_bos_before(old, text), old)
+        ]
+    state = {"type": "Sequence", "processors": parts}
+    after = processors.Sequence([])
+    after.__setstate__(json.dumps(state).encode())
+    backend.post_processor = after
+
+
+def _bos_before(piece: Mapping[str, Any], text: str) -> list[dict[str, Any]]:
+    if "Sequence" not in piece:  # a special token
+        return []
+    return [{"SpecialToken": {"id": text, "type_id": piece["Sequence"]["type_id"]}}]
 
 
 def save(tokenizer: HFTokenizer, directory: Path) -> None:

@@ -1,4 +1,4 @@
-"""`config.json` as real checkpoints have it, with what it comes to: sizes cut, keys not.
+"""`config.json` of known checkpoints, with what it comes to: sizes are cut, keys not.
 
 Each is (what the file says, family, context). Sizes that mean nothing here are small.
 """

@@ -5,6 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import processors
 from tokenizers_made import CHATML, CONFIG, byte_fallback, byte_level, write_byte_level
 
 from models.llama import tokenizer as tokenizers_of_llama
@@ -212,6 +213,11 @@ def test_named_templates(tmp_path):
     for name in ("default", "tool_use"):
         text = made.apply_chat_template(MESSAGES, tokenize=False, template=name)
         assert text == name
+    for tools, name in ((None, "default"), ([], "tool_use"), ([{}], "tool_use")):
+        text = made.apply_chat_template(MESSAGES, tokenize=False, tools=tools)
+        assert text == name
+    chosen = {"tools": [{}], "template": "default"}
+    assert made.apply_chat_template(MESSAGES, tokenize=False, **chosen) == "default"
     with pytest.raises(ValueError, match="'rag'; the checkpoint has default, tool_use"):
         made.apply_chat_template(MESSAGES, template="rag")
     (tmp_path / "saved").mkdir()
@@ -229,3 +235,54 @@ def test_template_of_the_configuration_and_of_its_own_file(tmp_path):
     assert load(tmp_path).chat_templates == {"default": "inline"}
     (tmp_path / "chat_template.jinja").write_text("alone")
     assert load(tmp_path).chat_templates == {"default": "alone"}
+
+
+def without_bos(directory, post_processor, **flags):
+    """As Qwen's tokenizer.json, whose post-processor adds nothing."""
+    backend = byte_level()
+    backend.post_processor = post_processor
+    backend.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(json.dumps(CONFIG | flags))
+    return tokenizers_of_llama.load(directory)
+
+
+BYTES = processors.ByteLevel(trim_offsets=False)
+SILENT = processors.TemplateProcessing(single="$A", pair="$A $B:1")
+ENDING = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+
+
+@pytest.mark.parametrize("post", [BYTES, SILENT], ids=["bytes", "template"])
+def test_bos_where_only_the_configuration_asks_for_it(tmp_path, post):
+    """DeepSeek-R1-Distill: BOS, then what Qwen's vocabulary gives."""
+    made = without_bos(tmp_path, post)
+    he, ll = (made.backend.token_to_id(text) for text in ("he", "ll"))
+    assert made.encode("hell") == [0, he, ll]
+    assert made.encode("") == [0]
+    assert made.encode("hell", add_special_tokens=False) == [he, ll]
+    assert made.backend.encode("he", "ll").ids == [0, he, 0, ll]
+
+    saved = tmp_path / "saved"
+    saved.mkdir()
+    tokenizers_of_llama.save(made, saved)
+    assert tokenizers_of_llama.load(saved).encode("hell") == [0, he, ll]
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoTokenizer.from_pretrained(saved)
+    assert theirs("hell").input_ids == [0, he, ll]
+
+
+@pytest.mark.parametrize("flag", [{"add_bos_token": False}, {"add_bos_token": None}])
+def test_bos_is_not_added_where_nobody_asks(tmp_path, flag):
+    made = without_bos(tmp_path, BYTES, **flag)
+    assert made.encode("he") == [made.backend.token_to_id("he")]
+
+
+def test_bos_is_added_once_and_what_follows_the_text_stays(tmp_path, tokenizer):
+    assert tokenizer.config["add_bos_token"] is True
+    assert tokenizer.encode("he") == [0, tokenizer.backend.token_to_id("he")]
+    ended = without_bos(tmp_path, ENDING, add_eos_token=True)
+    he = ended.backend.token_to_id("he")
+    assert ended.encode("he") == [0, he, 1]
+    # Only tokenizer.json ends a text, as in transformers.
+    assert without_bos(tmp_path, BYTES, add_eos_token=True).encode("he") == [0, he]
+    nameless = without_bos(tmp_path, BYTES, bos_token=None)
+    assert nameless.encode("he") == [he]
