@@ -1,6 +1,7 @@
 """The command line: results on stdout, the numbers of the API."""
 
 import json
+import shutil
 import subprocess
 import sys
 
@@ -291,3 +292,22 @@ def test_a_cache_that_cannot_be_made_is_no_fault(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     options = ["--model", checkpoint, "--prompt", "hi", "--max-new-tokens", "2"]
     run("generate", *options)
+
+
+def test_what_a_user_must_know_of_a_model_is_one_line_on_stderr(
+    checkpoint, text_file, capsys
+):
+    given = json.loads((checkpoint / "config.json").read_text())
+    given |= {"model_type": "mistral", "sliding_window": 64}
+    del given["attention_bias"], given["mlp_bias"]
+    windowed = shutil.copytree(checkpoint, text_file.parent / "windowed")
+    (windowed / "config.json").write_text(json.dumps(given))
+    note = "kvjax: note: the context ends at 64 tokens, the sliding window of the"
+    plan = ["plan", "--model", windowed / "config.json", "--method", "full"]
+    plan += ["--context", 64, "--new-tokens", 8, "--device", "T4", "--json"]
+    generate = ["generate", "--model", windowed, "--prompt", "x", "--max-new-tokens", 2]
+    for command in (plan, generate):
+        assert cli.run([str(argument) for argument in command]) == 0
+        captured = capsys.readouterr()
+        assert captured.err.count("kvjax: note: ") == captured.err.count(note) == 1
+        assert "note" not in captured.out

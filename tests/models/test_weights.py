@@ -272,46 +272,6 @@ def test_wrong_tensors(checkpoint, change, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("beside", "kind"),
-    [
-        (f"{Q0}_scale_inv", "an FP8 checkpoint"),
-        (f"{Q0}_scale", "an FP8 checkpoint"),
-        (Q0.replace("weight", "input_scale"), "an FP8 checkpoint"),
-        (Q0.replace("weight", "qweight"), "an AWQ or GPTQ checkpoint"),
-        (Q0.replace("weight", "g_idx"), "an AWQ or GPTQ checkpoint"),
-        (f"{Q0}.absmax", "a bitsandbytes checkpoint"),
-        (f"{Q0}.quant_map", "a bitsandbytes checkpoint"),
-        (Q0.replace("weight", "scales"), "quantized by MLX"),
-        (Q0.replace("weight", "weight_packed"), "a compressed-tensors checkpoint"),
-    ],
-)
-def test_quantized_weights_are_named_for_what_they_are(checkpoint, beside, kind):
-    directory = checkpoint()
-    edit(directory, _set(beside, np.ones(2, np.float32)))
-    message = f"checkpoint is {kind}: {beside}; use the unquantized checkpoint"
-    with pytest.raises(ValueError, match=message):
-        models.load(directory)
-
-
-POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 4976\n"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [WEIGHTS, "config.json", "tokenizer.json", "tokenizer_config.json", INDEX],
-)
-def test_a_pointer_of_git_lfs_is_named(checkpoint, name):
-    directory = checkpoint()
-    if name == INDEX:
-        (directory / WEIGHTS).unlink()
-    (directory / name).write_text(POINTER)
-    message = f"{name} is a Git LFS pointer, not the file itself; run `git lfs pull`"
-    with pytest.raises(ValueError, match=message) as caught:
-        models.load(directory)
-    assert "\n" not in str(caught.value)
-
-
 def test_overflow_of_a_narrow_dtype(checkpoint):
     directory = checkpoint()
     edit(directory, _set(Q0, np.full((32, 32), 1e6, np.float32)))
