@@ -30,7 +30,7 @@ def bytes_of_prompt(
     method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
 ) -> int:
     """Bytes all layers hold while the prompt is read, every row."""
-    specs = _layers(decoder, batch, capacity, max_new_tokens)
+    specs = layer_specs(decoder, batch, capacity, max_new_tokens)
     return sum(prompt_bytes(method, spec) for spec in specs)
 
 

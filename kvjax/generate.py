@@ -13,17 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import interface
 from kvjax.detokenize import TextRow
 from kvjax.inputs import check_options, check_prompts
-from kvjax.interface import (
-    DecoderLM,
-    LanguageModel,
-    Method,
-    State,
-    dynamic_rope,
-    layer_specs,
-    with_layer,
-)
+from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
 from kvjax.sampling import Sampling, active, mentioned, row_keys, sample
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
@@ -180,7 +173,8 @@ def empty_states(
     """States of every layer for prompts up to `longest` tokens, in bucketed sizes."""
     new_tokens = bucket(max_new_tokens)
     capacity = bucket(longest + new_tokens)
-    return _init(method, layer_specs(decoder, batch, capacity, new_tokens))
+    specs = interface.layer_specs(decoder, batch, capacity, new_tokens)
+    return _init(method, specs)
 
 
 def chunks(
@@ -199,7 +193,7 @@ def chunks(
 
 def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
     padded = bucket(longest)
-    rope = dynamic_rope(decoder)
+    rope = interface.dynamic_rope(decoder)
     if rope is not None and longest > rope.original_context:
         # Its frequencies depend on the whole prompt's length: all keys rotate at once.
         return padded
@@ -235,7 +229,7 @@ def drop_programs() -> None:
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(method, specs):
-    return tuple(method.init(spec) for spec in specs)
+    return tuple(map(method.init, specs))
 
 
 @functools.partial(jax.jit, static_argnums=0)

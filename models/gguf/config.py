@@ -92,7 +92,7 @@ def to_hf(header: Header) -> dict[str, Any]:
         if name == "llama":  # what llama.cpp calls a Mistral
             config["model_type"] = "mistral"
         else:
-            config["use_sliding_window"] = True
+            config |= {"use_sliding_window": True, "max_window_layers": 0}
     config["rope_theta"] = header.number(f"{name}.rope.freq_base", 10_000.0)
     config |= _rope(header, config["max_position_embeddings"], config["head_dim"])
     config["torch_dtype"] = _dtype(header)
@@ -206,6 +206,7 @@ def _linear(header: Header, context: int, factor: float) -> dict[str, Any]:
         )
     return {
         "max_position_embeddings": positions,
+        "max_sequence_length": context,
         "rope_scaling": {"rope_type": "linear", "factor": factor},
     }
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from kvjax.rope import Rope
 from models.llama import families
 from models.llama.config_keys import reject_unknown
+from models.llama.config_rope import rope_from_hf, rope_to_hf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,29 +117,6 @@ _HANDLED = {
     "no_rope_layers",
     "attention_alpha",  # ours: absent is softmax
 }
-# What each kind of rope scaling reads: our name -> key of the dict.
-_STRETCH = {"factor": "factor"}
-_ROPE_KEYS = {
-    "default": {},
-    "linear": _STRETCH,
-    "dynamic": _STRETCH,
-    "llama3": {
-        **_STRETCH,
-        "low_freq_factor": "low_freq_factor",
-        "high_freq_factor": "high_freq_factor",
-        "original_context": "original_max_position_embeddings",
-    },
-    "yarn": {
-        **_STRETCH,
-        "original_context": "original_max_position_embeddings",
-        "attention_factor": "attention_factor",
-        "beta_fast": "beta_fast",
-        "beta_slow": "beta_slow",
-        "mscale": "mscale",
-        "mscale_all_dim": "mscale_all_dim",
-        "truncate": "truncate",
-    },
-}
 
 
 def from_hf(
@@ -151,10 +129,10 @@ def from_hf(
 
     `context` is `max_position_embeddings`, which for `llama3` and `longrope` counts the
     stretched context already; for `dynamic` it is `factor` times that, and for `yarn`
-    at least `factor * original_max_position_embeddings`. Files of `linear` models count either
-    way and do not say which: only a `max_sequence_length` promises more. A sliding
-    window of any layer cuts it to the window, where windowed and full attention are
-    still the same. See :func:`notes`.
+    at least `factor * original_max_position_embeddings`. Files of `linear` models count
+    either way and do not say which: only a `max_sequence_length` promises more. A
+    sliding window of any layer cuts it to the window, where windowed and full attention
+    are still the same. See :func:`notes`.
 
     Args:
         config: the decoded JSON object.
@@ -215,7 +193,7 @@ def from_hf(
     if head_dim is None:  # Qwen3 is the one family whose default is not width / heads
         head_dim = 128 if family == "qwen3" else config["hidden_size"] // heads
     positions = config["max_position_embeddings"]
-    rope = _rope_from_hf(config, head_dim, positions)
+    rope = rope_from_hf(config, head_dim, positions)
     context = positions
     if rope.kind == "linear":
         longest = int(rope.factor * positions)
@@ -312,7 +290,7 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     if rope.kind == "linear":
         written["max_sequence_length"] = config.context
     if rope.kind != "default":
-        written["rope_scaling"] = _rope_to_hf(rope, config.context)
+        written["rope_scaling"] = rope_to_hf(rope, config.context)
     if family in ("llama", "qwen3", "smollm3"):
         written["attention_bias"] = config.qkv_bias
     if family in ("llama", "smollm3"):
@@ -408,103 +386,3 @@ def _dtype_from_hf(config: Mapping[str, Any], dtype) -> str:
     if name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is not supported; use {', '.join(_DTYPES)}.")
     return name
-
-
-def _rope_from_hf(config: Mapping[str, Any], head_dim: int, positions: int) -> Rope:
-    theta = config.get("rope_theta")
-    ropes = {
-        key: _rope_from_dict(key, config[key], theta, head_dim, positions)
-        for key in ("rope_parameters", "rope_scaling")
-        if config.get(key)
-    } or {"": _rope_from_dict("", {}, theta, head_dim, positions)}
-    if len(set(ropes.values())) > 1:
-        raise ValueError(
-            f"config.json keys rope_parameters={config['rope_parameters']!r} and "
-            f"rope_scaling={config['rope_scaling']!r} disagree; remove one."
-        )
-    rope = next(iter(ropes.values()))
-    original = config.get("original_max_position_embeddings")
-    if rope.kind in ("llama3", "yarn") and original not in (
-        None,
-        rope.original_context,
-    ):
-        raise ValueError(
-            f"config.json key original_max_position_embeddings={original!r} disagrees "
-            f"with the {rope.original_context} of its rope; remove one."
-        )
-    return rope
-
-
-def _rope_to_hf(rope: Rope, context: int) -> dict[str, Any]:
-    if rope.kind == "factors":
-        return {
-            "rope_type": "longrope",
-            "type": "longrope",
-            "short_factor": list(rope.factors),
-            "long_factor": list(rope.factors),
-            "attention_factor": 1.0,
-            "original_max_position_embeddings": context,
-        }
-    values = {key: getattr(rope, name) for name, key in _ROPE_KEYS[rope.kind].items()}
-    return {"rope_type": rope.kind, "type": rope.kind} | {
-        key: value for key, value in values.items() if value is not None
-    }
-
-
-def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
-    kind = given.get("rope_type") or given.get("type") or "default"
-    if kind not in (*_ROPE_KEYS, "longrope"):
-        raise ValueError(
-            f"rope type {kind!r} is not supported; supported: {', '.join(_ROPE_KEYS)}."
-        )
-    given = {key: value for key, value in given.items() if value is not None}
-    theta = given.pop("rope_theta", theta)
-    for key in ("rope_type", "type", "finetuned"):
-        given.pop(key, None)
-    if kind == "longrope":
-        factors = _longrope_factors(name, given, positions)
-        return Rope(head_dim, float(theta or 10_000.0), "factors", factors=factors)
-    # Harmless at these values: the whole head turns, and what HF falls back to anyway.
-    harmless = {"partial_rotary_factor": 1.0}
-    if kind in ("default", "linear"):  # neither reads it
-        given.pop("original_max_position_embeddings", None)
-    if kind == "dynamic":
-        harmless["original_max_position_embeddings"] = positions
-    keys = _ROPE_KEYS[kind]
-    for key, value in given.items():
-        if key not in keys.values() and (key not in harmless or value != harmless[key]):
-            raise ValueError(
-                f"{name} key {key}={value!r} is not supported for rope type {kind!r}."
-            )
-    read = {ours: given[key] for ours, key in keys.items() if key in given}
-    if kind in ("llama3", "yarn", "linear", "dynamic"):
-        read.setdefault("original_context", positions)
-    if kind == "yarn":
-        read.setdefault("factor", positions / read["original_context"])
-    needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
-    stretched = () if kind == "default" else ("factor",)
-    missing = [key for key in needed.get(kind, stretched) if key not in read]
-    if missing:
-        raise ValueError(f"{name} of rope type {kind!r} lacks {', '.join(missing)}.")
-    return Rope(head_dim, theta=float(theta or 10_000.0), kind=kind, **read)
-
-
-def _longrope_factors(name, given, positions) -> tuple[float, ...]:
-    """The factors of a `longrope` whose frequencies never change, without a scale."""
-    keys = {"short_factor", "long_factor", "attention_factor"}
-    keys.add("original_max_position_embeddings")
-    factors = given.get("long_factor")
-    original = given.get("original_max_position_embeddings", positions)
-    scale = given.get("attention_factor", 1.0 if original == positions else None)
-    if (
-        not given.keys() <= keys
-        or not isinstance(factors, list)
-        or not all(isinstance(factor, int | float) for factor in factors)
-        or given.get("short_factor") != factors
-        or scale != 1
-    ):
-        raise ValueError(
-            f"{name} of rope type 'longrope' is supported only with short_factor equal "
-            "to long_factor and attention_factor=1.0."
-        )
-    return tuple(map(float, factors))

@@ -357,7 +357,7 @@ REFUSED = {
     ),
     "Phi-3-mini-128k": (
         _file("phi3", 131072, rope_scaling={"type": "longrope", "long_factor": [1.0]}),
-        "rope type 'longrope' is not supported",
+        "rope type 'longrope' is supported only with",
     ),
     "Gemma-like": (
         _file("llama", 8192, attn_logit_softcapping=50.0),

@@ -142,7 +142,10 @@ LONGROPE = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] 
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (_of("phi3", rope_scaling=LONGROPE), "rope type 'longrope' is not supported"),
+        (
+            _of("phi3", rope_scaling=LONGROPE),
+            "rope type 'longrope' is supported only with",
+        ),
         (_of("phi3", partial_rotary_factor=0.75), "partial_rotary_factor=0.75"),
         (_of("phi3", num_hidden_layers=None), "lacks num_hidden_layers"),
         (_of("granite", logits_scaling=0), "logits_scaling=0 must be a finite number"),

@@ -117,6 +117,8 @@ def test_the_model_is_that_of_the_folder(name, tmp_path):
     ours, theirs = model.decoder.config, decoder.config
     if name.startswith("yarn") or name == "llama3":
         ours = dataclasses.replace(ours, rope=theirs.rope)
+    if name == "linear":  # the folder's file does not promise its context
+        ours = dataclasses.replace(ours, context=64)
     if name == "mistral":  # without its window it is a llama
         ours = dataclasses.replace(ours, family="mistral")
     assert ours == theirs
