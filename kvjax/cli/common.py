@@ -130,7 +130,7 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
 
 
 def print_notes(decoder) -> None:
-    """What a user must know of a model, on stderr: results go to stdout."""
+    """Prints what a user must know of a model to stderr: results go to stdout."""
     from models import llama
 
     for note in llama.notes(decoder.config):

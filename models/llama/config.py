@@ -230,7 +230,7 @@ def from_hf(
 
 
 def notes(config: LlamaConfig) -> tuple[str, ...]:
-    """What a user must know of a loaded model, one line each; mostly nothing."""
+    """Returns what a user must know of a loaded model, one line each; mostly none."""
     told = []
     window, rope = config.sliding_window, config.rope
     if window is not None and config.context == window:

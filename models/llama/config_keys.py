@@ -110,5 +110,5 @@ def _is_harmless(key: str) -> bool:
 
 
 def _is_absent(value: Any) -> bool:
-    """Whether a key asks for nothing: the flag of something that is not done."""
+    """Returns whether a key asks for nothing: the flag of something not done."""
     return value is None or value is False or value in ("", [], {})

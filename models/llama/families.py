@@ -24,7 +24,7 @@ def _as_they_are(tensors: Tensors, config: Config) -> Tensors:
 
 
 class Family(NamedTuple):
-    """How a checkpoint of one `model_type` becomes one of another."""
+    """The way of a checkpoint of one `model_type` to another."""
 
     translate: Callable[[Config], dict[str, Any]]
     fold: Callable[[Tensors, Config], Tensors] = _as_they_are
@@ -43,7 +43,7 @@ def translate(config: Config) -> Config:
 
 
 def fold(tensors: Tensors, config: Config) -> Tensors:
-    """Tensors under the names and with the values of what `translate` made of `config`.
+    """Returns tensors as a checkpoint of what `translate` makes of `config` has them.
 
     Values are folded in float32, before the cast to the model's dtype.
     """
@@ -55,7 +55,7 @@ def fold(tensors: Tensors, config: Config) -> Tensors:
 
 
 class _View(NamedTuple):
-    """Where a tensor comes from, and what is done with it once it is read."""
+    """The tensor that another is made of, and how once it is read."""
 
     name: str
     change: Callable[[np.ndarray], np.ndarray] = lambda array: array
@@ -154,7 +154,7 @@ def _granite(config: Config) -> dict[str, Any]:
 
 
 def _shares_embedding(config: Config) -> bool:
-    """Whether the output matrix still is the embedding once both are folded."""
+    """Returns whether the output matrix still is the embedding after folding."""
     factors = (config.get(key, 1) for key in ("embedding_multiplier", "logits_scaling"))
     return bool(config.get("tie_word_embeddings")) and all(f == 1 for f in factors)
 

@@ -96,7 +96,7 @@ class Twin(NamedTuple):
 
 
 def _fused(tensors: dict) -> dict:
-    """As Phi-3 stores them: the rows of q, k and v, and of gate and up, in one."""
+    """Phi-3's way to store: the rows of q, k and v, and of gate and up, in one."""
     stored = {}
     for name, array in tensors.items():
         if "q_proj" in name:
@@ -111,7 +111,7 @@ def _fused(tensors: dict) -> dict:
 
 
 def _outer(prefix: str, head: str, image: str) -> Callable[[dict], dict]:
-    """As models store them that also see: below `prefix`, beside an image tower."""
+    """The way of models that also see: below `prefix`, beside an image tower."""
 
     def pack(tensors: dict) -> dict:
         stored = {f"{image}.another.weight": np.ones((3, 2), np.float32)}

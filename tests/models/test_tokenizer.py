@@ -238,7 +238,7 @@ def test_template_of_the_configuration_and_of_its_own_file(tmp_path):
 
 
 def without_bos(directory, post_processor, **flags):
-    """As Qwen's tokenizer.json, whose post-processor adds nothing."""
+    """A tokenizer.json such as Qwen's, whose post-processor adds nothing."""
     backend = byte_level()
     backend.post_processor = post_processor
     backend.save(str(directory / "tokenizer.json"))
