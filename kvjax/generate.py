@@ -221,9 +221,10 @@ def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
     return tuple(states)
 
 
-def drop_programs() -> None:
-    """Frees what was compiled to read prompts and to decode, of every method."""
-    for program in _init, prefill_chunk, _finish, _first_token, _decode:
+def drop_programs(*, reading: bool = True) -> None:
+    """Frees what was compiled to decode, and to read prompts, of every method."""
+    read = (_init, prefill_chunk, _finish) if reading else ()
+    for program in (_first_token, _decode, *read):
         program.clear_cache()
 
 

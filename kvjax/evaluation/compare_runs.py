@@ -107,6 +107,8 @@ def retrieve(
                 answers[place].append(model.tokenizer.decode(tokens))
             done = index + (place + 1) / len(methods)
             progress(done / (len(groups) + len(repeats)))
+    generate.drop_programs(reading=False)
+    release()
     return [
         Retrieval(
             [x.score(answer) for x, answer in zip(examples, said, strict=False)],
@@ -215,7 +217,8 @@ def layer_fidelity(
 class Followed(NamedTuple):
     """A method's predictions of the windows, and what its layers lose on them."""
 
-    predicted: Predicted
+    log_probs: Float[np.ndarray, "W T"]
+    agreement: fidelity.Agreement  # with the reference's predictions, (W, T)
     layers: fidelity.LayerFidelity
 
 
@@ -224,6 +227,7 @@ def follow(
     reference: Method,
     methods: Sequence[Method],
     windows: Sequence[Sequence[int]],
+    expected: Predicted,
     *,
     new_tokens: int,
     batch: int,
@@ -234,43 +238,73 @@ def follow(
 
     A method whose prompt is not exact reads the windows once more, on its own.
 
+    Args:
+        expected: the reference's predictions of the windows, from :func:`predict`.
+
     Raises:
         ValueError: as the two.
     """
-    options = {"max_new_tokens": new_tokens, "chunk_size": chunk_size}
+    parts: list[list[Followed]] = [[] for _ in methods]
+    groups = list(_batches(windows, batch))
+    for index, group in enumerate(groups):
+        places = np.arange(index * batch, (index + 1) * batch) % len(windows)
+        followed = _follow(
+            model,
+            reference,
+            methods,
+            group,
+            Predicted(*(part[places] for part in expected)),
+            {"max_new_tokens": new_tokens, "chunk_size": chunk_size},
+        )
+        for place, part in enumerate(followed):
+            parts[place].append(part)
+            done = index + (place + 1) / len(methods)
+            progress(done / len(groups))
+    count = len(windows)
+    return [
+        Followed(
+            np.concatenate([part.log_probs for part in own])[:count],
+            fidelity.Agreement(
+                *(
+                    np.concatenate(x)[:count]
+                    for x in zip(*(part.agreement for part in own), strict=True)
+                )
+            ),
+            _layers_of([part.layers for part in own], count),
+        )
+        for own in parts
+    ]
+
+
+def _follow(model, reference, methods, windows, expected, options):
+    """One batch of windows, method by method; nothing of it outlives the call."""
+    prompts, following = _cut(windows, options["max_new_tokens"])
     leaders = [fidelity.in_steps_of(reference, method.rows) for method in methods]
     readers = list(dict.fromkeys([*leaders, *methods]))
-    groups = list(_batches(windows, batch))
-    predicted: list[list[Predicted]] = [[] for _ in methods]
-    layers: list[list[fidelity.LayerFidelity]] = [[] for _ in methods]
-    for index, group in enumerate(groups):
-        prompts, following = _cut(group, new_tokens)
-        read = together.read(model, readers, prompts, **options)
-        kept = dict(zip(readers, read, strict=True))
-        del read
-        release()
-        steps = {
-            leader: _recorded(model, leader, kept[leader], following)
-            for leader in dict.fromkeys(leaders)
-        }
-        for place, (leader, method) in enumerate(zip(leaders, methods, strict=True)):
+    read = together.read(model, readers, prompts, **options)
+    kept = dict(zip(readers, read, strict=True))
+    del read
+    release()
+    steps = {
+        leader: _recorded(model, leader, kept[leader], following)
+        for leader in dict.fromkeys(leaders)
+    }
+    for leader, method in zip(leaders, methods, strict=True):
+        predicted = expected
+        if method is not reference:
             # What decodes uses its states up.
             if method.exact_prompt:
                 own = _copied(kept[method])
             else:
                 (own,) = together.read(model, [method], prompts, **options)
-            predicted[place].append(_predicted(model, method, own, following))
-            second = _copied(kept[method]) if method in leaders else kept.pop(method)
-            first = _copied(kept[leader])
-            layers[place].append(
-                _layers(model, leader, method, first, second, steps[leader])
-            )
-            progress((index + (place + 1) / len(methods)) / len(groups))
-    count = len(windows)
-    return [
-        Followed(_joined(predictions, count), _layers_of(parts, count))
-        for predictions, parts in zip(predicted, layers, strict=True)
-    ]
+            predicted = _predicted(model, method, own, following)
+            del own
+        second = _copied(kept[method]) if method in leaders else kept.pop(method)
+        first = _copied(kept[leader])
+        layers = _layers(model, leader, method, first, second, steps[leader])
+        del first, second
+        agreement = fidelity.agreement(expected.logits, predicted.logits)
+        yield Followed(predicted.log_probs, agreement, layers)
 
 
 def drop_programs() -> None:

@@ -61,11 +61,13 @@ def test_a_method_whose_prompt_is_not_exact_is_followed_on_its_own():
     windows = [RNG.integers(0, 256, 48).tolist() for _ in range(2)]
     sizes = {"new_tokens": 8, "batch": 2, "chunk_size": 32}
     method = kvjax.streaming_llm(budget=12, num_sinks=2)
-    (followed,) = compare_runs.follow(MODEL, kvjax.full(), [method], windows, **sizes)
+    full = kvjax.full()
+    truth = compare_runs.predict(MODEL, full, windows, **sizes)
+    (followed,) = compare_runs.follow(MODEL, full, [method], windows, truth, **sizes)
     expected = compare_runs.predict(MODEL, method, windows, **sizes)
-    np.testing.assert_allclose(
-        followed.predicted.log_probs, expected.log_probs, atol=1e-5
-    )
+    np.testing.assert_allclose(followed.log_probs, expected.log_probs, atol=1e-5)
+    agreement = fidelity.agreement(truth.logits, expected.logits)
+    np.testing.assert_allclose(followed.agreement.kl, agreement.kl, atol=1e-5)
     led = together.read(
         MODEL, [kvjax.full(), method], [w[:40] for w in windows], **OPTIONS
     )
