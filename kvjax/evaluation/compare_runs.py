@@ -79,6 +79,7 @@ def retrieve(
     groups = list(_batches(examples, batch))
     repeats = groups if timed and len(groups) == 1 else []
     for index, group in enumerate([*groups, *repeats]):
+        _release()
         read = together.read(
             model,
             methods,
@@ -86,7 +87,7 @@ def retrieve(
             max_new_tokens=new_tokens,
             chunk_size=chunk_size,
         )
-        release()
+        _release()
         # A few tokens more than the answer's: text may begin with a blank.
         longest = max(example.answer_tokens for example in group) + 2
         steps = min(longest, new_tokens)
@@ -108,7 +109,6 @@ def retrieve(
             done = index + (place + 1) / len(methods)
             progress(done / (len(groups) + len(repeats)))
     generate.drop_programs(reading=False)
-    release()
     return [
         Retrieval(
             [x.score(answer) for x, answer in zip(examples, said, strict=False)],
@@ -281,10 +281,11 @@ def _follow(model, reference, methods, windows, expected, options):
     prompts, following = _cut(windows, options["max_new_tokens"])
     leaders = [fidelity.in_steps_of(reference, method.rows) for method in methods]
     readers = list(dict.fromkeys([*leaders, *methods]))
+    _release()
     read = together.read(model, readers, prompts, **options)
     kept = dict(zip(readers, read, strict=True))
     del read
-    release()
+    _release()
     steps = {
         leader: _recorded(model, leader, kept[leader], following)
         for leader in dict.fromkeys(leaders)
@@ -304,6 +305,7 @@ def _follow(model, reference, methods, windows, expected, options):
         layers = _layers(model, leader, method, first, second, steps[leader])
         del first, second
         agreement = fidelity.agreement(expected.logits, predicted.logits)
+        _release()
         yield Followed(predicted.log_probs, agreement, layers)
 
 
@@ -312,12 +314,16 @@ def drop_programs() -> None:
     generate.drop_programs()
     scoring.drop_programs()
     fidelity.drop_programs()
-    release()
-
-
-def release() -> None:
-    """Gives freed memory back to the system, where the C library would keep it."""
     gc.collect()
+    _release()
+
+
+def _release() -> None:
+    """Gives freed memory back to the system, where the C library would keep it.
+
+    Each thread of XLA has a heap of its own: what one has freed is of no use to the
+    others, and adds up to more than the model.
+    """
     with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
         ctypes.CDLL(None).malloc_trim(0)
 
