@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import ctypes
 import functools
 import importlib.util
 import inspect
@@ -118,6 +119,7 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
 
     import models
 
+    share_heaps()
     keep_compiled_code()
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"{dtype=} must be float32, bfloat16 or float16.")
@@ -135,6 +137,17 @@ def print_notes(decoder) -> None:
 
     for note in llama.notes(decoder.config):
         print(f"kvjax: note: {note}", file=sys.stderr)
+
+
+def share_heaps() -> None:
+    """Has XLA's threads share a heap; before JAX makes them, and where glibc is used.
+
+    Compiling frees hundreds of megabytes in the heap of whichever thread did it, where
+    no other thread can use them.
+    """
+    arena_max = -8  # of glibc's malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(arena_max, 1)
 
 
 def keep_compiled_code() -> None:

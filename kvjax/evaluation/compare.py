@@ -21,7 +21,7 @@ from kvjax.interface import LanguageModel, Method
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
 # Bytes of the states that a group of methods holds while it reads together.
-ROOM = 800_000_000
+ROOM = 1_050_000_000
 GROUP = 4  # methods that are worth more than a larger batch
 
 
