@@ -103,14 +103,17 @@ def pip(*arguments):
         )
 
 
+def is_installed():
+    """Whether kvjax is; a folder of that name, which can be imported too, is not."""
+    return any(d.name == "kvjax" for d in importlib.metadata.distributions())
+
+
 def install(flavour):
-    if all(map(importlib.util.find_spec, MODULES)):
+    if is_installed() and all(map(importlib.util.find_spec, MODULES)):
         return
-    if importlib.util.find_spec("kvjax") and not KVJAX:
-        wanted = [f"kvjax[{','.join(EXTRAS)}]"]  # what is here, with all it needs
-    else:
-        wanted = requirements(flavour, source())
-    pip("install", "-q", *wanted)
+    # What is installed, with all that it needs here; or from where it lies.
+    place = "kvjax" if is_installed() and not KVJAX else source()
+    pip("install", "-q", *requirements(flavour, place))
     importlib.invalidate_caches()
     if stale := stale_plugins():
         pip("uninstall", "-q", "-y", *stale)

@@ -97,8 +97,9 @@ class _Lines:
         with self._lock:
             self._written = time.monotonic()
             elapsed = self._written - self._start
-            line = summary(dict(self._done), self._total, elapsed)
-            print(f"kvjax: {line}", file=sys.stderr, flush=True)
+            line = f"kvjax: {summary(dict(self._done), self._total, elapsed)}"
+            with contextlib.suppress(OSError):  # nobody reads it: no reason to stop
+                print(line, file=sys.stderr, flush=True)
 
 
 def summary(done: dict[str, float], total: int, seconds: float) -> str:

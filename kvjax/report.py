@@ -126,6 +126,15 @@ def check_free(folder: pathlib.Path, *, overwrite: bool, go_on: bool) -> None:
         )
 
 
+def earlier_batch(folder: pathlib.Path) -> int | None:
+    """Rows decoded together in the report of a folder; None if it does not say."""
+    try:
+        found = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        return int(found["manifest"]["settings"]["batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
 def earlier_rows(
     folder: pathlib.Path, manifest: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
@@ -141,14 +150,14 @@ def earlier_rows(
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         before, rows = found["manifest"], {row["method"]: row for row in found["rows"]}
-        form, settings = found["format"], before["settings"]
+        form, settings = found["format"], dict(before["settings"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): begin anew with "
             "--overwrite."
         ) from error
     pairs = {"format": (form, FORMAT)}
-    for key in ("kvjax", "model", "backend"):
+    for key in ("kvjax", "model", "backend", "device", "cpu_count", *_PACKAGES):
         pairs[key] = before.get(key), manifest[key]
     wanted = json_ready(manifest["settings"])
     for key in wanted | settings:
@@ -189,6 +198,12 @@ def write(
     page = folder / "report.html"
     write_text(page, html(results))
     return page, write_data(folder, results)
+
+
+def begin(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """Replaces the data of an earlier report by what is kept of it, and its page."""
+    write_data(folder, results)
+    (folder / "report.html").unlink(missing_ok=True)
 
 
 def write_data(folder: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:

@@ -23,7 +23,7 @@ class Rope:
         kind: `default`, `linear`, `dynamic`, `llama3`, `yarn` or `factors`; or `none`,
             which returns its input, of layers without positions.
         factor: how far the context is stretched (not for `default` and `factors`).
-        original_context: tokens of the unstretched model (`dynamic`, `llama3`, `yarn`).
+        original_context: tokens of the unstretched model (not for `default`).
         low_freq_factor, high_freq_factor: the band of `llama3`.
         beta_fast, beta_slow, truncate: the ramp of `yarn`.
         attention_factor: scale on the rotated vectors (`yarn`); None derives it.
@@ -88,13 +88,14 @@ class Rope:
         if self.kind == "dynamic" and length is not None:
             inverse = _dynamic(self, length)[:, None, None, :]
         angle = positions[:, None, :, None].astype(jnp.float32) * inverse
-        scale = np.float32(self._attention_scale())
+        scale = np.float32(self.attention_scale())
         cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
         turned = (first * cos - second * sin, second * cos + first * sin)
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
-    def _attention_scale(self) -> float:
+    def attention_scale(self) -> float:
+        """The factor on rotated queries and keys: 1 but for `yarn`."""
         if self.kind != "yarn":
             return 1.0
         if self.attention_factor is not None:

@@ -16,7 +16,6 @@ import jax
 
 from kvjax.interface import LanguageModel
 from models import embedded, gguf, llama, published
-from models.llama import git_lfs
 
 FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
 
@@ -63,14 +62,14 @@ def load(
             f"{directory} has no config.json; give the directory of a checkpoint in "
             "the Hugging Face layout, or a file that ends in .gguf."
         )
-    config = _read_json(directory / "config.json")
+    config = llama.tokenizer.read_json(directory / "config.json")
     family = config.get("model_type")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise ValueError(
             f"{directory}: model_type={family!r} is not supported; supported: "
             f"{', '.join(FAMILIES)}."
         )
-    generation = _read_json(directory / "generation_config.json")
+    generation = llama.tokenizer.read_json(directory / "generation_config.json")
     tokenizer = llama.tokenizer.load(directory)
     decoder, params = FAMILIES[family].load(directory, config, dtype, device)
     candidates = (
@@ -110,7 +109,7 @@ def load_decoder(
         path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no config.json.")
-    config = _read_json(path)
+    config = llama.tokenizer.read_json(path)
     return llama.LlamaDecoder(llama.from_hf(config, dtype=dtype))
 
 
@@ -160,19 +159,6 @@ def check_new(directory: str | Path) -> None:
         raise FileExistsError(
             f"{directory} exists; remove it or choose another directory."
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    git_lfs.check_content(path)
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}; download it again.") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no JSON object; download it again.")
-    return content
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

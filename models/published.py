@@ -120,13 +120,13 @@ def path(name: str) -> Path:
     if file is None:
         raise FileNotFoundError(
             f"{name} is not on this machine: {record(name).summary}. Run "
-            f"`kvjax fetch {name}`, or the command with --yes."
+            f"`kvjax fetch {name}`, or a command that takes --model with --yes."
         )
     return file
 
 
 def is_missing(name: str) -> bool:
-    """Whether `name` means a published model that is still to be fetched."""
+    """Returns whether `name` means a published model that is still to be fetched."""
     return name in MODELS and not Path(name).is_dir() and find(name) is None
 
 

@@ -190,12 +190,14 @@ def test_where_kvjax_comes_from(monkeypatch, cell, tmp_path):
 
 
 def test_what_is_installed_is_used(monkeypatch, cell):
+    monkeypatch.setattr(cell, "is_installed", lambda: True)
     cell.install("cuda13")
     assert cell.calls == []
     without(monkeypatch, cell, "gguf")
     cell.install("cuda13")
-    assert cell.calls.pop() == ("install", "-q", "kvjax[gguf,hub,train]")
-    without(monkeypatch, cell, "kvjax")
+    assert cell.calls.pop() == ("install", "-q", "kvjax[gguf,hub,train,cuda]")
+    # A folder of that name can be imported, and is no kvjax.
+    monkeypatch.setattr(cell, "is_installed", lambda: False)
     monkeypatch.setattr(cell, "source", lambda: "/here")
     monkeypatch.setattr(cell, "stale_plugins", lambda: ["jax-cuda12-plugin"])
     cell.install("cuda13")
@@ -231,9 +233,9 @@ def test_outside_the_repository_it_ends_without_a_traceback(tmp_path):
     notebook = nbformat.v4.new_notebook(
         cells=[
             nbformat.v4.new_code_cell(
-                "import importlib.util as u, os\n"
-                "find = u.find_spec\n"
-                "u.find_spec = lambda n: None if n == 'kvjax' else find(n)\n"
+                "import importlib.metadata as m, os\n"
+                "found = list(m.distributions())\n"
+                "m.distributions = lambda: [d for d in found if d.name != 'kvjax']\n"
                 f"os.chdir({str(tmp_path)!r})"
             ),
             nbformat.v4.new_code_cell(build.first_cell("")),

@@ -62,7 +62,7 @@ COMPARISONS = {
 }
 FIGURE = ROOT / "docs" / "images" / "compare-smollm2.png"
 HEADINGS = ("method", "read / token", "held", "passkey", "multi-key", "chain")
-HEADINGS += ("perplexity", "KL", "tokens/s")
+HEADINGS += ("perplexity", "KL")
 
 
 def comparison(name: str) -> dict:
@@ -74,7 +74,7 @@ def comparison_table(name: str) -> str:
     results = comparison(name)
     assert results["complete"]
     places = [report.HEADINGS.index(heading) for heading in HEADINGS]
-    rows = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|--:" * 8 + "|"]
+    rows = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|--:" * 7 + "|"]
     for cells in report.table_rows(results):
         chosen = [cells[place] for place in places]
         rows.append(f"| `{chosen[0]}` | " + " | ".join(chosen[1:]) + " |")

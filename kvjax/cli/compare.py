@@ -84,9 +84,11 @@ def compare(
         alpha = decoder.cache_spec(1, 1).alpha
         parsed = _methods(_every(alpha), context, budget)
     room = _room()
+    if batch is None and go_on:
+        batch = report.earlier_batch(out)
     if batch is None:
         batch = comparison.batch_that_fits(language_model, parsed, settings, room)
-        settings = dataclasses.replace(settings, batch=batch)
+    settings = dataclasses.replace(settings, batch=batch)
     about = report.manifest(
         version=kvjax.__version__,
         model=language_model.name,
@@ -95,6 +97,7 @@ def compare(
         | {
             "budget": budget,
             "dtype": str(decoder.cache_spec(1, 1).dtype),
+            "weights": _fingerprint(language_model.params),
             "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
         },
     )
@@ -111,6 +114,7 @@ def compare(
         names = dict.fromkeys([*parsed, *rows])
         return [rows[name] for name in names if name in rows]
 
+    report.begin(out, report.results(in_order(), about, complete=False))
     with show_progress(len(parsed) - len(known)) as progress:
 
         def keep(row):
@@ -127,7 +131,8 @@ def compare(
             on_row=keep,
             progress=progress,
         )
-    kept = _kept(language_model, parsed, inputs.windows[0])
+    methods = {name: registry.parse(name) for name in rows}
+    kept = _kept(language_model, methods, inputs.windows[0])
     results = report.results(in_order(), about, kept)
     page, data = report.write(out, results)
     if as_json:
@@ -135,6 +140,15 @@ def compare(
     else:
         report.print_table(results)
     print(f"wrote {page} and {data}", file=sys.stderr)
+
+
+def _fingerprint(params) -> str:
+    """A digest of the sums of all weights: other weights have another one."""
+    import jax
+    import jax.numpy as jnp
+
+    sums = [float(jnp.sum(x, dtype=jnp.float32)) for x in jax.tree.leaves(params)]
+    return hashlib.sha256(repr(sums).encode()).hexdigest()[:16]
 
 
 def _room() -> int:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from kvjax import report
-from kvjax.cli.common import JsonOption
+from kvjax.cli.common import JsonOption, print_notes
 
 
 def convert(
@@ -31,6 +31,7 @@ def convert(
         )
     models.check_new(folder)
     model = models.load(file, dtype=dtype)
+    print_notes(model.decoder)
     models.save_pretrained(model, folder)
     document = {
         "folder": str(folder),

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 import kvjax
-from kvjax.cli.common import held_out_text, keep_compiled_code
+from kvjax.cli.common import (
+    held_out_text,
+    keep_compiled_code,
+    model_name,
+    print_notes,
+)
 
 if TYPE_CHECKING:
     from kvjax.training.config import Config
@@ -95,7 +100,8 @@ def _model(settings: "Config", out: pathlib.Path, resume: bool) -> _Model:
 
     section = settings.model
     if section.checkpoint is not None:
-        loaded = models.load(section.checkpoint, dtype="float32")
+        loaded = models.load(model_name(section.checkpoint), dtype="float32")
+        print_notes(loaded.decoder)
         if section.alpha is not None:
             config = dataclasses.replace(
                 loaded.decoder.config, attention_alpha=section.alpha

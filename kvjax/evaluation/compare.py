@@ -21,8 +21,8 @@ from kvjax.interface import LanguageModel, Method
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
 # Bytes of the states that a group of methods holds while it reads together.
-ROOM = 1_050_000_000
-GROUP = 4  # methods that are worth more than a larger batch
+ROOM = 800_000_000
+GROUP = 4  # methods that read together at most, and are worth more than a batch
 
 
 class Row(NamedTuple):
@@ -178,8 +178,8 @@ def groups(
 ) -> list[list[str]]:
     """The names of methods that read a prompt together, with the reference.
 
-    Methods of exact prompts fill `room` bytes with their states; at least one goes with
-    the reference, whatever its size. Others are alone.
+    Methods of exact prompts fill `room` bytes with their states, at most `GROUP` of
+    them; at least one goes with the reference, whatever its size. Others are alone.
     """
 
     def held(method):
@@ -191,7 +191,7 @@ def groups(
         own = 0 if method is reference else held(method)
         if not method.exact_prompt:
             continue
-        if not grouped or own > left:
+        if not grouped or own > left or len(grouped[-1]) == GROUP:
             grouped.append([])
             left = room - held(reference)
         grouped[-1].append(name)

@@ -1,8 +1,8 @@
 """Methods run on the inputs of a comparison: retrieval, prediction, and their layers.
 
 Methods of exact prompts read every prompt together (`together`), then each decodes from
-what it kept. Every batch has equal shapes, so that compiled code serves all of them;
-the first batch compiles and is never timed.
+what it kept. Batches have equal sizes, so that compiled code serves all of them; the
+first batch compiles and is never timed.
 """
 
 import contextlib
@@ -24,13 +24,15 @@ from kvjax.generate import Prefilled, continued, prefill
 from kvjax.interface import LanguageModel, Method, with_layer
 from kvjax.scoring import continue_scores
 
+TIMED = 2  # batches whose decoding is timed
+
 
 class Retrieval(NamedTuple):
     """Answers of a method, and how fast it decoded them."""
 
     scores: list[float]  # one an example, in [0, 1]
     answers: list[str]
-    tokens_per_second: list[float]  # one a batch, all rows together, after the prompt
+    tokens_per_second: list[float]  # one a timed batch, all rows, after the prompt
 
 
 class Predicted(NamedTuple):
@@ -63,12 +65,13 @@ def retrieve(
 ) -> list[Retrieval]:
     """Answers the examples under each method, and times each batch's decoding.
 
-    A batch generates what its longest answer takes, EOS or not, at most `new_tokens`;
-    examples of one task belong side by side. The first one compiles and is not timed.
+    A batch generates what its longest answer takes, EOS or not; examples of one task
+    belong side by side.
 
     Args:
         methods: which read together; several must all have exact prompts.
-        timed: run the only batch again, so that there is a time.
+        timed: the last `TIMED` batches generate exactly `new_tokens`, and are timed;
+            never the first one, which compiles: if it is the only one, it runs again.
 
     Raises:
         ValueError: as :func:`kvjax.generate.generate`.
@@ -78,7 +81,9 @@ def retrieve(
     rates: list[list[float]] = [[] for _ in methods]
     groups = list(_batches(examples, batch))
     repeats = groups if timed and len(groups) == 1 else []
+    first_timed = max(len(groups) + len(repeats) - TIMED, 1)
     for index, group in enumerate([*groups, *repeats]):
+        is_timed = timed and index >= first_timed
         _release()
         read = together.read(
             model,
@@ -90,7 +95,7 @@ def retrieve(
         _release()
         # A few tokens more than the answer's: text may begin with a blank.
         longest = max(example.answer_tokens for example in group) + 2
-        steps = min(longest, new_tokens)
+        steps = new_tokens if is_timed else min(longest, new_tokens)
         for place, method in enumerate(methods):
             events = continued(
                 clocked,
@@ -101,7 +106,7 @@ def retrieve(
                 stream_every=new_tokens,
             )
             generations, rate = _timed(events, batch * (steps - 1))
-            if index > 0:
+            if is_timed:
                 rates[place].append(rate)
             for example, generation in zip(group, generations, strict=True):
                 tokens = generation.tokens[: example.answer_tokens + 2]
@@ -142,10 +147,12 @@ def seconds_to_read(
     decoder, options = model.decoder, {"max_new_tokens": new_tokens}
     states = generate.empty_states(decoder, method, 1, len(prompt), new_tokens)
     tokens, lengths = next(generate.chunks(decoder, [prompt], chunk_size))
-    states, _ = generate.prefill_chunk(
+    states, newest = generate.prefill_chunk(
         decoder, method, model.params, states, tokens, lengths
     )
+    generate.newer(generate.newer(newest, lengths, None), lengths, newest)
     jax.block_until_ready(generate.finish(method, states))
+    del states
     start = time.perf_counter()
     read = prefill(model, method, [prompt], chunk_size=chunk_size, **options)
     jax.block_until_ready(read)

@@ -53,7 +53,7 @@ def entmax_full(*, alpha: float | None = None) -> Method:
             )
         return plain.init(spec, weights)
 
-    return plain._replace(init=init)
+    return plain._replace(init=init, exact_prompt=alpha is None)
 
 
 # What it takes without options; see `kvjax.partials.suits`.

@@ -215,13 +215,8 @@ def _yarn(
     header: Header, context: int, factor: float, attention: float
 ) -> dict[str, Any]:
     name = f"{header.architecture}.rope.scaling"
+    # Files count the stretched context, or the original one and leave its key out.
     original = header.integer(f"{name}.original_context_length", context)
-    if int(factor * original) > context:
-        raise ValueError(
-            f"{header.path}: {header.architecture}.context_length={context} is less "
-            f"than factor * original_context_length = {factor} * {original} of its "
-            "yarn scaling; set the one that is wrong with `gguf-set-metadata`."
-        )
     scaling = {
         "rope_type": "yarn",
         "factor": factor,

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from models.llama import git_lfs
 from models.llama.tensors import few
 
 ARCHITECTURES = ("llama", "qwen2", "qwen3")
@@ -121,6 +122,7 @@ def read(path: Path) -> Header:
 
 
 def _check_start(path: Path) -> None:
+    git_lfs.check_content(path)
     with path.open("rb") as file:
         magic, version = file.read(4), file.read(4)
     if magic != _MAGIC:
@@ -168,6 +170,11 @@ def _open(path: Path):
             "it again."
         ) from error
     except _MALFORMED as error:
+        if "GGMLQuantizationType" in str(error):
+            raise ValueError(
+                f"{path} has tensors of a type that the package gguf does not know "
+                f"({error}); choose another quantization, or `pip install -U gguf`."
+            ) from error
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); download it again."
         ) from error

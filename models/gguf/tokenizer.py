@@ -110,6 +110,8 @@ def load(header: Header) -> HFTokenizer:
         index = _token_id(header, key)
         if index != _NONE:
             config[name] = tokens[index]
+    # What a file of this kind does by default it cannot do without such a token.
+    adds_bos = adds_bos and "bos_token" in config
     config["add_bos_token"] = header.flag(_key("add_bos_token"), adds_bos)
     if config["add_bos_token"]:
         _begin_with(header, backend, config.get("bos_token"))

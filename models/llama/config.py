@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvjax.rope import Rope
 from models.llama import families
-from models.llama.config_keys import reject_unknown
+from models.llama.config_keys import check_types, reject_unknown
 from models.llama.config_rope import rope_from_hf, rope_to_hf
 
 
@@ -142,7 +142,9 @@ def from_hf(
         ValueError: if the family or rope scaling is unknown, a required key is missing,
             or a key asks for something this model does not do.
     """
+    check_types(config)
     config = families.translate(config)
+    check_types(config)  # the text's own part too
     model_type = config.get("model_type")
     if model_type not in MODEL_TYPES:
         raise ValueError(

@@ -42,7 +42,7 @@ _BOOKKEEPING = {
     *("gradient_checkpointing", "use_gradient_checkpointing", "attn_implementation"),
     *("use_flash_attn", "use_flash_attention", "use_flash_attention_2", "use_sdpa"),
     "pretraining_tp",  # how a product is cut into slices that are summed
-    *("max_sequence_length", "model_max_length", "tokenizer_model_max_length"),
+    *("model_max_length", "tokenizer_model_max_length"),
     *("tokenizer_padding_side", "seq_length", "max_seq_length", "max_seq_len"),
 }
 # Keys that are harmless at these values only.
@@ -66,6 +66,29 @@ _QUANTIZED = {
     "compression_config": "quantized",
     "quantization": "quantized by MLX",
 }
+
+
+_TYPES = {
+    "model_type": (str, "text"),
+    "rope_scaling": (dict, "an object"),
+    "rope_parameters": (dict, "an object"),
+    "text_config": (dict, "an object"),
+    "layer_types": (list, "a list"),
+    "no_rope_layers": (list, "a list"),
+    "max_window_layers": (int, "a whole number"),
+}
+
+
+def check_types(config: Mapping[str, Any]) -> None:
+    """Checks keys that are looked into: a file written by hand may hold anything.
+
+    Raises:
+        ValueError: if a value is of another JSON type than its key's.
+    """
+    for key, (kind, description) in _TYPES.items():
+        value = config.get(key)
+        if value is not None and not isinstance(value, kind):
+            raise ValueError(f"config.json key {key}={value!r} must be {description}.")
 
 
 def reject_unknown(config: Mapping[str, Any], handled: Collection[str]) -> None:

@@ -96,6 +96,8 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
         given.pop("original_max_position_embeddings", None)
     if kind == "dynamic":
         harmless["original_max_position_embeddings"] = positions
+    growth = given.pop("attn_factor", None) if kind == "yarn" else None
+    _check_numbers(name, {"attn_factor": growth or 1.0})
     keys = _ROPE_KEYS[kind]
     for key, value in given.items():
         if key not in keys.values() and (key not in harmless or value != harmless[key]):
@@ -103,16 +105,28 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
                 f"{name} key {key}={value!r} is not supported for rope type {kind!r}."
             )
     read = {ours: given[key] for ours, key in keys.items() if key in given}
+    _check_numbers(name, read)
     if kind in ("llama3", "yarn", "linear", "dynamic"):
         read.setdefault("original_context", positions)
     if kind == "yarn":
         read.setdefault("factor", positions / read["original_context"])
+        if growth is not None:
+            # As llama.cpp and vLLM read it; transformers leaves it out.
+            scale = Rope(head_dim, kind=kind, **read).attention_scale()
+            read["attention_factor"] = growth * scale
     needed = {"llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     stretched = () if kind == "default" else ("factor",)
     missing = [key for key in needed.get(kind, stretched) if key not in read]
     if missing:
         raise ValueError(f"{name} of rope type {kind!r} lacks {', '.join(missing)}.")
     return Rope(head_dim, theta=float(theta or 10_000.0), kind=kind, **read)
+
+
+def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not (is_number or (key == "truncate" and isinstance(value, bool))):
+            raise ValueError(f"{name} key {key}={value!r} must be a number.")
 
 
 def _longrope_factors(name, given, positions) -> tuple[float, ...]:

@@ -180,8 +180,8 @@ def load(directory: Path) -> HFTokenizer:
         raise ValueError(f"{path} is damaged: {error}; download it again.") from error
     backend.no_truncation()
     backend.no_padding()
-    config = _read_json(directory / "tokenizer_config.json")
-    special = _read_json(directory / "special_tokens_map.json")
+    config = read_json(directory / "tokenizer_config.json")
+    special = read_json(directory / "special_tokens_map.json")
     config = special | config
     tokenizer = HFTokenizer(backend, config, _templates(directory, config))
     if config.get("add_bos_token") is True:
@@ -257,14 +257,22 @@ def save(tokenizer: HFTokenizer, directory: Path) -> None:
         path.write_text(source, encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object; an empty one where there is no file.
+
+    Raises:
+        ValueError: if the file is damaged, or holds something else.
+    """
     if not path.is_file():
         return {}
     git_lfs.check_content(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; download it again.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no JSON object; download it again.")
+    return content
 
 
 def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:

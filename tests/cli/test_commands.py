@@ -256,6 +256,20 @@ def test_a_comparison_goes_on_where_it_was_stopped(
         assert after["rows"][2][name] == whole[name], name
     assert "not both" in fail(*compared, "--continue", "--overwrite")
 
+    # What is to be replaced is not taken up again by --continue.
+    def at_once(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(comparison.compare_runs, "retrieve", at_once)
+    assert (
+        cli.run([str(argument) for argument in [*compared, *methods, "--overwrite"]])
+        == 130
+    )
+    capsys.readouterr()
+    begun = json.loads(data.read_text("utf-8"))
+    assert (begun["rows"], begun["complete"]) == ([], False)
+    assert not data.with_name("report.html").exists()
+
     data.write_text("{")
     assert "is damaged" in fail(*compared, *methods, "--continue")
 

@@ -53,7 +53,7 @@ def test_every_command_says_what_would_be_fetched(
 ):
     monkeypatch.chdir(tmp_path)
     line = fail(*command.split(), "--model", "smollm2")
-    assert f"{MISSING}. Run `kvjax fetch smollm2`, or the command with --yes." in line
+    assert f"{MISSING}. Run `kvjax fetch smollm2`, or a command that takes" in line
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files == [text_file]
 

@@ -48,6 +48,12 @@ def test_each_method_has_what_it_would_have_alone(read, name):
     assert text_of(method, found) == text_of(method, alone)
 
 
+def test_another_normaliser_than_the_models_reads_alone():
+    assert kvjax.entmax_full().exact_prompt
+    assert not kvjax.entmax_full(alpha=1.5).exact_prompt
+    assert not registry.parse("dense_layers+entmax_full:alpha=1.5").exact_prompt
+
+
 def test_methods_that_read_together_decode_one_by_one():
     both = together.reader((kvjax.full(), kvjax.quest(budget=16, page_size=4)))
     spec = MODEL.decoder.cache_spec(1, 8)

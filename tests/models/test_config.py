@@ -435,3 +435,33 @@ def test_notes():
     assert note.startswith("the context is 64 tokens: config.json does not say")
     assert "factor 4; if not, set max_sequence_length to 256." in note
     assert notes(from_hf(BASE | LINEAR | {"max_sequence_length": 256})) == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": []}, r"model_type=\[\] must be text"),
+        ({"rope_scaling": "linear"}, "rope_scaling='linear' must be an object"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": "4.0"}},
+            "rope_scaling key factor='4.0' must be a number",
+        ),
+        ({"layer_types": 4}, "layer_types=4 must be a list"),
+        (QWEN | {"max_window_layers": "28"}, "max_window_layers='28' must be a whole"),
+        ({"model_type": "mistral3", "text_config": "x"}, "text_config='x' must be an"),
+    ],
+)
+def test_values_of_another_json_type(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(BASE | change)
+
+
+def test_a_factor_on_yarns_own_scale():
+    """DeepSeek-R1-0528-Qwen3-8B takes the scale back: 0.8782 = 1 / (0.1 ln 4 + 1)."""
+    growth = 0.1 * math.log(4.0) + 1
+    config = from_hf(BASE | {"rope_scaling": YARN | {"attn_factor": 1 / growth}})
+    assert config.rope.attention_factor == pytest.approx(1.0)
+    config = from_hf(BASE | {"rope_scaling": YARN | {"attn_factor": 1.0}})
+    assert config.rope.attention_factor == pytest.approx(growth)
+    with pytest.raises(ValueError, match="attn_factor='1' must be a number"):
+        from_hf(BASE | {"rope_scaling": YARN | {"attn_factor": "1"}})

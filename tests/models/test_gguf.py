@@ -177,6 +177,8 @@ def test_factors_of_one_are_no_scaling(tmp_path):
         ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, 64),
         (YARN, 64),
         (YARN | {"llama.context_length": 4096}, 4096),
+        # Converted with the context that was there before it was stretched.
+        (YARN | {"llama.rope.scaling.original_context_length": 64}, 256),
         ({"llama.attention.sliding_window": 48}, 48),
         ({"llama.attention.sliding_window": 0}, 64),
         (YARN | {"llama.attention.sliding_window": 48}, 48),
