@@ -78,7 +78,10 @@ def comparison_table(name: str) -> str:
     for cells in report.table_rows(results):
         chosen = [cells[place] for place in places]
         rows.append(f"| `{chosen[0]}` | " + " | ".join(chosen[1:]) + " |")
-    caption = textwrap.fill(report.caption(results), 88)
+    # Speeds are of a machine that did other work too.
+    caption, _, _ = report.caption(results).partition(" Speed:")
+    caption += " KL is per token, against the first row."
+    caption = textwrap.fill(caption, 88)
     return "\n".join([*rows, "", caption])
 
 
