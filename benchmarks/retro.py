@@ -224,9 +224,8 @@ def answers(args, part, make, about):
     new_tokens = max(example.answer_tokens for example in examples) + 2
 
     def scores(method):
-        (answered,) = compare_runs.retrieve(
-            model, [method], examples, new_tokens=new_tokens, batch=args.batch
-        )
+        sizes = {"new_tokens": new_tokens, "batch": args.batch}
+        (answered,) = compare_runs.retrieve(model, [method], examples, **sizes)
         return answered.scores
 
     yield from against_quest(args, part, scores, about | {"new_tokens": new_tokens})

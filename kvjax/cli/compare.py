@@ -163,7 +163,7 @@ def _room() -> int:
 
 
 def _kept(language_model, methods: dict[str, kvjax.Method], tokens: list[int]) -> list:
-    """What methods of constant memory hold of a text, for the report's picture."""
+    """Returns what methods of constant memory hold of a text, for the picture."""
     from kvjax import accounting
     from kvjax.evaluation import kept_figure
 

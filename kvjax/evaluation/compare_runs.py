@@ -125,7 +125,7 @@ def retrieve(
 
 
 def _timed(events, tokens: int):
-    """What a generator returns, and the tokens a second after its first event."""
+    """Returns the result of a generator, and its tokens a second after one event."""
     next(events)
     start = time.perf_counter()
     while True:
@@ -358,7 +358,7 @@ def _recorded(model, leader, read, following) -> tuple[fidelity.Steps, ...]:
 
 
 def _layers(model, leader, method, first, second, steps) -> fidelity.LayerFidelity:
-    """Of each layer, fed what the leader's is; the states are used up, one by one."""
+    """Runs each layer on the leader's inputs; the states are used up, one by one."""
     both = fidelity.side_by_side(leader, method)
     num_q_heads = model.decoder.cache_spec(1, 1).num_q_heads
     references, candidates = list(first.states), list(second.states)
