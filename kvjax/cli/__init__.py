@@ -4,6 +4,7 @@ Progress goes to stderr. What a user can put right is one line on stderr and exi
 2; anything else is a fault of ours and keeps its traceback.
 """
 
+import contextlib
 import os
 import pathlib
 import sys
@@ -13,6 +14,7 @@ from typing import Annotated
 import typer
 
 import kvjax
+from kvjax import interrupts
 from kvjax.cli import (
     bench,
     compare,
@@ -29,9 +31,7 @@ from kvjax.cli import (
     stream,
     train,
 )
-from kvjax.cli.common import arguments_given, with_yes
-
-INTERRUPTED = 130  # as shells count: 128 and the signal
+from kvjax.cli.common import arguments_given, checks_text, shown, with_yes
 
 app = typer.Typer(
     name="kvjax",
@@ -43,29 +43,24 @@ app = typer.Typer(
 )
 
 
-def main() -> None:
-    """Runs the command line.
-
-    Exit code 0, 2 (a user's mistake), 130 (interrupted), or 1: of training that was
-    stopped, saved and can be resumed.
-    """
-    sys.exit(run(sys.argv[1:]))
-
-
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code; faults of ours are raised."""
-    arguments_given.set(arguments)
+    arguments_given.set(list(map(shown, arguments)))
     try:
         code = app(
             args=arguments or ["--help"], prog_name="kvjax", standalone_mode=False
         )
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
-        return _complain("interrupted.", INTERRUPTED)
-    except BrokenPipeError:
-        # Whoever read the output has enough. Keep Python from flushing into the pipe.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _complain("interrupted.", interrupts.CODE)
+    except (BrokenPipeError, SystemExit):  # typer exits over a pipe that closed
+        # Whoever read the output has enough.
+        _close_stdout()
         return 0
     except OSError as error:
+        if sys.stdout is not None and not _flushed():
+            _close_stdout()
         return _complain(error)
     except (ValueError, ImportError) as error:
         if not (_is_ours(error) or isinstance(error, UnicodeDecodeError)):
@@ -76,8 +71,8 @@ def run(arguments: list[str]) -> int:
         if getattr(error, "exit_code", None) != 2:
             raise
         return _complain(error.format_message())
-    if code == INTERRUPTED:  # newer versions of typer end so, without a word
-        return _complain("interrupted.", INTERRUPTED)
+    if code == interrupts.CODE:  # newer versions of typer end so, without a word
+        return _complain("interrupted.", interrupts.CODE)
     return code if isinstance(code, int) else 0
 
 
@@ -93,8 +88,23 @@ def _is_ours(error: Exception) -> bool:
 
 def _complain(message: object, code: int = 2) -> int:
     line = " ".join(str(message).split())
-    print(f"kvjax: error: {line}", file=sys.stderr)
+    with contextlib.suppress(OSError):  # nobody reads it
+        print(f"kvjax: error: {line}", file=sys.stderr)
     return code
+
+
+def _close_stdout() -> None:
+    """Keeps Python from writing into it on its way out, where that is an error."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _flushed() -> bool:
+    """Whether what was printed could be written: a disk may be full."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        return False
+    return True
 
 
 def _print_version(wanted: bool) -> bool:
@@ -139,4 +149,4 @@ _EXAMPLES = {
 }
 for _command, _example in _EXAMPLES.items():
     _, _name, *_ = _example.split()
-    app.command(_name, epilog=f"Example: {_example}")(with_yes(_command))
+    app.command(_name, epilog=f"Example: {_example}")(checks_text(with_yes(_command)))

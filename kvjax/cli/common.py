@@ -44,6 +44,8 @@ SeedOption = Annotated[
     typer.Option("--seed", min=0, max=2**32 - 1, help="Of every random choice."),
 ]
 BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together.")]
+# Strings that may be paths, whose bytes are any.
+_PATHS = ("model", "config")
 TextOption = Annotated[
     pathlib.Path | None,
     typer.Option("--text", help="UTF-8 file the inputs are made of; held-out text."),
@@ -71,6 +73,53 @@ def with_yes(command: Callable) -> Callable:
     # typer reads the options here.
     run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore
     return run
+
+
+def checks_text(command: Callable) -> Callable:
+    """Returns the command, refusing texts among its arguments that are no Unicode.
+
+    A shell hands over bytes. Those of a path may be any; what a model is to read, or a
+    method to be called, is UTF-8.
+    """
+    options = inspect.signature(command).parameters
+
+    @functools.wraps(command)
+    def run(**arguments):
+        for name, value in arguments.items():
+            if name in _PATHS:
+                continue
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    _check_text(_option(options[name]), text)
+        return command(**arguments)
+
+    return run
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    """The name of an option as it is typed."""
+    about = getattr(parameter.annotation, "__metadata__", ())
+    declared = [d for info in about for d in getattr(info, "param_decls", None) or ()]
+    return declared[0] if declared else "--" + parameter.name.replace("_", "-")
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, offset = ord(text[error.start]), len(text[: error.start].encode())
+        is_byte = 0xDC80 <= code <= 0xDCFF  # as Python has those of a shell
+        half = f"half a pair, U+{code:04X},"
+        what = f"byte {code - 0xDC00:#04x}" if is_byte else half
+        raise ValueError(
+            f"{name} is not UTF-8: {what} at offset {offset}; convert it to UTF-8 "
+            "first."
+        ) from error
+
+
+def shown(argument: str) -> str:
+    """Returns an argument as text that can be written: a path may be no UTF-8."""
+    return argument.encode("utf-8", "replace").decode()
 
 
 def model_name(model: str | None) -> str:

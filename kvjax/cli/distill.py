@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from kvjax import report
+from kvjax import interrupts, report
 from kvjax.cli.common import JsonOption, ModelOption, SeedOption, load, read_text
 
 AT_BUDGET = "topk_completion:budget={},charge=none"
@@ -110,7 +110,7 @@ def distill(
         found = _calibrated(
             language_model, draft, held_out, longest, budget, windows, seed
         )
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, interrupts.Interrupted):
         if feature_map == LEARNED:
             print(
                 "trained, but not calibrated: run the same command with --resume.",

@@ -146,9 +146,12 @@ class Interrupt:
     def __init__(self):
         self.asked = False
         self._before: dict[int, Any] = {}
+        self._wakeup: int | None = None
 
     def __enter__(self) -> "Interrupt":
         if threading.current_thread() is threading.main_thread():
+            # Whoever else looks after signals hears nothing of these.
+            self._wakeup = signal.set_wakeup_fd(-1)
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._ask)
         return self
@@ -156,6 +159,9 @@ class Interrupt:
     def __exit__(self, *error: object) -> None:
         while self._before:
             signal.signal(*self._before.popitem())
+        if self._wakeup is not None:
+            signal.set_wakeup_fd(self._wakeup)
+            self._wakeup = None
 
     def _ask(self, number, frame):
         del frame

@@ -74,6 +74,26 @@ def test_a_prompt_that_is_not_utf8(fail, checkpoint, text_file):
     assert "text.txt is not UTF-8: byte 0xe9 at offset 3; convert" in line
 
 
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--prompt caf\udce9!", "--prompt is not UTF-8: byte 0xe9 at offset 3;"),
+        ("--prompt \u20ac\udcff", "--prompt is not UTF-8: byte 0xff at offset 3;"),
+        ("--prompt x --stop \udce9", "--stop is not UTF-8: byte 0xe9 at offset 0;"),
+        ("--prompt x --method \udc80", "--method is not UTF-8: byte 0x80 at offset 0"),
+        ("--prompt x\ud83d", "--prompt is not UTF-8: half a pair, U+D83D, at offset 1"),
+    ],
+)
+def test_an_argument_that_is_not_utf8(fail, option, said):
+    """As Python has the bytes of a shell that are none; the model is not asked."""
+    assert said in fail("generate", *option.split(), "--model", "no/where/at/all")
+
+
+def test_a_path_may_be_any_bytes(fail, checkpoint, tmp_path):
+    line = fail("generate", "--model", checkpoint, "--prompt-file", tmp_path / "\udce9")
+    assert "No such file" in line
+
+
 def test_a_prompt_is_never_cut(fail, checkpoint, text_file):
     options = ["--model", checkpoint, "--max-new-tokens", "13"]
     line = fail("generate", *options, "--prompt", "x" * 500)
