@@ -83,6 +83,24 @@ def test_a_card_says_what_the_docstring_says(name):
     assert found == about(name), "run: python tests/test_fidelity_cards.py"
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_official_code_is_named_with_its_commit(name):
+    source = describe(registry.get(name)).source
+    _, is_there, after = source.partition("Official code: ")
+    if is_there:
+        assert re.match(r"[\w-]+/[\w-]+@[0-9a-f]{7}\b", after), source
+
+
+def test_cards_say_what_else_the_official_code_does():
+    told = {name: describe(registry.get(name)) for name in ("cascade", "entmaxkv")}
+    for said in ("eager path", "original positions", "acceptance by powers of 3"):
+        assert said in told["cascade"].deviations
+    assert "8a33875, the third generation" in told["entmaxkv"].source
+    assert "`fixed` and `corrected` are those of 8a33875" in (
+        told["entmaxkv"].deviations
+    )
+
+
 if __name__ == "__main__":
     text = PAGE.read_text("utf-8")
     for name in NAMES:

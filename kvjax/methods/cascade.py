@@ -99,8 +99,15 @@ def cascade(
         Scores are float32 and in line with their tokens, from the true softmax: in the
         official prompt kernel those of cached tokens are shifted by the sinks, float16,
         and divided by an estimate. A score is the sum that decays, not times 1 - beta.
-        Strides begin at absolute positions, whatever the chunks. The paper's text could
-        not be consulted, only its abstract and code.
+        In the official eager path a query weighs on the tokens of its own chunk the
+        more, the older it is; here the newest always weighs most. Strides begin at
+        absolute positions, whatever the chunks. Left out: original positions
+        (`do_og_pos`, which no result of theirs uses; one too high behind the first
+        chunk) and acceptance by powers of 3 or 4, by i + 1, by 1 then 2, and by
+        doubling in a part of the rings alone: ring i takes every 2**i-th token. A token
+        meets the newest entry of a ring, as in their kernel; their slower class reads
+        the score of the oldest. The paper's text could not be consulted, only its
+        abstract and code.
 
     Example:
         >>> method = kvjax.cascade(budget=256, num_cascades=4)

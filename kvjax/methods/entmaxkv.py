@@ -83,11 +83,19 @@ def entmaxkv(
 
     Source:
         Duarte, Couceiro, Treviso, "EntmaxKV: Support-Aware Decoding for Entmax
-        Attention", 2026, arXiv:2605.21649.
+        Attention", 2026, arXiv:2605.21649. Official code: deep-spin/entmaxkv@8a33875,
+        the third generation, after 47baa75 and 1a1a21e.
     Deviations:
         per="kv" shares one list among the query heads of a group, by default; the
         authors' code lists pages per query head. tau_mode is `exact` by default, theirs
-        `corrected`. The certificate and `certified` are ours.
+        `corrected`. `fixed` and `corrected` are those of 8a33875: the estimate is moved
+        inside of a bracket, three times; the generations before clamp it to the pages
+        first and move it once, without a bracket, so that weights can vanish or blow
+        up. Margins are plain constants, as there; the generations before overrode them
+        by the mean deviation of the whole batch. A budget counts the newest page, as
+        there. Left out: ALiBi and its mixture of pages, the dense step where a row of
+        the batch is short. The certificate and `certified` are ours. The paper's text
+        could not be consulted, only its abstract and code.
 
     Example:
         >>> method = kvjax.entmaxkv(budget=256)
