@@ -131,7 +131,7 @@ def _global(
 
 _EXAMPLES = {
     info.methods: "kvjax methods",
-    info.cite: "kvjax cite quest",
+    info.cite: "kvjax cite quest h2o",
     decode.generate: ("kvjax generate --method quest:budget=256 --prompt 'def main('"),
     prefix.prefill: "kvjax prefill --prompt-file book.txt --save book-read",
     decode.score: "kvjax score --method snapkv:budget=256 --text book.txt",

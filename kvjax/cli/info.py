@@ -1,11 +1,13 @@
 """`kvjax methods` and `kvjax cite`: what the methods say about themselves."""
 
 import json
+import textwrap
 from typing import Annotated
 
 import typer
 
-from kvjax import registry
+import kvjax
+from kvjax import citations, registry
 from kvjax.cli.common import JsonOption
 from kvjax.describe import describe
 
@@ -26,14 +28,46 @@ def methods(as_json: JsonOption = False) -> None:
 
 
 def cite(
-    name: Annotated[str, typer.Argument(help="A method or transform.")],
+    method: Annotated[
+        list[str] | None,
+        typer.Argument(help="Methods and transforms; kvjax alone if left out."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """The paper a method comes from, and where the method deviates from it."""
-    entry = describe(registry.get(name))
+    """BibTeX of the papers of methods, and of kvjax; where a method deviates."""
+    # Options of a configured method do not matter here: quest:budget=64 is quest.
+    parts = [part for spec in method or () for part in spec.split("+")]
+    names = dict.fromkeys(part.partition(":")[0].strip() for part in parts)
+    about = [describe(registry.get(name)) for name in names]
+    own = citations.software_entry(kvjax.__version__)
+    papers = [citations.arxiv_ids(entry.source) for entry in about]
     if as_json:
-        keys = ("name", "source", "deviations")
-        print(json.dumps({key: getattr(entry, key) for key in keys}, indent=2))
+        rows = [
+            {
+                "name": entry.name,
+                "source": entry.source,
+                "deviations": entry.deviations,
+                "bibtex": [citations.paper_entry(arxiv) for arxiv in ids],
+            }
+            for entry, ids in zip(about, papers, strict=True)
+        ]
+        print(json.dumps({"methods": rows, "kvjax": own}, indent=2))
         return
-    print(entry.source)
-    print(f"Deviations: {entry.deviations}")
+    for entry in about:
+        print(_comment(f"{entry.name}: {entry.source}"))
+        print(_comment(f"Deviations: {entry.deviations}"))
+    for arxiv in dict.fromkeys(arxiv for ids in papers for arxiv in ids):
+        print(f"\n{citations.paper_entry(arxiv)}")
+    print(f"\n{own}" if about else own)
+
+
+def _comment(text: str) -> str:
+    # BibTeX skips what is outside of entries, and takes an @ for the next one's start.
+    return textwrap.fill(
+        text.replace("@", " at "),
+        width=79,
+        initial_indent="% ",
+        subsequent_indent="% ",
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

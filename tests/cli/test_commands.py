@@ -1,6 +1,7 @@
 """The command line: results on stdout, the numbers of the API."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -54,10 +55,21 @@ def test_methods_lists_the_registry(run):
         assert "not said" not in entry.values()
 
 
-def test_cite_prints_the_source(run):
-    assert "arXiv:2406.10774" in run("cite", "quest")
+def test_cite_prints_entries_of_every_method_named_and_of_kvjax(run):
+    printed = run("cite", "quest:budget=64", "retro+h2o", "h2o")
+    keys = re.findall(r"^@\w+\{(\w+),$", printed, re.MULTILINE)
+    assert keys == [
+        *("tang2024quest", "choi2025retrospective", "zhang2023h2o"),
+        *("xu2024refreshkv", "kvjax2026"),
+    ]
+    # BibTeX takes any @ for the start of an entry.
+    assert printed.count("@") == len(keys)
+    assert "% quest: Tang et al." in printed
     document = json.loads(run("cite", "quest", "--json"))
-    assert document["source"].startswith("Tang et al.")
+    (quest,) = document["methods"]
+    assert quest["source"].startswith("Tang et al.")
+    assert quest["bibtex"][0] in printed
+    assert run("cite").strip() == document["kvjax"]
 
 
 def test_python_m_kvjax_is_quick_to_answer_and_imports_nothing_heavy():
