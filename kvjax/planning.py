@@ -5,6 +5,8 @@ Bytes of states are those of the very buffers that `kvjax.generate` would alloca
 estimate, and a rate is what the memory's bandwidth allows: arithmetic is not counted.
 """
 
+import math
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import jax
@@ -23,17 +25,64 @@ class Device(NamedTuple):
     bandwidth: int  # bytes a second, of that memory
 
 
-# Memory of GPUs and every bandwidth by the data sheets. Memory of TPUs as the compiler
-# has it: libtpu 0.0.52 refuses what exceeds 15.75 GiB on v5e and 31.24 GiB on v6e.
+# By the data sheets of NVIDIA (T4, L4, A100 SXM, H100 SXM, H200 SXM) and the pages of
+# Google Cloud on each TPU (one chip). Memory of two TPUs as the compiler has it: libtpu
+# 0.0.52 refuses what exceeds 15.75 GiB on v5e and 31.24 GiB on v6e.
 _GB = 10**9
 DEVICES = {
     "T4": Device(16 * _GB, 320 * _GB),
+    "L4": Device(24 * _GB, 300 * _GB),
     "v5e-1": Device(int(15.75 * 2**30), 819 * _GB),
     "v6e-1": Device(int(31.24 * 2**30), 1640 * _GB),
+    "v4": Device(32 * 2**30, 1200 * _GB),
+    "v5p": Device(95 * _GB, 2765 * _GB),
     "A100-40": Device(40 * _GB, 1555 * _GB),
     "A100-80": Device(80 * _GB, 2039 * _GB),
     "H100": Device(80 * _GB, 3350 * _GB),
+    "H200": Device(141 * _GB, 4800 * _GB),
 }
+# Share of a device's memory that a plan leaves free: fragments between buffers, the
+# runtime's own, and what the estimate of temporaries leaves out.
+MARGIN = 0.1
+
+
+def device(text: str) -> tuple[str, Device]:
+    """Returns the name and sizes of a known device, or of one as `name:GB:GB/s`.
+
+    Raises:
+        ValueError: for a name that is not known and gives no sizes, and for sizes that
+            are no positive numbers.
+    """
+    name, *sizes = text.split(":")
+    if not sizes and name in DEVICES:
+        return name, DEVICES[name]
+    form = "name:GB:GB/s, as mine:48:864"
+    if not sizes:
+        known = ", ".join(DEVICES)
+        raise ValueError(
+            f"unknown device={text!r}: choose one of {known}, or give {form}."
+        )
+    try:
+        memory, bandwidth = (float(size) for size in sizes)
+    except ValueError as error:
+        raise ValueError(f"device={text!r} must read {form}.") from error
+    if not name or not (0 < memory < math.inf and 0 < bandwidth < math.inf):
+        raise ValueError(f"device={text!r} must read {form}, both above 0.")
+    return name, Device(round(memory * _GB), round(bandwidth * _GB))
+
+
+def devices(texts: Iterable[str]) -> dict[str, Device]:
+    """Returns devices by name, each of :func:`device`'s spelling.
+
+    Raises:
+        ValueError: as :func:`device`, and for one name with two sizes.
+    """
+    found: dict[str, Device] = {}
+    for text in texts:
+        name, sizes = device(text)
+        if found.setdefault(name, sizes) != sizes:
+            raise ValueError(f"device={text!r}: {name} is given with other sizes too.")
+    return found
 
 
 class Weights(NamedTuple):
@@ -149,9 +198,20 @@ def plan(
     )
 
 
-def fits(plan: Plan, device: Device) -> bool:
-    """Whether all of it is in the device's memory at any moment."""
-    return plan.peak <= device.memory
+def room(device: Device, margin: float = MARGIN) -> int:
+    """Bytes of a device's memory that may be used: all but a share of it.
+
+    Raises:
+        ValueError: unless the margin is in [0, 1).
+    """
+    if not 0 <= margin < 1:
+        raise ValueError(f"{margin=} must be in [0, 1), a share of the memory.")
+    return device.memory - math.floor(margin * device.memory)
+
+
+def fits(plan: Plan, device: Device, margin: float = MARGIN) -> bool:
+    """Says whether the peak leaves a share of the device's memory free."""
+    return plan.peak <= room(device, margin)
 
 
 def tokens_per_second(plan: Plan, device: Device) -> float:

@@ -5,7 +5,6 @@ The page is self-contained: figures are inline SVG, and it loads nothing.
 
 import datetime
 import importlib.metadata
-import io
 import json
 import math
 import os
@@ -15,8 +14,11 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from kvjax import pictures, tables
+
 FORMAT = 2  # of results.json; a change that breaks readers adds one
 DATA = "results.json"
+FIGURE = "accuracy-by-bytes"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
@@ -194,16 +196,27 @@ def check_writable(folder: pathlib.Path) -> None:
 def write(
     folder: pathlib.Path, results: Mapping[str, Any]
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes `report.html` and `results.json`, each whole or not at all."""
+    """Writes the page, the data and the figure by itself, each whole or not at all."""
     page = folder / "report.html"
     write_text(page, html(results))
+    write_figure(folder, results)
     return page, write_data(folder, results)
+
+
+def write_figure(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """Writes accuracy against bytes as a picture of each of `pictures.KINDS`."""
+    from kvjax.evaluation import compare_figures
+
+    figure = compare_figures.scatter(results)
+    for kind in pictures.KINDS:
+        write_bytes(folder / f"{FIGURE}.{kind}", pictures.drawn(figure, kind))
 
 
 def begin(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Replaces the data of an earlier report by what is kept of it, and its page."""
     write_data(folder, results)
-    (folder / "report.html").unlink(missing_ok=True)
+    for name in ("report.html", *(f"{FIGURE}.{kind}" for kind in pictures.KINDS)):
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_data(folder: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:
@@ -214,12 +227,17 @@ def write_data(folder: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes UTF-8 as :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: pathlib.Path, data: bytes) -> None:
     """Writes beside `path`, then renames: readers see the old file or the new one."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     partial = pathlib.Path(name)
     try:
-        with open(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with open(handle, "wb") as file:
+            file.write(data)
         os.chmod(partial, 0o644)  # mkstemp's files are the owner's alone
         partial.replace(path)
     finally:
@@ -368,68 +386,69 @@ def caption(results: Mapping[str, Any]) -> str:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """The comparison on stdout: what is answered, then what attention loses."""
-    from rich.console import Console
-    from rich.table import Table
-
-    # Brackets are intervals here, not markup; and a file has no width of its own.
-    console = Console(markup=False)
-    if not console.is_terminal:
-        console = Console(markup=False, width=160)
-
-    def show(headings, rows, said):
-        table = Table(caption=said, caption_justify="left")
-        for heading in headings:
-            is_name = heading == "method"
-            table.add_column(
-                heading, justify="left" if is_name else "right", overflow="fold"
-            )
-        for cells in rows:
-            table.add_row(*cells)
-        console.print(table)
-
-    show(HEADINGS, table_rows(results), caption(results))
-    show(ATTENTION_HEADINGS, attention_rows(results), ATTENTION_CAPTION)
+    """Prints the comparison: what is answered, then what attention loses."""
+    found = table_rows(results), attention_rows(results)
+    names, shared = tables.shared_options([row[0] for row in found[0]])
+    said = caption(results), ATTENTION_CAPTION
+    if shared:
+        tables.say(shared)
+        print()
+    for headings, rows, below in zip(
+        (HEADINGS, ATTENTION_HEADINGS), found, said, strict=True
+    ):
+        rows = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
+        tables.show(headings, rows)
+        print()
+        tables.say(below)
+        print()
 
 
 def print_task(document: Mapping[str, Any]) -> None:
-    """One task's result on stdout."""
+    """Prints one task's result."""
     document = json_ready(document)
     about = f"{document['task']}, {document['method']}, context {document['context']}"
     if "accuracy" in document:
-        print(f"{about}: {format_share(document['accuracy'])}, n={document['n']}")
+        tables.say(f"{about}: {format_share(document['accuracy'])}, n={document['n']}")
         for cell in document["by_depth"]:
             print(f"  depth {cell['depth']:.2f}: {cell['correct']}/{cell['asked']}")
     elif "f1" in document:
         share, rows = format_share(document["f1"]), document["rows"]
-        print(f"{about}: mean F1 of {rows} rows {share}, n={document['n']}")
+        tables.say(f"{about}: mean F1 of {rows} rows {share}, n={document['n']}")
     elif "valid_prefix" in document:
         share = format_share(document["valid_prefix"])
-        print(f"{about}: mean valid prefix {share}, n={document['n']}")
+        tables.say(f"{about}: mean valid prefix {share}, n={document['n']}")
         scores = [example["score"] for example in document["examples"]]
         links = document["links"]
         for found in range(links + 1):
             times = sum(round(score * links) == found for score in scores)
             print(f"  {found} of {links} links: {times}")
     elif "perplexity" in document:
-        print(
+        tables.say(
             f"{about}: perplexity {_value(document['perplexity'])}, "
             f"{_value(document['bits_per_byte'])} bits per byte, "
             f"n={document['n']} windows"
         )
     else:
-        print(
+        tables.say(
             f"{about}: top-1 agreement {format_share(document['top1_agreement'])}, "
             f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows"
         )
-        for layer in document["layers"]:
-            print(
-                f"  layer {layer['layer']}: output error {layer['error']['mean']:.4f}, "
-                f"dropped mass {layer['dropped']['mean']:.2g}, support kept "
-                f"{layer['support']['mean']:.0%}, proved exact "
-                f"{layer['exact']['mean']:.0%}, full steps "
-                f"{layer['refreshed']['mean']:.0%}"
-            )
+        print()
+        tables.show(LAYER_HEADINGS, [_layer(layer) for layer in document["layers"]])
+
+
+LAYER_HEADINGS = ("layer", *ATTENTION_HEADINGS[3:])
+
+
+def _layer(layer: Mapping[str, Any]) -> list[str]:
+    return [
+        str(layer["layer"]),
+        f"{layer['error']['mean']:.4f}",
+        f"{layer['dropped']['mean']:.2g}",
+        f"{layer['support']['mean']:.0%}",
+        f"{layer['exact']['mean']:.0%}",
+        f"{layer['refreshed']['mean']:.0%}",
+    ]
 
 
 def html(results: Mapping[str, Any]) -> str:
@@ -442,6 +461,7 @@ def html(results: Mapping[str, Any]) -> str:
 
     source = importlib.resources.files("kvjax") / "templates" / "report.html.jinja"
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    environment.filters["breakable"] = _breakable
     template = environment.from_string(source.read_text(encoding="utf-8"))
     return template.render(
         caption=caption(results),
@@ -450,11 +470,19 @@ def html(results: Mapping[str, Any]) -> str:
         attention_caption=ATTENTION_CAPTION,
         attention_headings=ATTENTION_HEADINGS,
         attention_rows=attention_rows(results),
-        scatter=svg(compare_figures.scatter(results)),
-        needles=svg(compare_figures.needles(results)),
+        scatter=pictures.svg(compare_figures.scatter(results)),
+        needles=pictures.svg(compare_figures.needles(results)),
         kept=_kept(results["kept"]),
         manifest=results["manifest"],
     )
+
+
+def _breakable(name: str):
+    """A spec for HTML, which may break where `tables.fold` breaks it."""
+    import markupsafe
+
+    pieces = [markupsafe.escape(piece) for piece in tables.pieces(name)]
+    return markupsafe.Markup("<wbr>").join(pieces)
 
 
 def _kept(found: Sequence[Mapping[str, Any]]) -> str:
@@ -463,16 +491,4 @@ def _kept(found: Sequence[Mapping[str, Any]]) -> str:
     from kvjax.evaluation import kept_figure
 
     held = [kept_figure.Kept(**one) for one in found]
-    return svg(kept_figure.figure(held, columns=256))
-
-
-def svg(figure) -> str:
-    """A figure as inline SVG, its text as text; the same figure, the same bytes."""
-    import matplotlib
-
-    target = io.StringIO()
-    options = {"svg.fonttype": "none", "svg.hashsalt": "kvjax"}
-    with matplotlib.rc_context(options):
-        figure.savefig(target, format="svg", metadata={"Date": None})
-    text = target.getvalue()
-    return text[text.index("<svg") :]  # no XML declaration inside HTML
+    return pictures.svg(kept_figure.figure(held, columns=256))

@@ -48,8 +48,14 @@ def test_states_are_those_that_are_allocated(spec):
     assert plan.step_bytes == 60 + 3 * read.total
     device = planning.Device(plan.peak, 10 * plan.step_bytes)
     assert planning.tokens_per_second(plan, device) == pytest.approx(30)
-    assert planning.fits(plan, device)
-    assert not planning.fits(plan, device._replace(memory=plan.peak - 1))
+    assert planning.fits(plan, device, margin=0.0)
+    assert not planning.fits(plan, device._replace(memory=plan.peak - 1), margin=0.0)
+    # A tenth of the memory stays free, unless something else is said.
+    assert not planning.fits(plan, device)
+    roomy = device._replace(memory=-(-10 * plan.peak // 9))
+    assert planning.fits(plan, roomy)
+    assert not planning.fits(plan, roomy._replace(memory=roomy.memory - 2))
+    assert not planning.fits(plan, roomy, margin=0.2)
 
 
 def test_the_peak_is_the_worst_moment():
@@ -149,15 +155,15 @@ def plan(capsys, *options):
 
 def test_the_table_has_what_the_document_has(capsys):
     options = ["--method", "full", "--method", "streaming_llm", "--budget", "512,2048"]
-    options += ["--device", "v5e-1", "--device", "v6e-1"]
+    options += ["--device", "L4", "--device", "v6e-1"]
     code, printed = plan(capsys, *options, "--json")
     document = json.loads(printed.out)
     assert code == 0
     specs = ["full", "streaming_llm:budget=512", "streaming_llm:budget=2048"]
     assert [row["method"] for row in document["rows"]] == specs
     full, small, _ = document["rows"]
-    assert [full["devices"][d]["fits"] for d in ("v5e-1", "v6e-1")] == [False, True]
-    assert small["devices"]["v5e-1"]["fits"]
+    assert [full["devices"][d]["fits"] for d in ("L4", "v6e-1")] == [False, True]
+    assert small["devices"]["L4"]["fits"]
     weights = document["weights"]
     state = full["prompt_state"] + full["prompt_temporaries_estimate"]
     assert full["peak"] == weights + state
@@ -179,18 +185,28 @@ def test_the_table_has_what_the_document_has(capsys):
         "-",
         f"{rate:.0f}",
     ]
-    assert (
-        "v5e-1: 2 of 3 fit; the least bytes a step has streaming_llm:budget=512."
-        in (printed.out)
+    assert "L4: 2 of 3 fit; the least bytes a step has streaming_llm:budget=512." in (
+        printed.out
     )
     code, printed = plan(capsys, "--method", "full", "--device", "T4")
-    assert "T4: none fits; full comes nearest, 9." in printed.out
+    assert "T4: none fits; full comes nearest, 10.85 GB" in printed.out
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--device", "v9"], "unknown device='v9': choose one of T4, v5e-1, v6e-1"),
+        (["--device", "v9"], "unknown device='v9': choose one of T4, L4, v5e-1, v6e-1"),
+        (["--device", "mine:48"], "device='mine:48' must read name:GB:GB/s, as mine:"),
+        (["--device", "mine:48:fast"], "device='mine:48:fast' must read name:GB:GB/s"),
+        (["--device", ":48:900"], "device=':48:900' must read name:GB:GB/s"),
+        (["--device", "mine:0:900"], "must read name:GB:GB/s, as mine:48:864, both ab"),
+        (["--device", "mine:inf:nan"], "must read name:GB:GB/s, as mine:48:864, both"),
+        (
+            ["--device", "mine:48:864", "--device", "mine:24:864"],
+            "device='mine:24:864': mine is given with other sizes too",
+        ),
+        (["--margin", "1"], "margin=1.0 must be in [0, 1), a share of the memory"),
+        (["--margin", "-0.1"], "margin=-0.1 must be in [0, 1)"),
         (["--budget", "1k"], "--budget 1k must be whole numbers with commas"),
         (["--budget", "0"], "budget=0 must be at least 1"),
         (["--budget", "20", "--method", "quest"], "quest:budget=20: budget=20 must be"),
@@ -209,6 +225,29 @@ def test_beyond_the_context_of_the_model(capsys):
     code, printed = plan(capsys, *options, "--device", "H100")
     assert code == 0
     assert "The model was made for 131,072 tokens: only methods of con" in printed.out
+
+
+def test_devices_are_those_of_the_vendors_or_of_the_user(capsys):
+    sizes = {"L4": (24e9, 300e9), "H200": (141e9, 4800e9)}
+    sizes |= {"v4": (32 * 2**30, 1200e9), "v5p": (95e9, 2765e9)}
+    for name, (memory, bandwidth) in sizes.items():
+        assert planning.device(name) == (name, (memory, bandwidth))
+    options = ["--method", "full", "--device", "mine:48.5:864", "--margin", "0.5"]
+    code, printed = plan(capsys, *options, "--json")
+    document = json.loads(printed.out)
+    assert code == 0
+    assert document["devices"] == {
+        "mine": {"memory": 48_500_000_000, "bandwidth": 864_000_000_000}
+    }
+    assert document["margin"] == 0.5
+    (row,) = document["rows"]
+    assert 24.25e9 < row["peak"] < 48.5e9
+    assert not row["devices"]["mine"]["fits"]
+    code, printed = plan(capsys, *options)
+    said = " ".join(printed.out.split())
+    assert "where the peak does not leave 50% of the memory free" in said
+    over = row["peak"] - 24.25e9
+    assert f"mine: none fits; full comes nearest, {over / 1e9:.2f} GB too much." in said
 
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs/eight_billion.md"

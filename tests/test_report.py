@@ -1,6 +1,7 @@
 """The report says what the results say, stands alone, and is written whole or not."""
 
 import html.parser
+import itertools
 import json
 import math
 import os
@@ -10,7 +11,7 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from kvjax import report
+from kvjax import pictures, report
 from kvjax.evaluation import compare_figures
 from kvjax.evaluation.compare import Row
 from kvjax.evaluation.kept_figure import Kept
@@ -155,7 +156,7 @@ def test_the_tables_numbers(results):
 
 def test_figures_are_svg_that_parses_and_shows_every_method(results):
     for figure in (compare_figures.scatter(results), compare_figures.needles(results)):
-        text = report.svg(figure)
+        text = pictures.svg(figure)
         root = ElementTree.fromstring(text)
         assert root.tag.endswith("svg")
         said = "".join(root.itertext())
@@ -194,6 +195,75 @@ def test_the_scatter_has_each_method_at_its_bytes_and_accuracy(results):
     ]
 
 
+def drawn(results, names, *, read=None, hits=2):
+    rows = [
+        make_row(name, read=(read or [2**14] * len(names))[i], hits=hits)
+        for i, name in enumerate(names)
+    ]
+    made = report.results(rows, results["manifest"])
+    figure = compare_figures.scatter(made)
+    figure.draw_without_rendering()
+    return figure
+
+
+def looks(figure):
+    """Colour and marker of the rows of the first panel, in the order drawn."""
+    bars = [container[0] for container in figure.axes[0].containers]
+    return [(line.get_color(), line.get_marker()) for line in bars]
+
+
+def test_methods_differ_in_colour_and_shape_however_many(results):
+    names = ["full", *(f"method_{i}:budget=64" for i in range(40))]
+    figure = drawn(results, names)
+    found = looks(figure)
+    assert len(set(found)) == len(names)
+    assert len({colour for colour, _ in found[:19]}) == 19
+    for (colour, marker), (after, shape) in itertools.pairwise(found):
+        assert colour != after
+        assert marker != shape
+
+
+def test_a_line_goes_through_the_budgets_of_a_method(results):
+    names = ["full", "quest:budget=128", "h2o:budget=64", "quest:budget=64"]
+    names += ["quest:budget=128,page_size=8"]
+    read = [2**16, 2**14, 2**13, 2**13, 2**14]
+    figure = drawn(results, names, read=read)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["full", "quest", "h2o:budget=64", "quest:budget=128,page_size=8"]
+    _, quest, again, h2o, other = looks(figure)  # a method's rows by bytes
+    assert quest == again
+    assert len({quest, h2o, other}) == 3
+    (line,) = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 2)
+    assert list(line.get_xdata()) == [8, 16]
+    assert line.get_color() == quest[0]
+
+
+def test_markers_never_cover_each_other(results):
+    names = ["full", *(f"m{i}" for i in range(15))]
+    figure = drawn(results, names, hits=4)
+    for axis in figure.axes:
+        lines = [container[0] for container in axis.containers]
+        places = [
+            line.get_transform().transform(line.get_xydata())[0] for line in lines
+        ]
+        points = [place * 72 / figure.dpi for place in places]
+        nearest = min(math.dist(a, b) for a, b in itertools.combinations(points, 2))
+        assert nearest > compare_figures.SIZE
+        # Aside, not elsewhere: the value is where it was.
+        assert len({tuple(line.get_xydata()[0]) for line in lines}) == 1
+
+
+def test_the_figure_is_saved_beside_the_report(tmp_path, results):
+    report.write(tmp_path, results)
+    begins = {"svg": b"<?xml", "pdf": b"%PDF-", "png": b"\x89PNG"}
+    for kind, begin in begins.items():
+        data = (tmp_path / f"accuracy-by-bytes.{kind}").read_bytes()
+        assert data.startswith(begin)
+        assert data == pictures.drawn(compare_figures.scatter(results), kind)
+    report.begin(tmp_path, results)
+    assert os.listdir(tmp_path) == ["results.json"]
+
+
 def test_the_same_results_make_the_same_page(page, results):
     assert report.html(results) == page
 
@@ -218,7 +288,10 @@ def test_both_files_are_written_and_replaced(tmp_path, results):
     page, data = report.write(tmp_path, results)
     assert page.read_text("utf-8").startswith("<!doctype html>")
     assert json.loads(data.read_text("utf-8")) == results
-    assert {path.name for path in tmp_path.iterdir()} == {"report.html", "results.json"}
+    names = {path.name for path in tmp_path.iterdir()}
+    assert {name for name in names if "accuracy" not in name} == {
+        *("report.html", "results.json")
+    }
     assert page.stat().st_mode & 0o777 == 0o644
 
 
@@ -288,3 +361,18 @@ def test_a_perplexity_comes_with_bits_per_byte(capsys):
     perplexity = {"mean": 7.0, "low": 0.0, "high": math.inf, "n": 1}
     (line,) = print_task(capsys, perplexity=perplexity, bits_per_byte=bits)
     assert line.endswith("perplexity 7.000, 2.000 bits per byte, n=4 windows")
+
+
+def test_the_page_knows_narrow_screens_and_dark_ones(page):
+    style = page[page.index("<style>") : page.index("</style>")]
+    assert "prefers-color-scheme: dark" in style
+    assert "position: sticky" in style
+    assert page.count('<div class="wide">') == page.count("<table>") + page.count(
+        "<svg"
+    )
+    # No colour is set but by a name that the dark page gives another value.
+    named = re.findall(r"(?<!-)(?:color|background): ([^;]+);", style)
+    assert named
+    assert all(value.startswith("var(--") for value in named)
+    # A long name breaks where its parts end.
+    assert "quest:<wbr>budget=&lt;32&gt;" in page

@@ -1,15 +1,12 @@
 """`kvjax bench`: how fast things are on this machine, each beside its roofline."""
 
 import json
-import sys
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 import kvjax
-from kvjax import report
+from kvjax import report, tables
 from kvjax.cli.common import (
     DtypeOption,
     JsonOption,
@@ -85,12 +82,9 @@ def bench(
 
 
 def _print(document) -> None:
-    table = Table()
     headings = "operation", "context", "bytes", "floor ms", "ms", "quartiles", "GB/s"
-    for heading in (*headings, "of floor", "x full"):
-        table.add_column(heading, justify="left" if heading == "operation" else "right")
-    for row in document["rows"]:
-        table.add_row(
+    rows = [
+        [
             row["name"],
             f"{row['context']:,}",
             report.format_bytes(row["num_bytes"]),
@@ -100,16 +94,17 @@ def _print(document) -> None:
             f"{row['num_bytes'] / row['median'] / 1e9:.1f}",
             f"{row['floor'] / row['median']:.0%}",
             f"{row['times_full']:.1f}",
-        )
-    console = Console()
-    (console if console.is_terminal else Console(width=120)).print(table)
+        ]
+        for row in document["rows"]
+    ]
+    tables.show((*headings, "of floor", "x full"), rows)
+    print()
     about = document["manifest"]
     settings = about["settings"]
-    print(
+    tables.say(
         f"One layer on {about['device']} ({about['backend']}), jax {about['jax']}: "
         f"{settings['num_kv_heads']} KV heads x {settings['group']}, head size "
         f"{settings['head_dim']}, {settings['dtype']}, {settings['batch']} rows, pages "
         f"of {settings['page_size']}, budget {settings['budget']}. Floor: the bytes at "
-        "the speed of the copy.",
-        file=sys.stdout,
+        "the speed of the copy."
     )

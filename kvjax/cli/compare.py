@@ -49,7 +49,8 @@ def compare(
     seed: SeedOption = 0,
     text: TextOption = None,
     out: Annotated[
-        pathlib.Path, typer.Option(help="Folder for report.html and results.json.")
+        pathlib.Path,
+        typer.Option(help="Folder for report.html, results.json and the figure."),
     ] = pathlib.Path("kvjax-report"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a report that is there.")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from kvjax import registry
+from kvjax import planning, registry, tables
 from kvjax.cli.common import (
     METHOD_HELP,
     MODEL_HELP,
@@ -42,24 +42,27 @@ def plan(
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
     device: Annotated[
         list[str] | None,
-        typer.Option(help="Accelerator, as v5e-1; may be repeated; all if left out."),
+        typer.Option(
+            help="Accelerator, as v5e-1, or name:GB:GB/s. May be repeated; all that "
+            "are known if left out."
+        ),
     ] = None,
+    margin: Annotated[
+        float, typer.Option(help="Share of a device's memory that must stay free.")
+    ] = planning.MARGIN,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Memory of a model at a context, method by method, and which devices it fits."""
     import models
-    from kvjax import planning
 
     positive(context=context, new_tokens=new_tokens, batch=batch, chunk_size=chunk_size)
     budgets = whole_numbers("--budget", budget)
     for value in budgets:
         positive(budget=value)
-    for wanted in device or ():
-        if wanted not in planning.DEVICES:
-            known = ", ".join(planning.DEVICES)
-            raise ValueError(f"unknown device={wanted!r}: choose one of {known}.")
-    devices = {d: planning.DEVICES[d] for d in device or planning.DEVICES}
+    devices = planning.devices(device or planning.DEVICES)
+    for one in devices.values():
+        planning.room(one, margin)  # mistakes first
     name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
     print_notes(decoder)
@@ -81,7 +84,7 @@ def plan(
             )
         except ValueError as error:
             raise ValueError(f"{spec}: {error}") from error
-        rows.append(_row(spec, found, devices))
+        rows.append(_row(spec, found, devices, margin))
     document = {
         "model": name,
         "dtype": str(decoder.config.dtype),
@@ -92,6 +95,7 @@ def plan(
         "chunk_size": chunk_size,
         "weights": weights.held,
         "weights_read": weights.read,
+        "margin": margin,
         "devices": {name: found._asdict() for name, found in devices.items()},
         "rows": rows,
     }
@@ -102,7 +106,6 @@ def plan(
 
 
 def _weights(decoder):
-    from kvjax import planning
     from kvjax.cache import num_bytes
     from models import llama
 
@@ -121,14 +124,10 @@ def _weights(decoder):
 
 
 def _sizes(decoder):
-    from kvjax import planning
-
     return planning.Sizes(decoder.config.width, decoder.config.mlp_width)
 
 
-def _row(spec, found, devices) -> dict:
-    from kvjax import planning
-
+def _row(spec, found, devices, margin) -> dict:
     return {
         "method": spec,
         "prompt_state": found.prompt_state,
@@ -143,7 +142,7 @@ def _row(spec, found, devices) -> dict:
         },
         "devices": {
             name: {
-                "fits": planning.fits(found, device),
+                "fits": planning.fits(found, device, margin),
                 "most_tokens_per_second": planning.tokens_per_second(found, device),
             }
             for name, device in devices.items()
@@ -152,41 +151,41 @@ def _row(spec, found, devices) -> dict:
 
 
 def _print(document) -> None:
-    from rich import box
-    from rich.console import Console
-    from rich.table import Table
-
     def gb(count):
         return f"{count / 1e9:.2f}"
 
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("method", no_wrap=True)
-    headings = ["prompt", "decode", "temp. ~", "peak", "read"]
-    headings = [f"{heading}\nGB" for heading in headings]
+    headings = ["method", *(f"{h}\nGB" for h in ("prompt", "decode", "temp.~"))]
+    headings += ["peak\nGB", "read\nGB"]
     for name, device in document["devices"].items():
         headings.append(f"{name}\n{device['memory'] / 1e9:.1f}")
-    for heading in headings:
-        table.add_column(heading, justify="right", no_wrap=True)
-    for row in document["rows"]:
+    specs, shared = tables.shared_options([row["method"] for row in document["rows"]])
+    cells = []
+    for spec, row in zip(specs, document["rows"], strict=True):
         temporaries = (
             row["prompt_temporaries_estimate"],
             row["decode_temporaries_estimate"],
         )
-        table.add_row(
-            row["method"],
-            gb(row["prompt_state"]),
-            gb(row["decode_state"]),
-            gb(max(temporaries)),
-            gb(row["peak"]),
-            gb(sum(row["read_per_step"].values())),
-            *(
-                f"{at['most_tokens_per_second']:,.0f}" if at["fits"] else "-"
-                for at in row["devices"].values()
-            ),
+        cells.append(
+            [
+                spec,
+                gb(row["prompt_state"]),
+                gb(row["decode_state"]),
+                gb(max(temporaries)),
+                gb(row["peak"]),
+                gb(sum(row["read_per_step"].values())),
+                *(
+                    f"{at['most_tokens_per_second']:,.0f}" if at["fits"] else "-"
+                    for at in row["devices"].values()
+                ),
+            ]
         )
-    console = Console()
-    (console if console.is_terminal else Console(width=150)).print(table)
-    print("\n".join(_said(document)))
+    if shared:
+        tables.say(shared)
+        print()
+    tables.show(headings, cells)
+    print()
+    for line in _said(document):
+        tables.say(line)
 
 
 def _said(document) -> list[str]:
@@ -196,11 +195,11 @@ def _said(document) -> list[str]:
         f"Weights {document['weights'] / 1e9:.2f} GB ({document['dtype']}); {rows} "
         f"of {document['context']:,} tokens, {said}",
         "prompt, decode: states while the prompt is read and while tokens are "
-        "generated. temp.: an estimate.",
-        "peak: with weights and temporaries. read: of all rows, by one step. Devices: "
-        "the most tokens a second",
-        "that these bytes allow, arithmetic not counted; - where the peak does not "
-        "fit.",
+        "generated. temp.: an estimate. peak: with weights and temporaries. read: of "
+        "all rows, by one step. Devices: the most tokens a second that these bytes "
+        "allow, arithmetic not counted; - where the peak does not leave "
+        f"{100 * document['margin']:g}% of the memory free, for fragments and what no "
+        "estimate has.",
     ]
     if document["context"] > document["model_context"]:
         lines.append(
@@ -219,8 +218,11 @@ def _said(document) -> list[str]:
                 f"bytes a step has {best['method']}."
             )
         else:
+            over = least["peak"] - planning.room(
+                planning.Device(**device), document["margin"]
+            )
             lines.append(
                 f"{name}: none fits; {least['method']} comes nearest, "
-                f"{(least['peak'] - device['memory']) / 1e9:.2f} GB too much."
+                f"{over / 1e9:.2f} GB too much."
             )
     return lines

@@ -33,6 +33,7 @@ from kvjax.evaluation.claims.claim import (
     Within,
     as_dict,
     from_shapes,
+    in_whole,
     judge,
     without_spread,
 )
@@ -228,18 +229,52 @@ def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
     assert "| `toy`: It helps (arXiv:0000.00000, Table 1) |" in text
 
 
-def test_a_picture_has_no_effect_at_0_and_the_claim_to_the_right():
+def test_a_picture_has_no_effect_at_0_and_the_claims_side_to_the_right():
     row = as_dict(
         judge(a_claim(bar=Effect(1.0, 0.5, "lower")), measured(0.6, 0.5, 1.1))
     )
     value, low, high = figures.position(row)
     assert (value, low, high) == pytest.approx((0.8, -0.2, 1.0))
     alone = as_dict(judge(a_claim(), without_spread(0.3, 1)))
-    assert figures.position(report_ready(alone)) == (1.0, 1.0, 1.0)
+    assert figures.position(report_ready(alone)) == (figures.SIDE,) * 3
+    against = as_dict(judge(a_claim(), in_whole(-0.3, 1)))
+    assert figures.position(against) == (-figures.SIDE,) * 3
 
 
 def report_ready(row):
     return row | {"interval": [None, None]}
+
+
+def test_a_picture_tells_verdicts_and_missing_intervals_apart():
+    found = {
+        "reproduced": measured(0.2, 0.1, 0.3),
+        "direction only": measured(0.2, -0.1, 0.3),
+        "not reproduced": measured(-0.2, -0.3, -0.1),
+    }
+    rows = [as_dict(judge(a_claim(), value)) for value in found.values()]
+    assert [row["verdict"] for row in rows] == list(found)
+    rows += [as_dict(judge(a_claim(), in_whole(0.2, 9)))]
+    rows += [report_ready(as_dict(judge(a_claim(), without_spread(0.2, 1))))]
+    assert [row["verdict"] for row in rows[3:]] == ["reproduced", "direction only"]
+    figure = figures.intervals(rows)
+    (axis,) = figure.axes
+    assert len(axis.collections) == 3  # lines are of intervals
+    marks = {round(float(line.get_ydata()[0])): line for line in axis.lines[:-1]}
+    looks = [
+        (marks[y].get_marker(), marks[y].get_color(), marks[y].get_markerfacecolor())
+        for y in range(5)
+    ]
+    assert len(set(looks)) == 5
+    full, part = looks[0], looks[1]
+    assert full[2] != "white" == part[2] == looks[4][2]
+    # What has no interval stands at no distance, and is no row with one.
+    assert [marks[y].get_marker() for y in (3, 4)] == [">", ">"]
+    assert max(float(marks[y].get_xdata()[0]) for y in (3, 4)) == figures.SIDE < 1
+    labels = [text.get_text() for text in axis.get_xticklabels()]
+    assert "as claimed" not in " ".join(labels)
+    (key,) = figure.legends
+    assert [text.get_text() for text in key.get_texts()] == [*found, "no interval"]
+    assert "farthest from it is 1" in " ".join(figure.get_supxlabel().split())
 
 
 # The page of the last full run.

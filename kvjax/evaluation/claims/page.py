@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvjax import report
+from kvjax import pictures, report, tables
 from kvjax.evaluation.claims import figures
 from kvjax.evaluation.claims.claim import FROM_SHAPES, NOW, VERDICTS, Row, as_dict
 
@@ -94,23 +94,29 @@ CAPTION = (
 
 def print_table(found: Mapping[str, Any]) -> None:
     """The table on stdout, the reasons and the commands beneath."""
+    from rich import box
     from rich.console import Console
     from rich.table import Table
 
-    # Brackets are intervals here, not markup; and a file has no width of its own.
-    console = Console(markup=False, highlight=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=160)
-    table = Table(caption=CAPTION, caption_justify="left", show_lines=True)
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+    console = Console(width=tables.width(), markup=False, emoji=False, highlight=False)
+    table = Table(
+        box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column, heading in enumerate(HEADINGS):
+        words = heading.split()
+        for row in found["rows"]:
+            words += cells(row)[column].split()
+        # Sentences break between words, never in one.
+        table.add_column(heading, min_width=max(map(len, words)))
     for row in found["rows"]:
         table.add_row(*cells(row))
     console.print(table)
+    print()
+    tables.say(CAPTION)
     for row in found["rows"]:
-        console.print(f"{row['name']}: {row['verdict']}. {row['reason']}")
-        console.print(f"    {row['command']}")
-    console.print(summary(found))
+        tables.say(f"{row['name']}: {row['verdict']}. {row['reason']}")
+        print(f"    {row['command']}")
+    tables.say(summary(found))
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -136,8 +142,8 @@ def html(found: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     template = environment.from_string(source.read_text(encoding="utf-8"))
     details = {row["name"]: row["details"] for row in found["rows"]}
-    pictures = [
-        (title, report.svg(figure))
+    shown = [
+        (title, pictures.svg(figure))
         for title, figure in figures.every(found["rows"], details)
     ]
     return template.render(
@@ -145,7 +151,7 @@ def html(found: Mapping[str, Any]) -> str:
         caption=CAPTION,
         headings=HEADINGS,
         rows=[(row, cells(row)) for row in found["rows"]],
-        figures=pictures,
+        figures=shown,
         manifest=found["manifest"],
     )
 

@@ -1,0 +1,23 @@
+"""Figures as bytes, inline SVG or files: the same figure gives the same bytes."""
+
+import io
+
+KINDS = ("svg", "pdf", "png")  # of files
+
+
+def svg(figure) -> str:
+    """Returns a figure as inline SVG, its text as text."""
+    text = drawn(figure, "svg").decode()
+    return text[text.index("<svg") :]  # no XML declaration inside HTML
+
+
+def drawn(figure, kind: str) -> bytes:
+    """Returns a figure as a file of one of `KINDS`."""
+    import matplotlib
+
+    dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
+    options = {"svg.fonttype": "none", "svg.hashsalt": "kvjax", "pdf.fonttype": 42}
+    target = io.BytesIO()
+    with matplotlib.rc_context(options):
+        figure.savefig(target, format=kind, dpi=150, metadata=dates.get(kind))
+    return target.getvalue()
