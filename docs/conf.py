@@ -8,10 +8,14 @@ import collections
 import pathlib
 import re
 import shutil
+import sys
 
 import kvjax
 
 HERE = pathlib.Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+import command_pages  # noqa: E402  beside this file
 
 project = "kvjax"
 copyright = "the kvjax authors"
@@ -20,11 +24,14 @@ extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "kvjax"
+html_static_path = ["_static"]
+html_css_files = ["kvjax.css"]
 
 nb_execution_mode = "off"  # the tests run them
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 default_role = "code"
+highlight_language = "none"  # lists of axes are no Python
 smartquotes = False  # per="kv" is code even where nothing says so
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -39,6 +46,11 @@ shutil.rmtree(_notebooks, ignore_errors=True)
 _notebooks.mkdir()
 for _notebook in sorted((HERE.parent / "colab").glob("*.ipynb")):
     shutil.copy(_notebook, _notebooks)
+
+_commands = HERE / "commands"
+shutil.rmtree(_commands, ignore_errors=True)
+_commands.mkdir()
+command_pages.write(_commands)
 
 _SECTION = re.compile(
     r"^(State|Reads per step and layer|Exact when|Source|Deviations|Shapes|Fields): ?"
@@ -75,8 +87,25 @@ def _plain(line: str) -> str:
 
 
 def _before_napoleon(app, what, name, obj, options, lines):
+    if what == "module":
+        lines[:] = _lists(lines)
+        return
     escaped = [_plain(line) for line in lines]
     lines[:] = _paragraphs(escaped)
+
+
+def _lists(lines: list[str]) -> list[str]:
+    """Indented lines of a module, such as its axes, as they stand; the rest escaped."""
+    out, is_list = [], False
+    for before, line in zip(["", *lines], lines, strict=False):
+        is_indented = line.startswith("    ")
+        if is_indented and not before and not is_list:
+            out += ["::", ""]
+            is_list = True
+        elif line and not is_indented:
+            is_list = False
+        out.append(line if is_list else _plain(line))
+    return out
 
 
 def _skip(app, what, name, obj, skip, options):

@@ -1,11 +1,15 @@
 """The site builds without a warning, from pages, docstrings and notebooks."""
 
+import html
 import pathlib
 import re
 import subprocess
 import sys
 
 import pytest
+import typer
+
+from kvjax import cli
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = ("index", "eight_billion", "fidelity", "api", "notebooks/entmax")
@@ -27,7 +31,7 @@ def site(tmp_path_factory):
 
 def words(site, page):
     text = (site / f"{page}.html").read_text("utf-8")
-    return " ".join(re.sub(r"<[^>]+>", "", text).split())
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", "", text)).split())
 
 
 def test_every_page_is_there_and_says_something(site):
@@ -39,3 +43,37 @@ def test_every_page_is_there_and_says_something(site):
     assert "Raises ValueError" in reference
     assert "kvjax.prefix.restore" in (site / "api.html").read_text("utf-8")
     assert "The certificate" in words(site, "notebooks/entmax")
+
+
+def test_the_first_page_has_install_a_command_a_figure_and_a_result(site):
+    first = words(site, "index")
+    assert "pip install ." in first
+    assert "kvjax compare" in first
+    assert "`" not in first  # the README's table is a table here
+    assert "quest:budget=128" in first
+    page = (site / "index.html").read_text("utf-8")
+    assert re.search(r'<img[^>]+src="_images/compare-smollm2\.png"', page)
+    assert 'class="table-wrapper' in page
+    assert "kvjax.css" in page
+
+
+def test_every_command_has_a_page_that_says_what_its_help_says(site):
+    commands = typer.main.get_command(cli.app).commands
+    listed = words(site, "commands/index")
+    for name, command in commands.items():
+        assert f"kvjax {name}" in listed
+        said = words(site, f"commands/{name}")
+        assert " ".join(command.help.replace("`", "").split()) in said
+        for parameter in command.params:
+            assert " ".join(parameter.help.replace("`", "").split()) in said
+            if parameter.param_type_name == "option":
+                assert parameter.opts[0] in said
+
+
+def test_the_axes_are_a_list_as_it_stands(site):
+    page = (site / "api.html").read_text("utf-8")
+    (axes,) = re.findall(
+        r"<pre>(?:<span></span>)?(B    sequences.*?)</pre>", page, re.DOTALL
+    )
+    lines = re.sub(r"<[^>]+>", "", axes).splitlines()
+    assert lines[3].startswith("N    slots a method keeps")
