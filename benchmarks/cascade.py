@@ -92,7 +92,7 @@ def retrieval(args):
             "n": args.n,
             "key": statistics.wilson(int(sum(whole)), args.n)._asdict(),
             "first": statistics.wilson(int(sum(firsts)), args.n)._asdict(),
-            "digits": statistics.mean_interval(digits)._asdict(),
+            "digits": statistics.share_interval(digits)._asdict(),
             "by_depth": by_depth,
             "seconds": round(time.perf_counter() - start, 1),
         }

@@ -144,7 +144,7 @@ def measure_windows(model, groups, args, say, save):
                 "tokens_per_list": float(found.read.mean()),
             }
             for name in ("error", "dropped", "support", "exact"):
-                entry[name] = compare.of_windows(getattr(found, name))._asdict()
+                entry[name] = compare.of_windows(found, name)._asdict()
             for name, values in per_layer.items():
                 entry[f"{name}_by_layer"] = values.mean((1, 2)).tolist()
             entry["seconds"] = round(time.perf_counter() - start, 1)

@@ -307,7 +307,7 @@ def quality(args):
                 "share": key[0],
                 "budget": completion.budget_tokens(CONTEXT, key[0]),
                 "name": key[1],
-                "error": statistics.mean_interval(by_window)._asdict(),
+                "error": statistics.amount_interval(by_window)._asdict(),
                 "error_saved": statistics.mean_interval(alone - by_window)._asdict(),
                 "error_by_head": error.mean(1).tolist(),
             }

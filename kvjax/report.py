@@ -260,7 +260,6 @@ def format_share(interval: Mapping[str, Any]) -> str:
     mean = f"{100 * interval['mean']:.0f}%"
     if low is None or high is None:
         return mean
-    low, high = max(low, 0.0), min(high, 1.0)
     return f"{mean} [{100 * low:.0f}, {100 * high:.0f}]"
 
 
@@ -352,10 +351,12 @@ def attention_rows(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _small(interval: Mapping[str, Any]) -> str:
-    mean, high = interval["mean"], interval["high"]
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
     if mean is None:
         return "not finite"
-    return f"{mean:.2g}" if high is None else f"{mean:.2g} ±{high - mean:.1g}"
+    if low is None or high is None:
+        return f"{mean:.2g}"
+    return f"{mean:.2g} [{low:.2g}, {high:.2g}]"
 
 
 ATTENTION_CAPTION = (

@@ -128,7 +128,7 @@ def test_the_page_holds_the_table_and_loads_nothing(page, results):
     assert reader.loads == []
     tables = report.table_rows(results), report.attention_rows(results)
     assert reader.cells == [cell for table in tables for row in table for cell in row]
-    assert reader.cells[-7:-4] == ["16.0 KiB", "12.0 KiB", "0.012 ±0.002"]
+    assert reader.cells[-7:-4] == ["16.0 KiB", "12.0 KiB", "0.012 [0.01, 0.015]"]
     assert reader.cells[-4:] == ["0.0046", "75% [70, 80]", "12.5%", "20%"]
     assert "quest:budget=<32>" in reader.cells  # escaped, so it survives
     assert "url(http" not in page

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from numpy.typing import ArrayLike
 
 from kvjax import accounting, cache
 from kvjax.evaluation import compare_runs, fidelity, statistics
@@ -23,6 +23,15 @@ Progress = Callable[[str, float], None]  # (method, fraction of its work that is
 # Bytes of the states that a group of methods holds while it reads together.
 ROOM = 800_000_000
 GROUP = 4  # methods that read together at most, and are worth more than a batch
+
+# Intervals of the fields of `LayerFidelity`: an error has no upper bound.
+OF_LAYERS: dict[str, Callable[[ArrayLike], Interval]] = {
+    "error": statistics.amount_interval,
+    "dropped": statistics.share_interval,
+    "support": statistics.share_interval,
+    "exact": statistics.share_interval,
+    "refreshed": statistics.share_interval,
+}
 
 
 class Row(NamedTuple):
@@ -145,6 +154,8 @@ def compare(
             rows[name] = _row(
                 name, num_bytes, inputs, *results, expected.log_probs, seconds
             )
+            if name == reference:
+                rows[name] = _of_itself(rows[name])
             progress(name, 1.0)
             on_row(rows[name])
     return [rows[name] for name in wanted]
@@ -233,9 +244,9 @@ def measured_bytes(
     return float(layers.read.mean(1).sum() * token) + chosen
 
 
-def of_windows(values: Float[np.ndarray, "L B Hq"]) -> Interval:
-    """The mean over layers and heads; rows are the independent samples."""
-    return statistics.mean_interval(values.mean((0, 2)))
+def of_windows(layers: fidelity.LayerFidelity, name: str) -> Interval:
+    """The mean of a field over layers and heads; rows are the independent samples."""
+    return OF_LAYERS[name](getattr(layers, name).mean((0, 2)))
 
 
 def _row(name, num_bytes, inputs, answered, followed, expected, seconds) -> Row:
@@ -259,15 +270,27 @@ def _row(name, num_bytes, inputs, answered, followed, expected, seconds) -> Row:
         chain_links=inputs.chain[0].links,
         passkey_by_depth=by_depth(inputs.passkey, passkey),
         multikey_by_depth=by_depth(inputs.multikey, multikey),
-        top1_agreement=statistics.mean_interval(agreement.top1.mean(1)),
-        kl=statistics.mean_interval(agreement.kl.mean(1)),
-        output_error=of_windows(layers.error),
-        dropped_mass=of_windows(layers.dropped),
-        support=of_windows(layers.support),
-        proved_exact=of_windows(layers.exact),
-        full_steps=statistics.mean_interval(layers.refreshed.mean(0)),
+        top1_agreement=statistics.share_interval(agreement.top1.mean(1)),
+        kl=statistics.amount_interval(agreement.kl.mean(1)),
+        output_error=of_windows(layers, "error"),
+        dropped_mass=of_windows(layers, "dropped"),
+        support=of_windows(layers, "support"),
+        proved_exact=of_windows(layers, "exact"),
+        full_steps=statistics.share_interval(layers.refreshed.mean(0)),
         tokens_per_second=float(np.median(answered.tokens_per_second)),
         prefill_seconds=seconds,
+    )
+
+
+_AGAINST_REFERENCE = ("top1_agreement", "kl", "output_error", "dropped_mass")
+_AGAINST_REFERENCE += ("support", "proved_exact", "full_steps")
+
+
+def _of_itself(row: Row) -> Row:
+    """The reference's row: what it is against itself is known, and no sample."""
+    means = {name: getattr(row, name) for name in _AGAINST_REFERENCE}
+    return row._replace(
+        **{name: Interval(x.mean, x.mean, x.mean, x.n) for name, x in means.items()}
     )
 
 

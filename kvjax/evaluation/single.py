@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from kvjax.evaluation import (
     chain,
     compare,
@@ -135,7 +133,7 @@ def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
     bits = forced.bits_interval(model.tokenizer, windows, firsts, rows)
     return {
         "perplexity": statistics.perplexity(means)._asdict(),
-        "log_prob": statistics.mean_interval(means)._asdict(),
+        "log_prob": statistics.log_prob(means)._asdict(),
         "bits_per_byte": bits._asdict(),
         "tokens_per_window": int(decoded),
     }
@@ -155,16 +153,15 @@ def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, 
     }
     per_head["refreshed"] = layers.refreshed[:, :, None]
     return {
-        "top1_agreement": _mean(agreement.top1.mean(1)),
-        "kl": _mean(agreement.kl.mean(1)),
+        "top1_agreement": statistics.share_interval(agreement.top1.mean(1))._asdict(),
+        "kl": statistics.amount_interval(agreement.kl.mean(1))._asdict(),
         "nats_lost": statistics.paired_difference(*lost)._asdict(),
         "layers": [
             {"layer": layer}
-            | {name: _mean(x[layer].mean(-1)) for name, x in per_head.items()}
+            | {
+                name: compare.OF_LAYERS[name](x[layer].mean(-1))._asdict()
+                for name, x in per_head.items()
+            }
             for layer in range(len(layers.error))
         ],
     }
-
-
-def _mean(samples: np.ndarray) -> dict[str, float]:
-    return statistics.mean_interval(samples)._asdict()

@@ -4,6 +4,8 @@ import math
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
 from kvjax.evaluation import statistics
@@ -71,8 +73,10 @@ def test_ties_leave_room_for_an_example_that_differs():
         found = statistics.paired_shares(np.ones(n), np.zeros(n))
         assert found == pytest.approx((1, 1 - 2 * other, 1, n), rel=1e-5)
     some = np.array([1.0, 0.5, 0.0, 1.0])
-    expected = statistics.paired_difference(some, some[::-1])
-    assert statistics.paired_shares(some, some[::-1]) == expected
+    share = statistics.share_interval((some - some[::-1] + 1) / 2)
+    expected = [2 * end - 1 for end in share[:3]]
+    found = statistics.paired_shares(some, some[::-1])
+    assert found == pytest.approx((*expected, 4))
 
 
 def test_rare_differences_are_covered():
@@ -89,37 +93,125 @@ def test_rare_differences_are_covered():
 def test_perplexity_is_monotone_and_in_order():
     log_probs = [-1.0, -2.0, -1.5, -1.2]
     interval = statistics.perplexity(log_probs)
-    means = statistics.mean_interval(log_probs)
+    means = statistics.log_prob(log_probs)
     assert interval.mean == pytest.approx(math.exp(-np.mean(log_probs)))
     assert interval.low == pytest.approx(math.exp(-means.high))
-    assert interval.low < interval.mean < interval.high
-    assert statistics.perplexity([-2.0]).high == math.inf
+    assert interval.high == pytest.approx(math.exp(-means.low))
+    assert 1 < interval.low < interval.mean < interval.high
+    assert statistics.perplexity([-2.0])[1:3] == (1, math.inf)
+    # Of tokens that are certain, to rounding.
+    assert statistics.perplexity([1e-7, -1e-7])[0] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("n", [10, 40])
-def test_share_interval_covers_as_often_as_it_says(n):
-    values, weights = np.arange(6) / 5, [0.1, 0.1, 0.1, 0.1, 0.2, 0.4]
-    true, rng, hits = np.dot(values, weights), np.random.default_rng(n), 0
-    for _ in range(1000):
-        scores = rng.choice(values, n, p=weights)
-        interval = statistics.share_interval(scores, resamples=2000)
-        hits += interval.low <= true <= interval.high
-    assert 0.925 <= hits / 1000 <= 0.975  # plain percentiles: 0.90 at n = 10
+def links(rng, n):
+    return rng.choice(np.arange(6) / 5, n, p=[0.1, 0.1, 0.1, 0.1, 0.2, 0.4])
 
 
-def test_share_interval_is_scipys_bootstrap_but_for_the_tails():
-    scores = np.random.default_rng(0).random(60)
-    ours = statistics.share_interval(scores)
-    theirs = stats.bootstrap(
-        (scores,), np.mean, method="percentile", rng=np.random.default_rng(1)
-    ).confidence_interval
-    assert ours.mean == pytest.approx(scores.mean())
-    assert ours.n == 60
-    # Student's tail at n = 60, against a normal's, and sqrt(n / (n - 1)).
-    wider = 2.001 / 1.960 * math.sqrt(60 / 59)
-    width = (ours.high - ours.low) / (theirs.high - theirs.low)
-    assert width == pytest.approx(wider, abs=0.015)
-    assert statistics.share_interval(scores) == ours  # the same every time
+# What is averaged here, and its true mean: shares of a window's 63 tokens, of mass, of
+# links; errors and divergences whose logarithms spread by a half.
+SHARES = {
+    "agreement": (lambda rng, n: rng.binomial(63, rng.beta(12, 4, n)) / 63, 0.75),
+    "mass kept": (lambda rng, n: rng.beta(40, 2, n), 40 / 42),
+    "links": (links, 0.68),
+}
+AMOUNTS = {
+    "error": (lambda rng, n: rng.lognormal(0, 0.5, n), math.exp(0.125)),
+    "divergence": (lambda rng, n: rng.gamma(4, 0.25, n), 1.0),
+}
+
+
+def coverage(interval, draw, true, n, times=1000):
+    rng, hits = np.random.default_rng(n), 0
+    for _ in range(times):
+        found = interval(draw(rng, n))
+        hits += found.low <= true <= found.high
+    return hits / times
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 15])
+@pytest.mark.parametrize("what", SHARES)
+def test_shares_are_covered_as_often_as_it_says(what, n):
+    found = coverage(statistics.share_interval, *SHARES[what], n)
+    assert 0.92 <= found <= 0.995  # Student's of four samples of links: 0.88
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 15])
+@pytest.mark.parametrize("what", AMOUNTS)
+def test_amounts_are_covered_as_often_as_it_says(what, n):
+    found = coverage(statistics.amount_interval, *AMOUNTS[what], n)
+    assert 0.92 <= found <= 0.99
+
+
+def within(interval, least, most):
+    return least <= interval.low <= interval.mean <= interval.high <= most
+
+
+UNIT = st.floats(0, 1)
+
+
+@given(st.lists(st.tuples(UNIT, UNIT), min_size=1, max_size=12))
+def test_no_interval_leaves_its_range(pairs):
+    first, second = np.array(pairs).T
+    assert within(statistics.share_interval(first), 0, 1)
+    assert within(statistics.paired_shares(first, second), -1, 1)
+    assert within(statistics.amount_interval(7 * first), 0, math.inf)
+    assert within(statistics.ratio_interval(first, second + 0.1), 0, math.inf)
+    assert within(statistics.log_prob(-first), -math.inf, 0)
+    assert within(statistics.perplexity(-first), 1, math.inf)
+
+
+def test_means_near_an_end_are_where_students_interval_leaves_the_range():
+    agreement, divergence = [1.0, 1.0, 0.62, 1.0], [0.001, 0.02, 0.9, 0.003]
+    assert statistics.mean_interval(agreement).high > 1
+    assert statistics.mean_interval(divergence).low < 0
+    assert within(statistics.share_interval(agreement), 0.3, 1)
+    assert within(statistics.amount_interval(divergence), 0, 20)
+    better, worse = [1.0, 1.0, 1.0, 0.3], [0.0, 0.1, 0.0, 0.0]
+    assert statistics.paired_difference(better, worse).high > 1
+    assert within(statistics.paired_shares(better, worse), -0.5, 1)
+
+
+@pytest.mark.parametrize("n", [3, 8])
+def test_the_ends_are_students_distance_away_in_standard_errors_of_their_own(n):
+    samples = np.random.default_rng(n).beta(6, 2, n)
+    t = stats.t.ppf(0.975, n - 1)
+    mean, variance = samples.mean(), samples.var(ddof=1)
+    found = statistics.share_interval(samples)
+    phi = variance / (mean * (1 - mean))
+    for end in found[1:3]:
+        error = math.sqrt(phi * end * (1 - end) / n)
+        assert abs(end - mean) == pytest.approx(t * error)
+    found = statistics.amount_interval(samples)
+    for end in found[1:3]:
+        error = math.sqrt(variance / mean * end / n)
+        assert abs(end - mean) == pytest.approx(t * error)
+    assert found.low * found.high == pytest.approx(mean**2)
+
+
+def test_narrow_samples_far_from_an_end_have_students_interval():
+    samples = 0.5 + np.random.default_rng(0).normal(0, 1e-4, 8)
+    expected = statistics.mean_interval(samples)
+    for interval in (statistics.share_interval, statistics.amount_interval):
+        assert interval(samples) == pytest.approx(expected, abs=1e-7)
+
+
+def test_amounts_that_are_all_alike_say_nothing_of_a_larger_one():
+    assert statistics.amount_interval([0.3]) == (0.3, 0, math.inf, 1)
+    assert statistics.amount_interval([0.0] * 8) == (0, 0, math.inf, 8)
+    other = statistics.wilson(0, 8).high
+    found = statistics.amount_interval([0.3] * 8)
+    assert found == pytest.approx((0.3, 0.3 * (1 - other), math.inf, 8))
+
+
+def test_what_is_no_number_has_the_whole_range():
+    for interval, most in (
+        (statistics.share_interval, 1.0),
+        (statistics.amount_interval, math.inf),
+    ):
+        found = interval([0.5, math.nan])
+        assert math.isnan(found.mean)
+        assert found[1:] == (0, most, 2)
+    assert statistics.amount_interval([1.0, math.inf])[:3] == (math.inf, 0, math.inf)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
@@ -131,18 +223,17 @@ def test_scores_that_are_all_alike_still_have_an_interval(share):
         assert interval == statistics.wilson(int(20 * share), 20)
 
 
-def test_ratio_interval_is_students_where_denominators_agree():
+def test_a_ratio_is_an_amount_where_denominators_agree():
     bits = np.array([8.0, 9.0, 12.0, 7.0])
     ratio = statistics.ratio_interval(bits, np.full(4, 4.0))
-    assert ratio == pytest.approx(statistics.mean_interval(bits / 4))
+    assert ratio == pytest.approx(statistics.amount_interval(bits / 4))
 
 
 def test_ratio_interval_weighs_samples_by_their_denominators():
     bits, size = np.array([10.0, 300.0, 20.0]), np.array([5.0, 100.0, 10.0])
-    ratio = statistics.ratio_interval(bits, size)
-    assert ratio.mean == pytest.approx(330 / 115)
-    exact = statistics.ratio_interval(2.5 * size, size)
-    assert exact[:3] == pytest.approx((2.5, 2.5, 2.5))
+    assert statistics.ratio_interval(bits, size).mean == pytest.approx(330 / 115)
+    nearly = statistics.ratio_interval(2.5 * size + [1e-9, 0, -1e-9], size)
+    assert nearly[:3] == pytest.approx((2.5, 2.5, 2.5))
 
 
 def test_ratio_interval_covers_as_often_as_it_says():
@@ -169,6 +260,10 @@ def test_ratio_interval_covers_as_often_as_it_says():
         (
             lambda: statistics.paired_shares([1.0, 1.0], [0.0, 1.5]),
             r"0.0 to 1.5 must all be in \[0, 1\]",
+        ),
+        (
+            lambda: statistics.amount_interval([1.0, -0.5]),
+            r"-0.5 to 1.0 must all be in \[0, inf\]",
         ),
         (lambda: statistics.share_interval([]), "non-empty"),
         (

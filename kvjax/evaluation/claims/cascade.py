@@ -193,14 +193,14 @@ def _linear(session: Session) -> Measured:
         "tokens": [short, long],
         "microseconds_a_token": [1e6 * float(one.mean()), 1e6 * float(more.mean())],
     }
-    return of_interval(statistics.mean_interval(more / one), details=details)
+    return of_interval(statistics.amount_interval(more / one), details=details)
 
 
 def _prefill(session: Session) -> Measured:
     length = session.sizes.clocked[-1]
     ours, full = _seconds(session, (_cascade(session), length), ("full", length))
     return of_interval(
-        statistics.mean_interval(full / ours), details={"tokens": length}
+        statistics.amount_interval(full / ours), details={"tokens": length}
     )
 
 

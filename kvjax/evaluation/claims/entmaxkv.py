@@ -45,13 +45,15 @@ def _details(session: Session) -> dict:
 
 def _below(session: Session, what: str) -> Measured:
     ours, theirs = (getattr(found, what) for found in _layers(session))
-    found = statistics.paired_difference(theirs, ours)
+    is_share = what == "dropped"
+    paired = statistics.paired_shares if is_share else statistics.paired_difference
+    found = paired(theirs, ours)
     return of_interval(found, details=_details(session))
 
 
 def _support(session: Session) -> Measured:
     ours, theirs = (found.found.support.mean((0, 2)) for found in _layers(session))
-    found = statistics.paired_difference(ours, theirs)
+    found = statistics.paired_shares(ours, theirs)
     details = {"entmaxkv": float(ours.mean()), "quest": float(theirs.mean())}
     return of_interval(found, details=details)
 
@@ -97,7 +99,7 @@ def _adaptive(session: Session) -> Measured:
     spec = layers.layer_spec(session, ENTMAX)
     tokens = session.sizes.layer_context - session.sizes.layer_steps
     whole = cache.kv_bytes(spec, tokens) / spec.batch
-    share = statistics.mean_interval(found.bytes_read / whole)
+    share = statistics.amount_interval(found.bytes_read / whole)
     return of_interval(share, details={"error": float(found.error.mean())})
 
 
@@ -140,7 +142,7 @@ def _faster(session: Session, than: str) -> Measured:
     seconds = _timed(session)
     ratios = seconds[than] / seconds[SPARSE]
     details = {"context": session.sizes.decoded, "budget": 512}
-    return of_interval(statistics.mean_interval(ratios), details=details)
+    return of_interval(statistics.amount_interval(ratios), details=details)
 
 
 def _recorded_faster(session: Session, than: str, on_gpu: bool) -> Measured:
