@@ -3,7 +3,8 @@
 #
 # A method is a `kvjax.Method`: pure functions over one layer's state. This one keeps
 # every key and reads some: the newest tokens, and older ones at even distances. It is
-# no good idea, but it is all there: state, prefill, step, accounting, diagnostics.
+# no good idea, but it is all there: state, prefill, step, accounting, diagnostics. What
+# it attended to it says in one list a KV head: bytes are counted by these lists.
 
 # %%
 import jax.numpy as jnp
@@ -21,17 +22,18 @@ def landmarks(*, budget: int = 128) -> Method:
         raise ValueError(f"{budget=} must be at least 2 tokens.")
     window = budget // 2
 
-    def chosen(length):  # (B,) -> positions (B, 1, budget), -1 = none
+    def chosen(length, heads):  # (B,) -> positions (B, Hkv, budget), -1 = none
         newest = length[:, None] - 1 - jnp.arange(window, dtype=jnp.int32)
         older, count = length - window, budget - window
         stride = jnp.maximum(-(-older // count), 1)
         steps = jnp.arange(count, dtype=jnp.int32)
         spread = older[:, None] - 1 - stride[:, None] * steps
-        return jnp.maximum(jnp.concatenate([newest, spread], 1), -1)[:, None]
+        kept = jnp.maximum(jnp.concatenate([newest, spread], 1), -1)
+        return jnp.repeat(kept[:, None], heads, axis=1)  # a list a KV head
 
     def inspect_step(state, q):
         rotated, positions = cache.rotate_queries(state.spec, q, state.length)
-        kept = chosen(state.length)
+        kept = chosen(state.length, state.spec.num_kv_heads)
         k, v = cache.gather(state.k, kept), cache.gather(state.v, kept)
         out, lse = decode_attention(
             rotated, k, v, positions, kept, sm_scale=state.spec.sm_scale
@@ -75,7 +77,7 @@ if TESTS.is_dir():
 
     some = drive.run(landmarks(budget=8), spec, stream)
     drive.assert_consistent(some, stream)
-    attended = drive.attended_positions(some.diagnostics.attended[-1, 2], num_q_heads=1)
+    attended = drive.attended_positions(some.diagnostics.attended[-1, 2], num_q_heads=2)
     print("28 tokens, a budget of 8:", attended[0])
 
     # A prompt in chunks is the prompt.

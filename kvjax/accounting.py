@@ -3,9 +3,17 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.cache import num_bytes
-from kvjax.interface import CacheSpec, DecoderLM, Method, Traffic, layer_specs
+from kvjax.interface import (
+    CacheSpec,
+    DecoderLM,
+    Diagnostics,
+    Method,
+    Traffic,
+    layer_specs,
+)
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:
@@ -32,6 +40,41 @@ def bytes_of_prompt(
     """Bytes all layers hold while the prompt is read, every row."""
     specs = layer_specs(decoder, batch, capacity, max_new_tokens)
     return sum(prompt_bytes(method, spec) for spec in specs)
+
+
+@functools.cache
+def check_diagnostics(method: Method, decoder: DecoderLM) -> None:
+    """Refuses a method whose diagnostics cannot be counted, before anything is run.
+
+    Bytes and fidelity are of the lists of `Diagnostics.attended`: a list is read by one
+    KV head, or by one query head.
+
+    Raises:
+        ValueError: unless there are as many lists as KV heads, or as query heads.
+    """
+    rows = method.rows
+    spec = layer_specs(decoder, 1, decoder.context, rows)[0]
+
+    def step():
+        def heads(count):
+            return jnp.zeros((1, count, rows, spec.head_dim), spec.dtype)
+
+        q, kv = heads(spec.num_q_heads), heads(spec.num_kv_heads)
+        state = method.finish(method.init(spec))
+        return method.inspect_step(method.append(state, kv, kv), q)[2]
+
+    check_lists(jax.eval_shape(step), spec)
+
+
+def check_lists(diagnostics: Diagnostics, spec: CacheSpec) -> None:
+    """Raises ValueError unless lists are as many as KV heads, or as query heads."""
+    shape, heads = diagnostics.attended.shape, (spec.num_kv_heads, spec.num_q_heads)
+    if len(shape) != 3 or shape[1] not in heads:
+        raise ValueError(
+            f"Diagnostics.attended of shape {shape} must be (B, H, N) with a list for "
+            f"each of {heads[0]} KV heads or for each of {heads[1]} query heads: else "
+            "what is read is miscounted."
+        )
 
 
 @functools.cache

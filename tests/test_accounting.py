@@ -1,10 +1,13 @@
 """Bytes read and held: the formulas by hand, and against the compiler's own count."""
 
 import jax
+import jax.numpy as jnp
 import pytest
+from tiny import tiny_model
 
 from kvjax import accounting, registry
 from kvjax.cache import kv_bytes
+from kvjax.evaluation import compare, compare_inputs, fidelity, single
 from kvjax.interface import CacheSpec, Traffic
 from kvjax.rope import Rope
 
@@ -189,3 +192,38 @@ def test_the_compiler_counts_gathers(name):
     growth *= spec_2k.batch * spec_2k.num_kv_heads if name in LOOPS else 1
     wanted = double.traffic(spec_2k, 2048).kv - traffic_2k.kv
     assert 1.0 <= growth / wanted <= 6.0
+
+
+@pytest.mark.parametrize("lists", [1, 3, 5])
+def test_lists_of_no_ones_heads_are_refused(lists):
+    """Bytes are counted list by list: one for all heads would count a part of them."""
+    model = tiny_model(num_layers=1)
+    full = registry.parse("full")
+
+    def inspect_step(state, q):
+        state, out, found = full.inspect_step(state, q)
+        attended = jnp.repeat(found.attended[:, :1], lists, axis=1)
+        return state, out, found._replace(attended=attended)
+
+    wrong = full._replace(inspect_step=inspect_step)
+    message = rf"attended of shape \(1, {lists}, 4096\) .* 2 KV heads .* 4 query heads"
+    with pytest.raises(ValueError, match=message):
+        accounting.check_diagnostics(wrong, model.decoder)
+    settings = compare_inputs.Settings(context=64, new_tokens=8, windows=1)
+    nothing = compare_inputs.Inputs([], [], [], [])
+    with pytest.raises(ValueError, match=message):
+        compare.compare(model, {"full": full, "x": wrong}, nothing, settings)
+    with pytest.raises(ValueError, match=message):
+        single.run("passkey", model, wrong, full, "text", context=64)
+    both = fidelity.side_by_side(full, wrong)
+    spec = model.decoder.cache_spec(1, 4096)
+    q, kv = (jnp.zeros((1, heads, 1, spec.head_dim)) for heads in (4, 2))
+    state = both.append(both.init(spec), kv, kv)
+    with pytest.raises(ValueError, match=message):
+        both.inspect_step(state, q)
+
+
+@pytest.mark.parametrize("spec", registry.names(1.0))
+def test_every_methods_lists_can_be_counted(spec):
+    decoder = tiny_model(num_layers=1).decoder
+    accounting.check_diagnostics(registry.parse(spec), decoder)

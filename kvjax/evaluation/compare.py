@@ -92,10 +92,13 @@ def compare(
         `methods`.
 
     Raises:
-        ValueError: if `reference` is missing, or a method cannot hold these shapes.
+        ValueError: if `reference` is missing, or a method cannot hold these shapes or
+            lists other heads than the model has.
     """
     if reference not in methods:
         raise ValueError(f"{reference=} is not among {', '.join(methods)}: add it.")
+    for method in methods.values():
+        accounting.check_diagnostics(method, model.decoder)
     order = [reference, *(name for name in methods if name != reference)]
     sizes = {name: _bytes(model, method, settings) for name, method in methods.items()}
     wanted = {name: methods[name] for name in order if name not in known}

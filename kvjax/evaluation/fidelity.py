@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, dense
+from kvjax import accounting, cache, dense
 from kvjax.interface import DecoderLM, Method, Params, State
 from kvjax.support import is_listed
 
@@ -126,7 +126,8 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     Raises:
         ValueError: if the reference has more query rows per step than one, and not as
             many as the candidate; from `init`, if the reference does not keep every
-            token in one store.
+            token in one store; from its steps, if the candidate's lists are neither
+            one a KV head nor one a query head.
     """
     reference = in_steps_of(reference, candidate.rows)
 
@@ -161,6 +162,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         truth = dense.weights(_store(state.reference), q[:, :, -1:])
         first, expected, _ = reference.inspect_step(state.reference, q)
         second, actual, found = candidate.inspect_step(state.candidate, q)
+        accounting.check_lists(found, _store(state.reference).spec)
         wide = expected[:, :, -1:].astype(jnp.float32)
         newest = actual[:, :, -1:].astype(jnp.float32)
         gap = jnp.linalg.norm(newest - wide, axis=-1)

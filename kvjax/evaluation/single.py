@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from kvjax import accounting
 from kvjax.evaluation import (
     chain,
     compare,
@@ -70,6 +71,7 @@ def run(
     """
     check_task(task)
     compare_inputs.check_context(model, context)
+    accounting.check_diagnostics(method, model.decoder)
     shapes = {"batch": min(batch, n), "chunk_size": chunk_size}
     if task in RETRIEVAL:
         make = RETRIEVAL[task]
