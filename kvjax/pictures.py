@@ -5,18 +5,23 @@ import io
 KINDS = ("svg", "pdf", "png")  # of files
 
 
-def svg(figure) -> str:
-    """Returns a figure as inline SVG, its text as text."""
-    text = drawn(figure, "svg").decode()
+def svg(figure, name: str = "kvjax") -> str:
+    """Returns a figure as inline SVG, its text as text.
+
+    Args:
+        figure: of matplotlib.
+        name: figures of one page need several, as their parts have names of their own.
+    """
+    text = drawn(figure, "svg", name).decode()
     return text[text.index("<svg") :]  # no XML declaration inside HTML
 
 
-def drawn(figure, kind: str) -> bytes:
+def drawn(figure, kind: str, name: str = "kvjax") -> bytes:
     """Returns a figure as a file of one of `KINDS`."""
     import matplotlib
 
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    options = {"svg.fonttype": "none", "svg.hashsalt": "kvjax", "pdf.fonttype": 42}
+    options = {"svg.fonttype": "none", "svg.hashsalt": name, "pdf.fonttype": 42}
     target = io.BytesIO()
     with matplotlib.rc_context(options):
         figure.savefig(target, format=kind, dpi=150, metadata=dates.get(kind))

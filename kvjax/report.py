@@ -471,8 +471,9 @@ def html(results: Mapping[str, Any]) -> str:
         attention_caption=ATTENTION_CAPTION,
         attention_headings=ATTENTION_HEADINGS,
         attention_rows=attention_rows(results),
-        scatter=pictures.svg(compare_figures.scatter(results)),
-        needles=pictures.svg(compare_figures.needles(results)),
+        scatter=pictures.svg(compare_figures.scatter(results), "scatter"),
+        narrow=pictures.svg(compare_figures.scatter(results, is_narrow=True), "narrow"),
+        needles=pictures.svg(compare_figures.needles(results), "needles"),
         kept=_kept(results["kept"]),
         manifest=results["manifest"],
     )
@@ -492,4 +493,4 @@ def _kept(found: Sequence[Mapping[str, Any]]) -> str:
     from kvjax.evaluation import kept_figure
 
     held = [kept_figure.Kept(**one) for one in found]
-    return pictures.svg(kept_figure.figure(held, columns=256))
+    return pictures.svg(kept_figure.figure(held, columns=256), "kept")

@@ -155,7 +155,11 @@ def test_the_tables_numbers(results):
 
 
 def test_figures_are_svg_that_parses_and_shows_every_method(results):
-    for figure in (compare_figures.scatter(results), compare_figures.needles(results)):
+    for figure in (
+        compare_figures.scatter(results),
+        compare_figures.scatter(results, is_narrow=True),
+        compare_figures.needles(results),
+    ):
         text = pictures.svg(figure)
         root = ElementTree.fromstring(text)
         assert root.tag.endswith("svg")
@@ -367,9 +371,7 @@ def test_the_page_knows_narrow_screens_and_dark_ones(page):
     style = page[page.index("<style>") : page.index("</style>")]
     assert "prefers-color-scheme: dark" in style
     assert "position: sticky" in style
-    assert page.count('<div class="wide">') == page.count("<table>") + page.count(
-        "<svg"
-    )
+    assert page.count('<div class="wide') == page.count("<table>") + page.count("<svg")
     # No colour is set but by a name that the dark page gives another value.
     named = re.findall(r"(?<!-)(?:color|background): ([^;]+);", style)
     assert named

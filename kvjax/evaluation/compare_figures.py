@@ -22,6 +22,7 @@ COLOURS = (
 MARKERS = ("o", "^", "D", "v", "P", "X", "p", "<", "*", ">", "h", "d", "8")
 SIZE = 7.0  # of a marker, points
 APART = 9.0  # between the middles of two that would hide each other
+NARROW = 4.9  # inches of a figure for a narrow screen
 PANEL = 205.0, 214.0  # about its width and height, points
 
 NOTE = (
@@ -73,15 +74,24 @@ def _figure(width: float, height: float):
     return Figure(figsize=(width, height), layout="constrained", facecolor="white")
 
 
-def scatter(results: Mapping[str, Any]):
-    """Accuracy against bytes read per token, a panel a retrieval task."""
+def scatter(results: Mapping[str, Any], *, is_narrow: bool = False):
+    """Accuracy against bytes read per token, a panel a retrieval task.
+
+    Args:
+        results: of a comparison.
+        is_narrow: panels below each other, for a narrow screen.
+    """
     from matplotlib.transforms import offset_copy
 
     rows, methods = results["rows"], series(results)
-    columns = 1 if len(methods) <= 18 else 2
-    height = max(3.9, 0.9 + 0.2 * math.ceil(len(methods) / columns))
-    figure = _figure(12.0, height)
-    axes = figure.subplots(1, len(TASKS), sharey=True)
+    columns = 1 if len(methods) <= 18 and not is_narrow else 2
+    key = 0.2 * math.ceil(len(methods) / columns)
+    if is_narrow:
+        figure = _figure(NARROW, 2.9 * len(TASKS) + key + 1.0)
+        axes = figure.subplots(len(TASKS), 1)
+    else:
+        figure = _figure(12.0, max(3.9, 0.9 + key))
+        axes = figure.subplots(1, len(TASKS), sharey=True)
     kib = [row["bytes_read"] / 1024 for row in rows]
     for axis, task in zip(axes, TASKS, strict=True):
         _dress(axis, TASKS[task], kib)
@@ -129,21 +139,26 @@ def scatter(results: Mapping[str, Any]):
                     label=method.label if index == method.rows[0] else None,
                     transform=shift,
                 )
-    axes[0].set_ylabel("answered correctly")
-    axes[0].yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f}%")
+    for axis in axes if is_narrow else axes[:1]:
+        axis.set_ylabel("answered correctly")
+        axis.yaxis.set_major_formatter(lambda value, position: f"{100 * value:.0f}%")
     handles, labels = axes[0].get_legend_handles_labels()
     _, shared = tables.shared_options([row["method"] for row in rows])
     figure.legend(
         handles,
         labels,
-        loc="outside right center",
+        loc="outside lower left" if is_narrow else "outside right center",
         frameon=False,
         ncols=columns,
         title=tables.wrapped(shared, 28) or None,
         title_fontsize="small",
         alignment="left",
     )
-    figure.supxlabel(NOTE, fontsize=8, color="#52606d")
+    note = tables.wrapped(NOTE, 70 if is_narrow else 200)
+    if is_narrow:
+        figure.suptitle(note, fontsize=7, color="#52606d")
+    else:
+        figure.supxlabel(note, fontsize=8, color="#52606d")
     return figure
 
 

@@ -229,6 +229,19 @@ def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
     assert "| `toy`: It helps (arXiv:0000.00000, Table 1) |" in text
 
 
+@pytest.mark.parametrize("columns", [80, 120])
+def test_the_table_is_whole_at_any_width(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    _, document = last_run()
+    page.print_table(document)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= columns
+    printed = set(out.split())
+    for row in document["rows"]:
+        for cell in page.cells(row):
+            assert set(cell.split()) <= printed
+
+
 def test_a_picture_has_no_effect_at_0_and_the_claims_side_to_the_right():
     row = as_dict(
         judge(a_claim(bar=Effect(1.0, 0.5, "lower")), measured(0.6, 0.5, 1.1))

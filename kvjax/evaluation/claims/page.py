@@ -93,30 +93,47 @@ CAPTION = (
 
 
 def print_table(found: Mapping[str, Any]) -> None:
-    """The table on stdout, the reasons and the commands beneath."""
-    from rich import box
+    """Prints the table, the reasons and the commands beneath.
+
+    Where the terminal is too narrow for the columns, it is a list: no word is cut.
+    """
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(width=tables.width(), markup=False, emoji=False, highlight=False)
-    table = Table(
-        box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, padding=(0, 1, 0, 0)
-    )
-    for column, heading in enumerate(HEADINGS):
-        words = heading.split()
+    table = _table(found["rows"])
+    # Measured by one that has room: a narrow one says it needs no more than it has.
+    if Console(width=10_000).measure(table).minimum <= console.width:
+        console.print(table)
+    else:
         for row in found["rows"]:
-            words += cells(row)[column].split()
-        # Sentences break between words, never in one.
-        table.add_column(heading, min_width=max(map(len, words)))
-    for row in found["rows"]:
-        table.add_row(*cells(row))
-    console.print(table)
-    print()
+            for heading, cell in zip(HEADINGS, cells(row), strict=True):
+                line = f"{heading}: {' '.join(cell.split())}"
+                print(tables.wrapped(line, console.width, later="    "))
+            print()
     tables.say(CAPTION)
     for row in found["rows"]:
         tables.say(f"{row['name']}: {row['verdict']}. {row['reason']}")
         print(f"    {row['command']}")
     tables.say(summary(found))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(
+        box=box.SIMPLE_HEAD, show_lines=True, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for column, heading in enumerate(HEADINGS):
+        words = [
+            heading,
+            *(word for row in rows for word in cells(row)[column].split()),
+        ]
+        # Sentences break between words, never in one.
+        table.add_column(heading, min_width=max(map(len, words)))
+    for row in rows:
+        table.add_row(*cells(row))
+    return table
 
 
 def markdown(found: Mapping[str, Any]) -> str:
@@ -143,7 +160,7 @@ def html(found: Mapping[str, Any]) -> str:
     template = environment.from_string(source.read_text(encoding="utf-8"))
     details = {row["name"]: row["details"] for row in found["rows"]}
     shown = [
-        (title, pictures.svg(figure))
+        (title, pictures.svg(figure, title))
         for title, figure in figures.every(found["rows"], details)
     ]
     return template.render(
