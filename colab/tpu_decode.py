@@ -4,8 +4,9 @@
 # Colab's TPU v5e-1 or v6e-1, or a GPU. The kernels are checked against their
 # definitions on the chip that is really here; then every operation is timed beside the
 # time that its bytes alone would take; then a model decodes under several methods,
-# beside the roofline that `kvjax plan` computes. With no accelerator all of it runs
-# too, small. The model is of the hub, else SmolLM2, else one that ships with kvjax.
+# beside the time that the bytes of a step would take. With no accelerator all of it
+# runs too, small. The model is of the hub, else SmolLM2, else one that ships with
+# kvjax.
 
 # %%
 import socket
@@ -30,11 +31,11 @@ def has_network() -> bool:
 # Any Llama, Mistral, Qwen2 or Qwen3 of the hub; this one needs no account.
 HUB_MODEL = "unsloth/Llama-3.2-1B"
 if on_accelerator and has_network():
-    NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = HUB_MODEL, "bfloat16", 32768, 1024, 128
+    NAME, DTYPE, CONTEXT, BUDGET, STEPS = HUB_MODEL, "bfloat16", 32768, 1024, 16
 else:
-    NAME, DTYPE, CONTEXT, BUDGET, NEW_TOKENS = "smollm2", "float32", 256, 64, 8
+    NAME, DTYPE, CONTEXT, BUDGET, STEPS = "smollm2", "float32", 256, 64, 4
     if on_accelerator:
-        DTYPE, CONTEXT, BUDGET, NEW_TOKENS = "bfloat16", 8192, 1024, 128
+        DTYPE, CONTEXT, BUDGET, STEPS = "bfloat16", 8192, 1024, 16
     try:
         published.fetch(NAME)  # once: 93 MB, Apache-2.0
     except (OSError, ImportError) as error:
@@ -122,55 +123,23 @@ for name, operation in operations.items():
 # %% [markdown]
 # ## How fast a model decodes
 #
-# The same prompt under each method: tokens per second after the prompt, beside the
-# most that the bytes of a step allow.
+# What `kvjax bench decode` prints: the same prompt under each method, steps after it,
+# and the share of them that the bytes of a step take at the speed of a copy.
 
 # %%
-import time
-
-from kvjax import planning
-from kvjax.cache import num_bytes
-from kvjax.generate import continued, prefill
+from kvjax import bench_decode
 
 model = models.load(NAME, dtype=DTYPE)
-config = model.decoder.config
-prompt = model.tokenizer.encode(embedded.heldout_text())[: CONTEXT - NEW_TOKENS]
-held = num_bytes(model.params)
-unread = 0 if config.tied_embeddings else num_bytes(model.params["embedding"])
-kinds = {"TPU v5 lite": "v5e-1", "TPU v6 lite": "v6e-1", "Tesla T4": "T4"}
-device = planning.DEVICES.get(kinds.get(jax.devices()[0].device_kind))
-peak = device.bandwidth if device else bandwidth
-
-
-def tokens_per_second(method):
-    """After the prompt; of the second run, which compiles nothing."""
-    for _ in range(2):
-        read = prefill(model, method, [prompt], max_new_tokens=NEW_TOKENS)
-        jax.block_until_ready(read)
-        start = time.perf_counter()
-        options = {"max_new_tokens": NEW_TOKENS, "eos_ids": ()}
-        events = continued(model, method, read, stream_every=NEW_TOKENS, **options)
-        for _ in events:
-            pass
-        elapsed = time.perf_counter() - start
-    return NEW_TOKENS / elapsed
-
-
-print(f"{'method':<28}{'tokens/s':>10}{'roofline':>10}")
+text = model.tokenizer.encode(embedded.heldout_text())
 specs = ["full", f"quest:budget={BUDGET}"]
 if on_accelerator:
     specs += [f"streaming_llm:budget={BUDGET}", f"cascade:budget={BUDGET}"]
     specs += [f"snapkv:budget={BUDGET}", f"h2o:budget={BUDGET}"]
     specs += [f"tova:budget={BUDGET}", f"refreshkv:budget={BUDGET}"]
-for spec in specs:
-    method = kvjax.parse(spec)
-    plan = planning.plan(
-        model.decoder,
-        method,
-        weights=planning.Weights(held, held - unread),
-        sizes=planning.Sizes(config.width, config.mlp_width),
-        context=CONTEXT,
-        new_tokens=NEW_TOKENS,
-    )
-    most = peak / plan.step_bytes
-    print(f"{spec:<28}{tokens_per_second(method):>10.1f}{most:>10.1f}")
+rows = bench_decode.run(model, specs, text, contexts=[CONTEXT], steps=STEPS)
+print(f"{'method':<28}{'MB / step':>10}{'tokens/s':>10}{'of roofline':>13}")
+for row in rows:
+    share = row.floor / row.median
+    megabytes = row.num_bytes / 1e6
+    rate = row.tokens_per_second
+    print(f"{row.method:<28}{megabytes:>10.1f}{rate:>10.1f}{share:>13.0%}")

@@ -21,13 +21,17 @@ def method() -> Method:
     return Method(
         init=_init,
         prefill=_prefill,
-        finish=lambda state: state,
+        finish=_finish,
         append=cache.extend,
         inspect_step=_inspect_step,
         traffic=_traffic,
         rewind=_rewind,
         exact_prompt=True,
     )
+
+
+def _finish(state: cache.Contiguous) -> cache.Contiguous:
+    return state
 
 
 def _init(spec: CacheSpec, weights=None) -> cache.Contiguous:

@@ -13,10 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import interface
+from kvjax import interface, timing
 from kvjax.detokenize import TextRow
+from kvjax.hidden import last_hidden, newer
 from kvjax.inputs import check_options, check_prompts
 from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
+from kvjax.named import as_method
 from kvjax.sampling import Sampling, active, mentioned, row_keys, sample
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
@@ -40,7 +42,7 @@ class Prefilled(NamedTuple):
 
 def generate(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -59,8 +61,8 @@ def generate(
 
     Args:
         model: decoder, weights and tokenizer.
-        method: any :class:`kvjax.Method`. Use one object for many calls: compiled code
-            is kept per object.
+        method: any :class:`kvjax.Method`, or its spec, as `quest:budget=128`. Use one
+            object, or one spec, for many calls: compiled code is kept per object.
         prompts: texts, or token ids; of any lengths.
         max_new_tokens: most tokens a row generates, its EOS token included.
         sampling: greedy by default.
@@ -81,7 +83,7 @@ def generate(
     """
     events = _start(
         model,
-        method,
+        as_method(method),
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -102,7 +104,7 @@ def generate(
 
 def stream(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prompts: Sequence[str | Sequence[int]],
     *,
     max_new_tokens: int = 128,
@@ -120,7 +122,7 @@ def stream(
     """
     return _start(
         model,
-        method,
+        as_method(method),
         prompts,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -134,7 +136,7 @@ def stream(
 
 def prefill(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prompts: Sequence[Sequence[int]],
     *,
     max_new_tokens: int,
@@ -145,17 +147,21 @@ def prefill(
     Raises:
         ValueError: as :func:`generate`.
     """
+    method = as_method(method)
     check_prompts(model.decoder, method, prompts, max_new_tokens, chunk_size)
     longest = max(map(len, prompts))
     decoder, params = model.decoder, model.params
-    states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
-    hidden = None
-    for tokens, lengths in chunks(decoder, prompts, chunk_size):
-        states, newest = prefill_chunk(decoder, method, params, states, tokens, lengths)
-        hidden = newer(newest, lengths, hidden)
-    return Prefilled(
-        finish(method, states), hidden, jnp.asarray(recent(prompts, method.rows))
-    )
+    with timing.stretch("prompt") as part:
+        states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
+        hidden = None
+        for tokens, lengths in chunks(decoder, prompts, chunk_size):
+            states, newest = prefill_chunk(
+                decoder, method, params, states, tokens, lengths
+            )
+            hidden = newer(timing.settled(newest), lengths, hidden)
+        states = timing.settled(finish(method, states))
+        part.tokens = sum(map(len, prompts))
+    return Prefilled(states, hidden, jnp.asarray(recent(prompts, method.rows)))
 
 
 def bucket(tokens: int) -> int:
@@ -246,28 +252,6 @@ def prefill_chunk(decoder, method, params, states, tokens, lengths):
     """
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
     return states, last_hidden(hidden, lengths, None)
-
-
-@jax.jit
-def newer(
-    newest: Float[Array, "B E"],
-    lengths: Int[Array, "B"],
-    previous: Float[Array, "B E"] | None,
-) -> Float[Array, "B E"]:
-    """Hidden states of rows that the chunk has a token of; `previous` of the others."""
-    if previous is None:
-        return newest
-    return jnp.where((lengths > 0)[:, None], newest, previous)
-
-
-def last_hidden(
-    hidden: Float[Array, "B T E"],
-    lengths: Int[Array, "B"],
-    previous: Float[Array, "B E"] | None,
-) -> Float[Array, "B E"]:
-    """Of each row's newest token; `previous` where this chunk has none of the row."""
-    index = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return newer(jnp.take_along_axis(hidden, index, axis=1)[:, 0], lengths, previous)
 
 
 class _Tail(NamedTuple):
@@ -408,7 +392,7 @@ def _events(
 
 def continued(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prefilled: Prefilled,
     *,
     max_new_tokens: int,
@@ -433,7 +417,7 @@ def continued(
         raise ValueError(f"{max_new_tokens=} must be at least 1.")
     return _continued(
         model,
-        method,
+        as_method(method),
         prefilled,
         max_new_tokens=max_new_tokens,
         sampling=sampling,
@@ -467,13 +451,14 @@ def _continued(
     keys = None if sampling.temperature is None else row_keys(seed, batch)
     seen = None if sampling.repetition_penalty is None else seen
     tail = _Tail(window, np.zeros(batch, bool), seen)
-    newest, tail = _first_token(
-        decoder, params, hidden, tail, keys, sampling, eos_array
-    )
+    with timing.stretch("prompt"):
+        newest, tail = _first_token(
+            decoder, params, hidden, tail, keys, sampling, eos_array
+        )
+        block, produced = np.asarray(newest)[:, None], 1
     rows = [
         TextRow(model.tokenizer, stop, eos_ids, max_new_tokens) for _ in range(batch)
     ]
-    block, produced = np.asarray(newest)[:, None], 1
     while True:
         for index, row in enumerate(rows):
             if row.finish_reason is None and (text := row.push(block[index].tolist())):
@@ -481,18 +466,20 @@ def _continued(
         done = np.array([row.finish_reason is not None for row in rows])
         if done.all():
             return [Generation(row.tokens, row.text, row.finish_reason) for row in rows]
-        states, tail, block, count = _decode(
-            decoder,
-            method,
-            stream_every,
-            params,
-            states,
-            tail._replace(done=done),
-            keys,
-            np.int32(produced),
-            np.int32(min(stream_every, max_new_tokens - produced)),
-            sampling,
-            eos_array,
-        )
-        block = np.asarray(block)[:, : int(count)]
+        with timing.stretch("decode") as part:
+            states, tail, block, count = _decode(
+                decoder,
+                method,
+                stream_every,
+                params,
+                states,
+                tail._replace(done=done),
+                keys,
+                np.int32(produced),
+                np.int32(min(stream_every, max_new_tokens - produced)),
+                sampling,
+                eos_array,
+            )
+            block = np.asarray(block)[:, : int(count)]
+            part.tokens = block.size
         produced += int(count)

@@ -178,12 +178,34 @@ class Method(NamedTuple):
     rewind: Callable[..., State] | None = None
     exact_prompt: bool = False
 
+    def __repr__(self) -> str:
+        """The spec string where the method was made of one, else its factory."""
+        return f"Method({_SPECS.get(self) or _factory(self)!r})"
+
     def decode_step(
         self, state: State, q: Float[Array, "B Hq T D"]
     ) -> tuple[State, Float[Array, "B Hq T D"]]:
         """Attends for the tokens just appended: the transform of this library."""
         state, out, _ = self.inspect_step(state, q)
         return state, out
+
+
+_SPECS: dict[Method, str] = {}
+
+
+def _factory(method: Method) -> str:
+    """The name of the factory that a method's functions were made in."""
+    # `init` last: a decorator of a factory may have put its own in that place.
+    for function in (method.traffic, method.inspect_step, method.init):
+        name, nested, _ = getattr(function, "__qualname__", "").partition(".<locals>")
+        if nested:
+            return name
+    return getattr(method.init, "__module__", "").rpartition(".")[2]
+
+
+def remember_spec(method: Method, spec: str) -> None:
+    """Has a method say in its `repr` what it was made of."""
+    _SPECS[method] = spec
 
 
 @runtime_checkable
@@ -278,3 +300,17 @@ class LanguageModel(NamedTuple):
     eos_ids: tuple[int, ...] = ()
     name: str = ""
     generation: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        """One line: its weights have millions of numbers."""
+        leaves = [
+            leaf for leaf in jax.tree.leaves(self.params) if hasattr(leaf, "size")
+        ]
+        count = sum(leaf.size for leaf in leaves)
+        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+        sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
+        return (
+            f"LanguageModel({self.name!r}, {type(self.decoder).__name__}, {sizes}, "
+            f"{self.decoder.num_layers} layers, context {self.decoder.context:,}, "
+            f"vocabulary {self.decoder.vocab_size:,})"
+        )

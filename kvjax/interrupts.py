@@ -25,8 +25,8 @@ from typing import NoReturn
 
 CODE = 130  # as shells count: 128 and the number of SIGINT
 LINE = "kvjax: error: interrupted."
-PATIENCE = 5.0  # seconds to come to a place where it is safe to raise
-UNWINDING = 60.0  # seconds to remove what is half written
+PATIENCE = 2.0  # seconds to come to a place where it is safe to raise
+UNWINDING = 60.0  # seconds to finish or remove what is half written
 EVERY = 0.05  # seconds between two looks whether it is safe
 AGAIN = 0.3  # seconds; a second signal within them is the same one, sent twice
 
@@ -117,7 +117,7 @@ class Guard:
         while not self._arrived(None):
             pass
         start = time.monotonic()
-        while time.monotonic() - start < (UNWINDING if self._raised else PATIENCE):
+        while time.monotonic() - start < self._patience():
             if self._arrived(EVERY) and time.monotonic() - start > AGAIN:
                 break
             if _LOOK is not None and not self._raised:
@@ -130,6 +130,9 @@ class Guard:
                 shutil.rmtree(path, ignore_errors=True)
             _say()
         os._exit(CODE)
+
+    def _patience(self) -> float:
+        return UNWINDING if self._raised or self._unfinished else PATIENCE
 
     def _arrived(self, seconds: float | None) -> bool:
         """Waits for a signal; one of `_LOOK` alone is none."""

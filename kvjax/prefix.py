@@ -20,7 +20,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
-from kvjax import accounting
+from kvjax import accounting, timing
 from kvjax.generate import (
     Generation,
     Prefilled,
@@ -34,11 +34,13 @@ from kvjax.generate import (
 )
 from kvjax.inputs import check_options, check_prompts, check_vocabulary
 from kvjax.interface import LanguageModel, Method, State, dynamic_rope
+from kvjax.named import as_method
 from kvjax.sampling import Sampling, mentioned
 from kvjax.training import checkpoint
 
 FORMAT = 2  # of a folder; a change that breaks readers adds one
 ABOUT, ARRAYS = "prefix.json", "arrays"
+NEW_TOKENS = 128  # where nothing else bounds them
 _LAYOUT = ("prompt_tokens", "longest", "room", "leaves")
 _KEYS = {
     *("method", "dtype", "decoder", "weights", "model"),
@@ -60,7 +62,7 @@ class Prefix(NamedTuple):
 
 def read(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prompts: Sequence[Sequence[int]],
     *,
     room: int = 128,
@@ -78,6 +80,9 @@ def read(
     Raises:
         ValueError: as :func:`kvjax.generate.generate`.
     """
+    method = as_method(method)
+    if room < 1:
+        raise ValueError(f"{room=} must be at least 1.")
     check_prompts(model.decoder, method, prompts, room, chunk_size)
     longest = max(map(len, prompts))
     states = empty_states(model.decoder, method, len(prompts), longest, room)
@@ -86,17 +91,19 @@ def read(
 
 
 def _read(model, method, states, hidden, pieces, chunk_size):
-    for tokens, lengths in chunks(model.decoder, pieces, chunk_size):
-        states, newest = prefill_chunk(
-            model.decoder, method, model.params, states, tokens, lengths
-        )
-        hidden = newer(newest, lengths, hidden)
+    with timing.stretch("prompt") as part:
+        for tokens, lengths in chunks(model.decoder, pieces, chunk_size):
+            states, newest = prefill_chunk(
+                model.decoder, method, model.params, states, tokens, lengths
+            )
+            hidden = newer(timing.settled(newest), lengths, hidden)
+        part.tokens = sum(map(len, pieces))
     return states, hidden
 
 
 def extend(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prefix: Prefix,
     more: Sequence[Sequence[int]],
     *,
@@ -113,6 +120,7 @@ def extend(
         ValueError: if the number of rows differs, a token is unknown, there is no room,
             or the model's rope is `dynamic`: its keys depend on the whole prompt.
     """
+    method = as_method(method)
     if len(more) != len(prefix.prompts):
         raise ValueError(
             f"more has {len(more)} rows and the prefix {len(prefix.prompts)}: give "
@@ -129,28 +137,38 @@ def extend(
     prompts = tuple(
         (*old, *map(int, new)) for old, new in zip(prefix.prompts, more, strict=True)
     )
-    _check_room(model, method, prefix._replace(prompts=prompts), 1)
+    before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
+    check_room(model, method, prefix, after + 1 - before)
     states, hidden = _read(
         model, method, prefix.states, prefix.hidden, more, chunk_size
     )
     return prefix._replace(states=states, hidden=hidden, prompts=prompts)
 
 
-def _check_room(model, method, prefix, new_tokens):
+def tokens_left(model: LanguageModel, method: Method, prefix: Prefix) -> int | None:
+    """Returns how many tokens may follow; None for a method of constant memory."""
     if accounting.is_constant(method, model.decoder):
-        return  # what does not grow has room for everything
-    total = max(map(len, prefix.prompts)) + new_tokens
-    if total > prefix.longest + prefix.room:
+        return None  # what does not grow has room for everything
+    return prefix.longest + prefix.room - max(map(len, prefix.prompts))
+
+
+def check_room(
+    model: LanguageModel, method: Method, prefix: Prefix, new_tokens: int
+) -> None:
+    """Raises ValueError unless so many tokens may follow the longest prompt."""
+    left = tokens_left(model, method, prefix)
+    if left is not None and new_tokens > left:
+        total = prefix.room + new_tokens - left
         raise ValueError(
-            f"the prefix has room for {prefix.room} tokens beside the "
-            f"{prefix.longest} of its longest prompt, {total} are wanted in all: read "
-            f"the prompt anew with room={total - prefix.longest} or more."
+            f"the prefix has room for {left} tokens more, of {prefix.room} beside the "
+            f"{prefix.longest} of its longest prompt, and {new_tokens} are wanted: "
+            f"read the prompt anew with room={total} or more (kvjax prefill --room)."
         )
 
 
 def stream(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prefix: Prefix,
     *,
     max_new_tokens: int | None = None,
@@ -164,20 +182,24 @@ def stream(
 
     The generator returns what :func:`generate` does; arguments are those of
     :func:`kvjax.generate.generate`, but for `max_new_tokens=None`: all there is room
-    for.
+    for, and 128 under a method of constant memory, which has room for any number.
 
     Raises:
         ValueError: if there is no room for `max_new_tokens`, or an option is out of its
             range.
     """
+    method = as_method(method)
     check_options(sampling, stop, stream_every, seed, eos_ids)
     if max_new_tokens is None:
-        max_new_tokens = prefix.longest + prefix.room - max(map(len, prefix.prompts))
+        left = tokens_left(model, method, prefix)
+        max_new_tokens = NEW_TOKENS if left is None else max(left, 1)
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1.")
-    _check_room(model, method, prefix, max_new_tokens)
+    check_room(model, method, prefix, max_new_tokens)
     newest = jnp.asarray(recent(prefix.prompts, method.rows))
-    prefilled = Prefilled(finish(method, prefix.states), prefix.hidden, newest)
+    with timing.stretch("prompt"):
+        states = timing.settled(finish(method, prefix.states))
+    prefilled = Prefilled(states, prefix.hidden, newest)
     return continued(
         model,
         method,
@@ -193,7 +215,7 @@ def stream(
 
 
 def generate(
-    model: LanguageModel, method: Method, prefix: Prefix, **options: Any
+    model: LanguageModel, method: Method | str, prefix: Prefix, **options: Any
 ) -> list[Generation]:
     """:func:`stream` to its end: one :class:`kvjax.generate.Generation` a row."""
     events = stream(model, method, prefix, **options)
@@ -210,12 +232,14 @@ def save(
     prefix: Prefix,
     *,
     method_name: str,
+    messages: Sequence[Mapping[str, str]] | None = None,
 ) -> None:
     """Writes a prefix beside `folder` first and renames it when it is complete.
 
     Args:
         method_name: of the method it was read under, with all of its options, as
             :func:`kvjax.registry.canonical` spells them.
+        messages: the conversation that the prompt is, if it is one; of one row.
 
     Raises:
         FileExistsError: if `folder` exists and is not empty.
@@ -233,6 +257,7 @@ def save(
         "room": prefix.room,
         "leaves": checkpoint.describe(arrays),
         "fingerprints": [int(f) for f in checkpoint.fingerprints(arrays)],
+        "messages": messages,
     }
     about["layout"] = _digest(about)
     partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
@@ -289,7 +314,7 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
 def restore(
     folder: str | pathlib.Path,
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     *,
     method_name: str,
 ) -> Prefix:
@@ -300,6 +325,7 @@ def restore(
         checkpoint.DamagedError: if it is not bit for bit what was saved.
         ValueError: if it belongs to another model, method or dtype; names both.
     """
+    method = as_method(method)
     folder = pathlib.Path(folder).resolve()
     found = about(folder)
     lengths, longest, room = found["prompt_tokens"], found["longest"], found["room"]

@@ -12,12 +12,16 @@ import typing
 from collections.abc import Callable
 
 from kvjax import methods
-from kvjax.interface import Method
+from kvjax.interface import Method, remember_spec
 from kvjax.partials import suits
 
 _FACTORIES = {
     name: value for name, value in vars(methods).items() if inspect.isfunction(value)
 }
+
+
+# Made by every call alike, and by name.
+remember_spec(methods.full(), "full")
 
 
 def names(alpha: float | None = None) -> tuple[str, ...]:
@@ -79,6 +83,7 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
         )
     fitting = {key: v for key, v in defaults.items() if key in options(name)}
     method = get(name)(**(fitting | given))
+    written = _joined(name, fitting | given)
     for part in reversed(outer):
         name, given = _split(part)
         if not is_transform(name):
@@ -89,6 +94,7 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
         parameters = inspect.signature(get(name)).parameters
         wrapped = [method] + [methods.full()] * ("dense" in parameters)
         method = get(name)(*wrapped, **given)
+    remember_spec(method, "+".join([*outer, written]))
     return method
 
 
@@ -103,9 +109,13 @@ def canonical(spec: str) -> str:
     for part in spec.split("+"):
         name, given = _split(part.strip())
         defaults = {key: p.default for key, p in options(name).items()}
-        settings = (f"{key}={value}" for key, value in (defaults | given).items())
-        parts.append(f"{name}:{','.join(settings)}".rstrip(":"))
+        parts.append(_joined(name, defaults | given))
     return "+".join(parts)
+
+
+def _joined(name: str, given: dict) -> str:
+    settings = (f"{key}={value}" for key, value in given.items())
+    return f"{name}:{','.join(settings)}".rstrip(":")
 
 
 def _split(part: str) -> tuple[str, dict]:

@@ -26,6 +26,7 @@ from kvjax.generate import (
 from kvjax.generate import prefill as read_prompts
 from kvjax.inputs import check_vocabulary
 from kvjax.interface import LanguageModel, Method
+from kvjax.named import as_method
 
 STEPS = 64  # teacher-forced tokens between two looks of the host
 POSITIONS = 64  # prompt positions whose logits exist at once
@@ -43,7 +44,7 @@ class Scores(NamedTuple):
 
 def score(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     tokens: Sequence[Sequence[int]],
     *,
     prefill: int,
@@ -66,6 +67,7 @@ def score(
             the vocabulary, or a row is too long for the model's context (none is, for a
             method of constant memory).
     """
+    method = as_method(method)
     tokens = [[int(token) for token in row] for row in tokens]
     lengths = np.array([len(row) for row in tokens], np.int32)
     if not tokens or not 1 <= prefill < lengths.min():
@@ -115,7 +117,7 @@ def score(
 
 def continue_scores(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     prefilled: Prefilled,
     tokens: Int[np.ndarray, "B n"],
     *,
@@ -132,6 +134,7 @@ def continue_scores(
         :class:`Scores`, of the tokens alone: log-probabilities `(B, n - 1)` of all but
         the first, which the prompt predicts.
     """
+    method = as_method(method)
     decoder, params = model.decoder, model.params
     states, hidden, window = prefilled
     log_probs: list[np.ndarray] = [np.zeros((len(tokens), 0), np.float32)]

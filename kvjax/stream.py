@@ -28,6 +28,7 @@ from kvjax.generate import (
 )
 from kvjax.inputs import check_vocabulary
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
+from kvjax.named import as_method
 from kvjax.scoring import POSITIONS
 
 PIECE = 1 << 16  # characters at which a piece ends, if it cannot before
@@ -74,10 +75,10 @@ class Read(NamedTuple):
 
 
 def check_method(
-    model: LanguageModel, method: Method, name: str = "this method"
+    model: LanguageModel, method: Method | str, name: str = "this method"
 ) -> None:
     """Raises ValueError unless the method holds no more the longer the text."""
-    if not accounting.is_constant(method, model.decoder):
+    if not accounting.is_constant(as_method(method), model.decoder):
         raise ValueError(
             f"what {name} holds grows with the text: an endless one needs a method of "
             "constant memory, such as cascade:budget=1024 or streaming_llm:budget=1024."
@@ -136,7 +137,7 @@ def _end_of_piece(text: str, most: int) -> int:
 
 def read(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     texts: Iterable[str],
     *,
     chunk_size: int = 512,
@@ -156,6 +157,7 @@ def read(
         ValueError: if the method's state grows with the text, `chunk_size` < 1, or,
             once at its end, the text has no tokens.
     """
+    method = as_method(method)
     check_method(model, method)
     if chunk_size < 1:
         raise ValueError(f"{chunk_size=} must be at least 1.")
@@ -255,13 +257,14 @@ def _read_chunk(
 
 
 def extend(
-    model: LanguageModel, method: Method, text: Read, **options: Any
+    model: LanguageModel, method: Method | str, text: Read, **options: Any
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     """Continues a text that was read, which is used up.
 
     `options` are `max_new_tokens`, which nothing bounds, and those of
     :func:`kvjax.generate.continued`.
     """
+    method = as_method(method)
     rows = np.full((1, method.rows), PAD, np.int32)
     rows[0, method.rows - len(text.newest) :] = text.newest
     prefilled = Prefilled(finish(method, text.states), text.hidden, jnp.asarray(rows))

@@ -34,7 +34,7 @@ SAYS = {
     "entmax": r"certified=true +\d+ +\d\.\de-\d\d +100%",
     "quickstart": r"the same 64 tokens",
     "refreshkv_training": r"(?s)loss: (\d\.\d+ ?){4}.*model +perplexity \d",
-    "tpu_decode": r"quest:budget=64 +\d+\.\d +\d+\.\d",
+    "tpu_decode": r"quest:budget=64 +\d+\.\d +\d+\.\d +\d+%",
     "write_your_own_method": r"(?s)caught: row.*landmarks +256 KiB +\d+%",
 }
 

@@ -83,11 +83,11 @@ def test_room_is_kept_to(saved):
     for run, message in [
         (
             lambda: prefix.generate(ONE_LAYER, full, read, max_new_tokens=13),
-            "room for 12 tokens beside the 70 .* 83 are wanted .* room=13",
+            "room for 12 tokens more, .* the 70 .* 13 are wanted: .* room=13",
         ),
         (
             lambda: prefix.extend(ONE_LAYER, full, read, [[1] * 12, [1] * 82, []]),
-            "room for 12 tokens beside the 70 .* 84 are wanted .* room=14",
+            "room for 12 tokens more, .* the 70 .* 14 are wanted: .* room=14",
         ),
         (
             lambda: prefix.generate(ONE_LAYER, full, read, max_new_tokens=0),

@@ -1,5 +1,6 @@
 """`kvjax bench`: how fast things are on this machine, each beside its roofline."""
 
+import inspect
 import json
 from typing import Annotated
 
@@ -8,6 +9,8 @@ import typer
 import kvjax
 from kvjax import report, tables
 from kvjax.cli.common import (
+    METHOD_HELP,
+    MODEL_HELP,
     DtypeOption,
     JsonOption,
     arguments_given,
@@ -16,36 +19,79 @@ from kvjax.cli.common import (
 )
 from kvjax.progress import show_progress
 
-SUBJECTS = ("kernels",)
+SUBJECTS = ("kernels", "decode")
+OF_KERNELS = ("page_size", "kv_heads", "group", "head_dim")
+OF_DECODE = ("model", "method", "steps")
 
 
 def bench(
     subject: Annotated[
-        str, typer.Argument(help="What to time: kernels, one attention layer.")
+        str,
+        typer.Argument(
+            help="What to time: kernels, one attention layer; decode, a model's steps."
+        ),
     ] = "kernels",
+    model: Annotated[
+        str | None, typer.Option("--model", help="Of decode: " + MODEL_HELP)
+    ] = None,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="Of decode: " + METHOD_HELP + " May be repeated."),
+    ] = None,
     context: Annotated[
-        str, typer.Option(help="Tokens in the cache; several with commas.")
-    ] = "32768,131072",
+        str | None,
+        typer.Option(
+            help="Tokens in the cache, several with commas; 32768,131072 of kernels, "
+            "4096 of decode."
+        ),
+    ] = None,
     budget: Annotated[
         int, typer.Option(help="Tokens per KV head that sparse attention reads.")
     ] = 2048,
-    page_size: Annotated[int, typer.Option(help="Tokens of a page.")] = 64,
+    steps: Annotated[int, typer.Option(help="Of decode: steps of a sample.")] = 16,
+    page_size: Annotated[int, typer.Option(help="Of kernels: tokens of a page.")] = 64,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
-    kv_heads: Annotated[int, typer.Option(help="KV heads.")] = 8,
-    group: Annotated[int, typer.Option(help="Query heads of a KV head.")] = 4,
-    head_dim: Annotated[int, typer.Option(help="Size of a head.")] = 128,
+    kv_heads: Annotated[int, typer.Option(help="Of kernels: KV heads.")] = 8,
+    group: Annotated[
+        int, typer.Option(help="Of kernels: query heads of a KV head.")
+    ] = 4,
+    head_dim: Annotated[int, typer.Option(help="Of kernels: size of a head.")] = 128,
     repeats: Annotated[int, typer.Option(help="Samples of each, in turns.")] = 5,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Times the operations of one decoding layer beside what their bytes allow."""
+    """Times one decoding layer, or a whole model, beside what the bytes allow.
+
+    kernels times the operations of one attention layer; decode the steps of a model
+    under its methods.
+    """
     import jax
 
     from kvjax import bench as benchmark
 
     if subject not in SUBJECTS:
         raise ValueError(f"{subject=} must be one of {', '.join(SUBJECTS)}.")
-    contexts = whole_numbers("--context", context)
+    given = {"model": model, "method": method, "steps": steps}
+    given |= {"page_size": page_size, "kv_heads": kv_heads}
+    given |= {"group": group, "head_dim": head_dim}
+    _check_options(subject, given)
+    if subject == "decode":
+        from kvjax.cli import bench_decode
+
+        positive(budget=budget, steps=steps, batch=batch, repeats=repeats)
+        bench_decode.decode(
+            model=model,
+            methods=method,
+            contexts=None if context is None else whole_numbers("--context", context),
+            budget=budget,
+            steps=steps,
+            repeats=repeats,
+            batch=batch,
+            dtype=dtype,
+            as_json=as_json,
+        )
+        return
+    contexts = whole_numbers("--context", context or "32768,131072")
     positive(budget=budget, page_size=page_size, batch=batch, kv_heads=kv_heads)
     positive(group=group, head_dim=head_dim, repeats=repeats)
     if dtype is None:
@@ -79,6 +125,17 @@ def bench(
         print(json.dumps(document, indent=2))
     else:
         _print(document)
+
+
+def _check_options(subject, given) -> None:
+    """Raises ValueError for an option of the other subject."""
+    parameters = inspect.signature(bench).parameters
+    others = OF_DECODE if subject == "kernels" else OF_KERNELS
+    for name in others:
+        if given[name] not in (parameters[name].default, []):
+            option = "--" + name.replace("_", "-")
+            other = "decode" if subject == "kernels" else "kernels"
+            raise ValueError(f"{option} is of kvjax bench {other}: leave it out.")
 
 
 def _print(document) -> None:

@@ -9,7 +9,7 @@ import inspect
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -42,6 +42,13 @@ ContextOption = Annotated[int, typer.Option("--context", help="Tokens of an inpu
 SeedOption = Annotated[
     int,
     typer.Option("--seed", min=0, max=2**32 - 1, help="Of every random choice."),
+]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Use the model's chat template.")
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", help="With --chat: what comes before the first turn."),
 ]
 BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together.")]
 # Strings that may be paths, whose bytes are any.
@@ -140,7 +147,7 @@ def model_name(model: str | None) -> str:
     if published.is_missing(model):
         summary = published.record(model).summary
         agreed = may_fetch.get()
-        if not agreed and sys.stdin.isatty() and sys.stderr.isatty():
+        if not agreed and is_terminal(sys.stdin) and is_terminal(sys.stderr):
             agreed = _ask(f"{model} is not on this machine: {summary}. Fetch it now?")
         if agreed:
             fetch(model)
@@ -231,6 +238,11 @@ def read_text(path: pathlib.Path) -> str:
         ) from error
 
 
+def is_terminal(stream: Any) -> bool:
+    """Whether somebody looks at it; a stream that was closed is None."""
+    return stream is not None and stream.isatty()
+
+
 def read_prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:
     """The text of --prompt or --prompt-file.
 
@@ -248,11 +260,27 @@ def read_prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:
     return text
 
 
-def tokenize(model: kvjax.LanguageModel, text: str, chat: bool = False) -> list[int]:
-    """Token ids of a text, or of the user's turn of a chat."""
+def first_messages(
+    text: str, chat: bool, system: str | None
+) -> list[dict[str, str]] | None:
+    """The messages of a conversation that begins with `text`; None without --chat."""
     if not chat:
+        if system is not None:
+            raise ValueError("--system is the beginning of a conversation: add --chat.")
+        return None
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+def tokenize(
+    model: kvjax.LanguageModel,
+    text: str,
+    messages: list[dict[str, str]] | None = None,
+) -> list[int]:
+    """Token ids of a text, or of a conversation up to the reply."""
+    if messages is None:
         return model.tokenizer.encode(text)
-    return model.tokenizer.apply_chat_template([{"role": "user", "content": text}])
+    return model.tokenizer.apply_chat_template(messages)
 
 
 def positive(**values: int) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvjax import registry, report
+from kvjax.cli import conversation
 from kvjax.cli.common import (
     METHOD_HELP,
     DtypeOption,
@@ -16,12 +17,18 @@ from kvjax.cli.common import (
     MethodOption,
     ModelOption,
     SeedOption,
+    SystemOption,
+    first_messages,
+    is_terminal,
     load,
+    positive,
     read_prompt,
     read_text,
     tokenize,
 )
-from kvjax.cli.prefix import resumed
+from kvjax.cli.prefix import Turn, resumed
+
+NEW_TOKENS = 128
 
 
 def generate(
@@ -40,74 +47,172 @@ def generate(
             help="Most tokens to generate; 128, or what --resume has room for."
         ),
     ] = None,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_k: Annotated[int, typer.Option(help="Likeliest tokens kept; 0 is all.")] = 0,
-    top_p: Annotated[float, typer.Option(help="Probability kept; 1 is all.")] = 1.0,
-    min_p: Annotated[float, typer.Option(help="Least share of the likeliest.")] = 0.0,
-    repetition_penalty: Annotated[float, typer.Option(help="1 is none.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(help="0 is greedy, the default.")
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option(help="Likeliest tokens kept; 0 is all.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Probability kept; 1 is all.")
+    ] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Least share of the likeliest.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(help="1 is none.")] = None,
     seed: SeedOption = 0,
     stop: Annotated[
         list[str] | None, typer.Option(help="End before this text; may be repeated.")
     ] = None,
-    chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = False,
+    chat: Annotated[
+        bool,
+        typer.Option(
+            "--chat",
+            help="Use the model's chat template, and the sampling of its "
+            "generation_config.json where no option says otherwise.",
+        ),
+    ] = False,
+    system: SystemOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
     resume: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Folder of kvjax prefill; a prompt is then what follows it."),
+        typer.Option(
+            help="Folder of kvjax prefill, or of --save; a prompt is then what follows "
+            "it, with --chat the next turn."
+        ),
     ] = None,
+    save: Annotated[
+        pathlib.Path | None,
+        typer.Option(
+            help="With --chat: folder for the conversation, the reply in it; that of "
+            "--resume is replaced."
+        ),
+    ] = None,
+    room: Annotated[
+        int | None,
+        typer.Option(
+            help="With --save: tokens that may follow the first turn, 2048 if left "
+            "out; with --resume it is read anew, with room for so many."
+        ),
+    ] = None,
+    timings: Annotated[
+        bool,
+        typer.Option(
+            "--timings", help="A line on stderr, as in a terminal, of where time went."
+        ),
+    ] = False,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Continues a prompt under a method, streaming the text to stdout."""
-    from kvjax.generate import stream
+    from kvjax import timing
     from kvjax.sampling import Sampling, validate
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty)
-    validate(sampling)
-    options = {
-        "max_new_tokens": max_new_tokens,
-        "sampling": sampling,
-        "stop": tuple(stop or ()),
-        "seed": seed,
+    given = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
     }
-    if resume is not None:
-        if chat:
-            raise ValueError(
-                "--chat begins a conversation and --resume goes on with one: give "
-                "--chat to kvjax prefill."
-            )
-        has_more = prompt is not None or prompt_file is not None
-        more = read_prompt(prompt, prompt_file) if has_more else None
-        language_model, method, prompt_tokens, events = resumed(
-            resume, model, method, dtype, more, chunk_size, options
-        )
-    else:
-        method = method or "full"
-        if max_new_tokens is None:
-            options["max_new_tokens"] = 128
-        parsed = registry.parse(method)
-        text = read_prompt(prompt, prompt_file)
-        language_model = load(model, dtype)
-        tokens = tokenize(language_model, text, chat)
-        prompt_tokens = len(tokens)
-        events = stream(
-            language_model, parsed, [tokens], chunk_size=chunk_size, **options
-        )
-    start = time.perf_counter()
-    generation = _written(events, quietly=as_json)
+    given = {name: value for name, value in given.items() if value is not None}
+    validate(Sampling(**given))
+    counts = {"max_new_tokens": max_new_tokens, "chunk_size": chunk_size, "room": room}
+    positive(**{name: value for name, value in counts.items() if value is not None})
+    _check_conversation(chat, resume, save, room, system)
+    has_text = prompt is not None or prompt_file is not None
+    text = read_prompt(prompt, prompt_file) if has_text or resume is None else None
+    wanted = {
+        "model": model,
+        "method": method,
+        "dtype": dtype,
+        "text": text,
+        "chunk_size": chunk_size,
+        "options": lambda language_model: {
+            "max_new_tokens": max_new_tokens,
+            "sampling": _sampling(language_model, given, chat),
+            "stop": tuple(stop or ()),
+            "seed": seed,
+        },
+    }
+    with timing.timed() as clock:
+        if resume is not None and chat:
+            turn = conversation.gone_on(resume, save, room=room, **wanted)
+        elif resume is not None:
+            turn = resumed(resume, **wanted)
+        elif save is not None:
+            turn = conversation.begun(save, system=system, room=room, **wanted)
+        else:
+            turn = _alone(first_messages(text, chat, system), **wanted)
+        start = time.perf_counter()
+        generation = _written(turn.events, quietly=as_json)
+        seconds = time.perf_counter() - start
     if not as_json:
-        print()
+        print(flush=True)
+    if timings or (not as_json and is_terminal(sys.stderr)):
+        print(f"kvjax: {timing.line(clock)}", file=sys.stderr)
+    if turn.keep is not None:
+        turn.keep(generation)
+    if not as_json:
         return
     document = {
-        "model": language_model.name,
-        "method": method,
-        "prompt_tokens": prompt_tokens,
+        "model": turn.model.name,
+        "method": turn.method,
+        "prompt_tokens": turn.prompt_tokens,
         **generation._asdict(),
-        "sampling": sampling._asdict(),
+        "sampling": turn.options["sampling"]._asdict(),
         "seed": seed,
-        "seconds": time.perf_counter() - start,
+        "seconds": seconds,
+        "timings": timing.document(clock),
     }
     print(json.dumps(document, indent=2))
+
+
+def _alone(messages, *, model, method, dtype, text, chunk_size, options) -> Turn:
+    """A prompt of which nothing is kept."""
+    from kvjax.generate import stream
+
+    method = method or "full"
+    parsed = registry.parse(method)
+    loaded = load(model, dtype)
+    tokens = tokenize(loaded, text, messages)
+    chosen = options(loaded)
+    chosen["max_new_tokens"] = chosen["max_new_tokens"] or NEW_TOKENS
+    events = stream(loaded, parsed, [tokens], chunk_size=chunk_size, **chosen)
+    return Turn(loaded, method, len(tokens), events, chosen)
+
+
+def _check_conversation(chat, resume, save, room, system) -> None:
+    """Raises ValueError for options that have nothing to say to each other."""
+    if save is not None and not chat:
+        raise ValueError("--save keeps a conversation: add --chat.")
+    if room is not None and save is None and not (chat and resume is not None):
+        raise ValueError("--room is that of a conversation: add --chat and --save.")
+    if system is not None and resume is not None:
+        raise ValueError(
+            "--system is the beginning of a conversation, which --resume goes on with: "
+            "give it where the conversation begins."
+        )
+
+
+def _sampling(model, given, chat):
+    """What is given; in a chat, the rest as the `generation_config.json` says."""
+    from kvjax import generation_config
+    from kvjax.sampling import Sampling
+
+    wanted = generation_config.read((chat and model.generation) or {})
+    taken = {name: x for name, x in wanted.sampling.items() if name not in given}
+    if given.get("temperature") == 0:  # of the others only this has an effect then
+        taken = {n: x for n, x in taken.items() if n == "repetition_penalty"}
+    said = [f"{name}={value:g}" for name, value in taken.items()]
+    if wanted.others:
+        said.append(f"without {', '.join(wanted.others)}, which kvjax does not have")
+    if said:
+        print(
+            "kvjax: note: sampling as generation_config.json says: " + ", ".join(said),
+            file=sys.stderr,
+        )
+    return Sampling(**(taken | given))
 
 
 def _written(events, *, quietly: bool):
@@ -119,8 +224,7 @@ def _written(events, *, quietly: bool):
             (generation,) = end.value
             return generation
         if not quietly:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+            print(piece, end="", flush=True)
 
 
 def score(

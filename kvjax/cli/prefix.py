@@ -3,19 +3,23 @@
 import json
 import pathlib
 import time
-from collections.abc import Generator
-from typing import Annotated, Any
+from collections.abc import Callable, Generator
+from typing import Annotated, Any, NamedTuple
 
 import typer
 
 import kvjax
 from kvjax import registry, report
 from kvjax.cli.common import (
+    ChatOption,
     DtypeOption,
     JsonOption,
     MethodOption,
     ModelOption,
+    SystemOption,
+    first_messages,
     load,
+    positive,
     read_prompt,
     tokenize,
 )
@@ -36,24 +40,27 @@ def prefill(
     room: Annotated[
         int, typer.Option(help="Tokens that may follow, generated or of a prompt.")
     ] = 128,
-    chat: Annotated[bool, typer.Option(help="Use the model's chat template.")] = False,
+    chat: ChatOption = False,
+    system: SystemOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """Reads a prompt and keeps the state on disk, for `generate --resume`."""
-    prefix = _library()
+    prefix = library()
     parsed = registry.parse(method)
+    positive(room=room, chunk_size=chunk_size)
     text = read_prompt(prompt, prompt_file)
+    messages = first_messages(text, chat, system)
     prefix.check_new(save)
     language_model = load(model, dtype)
-    tokens = tokenize(language_model, text, chat)
+    tokens = tokenize(language_model, text, messages)
     start = time.perf_counter()
     read = prefix.read(
         language_model, parsed, [tokens], room=room, chunk_size=chunk_size
     )
     name = registry.canonical(method)
-    prefix.save(save, language_model, read, method_name=name)
+    prefix.save(save, language_model, read, method_name=name, messages=messages)
     document = {
         "folder": str(save),
         "model": language_model.name,
@@ -72,22 +79,35 @@ def prefill(
     )
 
 
-def resumed(
-    folder: pathlib.Path,
-    model: str | None,
-    method: str | None,
-    dtype: str | None,
-    more: str | None,
-    chunk_size: int,
-    options: dict[str, Any],
-) -> tuple[kvjax.LanguageModel, str, int, Generator]:
-    """What goes on from the prefix in `folder`, after more of the prompt if there is.
+class Restored(NamedTuple):
+    """A prefix from a folder, and what it belongs to."""
 
-    Model, method or dtype of None are as the folder says; `options` are those of
-    :func:`kvjax.prefix.stream`, whose generator comes last. Before it the model, the
-    method's name and the tokens of the prompt.
-    """
-    prefix = _library()
+    model: kvjax.LanguageModel
+    name: str  # of the method
+    method: kvjax.Method
+    prefix: Any
+
+
+class Turn(NamedTuple):
+    """What is about to be generated."""
+
+    model: kvjax.LanguageModel
+    method: str
+    prompt_tokens: int  # in the caches
+    events: Generator  # as those of `kvjax.generate.stream`
+    options: dict[str, Any]  # of the generation
+    keep: Callable[[Any], None] | None = None  # writes the state with the reply in it
+
+
+# Gives the options of a generation by a model: `max_new_tokens`, `sampling` and so on.
+Options = Callable[[kvjax.LanguageModel], dict[str, Any]]
+
+
+def restored(
+    folder: pathlib.Path, model: str | None, method: str | None, dtype: str | None
+) -> Restored:
+    """Reads the prefix in `folder`; model, method or dtype of None are as it says."""
+    prefix = library()
     saved = prefix.about(folder)
     name = saved["method"]
     # Both spelled by this version: an option that it added changes no older prefix.
@@ -103,19 +123,44 @@ def resumed(
         saved["model"] if model is None else model,
         saved["dtype"] if dtype is None else dtype,
     )
-    restored = prefix.restore(folder, language_model, parsed, method_name=name)
-    if more is not None:
+    found = prefix.restore(folder, language_model, parsed, method_name=name)
+    return Restored(language_model, name, parsed, found)
+
+
+def resumed(
+    folder: pathlib.Path,
+    *,
+    model: str | None,
+    method: str | None,
+    dtype: str | None,
+    text: str | None,
+    chunk_size: int,
+    options: Options,
+) -> Turn:
+    """What goes on from the prefix in `folder`, behind `text` if there is one."""
+    prefix = library()
+    language_model, name, parsed, found = restored(folder, model, method, dtype)
+    chosen = options(language_model)
+    if text is not None:
         # A text that goes on has no beginning of its own (BOS).
         begin = len(language_model.tokenizer.encode(""))
-        tokens = tokenize(language_model, more)[begin:]
-        restored = prefix.extend(
-            language_model, parsed, restored, [tokens], chunk_size=chunk_size
+        tokens = tokenize(language_model, text)[begin:]
+        # Before they are read.
+        new_tokens = len(tokens) + (chosen["max_new_tokens"] or 1)
+        prefix.check_room(language_model, parsed, found, new_tokens)
+        found = prefix.extend(
+            language_model, parsed, found, [tokens], chunk_size=chunk_size
         )
-    events = prefix.stream(language_model, parsed, restored, **options)
-    return language_model, name, len(restored.prompts[0]), events
+    events = prefix.stream(language_model, parsed, found, **chosen)
+    return Turn(language_model, name, len(found.prompts[0]), events, chosen)
 
 
-def _library():
+def library():
+    """Returns `kvjax.prefix`.
+
+    Raises:
+        ImportError: saying what to install, without orbax.
+    """
     try:
         from kvjax import prefix
     except ModuleNotFoundError as error:

@@ -120,6 +120,11 @@ def test_bench_prints_every_operation_at_every_context(run):
         (["--context", "1e5"], "--context 1e5 must be whole numbers with commas"),
         (["--context", "100"], "must be multiples of page_size=64"),
         (["--group", "0"], "group=0 must be at least 1"),
+        (["--steps", "3"], "--steps is of kvjax bench decode: leave it out"),
+        (["--method", "full"], "--method is of kvjax bench decode: leave it out"),
+        (["decode", "--page-size", "16"], "--page-size is of kvjax bench kernels"),
+        (["decode", "--method", "qest"], "did you mean 'quest'?"),
+        (["decode", "--repeats", "0"], "repeats=0 must be at least 1"),
     ],
 )
 def test_what_cannot_be_timed_is_an_error(fail, options, message):
@@ -127,6 +132,22 @@ def test_what_cannot_be_timed_is_an_error(fail, options, message):
 
 
 # With a model.
+
+
+def test_bench_times_the_steps_of_a_model(run, checkpoint):
+    command = ["bench", "decode", "--model", checkpoint, "--context", "64,96"]
+    command += ["--steps", "2", "--repeats", "1", "--budget", "16"]
+    command += ["--method", "full", "--method", "streaming_llm"]
+    document = json.loads(run(*command, "--json"))
+    found = [(row["method"], row["context"]) for row in document["rows"]]
+    specs = "full", "streaming_llm:budget=16"
+    assert found == [(spec, context) for context in (64, 96) for spec in specs]
+    for row in document["rows"]:
+        assert row["num_bytes"] == row["cache_bytes"] + document["weights_read"]
+    assert document["manifest"]["settings"]["steps"] == 2
+    table = run(*command)
+    assert all(spec in table for spec in specs)
+    assert "of weights are read a step" in " ".join(table.split())
 
 
 def test_generate_is_the_apis_text(run, checkpoint):

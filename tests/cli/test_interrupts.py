@@ -131,7 +131,7 @@ def test_what_does_not_return_is_not_waited_for(tmp_path):
     left.mkdir()
     (left / "half").write_text("")
     script = f"""
-    interrupts.PATIENCE = 0.2
+    interrupts.PATIENCE = interrupts.UNWINDING = 0.2
     of(THEIRS, {STUCK!r})
     guard = interrupts.Guard()
     guard.begin({{pathlib.Path(sys.argv[1])}})

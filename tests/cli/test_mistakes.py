@@ -80,6 +80,7 @@ def test_a_prompt_that_is_not_utf8(fail, checkpoint, text_file):
         ("--prompt caf\udce9!", "--prompt is not UTF-8: byte 0xe9 at offset 3;"),
         ("--prompt \u20ac\udcff", "--prompt is not UTF-8: byte 0xff at offset 3;"),
         ("--prompt x --stop \udce9", "--stop is not UTF-8: byte 0xe9 at offset 0;"),
+        ("--prompt x --system \udc80", "--system is not UTF-8: byte 0x80 at offset 0"),
         ("--prompt x --method \udc80", "--method is not UTF-8: byte 0x80 at offset 0"),
         ("--prompt x\ud83d", "--prompt is not UTF-8: half a pair, U+D83D, at offset 1"),
     ],

@@ -47,7 +47,7 @@ def test_a_resumed_text_is_the_uninterrupted_one(run, fail, checkpoint, folder):
         "generate", "--resume", folder, "--max-new-tokens", "31"
     )
     assert "give --chat to kvjax prefill" in fail(
-        "generate", "--resume", folder, "--chat"
+        "generate", "--resume", folder, "--chat", "--prompt", "x"
     )
     assert "exists; remove it or choose another" in fail(
         "prefill", "--prompt", "x", "--save", folder
@@ -68,3 +68,44 @@ def test_several_prompts_are_for_python(fail, checkpoint, tmp_path):
     prefix.save(tmp_path / "two", model, read, method_name="full")
     assert "holds 2 prompts" in fail("generate", "--resume", tmp_path / "two")
     assert "holds no prefix" in fail("generate", "--resume", tmp_path)
+
+
+@pytest.mark.parametrize("method", ["streaming_llm:budget=16", "cascade:budget=16"])
+def test_constant_memory_has_room_for_any_number(run, checkpoint, tmp_path, method):
+    """Whatever was read since: 128 tokens where nobody says, as without a folder."""
+    folder = tmp_path / "read"
+    options = ["--model", checkpoint, "--prompt", "def main(", "--method", method]
+    run("prefill", *options, "--save", folder, "--room", "2")
+    more = ["--prompt", "import os\n" * 5]
+    found = json.loads(run("generate", "--resume", folder, *more, "--json"))
+    assert len(found["tokens"]) == 128
+    options = ["--max-new-tokens", "5", "--json"]
+    found = json.loads(run("generate", "--resume", folder, *more, *options))
+    assert len(found["tokens"]) == 5
+
+
+def test_room_that_is_used_up_says_how_to_get_more(fail, folder):
+    more = ["--prompt", "x" * 30]
+    line = fail("generate", "--resume", folder, *more)
+    assert "room for 30 tokens more" in line
+    assert "31 are wanted" in line
+    assert "room=31 or more (kvjax prefill --room)" in line
+    line = fail(
+        "generate", "--resume", folder, "--prompt", "xx", "--max-new-tokens", 29
+    )
+    assert "room for 30 tokens more" in line
+    assert "31 are wanted" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("prefill --prompt x --save y --room 0", "room=0 must be at least 1"),
+        ("prefill --prompt x --save y --room -7", "room=-7 must be at least 1"),
+        ("prefill --prompt x --save y --chunk-size 0", "chunk_size=0 must be at least"),
+        ("generate --prompt x --max-new-tokens 0", "max_new_tokens=0 must be at least"),
+        ("generate --resume y --max-new-tokens -3", "max_new_tokens=-3 must be at"),
+    ],
+)
+def test_numbers_below_one_are_mistakes_before_any_work(fail, arguments, message):
+    assert message in fail(*arguments.split(), "--model", "no/where/at/all")

@@ -1,0 +1,138 @@
+"""`kvjax generate --chat` with `--save` or `--resume`: a conversation, turn by turn."""
+
+import pathlib
+import shutil
+import sys
+import uuid
+
+from kvjax import registry
+from kvjax.cli.common import first_messages, load
+from kvjax.cli.prefix import Options, Turn, library, restored
+
+
+def begun(
+    save: pathlib.Path,
+    *,
+    model: str | None,
+    method: str | None,
+    dtype: str | None,
+    text: str,
+    chunk_size: int,
+    options: Options,
+    system: str | None,
+    room: int | None,
+) -> Turn:
+    """The first turn of a conversation, which is kept in the folder `save`."""
+    library().check_new(save)
+    from kvjax import conversation
+
+    name = registry.canonical(method or "full")
+    parsed = registry.parse(name)
+    messages = first_messages(text, True, system)
+    language_model = load(model, dtype)
+    chosen = options(language_model)
+    read = conversation.read(
+        language_model, parsed, messages, room=room, chunk_size=chunk_size
+    )
+    return _turn(language_model, name, read.prefix, messages, save, chosen, chunk_size)
+
+
+def gone_on(
+    folder: pathlib.Path,
+    save: pathlib.Path | None,
+    *,
+    model: str | None,
+    method: str | None,
+    dtype: str | None,
+    text: str | None,
+    chunk_size: int,
+    options: Options,
+    room: int | None,
+) -> Turn:
+    """The next turn of the conversation in `folder`, kept in `save` if there is one."""
+    prefix = library()
+    if save is not None and save.resolve() != folder.resolve():
+        prefix.check_new(save)
+    messages = _messages(folder, prefix.about(folder).get("messages"), text)
+    from kvjax import conversation
+
+    found = restored(folder, model, method, dtype)
+    chosen = options(found.model)
+    read = conversation.go_on(
+        found.model,
+        found.method,
+        found.prefix,
+        messages,
+        room=room,
+        chunk_size=chunk_size,
+    )
+    if read.anew and room is None:
+        print(
+            "kvjax: note: the chat template writes earlier turns differently now: all "
+            f"{read.new_tokens:,} tokens were read again.",
+            file=sys.stderr,
+        )
+    return _turn(
+        found.model, found.name, read.prefix, messages, save, chosen, chunk_size
+    )
+
+
+def _messages(folder, before, text):
+    """What was said in a folder, and the user's next turn."""
+    if not before:
+        raise ValueError(
+            f"{folder} holds no conversation: begin one with --chat --save, or give "
+            "--chat to kvjax prefill."
+        )
+    waits = before[-1]["role"] == "user"
+    if waits and text is not None:
+        raise ValueError(
+            f"the conversation in {folder} waits for a reply: leave --prompt out."
+        )
+    if not waits and text is None:
+        raise ValueError(
+            f"the conversation in {folder} ends with a reply: give --prompt the next "
+            "turn."
+        )
+    return before if waits else [*before, {"role": "user", "content": text}]
+
+
+def _turn(model, name, read, messages, save, options, chunk_size) -> Turn:
+    from kvjax import conversation
+
+    prefix, method = library(), registry.parse(name)
+    closing = conversation.closing(model.tokenizer, messages) if save else 0
+    left = prefix.tokens_left(model, method, read)
+    if options["max_new_tokens"] is None:
+        most = prefix.NEW_TOKENS
+        if left is not None:
+            most = max(min(most, left - closing), 1)
+        options["max_new_tokens"] = most
+    # The reply is read behind the turn, as the template writes it.
+    prefix.check_room(model, method, read, options["max_new_tokens"] + closing)
+    kept = None if save is None else conversation.copied(read)
+    events = prefix.stream(model, method, read, **options)
+
+    def keep(generation) -> None:
+        said = conversation.with_reply(messages, generation.text)
+        whole = conversation.go_on(
+            model, method, kept, said, reply=False, chunk_size=chunk_size
+        )
+        _save(save, model, whole.prefix, name, said)
+
+    size = len(read.prompts[0])
+    return Turn(model, name, size, events, options, None if kept is None else keep)
+
+
+def _save(folder, model, prefix, name, messages) -> None:
+    """Writes the conversation; what is in the folder is there until it is complete."""
+    names = {"method_name": name, "messages": messages}
+    if not folder.exists():
+        library().save(folder, model, prefix, **names)
+        return
+    mark = f".{folder.name}.{uuid.uuid4().hex[:8]}"
+    new, old = folder.with_name(mark + ".new"), folder.with_name(mark + ".old")
+    library().save(new, model, prefix, **names)
+    folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
