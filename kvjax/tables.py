@@ -50,10 +50,10 @@ def show(
         console.print(table)
 
 
-def say(text: str, *, columns: int | None = None) -> None:
+def say(text: str, *, columns: int | None = None, later: str = "") -> None:
     """Prints a paragraph on stdout, broken between words, in lines that can be read."""
     columns = min(width(), PROSE_WIDTH) if columns is None else columns
-    print(wrapped(text, columns))
+    print(wrapped(text, columns, later=later))
 
 
 def wrapped(text: str, columns: int, *, later: str = "") -> str:

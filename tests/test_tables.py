@@ -124,6 +124,13 @@ def test_timings_and_tasks_are_whole(columns, capsys, monkeypatch):
     assert max(len(line) for line in out.splitlines()) <= max(columns, len(LONG) + 10)
 
 
+@pytest.mark.parametrize("columns", WIDTHS)
+def test_what_methods_say_of_themselves_is_whole(columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    assert cli.run(["methods"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
+
+
 def test_what_all_rows_share_is_said_once():
     specs = ["full", "quest:budget=64,page_size=16", "retro:window=4+h2o:budget=64"]
     assert tables.shared_options(specs) == (

@@ -1,13 +1,12 @@
 """`kvjax methods` and `kvjax cite`: what the methods say about themselves."""
 
 import json
-import textwrap
 from typing import Annotated
 
 import typer
 
 import kvjax
-from kvjax import citations, registry
+from kvjax import citations, registry, tables
 from kvjax.cli.common import JsonOption
 from kvjax.describe import describe
 
@@ -22,9 +21,10 @@ def methods(as_json: JsonOption = False) -> None:
     wide = max(len(entry.name) for entry in known) + 2
     for entry in known:
         options = [f"{name}={value}" for name, value in entry.options.items()]
-        print(f"{entry.name:<{wide}}{entry.summary}")
-        print(f"{'':<{wide}}options: {', '.join(options) or 'none'}")
-        print(f"{'':<{wide}}reads per step and layer: {entry.reads}")
+        said = [entry.summary, f"options: {', '.join(options) or 'none'}"]
+        said.append(f"reads per step and layer: {entry.reads}")
+        for begin, text in zip((entry.name, "", ""), said, strict=True):
+            tables.say(f"{begin:<{wide}}{text}", later=" " * wide)
 
 
 def cite(
@@ -63,11 +63,4 @@ def cite(
 
 def _comment(text: str) -> str:
     # BibTeX skips what is outside of entries, and takes an @ for the next one's start.
-    return textwrap.fill(
-        text.replace("@", " at "),
-        width=79,
-        initial_indent="% ",
-        subsequent_indent="% ",
-        break_long_words=False,
-        break_on_hyphens=False,
-    )
+    return tables.wrapped("% " + text.replace("@", " at "), 79, later="% ")
