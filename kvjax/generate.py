@@ -141,20 +141,23 @@ def prefill(
     *,
     max_new_tokens: int,
     chunk_size: int = 512,
+    longest: int = 0,
 ) -> Prefilled:
     """Runs the prompts through the model, leaving room for `max_new_tokens` each.
+
+    Prompts of up to `longest` tokens then share their compiled code, even in buckets.
 
     Raises:
         ValueError: as :func:`generate`.
     """
     method = as_method(method)
     check_prompts(model.decoder, method, prompts, max_new_tokens, chunk_size)
-    longest = max(map(len, prompts))
+    longest = max(longest, *map(len, prompts))
     decoder, params = model.decoder, model.params
     with timing.stretch("prompt") as part:
         states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
         hidden = None
-        for tokens, lengths in chunks(decoder, prompts, chunk_size):
+        for tokens, lengths in chunks(decoder, prompts, chunk_size, longest):
             states, newest = prefill_chunk(
                 decoder, method, params, states, tokens, lengths
             )
@@ -184,12 +187,15 @@ def empty_states(
 
 
 def chunks(
-    decoder: DecoderLM, prompts: Sequence[Sequence[int]], chunk_size: int
+    decoder: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    chunk_size: int,
+    longest: int = 0,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Right-padded chunks `(B, T)` of the prompts, with the real tokens of each row."""
-    longest = max(map(len, prompts))
-    size = _chunk(decoder, longest, chunk_size)
-    for start in range(0, longest, size):
+    end = max(map(len, prompts))
+    size = _chunk(decoder, max(longest, end), chunk_size)
+    for start in range(0, end, size):
         pieces = [prompt[start : start + size] for prompt in prompts]
         tokens = np.full((len(prompts), size), PAD, np.int32)
         for row, piece in enumerate(pieces):
@@ -283,17 +289,7 @@ def _choose(decoder, params, hidden, tail, keys, step, sampling, eos_ids):
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
 def _decode(
-    decoder,
-    method,
-    size,
-    params,
-    states,
-    tail,
-    keys,
-    first_step,
-    limit,
-    sampling,
-    eos_ids,
+    decoder, method, size, params, states, tail, keys, first, limit, sampling, eos_ids
 ):
     """Up to `limit <= size` steps; ends early once every row is done.
 
@@ -313,7 +309,7 @@ def _decode(
             hidden[:, -1],
             tail,
             keys,
-            first_step + count,
+            first + count,
             sampling,
             eos_ids,
         )

@@ -127,6 +127,7 @@ def compare(
             model,
             group,
             examples,
+            longest=len(prompt),
             timed=True,
             progress=lambda done, report=report: report(0.7 * done),
             **shapes,

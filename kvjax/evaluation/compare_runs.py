@@ -60,6 +60,7 @@ def retrieve(
     new_tokens: int,
     batch: int,
     chunk_size: int = 512,
+    longest: int = 0,
     timed: bool = False,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Retrieval]:
@@ -70,6 +71,8 @@ def retrieve(
 
     Args:
         methods: which read together; several must all have exact prompts.
+        longest: tokens of a prompt to make room for, where none is so long; see
+            :func:`kvjax.generate.prefill`.
         timed: the last `TIMED` batches generate exactly `new_tokens`, and are timed;
             never the first one, which compiles: if it is the only one, it runs again.
 
@@ -91,11 +94,12 @@ def retrieve(
             [example.prompt for example in group],
             max_new_tokens=new_tokens,
             chunk_size=chunk_size,
+            longest=longest,
         )
         _release()
         # A few tokens more than the answer's: text may begin with a blank.
-        longest = max(example.answer_tokens for example in group) + 2
-        steps = new_tokens if is_timed else min(longest, new_tokens)
+        answer = max(example.answer_tokens for example in group) + 2
+        steps = new_tokens if is_timed else min(answer, new_tokens)
         for place, method in enumerate(methods):
             events = continued(
                 clocked,

@@ -58,6 +58,7 @@ def read(
     *,
     max_new_tokens: int,
     chunk_size: int,
+    longest: int = 0,
 ) -> list[Prefilled]:
     """Reads the prompts for all methods; one :class:`Prefilled` a method, in order.
 
@@ -66,7 +67,12 @@ def read(
     """
     both = reader(tuple(methods))
     states, hidden, _ = prefill(
-        model, both, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
+        model,
+        both,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        chunk_size=chunk_size,
+        longest=longest,
     )
     return [
         Prefilled(

@@ -9,7 +9,7 @@ from tiny import SMALL, tiny_model
 import kvjax
 from kvjax import registry
 from kvjax.evaluation import compare, compare_inputs, compare_runs, fidelity, together
-from kvjax.generate import continued, prefill
+from kvjax.generate import bucket, continued, prefill, prefill_chunk
 
 MODEL = tiny_model(num_layers=2)
 RNG = np.random.default_rng(0)
@@ -139,3 +139,19 @@ def test_the_batch_leaves_room_for_methods_to_read_together():
     four = 4 * sum(sizes) / len(sizes)
     assert batch(int(2 * four) + 1) == 2
     assert batch(int(2 * four) - 1) == 1
+
+
+def test_prompts_of_several_lengths_are_read_by_one_program():
+    method = kvjax.full()
+    assert bucket(40) != bucket(60)  # or one program would serve them anyway
+    before = prefill_chunk._cache_size()
+    for size in (60, 40, 64):
+        prefill(MODEL, method, [PROMPTS[0][:size]], longest=64, **OPTIONS)
+    assert prefill_chunk._cache_size() == before + 1
+
+
+def test_making_room_for_longer_prompts_changes_no_token():
+    method = kvjax.quest(budget=16, page_size=4)
+    alone = prefill(MODEL, method, PROMPTS, **OPTIONS)
+    roomy = prefill(MODEL, method, PROMPTS, longest=120, **OPTIONS)
+    assert text_of(method, roomy) == text_of(method, alone)
