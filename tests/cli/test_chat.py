@@ -1,11 +1,17 @@
 """`kvjax generate --chat`: sampling, a system text, turn after turn."""
 
 import json
+import pathlib
+import re
+import shlex
+import shutil
 
 import pytest
 
 import models
 from kvjax import cli, prefix
+
+PAGE = pathlib.Path(__file__).parents[2] / "docs" / "chat.md"
 
 
 def messages_in(folder):
@@ -129,3 +135,15 @@ def test_what_is_no_conversation(run, fail, checkpoint, tmp_path):
     assert "give it where the conversation begins" in fail(
         *("generate", "--resume", folder, "--chat", "--system", "x", "--prompt", "x")
     )
+
+
+def test_the_commands_of_the_page_run_as_they_stand(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    shutil.copytree(checkpoint, tmp_path / "my-model")
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```shell\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
+    said = [run(*shlex.split(line)[1:]) for line in block.strip().splitlines()]
+    assert len(said) == 3
+    roles = [message["role"] for message in messages_in(pathlib.Path("talk"))]
+    assert roles == ["system", *["user", "assistant"] * 2]
