@@ -13,15 +13,17 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import interface, timing
+from kvjax import interface, text_tokens, timing
 from kvjax.detokenize import TextRow
 from kvjax.hidden import last_hidden, newer
 from kvjax.inputs import check_options, check_prompts
 from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
 from kvjax.named import as_method
+from kvjax.prompt_chunks import PAD, bucket, chunks, recent
 from kvjax.sampling import Sampling, active, mentioned, row_keys, sample
+from kvjax.text_stream import CONTEXT
 
-PAD = 0  # what a finished row feeds and emits; any valid token does
+NO_TOKEN = -1  # where a row has none
 
 
 class Generation(NamedTuple):
@@ -38,6 +40,8 @@ class Prefilled(NamedTuple):
     states: tuple[State, ...]  # one a layer, `finish` applied
     hidden: Float[Array, "B E"]  # of each row's last prompt token
     recent: Int[Array, "B R"]  # the newest `method.rows` tokens of each row
+    # Those whose text the new one follows; `recent` if None.
+    before: Int[np.ndarray, "B C"] | None = None
 
 
 def generate(
@@ -162,18 +166,21 @@ def prefill(
                 decoder, method, params, states, tokens, lengths
             )
             hidden = newer(timing.settled(newest), lengths, hidden)
-        states = timing.settled(finish(method, states))
         part.tokens = sum(map(len, prompts))
-    return Prefilled(states, hidden, jnp.asarray(recent(prompts, method.rows)))
+        return ended(method, states, hidden, prompts)
 
 
-def bucket(tokens: int) -> int:
-    """The capacity to allocate for `tokens`: at most 1/8 above, eight steps an octave.
-
-    Prompts of nearby lengths share their shapes, and so their compiled code.
-    """
-    step = 1 << max(0, int(tokens).bit_length() - 4)
-    return -(-tokens // step) * step
+def ended(
+    method: Method,
+    states: tuple[State, ...],
+    hidden: Float[Array, "B E"],
+    prompts: Sequence[Sequence[int]],
+) -> Prefilled:
+    """Ends prompts that were read, up to `states` and `hidden`, which are used up."""
+    newest = jnp.asarray(recent(prompts, method.rows))
+    before = recent(prompts, CONTEXT, NO_TOKEN)
+    states = timing.settled(finish(method, states))
+    return Prefilled(states, hidden, newest, before)
 
 
 def empty_states(
@@ -184,42 +191,6 @@ def empty_states(
     capacity = bucket(longest + new_tokens)
     specs = interface.layer_specs(decoder, batch, capacity, new_tokens)
     return _init(method, specs)
-
-
-def chunks(
-    decoder: DecoderLM,
-    prompts: Sequence[Sequence[int]],
-    chunk_size: int,
-    longest: int = 0,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Right-padded chunks `(B, T)` of the prompts, with the real tokens of each row."""
-    end = max(map(len, prompts))
-    size = _chunk(decoder, max(longest, end), chunk_size)
-    for start in range(0, end, size):
-        pieces = [prompt[start : start + size] for prompt in prompts]
-        tokens = np.full((len(prompts), size), PAD, np.int32)
-        for row, piece in enumerate(pieces):
-            tokens[row, : len(piece)] = piece
-        yield tokens, np.array([len(piece) for piece in pieces], np.int32)
-
-
-def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
-    padded = bucket(longest)
-    rope = interface.dynamic_rope(decoder)
-    if rope is not None and longest > rope.original_context:
-        # Its frequencies depend on the whole prompt's length: all keys rotate at once.
-        return padded
-    # Chunks of one size, so that the last one is not mostly padding.
-    return min(chunk_size, bucket(-(-padded // -(-padded // chunk_size))))
-
-
-def recent(prompts: Sequence[Sequence[int]], rows: int) -> np.ndarray:
-    """The last `rows` tokens of each prompt, `(B, rows)`, left-padded."""
-    out = np.full((len(prompts), rows), PAD, np.int32)
-    for row, prompt in enumerate(prompts):
-        newest = prompt[-rows:]
-        out[row, rows - len(newest) :] = newest
-    return out
 
 
 def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
@@ -324,15 +295,8 @@ def _decode(
 
 def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
     """Checks every argument now; the work begins with the first `next`."""
-    if isinstance(prompts, str):
-        raise TypeError("prompts is one text: put it in a list.")
+    prompts = text_tokens.rows(model.tokenizer, prompts)
     check_options(sampling, stop, stream_every, options["seed"], options["eos_ids"])
-    prompts = [
-        model.tokenizer.encode(prompt)
-        if isinstance(prompt, str)
-        else [int(token) for token in prompt]
-        for prompt in prompts
-    ]
     check_prompts(
         model.decoder,
         method,
@@ -442,7 +406,7 @@ def _continued(
     eos_ids = frozenset(model.eos_ids if eos_ids is None else eos_ids)
     eos_array = np.array(sorted(eos_ids), np.int32)
     sampling = active(sampling)
-    states, hidden, window = prefilled
+    states, hidden, window, before = prefilled
     batch = len(window)
     keys = None if sampling.temperature is None else row_keys(seed, batch)
     seen = None if sampling.repetition_penalty is None else seen
@@ -452,8 +416,10 @@ def _continued(
             decoder, params, hidden, tail, keys, sampling, eos_array
         )
         block, produced = np.asarray(newest)[:, None], 1
+    behind = np.asarray(window if before is None else before)
+    behind = [[token for token in row if token != NO_TOKEN] for row in behind.tolist()]
     rows = [
-        TextRow(model.tokenizer, stop, eos_ids, max_new_tokens) for _ in range(batch)
+        TextRow(model.tokenizer, stop, eos_ids, max_new_tokens, row) for row in behind
     ]
     while True:
         for index, row in enumerate(rows):

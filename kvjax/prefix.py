@@ -20,17 +20,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
-from kvjax import accounting, timing
+from kvjax import accounting, text_tokens, timing
 from kvjax.generate import (
     Generation,
-    Prefilled,
     chunks,
     continued,
     empty_states,
-    finish,
+    ended,
     newer,
     prefill_chunk,
-    recent,
 )
 from kvjax.inputs import check_options, check_prompts, check_vocabulary
 from kvjax.interface import LanguageModel, Method, State, dynamic_rope
@@ -63,7 +61,7 @@ class Prefix(NamedTuple):
 def read(
     model: LanguageModel,
     method: Method | str,
-    prompts: Sequence[Sequence[int]],
+    prompts: Sequence[str | Sequence[int]],
     *,
     room: int = 128,
     chunk_size: int = 512,
@@ -71,7 +69,7 @@ def read(
     """Reads prompts, as :func:`kvjax.generate.generate` does before its first token.
 
     Args:
-        prompts: token ids, of any lengths.
+        prompts: texts, or token ids; of any lengths.
         room: tokens that may follow: what :func:`extend` adds and what is generated.
             `generate` goes on bit for bit as it would by itself with
             `max_new_tokens=room`.
@@ -83,6 +81,7 @@ def read(
     method = as_method(method)
     if room < 1:
         raise ValueError(f"{room=} must be at least 1.")
+    prompts = text_tokens.rows(model.tokenizer, prompts)
     check_prompts(model.decoder, method, prompts, room, chunk_size)
     longest = max(map(len, prompts))
     states = empty_states(model.decoder, method, len(prompts), longest, room)
@@ -105,7 +104,7 @@ def extend(
     model: LanguageModel,
     method: Method | str,
     prefix: Prefix,
-    more: Sequence[Sequence[int]],
+    more: Sequence[str | Sequence[int]],
     *,
     chunk_size: int = 512,
 ) -> Prefix:
@@ -114,18 +113,29 @@ def extend(
     As if the prompts had been longer; `prefix` is used up.
 
     Args:
-        more: token ids of every row, of any lengths; a row may have none.
+        more: of every row a text, or token ids; of any lengths, a row may have none.
+            A text gets the tokens that it has in the whole prompt, unless the
+            tokenizer joins it with the last token read: that one stays as it is.
 
     Raises:
         ValueError: if the number of rows differs, a token is unknown, there is no room,
             or the model's rope is `dynamic`: its keys depend on the whole prompt.
     """
     method = as_method(method)
+    if isinstance(more, str):
+        raise TypeError("more is one text: put it in a list.")
     if len(more) != len(prefix.prompts):
         raise ValueError(
             f"more has {len(more)} rows and the prefix {len(prefix.prompts)}: give "
             "every row its own, if only an empty one."
         )
+    tokenizer = model.tokenizer
+    more = [
+        text_tokens.following_tokens(tokenizer, new, after=old)
+        if isinstance(new, str)
+        else new
+        for old, new in zip(prefix.prompts, more, strict=True)
+    ]
     if not any(map(len, more)):
         return prefix
     if dynamic_rope(model.decoder) is not None:
@@ -196,10 +206,8 @@ def stream(
     if max_new_tokens < 1:
         raise ValueError(f"{max_new_tokens=} must be at least 1.")
     check_room(model, method, prefix, max_new_tokens)
-    newest = jnp.asarray(recent(prefix.prompts, method.rows))
     with timing.stretch("prompt"):
-        states = timing.settled(finish(method, prefix.states))
-    prefilled = Prefilled(states, prefix.hidden, newest)
+        prefilled = ended(method, prefix.states, prefix.hidden, prefix.prompts)
     return continued(
         model,
         method,

@@ -95,7 +95,7 @@ def score(
         read = _read_and_score(model, method, padded, prompts, longest, chunk_size)
         states, hidden, window, prompt_log_probs = read
     else:
-        states, hidden, window = read_prompts(
+        states, hidden, window, _ = read_prompts(
             model,
             method,
             prompts,
@@ -136,7 +136,7 @@ def continue_scores(
     """
     method = as_method(method)
     decoder, params = model.decoder, model.params
-    states, hidden, window = prefilled
+    states, hidden, window, _ = prefilled
     log_probs: list[np.ndarray] = [np.zeros((len(tokens), 0), np.float32)]
     logits = []
     if return_logits:

@@ -16,22 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kvjax import accounting
-from kvjax.generate import (
-    PAD,
-    Generation,
-    Prefilled,
-    continued,
-    empty_states,
-    finish,
-    last_hidden,
-)
+from kvjax import accounting, text_tokens
+from kvjax.generate import PAD, Generation, continued, empty_states, ended, last_hidden
 from kvjax.inputs import check_vocabulary
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
 from kvjax.named import as_method
 from kvjax.scoring import POSITIONS
+from kvjax.text_stream import CONTEXT, PARTIAL
 
 PIECE = 1 << 16  # characters at which a piece ends, if it cannot before
+_BEFORE = 256  # characters of a text that decide how the next piece is cut into tokens
 
 # Places where tokenizers join nothing: between two lines without blanks, and after a
 # word that ends a line.
@@ -69,7 +63,7 @@ class Read(NamedTuple):
 
     states: tuple[State, ...]
     hidden: Float[Array, "1 E"]  # of the last token
-    newest: list[int]  # the last `method.rows` tokens
+    newest: list[int]  # the last tokens, `method.rows` or more
     seen: Bool[np.ndarray, "1 V"]  # tokens of the vocabulary that the text has
     progress: Progress
 
@@ -90,10 +84,9 @@ def pieces(
 ) -> Iterator[str]:
     """UTF-8 text, cut between lines, or else after at most `most` characters.
 
-    Tokens of the pieces are those of the whole text, as long as some of its lines end
-    in a word or have a line without blanks before and after the break. A tokenizer that
-    puts a blank before a text, as SentencePiece does for Llama 2, puts one before every
-    piece: a token in some ten thousand.
+    Tokens of the pieces, each behind the one before it (:func:`read`), are those of the
+    whole text, as long as some of its lines end in a word or have a line without blanks
+    before and after the break.
 
     Raises:
         ValueError: at the first byte that is not UTF-8; the message has its offset.
@@ -147,7 +140,8 @@ def read(
     Args:
         model: decoder, weights and tokenizer.
         method: one of constant memory.
-        texts: pieces of one text, such as :func:`pieces` makes.
+        texts: pieces of one text, such as :func:`pieces` makes. Each is cut into tokens
+            behind the one before it, as the whole text is wherever a token begins.
         chunk_size: most tokens processed at once.
 
     Returns:
@@ -166,20 +160,21 @@ def read(
 
 def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
     decoder, tokenizer = model.decoder, model.tokenizer
-    prefix = tokenizer.encode("")
     states = empty_states(decoder, method, 1, decoder.context, 1)
     hidden = _no_hidden(decoder, method, model.params, states)
     seen = np.zeros((1, decoder.vocab_size), bool)
     newest: list[int] = []
-    progress = Progress(0, 0, 0, 0.0)
-    for text in texts:
-        tokens = tokenizer.encode(text)
+    progress, before = Progress(0, 0, 0, 0.0), ""
+    for text in filter(None, texts):
         num_bytes = len(text.encode())
-        if progress.tokens:
-            tokens = tokens[len(prefix) :]
-        elif tokens:
+        if before:
+            tokens = text_tokens.following(tokenizer.encode, text, after=before)
+        else:
+            tokens = text_tokens.begin(tokenizer.encode, text)
             # Nothing predicts the first token: its bytes do not count.
-            num_bytes -= len(tokenizer.decode(tokens[:1]).encode())
+            first = tokenizer.decode(tokens[:1]).rstrip(PARTIAL)
+            num_bytes -= len(first.encode())
+        before = (before + text)[-_BEFORE:]
         if not tokens:
             continue
         check_vocabulary(decoder, [tokens])
@@ -206,7 +201,7 @@ def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
             own = np.asarray(likely)[0, int(is_first) : len(chunk)]
             nats -= float(own.sum(dtype=np.float64))
         seen[0, tokens] = True
-        newest = [*newest, *tokens][-method.rows :]
+        newest = [*newest, *tokens][-max(method.rows, CONTEXT) :]
         progress = Progress(
             progress.tokens + len(tokens),
             progress.num_bytes + num_bytes,
@@ -265,7 +260,5 @@ def extend(
     :func:`kvjax.generate.continued`.
     """
     method = as_method(method)
-    rows = np.full((1, method.rows), PAD, np.int32)
-    rows[0, method.rows - len(text.newest) :] = text.newest
-    prefilled = Prefilled(finish(method, text.states), text.hidden, jnp.asarray(rows))
+    prefilled = ended(method, text.states, text.hidden, [text.newest])
     return continued(model, method, prefilled, seen=text.seen, **options)

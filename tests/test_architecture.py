@@ -29,6 +29,7 @@ SHARED |= {
     )
 }
 BASE = {"kvjax.interface", "kvjax.rope"}
+BASE |= {"kvjax.text_stream", "kvjax.text_tokens"}  # text, for models and their users
 # Of the scripts that say how the embedded models were made, not of the models.
 MAKES_EMBEDDED = {"kvjax.words", "kvjax.training.data.text"}
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from text_families import FAMILIES
 from tiny import EOS, SMALL, ByteTokenizer, dense, tiny_model
 
 import kvjax
@@ -209,6 +210,15 @@ def test_repetition_penalty_sees_prompt_and_generated_tokens():
     assert len(set(penalised.tokens)) == 20
 
 
+def added(prompt, tokens, tokenizer=MODEL.tokenizer):
+    """What `tokens` add to the text of the prompt; a character may begin in it."""
+    before, whole = (tokenizer.decode(x) for x in (prompt, [*prompt, *tokens]))
+    if not whole.startswith(before):
+        before = before.rstrip("\N{REPLACEMENT CHARACTER}")
+    assert whole.startswith(before)
+    return whole[len(before) :]
+
+
 class Script:
     """A tokenizer whose tokens stand for given pieces of bytes."""
 
@@ -259,8 +269,7 @@ def test_eos_ends_a_row_and_leaves_the_others_alone():
     assert "length" in [reason for _, reason in expected]
     done = run(kvjax.full(), max_new_tokens=20, eos_ids=(eos,))
     assert [(row.tokens, row.finish_reason) for row in done] == expected
-    text = MODEL.tokenizer.decode(expected[0][0][:-1])
-    assert done[0].text == text
+    assert done[0].text == added(PROMPTS[0], expected[0][0][:-1])
     # The model's own ids are the default.
     model = MODEL._replace(eos_ids=(eos, EOS))
     assert run(kvjax.full(), model=model, max_new_tokens=20)[0] == done[0]
@@ -314,9 +323,40 @@ def test_streams_add_up_to_the_texts():
     heard = []
     run(kvjax.full(), max_new_tokens=40, on_text=lambda *event: heard.append(event))
     assert "".join(text for row, text in heard if row == 2) == texts[2]
-    for generation in expected:
+    for prompt, generation in zip(PROMPTS, expected, strict=True):
         tokens = [t for t in generation.tokens if t != EOS]
-        assert generation.text == MODEL.tokenizer.decode(tokens)
+        assert generation.text == added(prompt, tokens)
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "word_piece", "ctc", "suffixed"])
+def test_the_text_goes_on_with_the_prompts(name):
+    """However the prompt is read, streaming or not."""
+    tokenizer = FAMILIES[name]()
+    model = tiny_model(num_layers=1, vocab_size=tokenizer.vocab_size)
+    model = model._replace(tokenizer=tokenizer)
+    prompts = ["hello world", "a, b.", tokenizer.encode("wor")]
+    options = {"max_new_tokens": 30, "eos_ids": ()}
+    done = run(kvjax.full(), prompts, model, **options)
+    read = prefill(model, kvjax.full(), [tokenizer.encode("wor")], max_new_tokens=30)
+    texts = [text for _, text in module.continued(model, kvjax.full(), read, **options)]
+    assert "".join(texts) == done[2].text
+    shown = ["", "", ""]
+    for row, text in stream(model, kvjax.full(), prompts, **options):
+        shown[row] += text
+    for prompt, row, text in zip(prompts, done, shown, strict=True):
+        tokens = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        assert row.text == text == added(tokens, row.tokens, tokenizer)
+
+
+def test_a_prompt_is_not_ended():
+    class Whole(ByteTokenizer):
+        def encode(self, text):
+            return [257, *text.encode(), 258]
+
+    model = MODEL._replace(tokenizer=Whole())
+    (done,) = run(kvjax.full(), ["hello"], model, eos_ids=())
+    (expected,) = run(kvjax.full(), [[257, *b"hello"]], model, eos_ids=())
+    assert done == expected
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -8,6 +8,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from text_families import FAMILIES, surround
 from tiny import SMALL, tiny_model
 
 from kvjax import generate as module
@@ -207,3 +208,34 @@ def test_damage_is_found(saved, tmp_path):
     for _ in range(3):
         gc.collect()
         time.sleep(0.2)
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "joining_bytes", "word_piece"])
+def test_texts_go_on_as_one_text(name):
+    """No blank is gained, no BOS or EOS is inside, and the reply goes on with it."""
+    tokenizer = FAMILIES[name]()
+    surround(tokenizer.backend, "<s> $A </s>")
+    model = tiny_model(num_layers=1, vocab_size=512)._replace(tokenizer=tokenizer)
+    full = registry.parse("full")
+    whole = ["hello world, hello", "a world"]
+    options = {"max_new_tokens": 12, "eos_ids": ()}
+    expected = module.generate(model, full, whole, **options)
+    read = prefix.read(model, full, ["hello", "a"], room=40)
+    longer = prefix.extend(model, full, read, [" world, hello", " world"])
+    prompts = [tuple(tokenizer.encode(text)) for text in whole]
+    assert list(longer.prompts) == prompts
+    found = prefix.generate(model, full, longer, **options)
+    assert found == expected
+    for prompt, row in zip(prompts, found, strict=True):
+        text = tokenizer.decode([*prompt, *row.tokens])
+        assert tokenizer.decode(prompt) + row.text == text
+
+
+def test_one_text_is_no_list_of_texts():
+    full = registry.parse("full")
+    with pytest.raises(TypeError, match="prompts is one text: put it in a list"):
+        prefix.read(MODEL, full, "hello")
+    read = prefix.read(ONE_LAYER, full, [[1, 2]])
+    with pytest.raises(TypeError, match="more is one text: put it in a list"):
+        prefix.extend(ONE_LAYER, full, read, "hello")
+    assert prefix.extend(ONE_LAYER, full, read, [""]) is read

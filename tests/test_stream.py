@@ -1,12 +1,14 @@
 """A text read in pieces is the text read at once, whatever its length."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
+from text_families import FAMILIES, surround
 from tiny import TEXT, tiny_model
 
-from kvjax import accounting, generate, registry, stream
+from kvjax import accounting, generate, registry, stream, text_tokens
 from kvjax.scoring import score
 from models import embedded
 from models.llama import tokenizer as tokenizers
@@ -60,10 +62,9 @@ def test_pieces_make_the_tokens_of_the_whole():
     text = embedded.heldout_text()[:60_000]
     cut = list(stream.pieces([text.encode()], most=700))
     assert len(cut) > 80
-    prefix = len(tokenizer.encode(""))
-    tokens = tokenizer.encode("")
-    for piece in cut:
-        tokens += tokenizer.encode(piece)[prefix:]
+    tokens = tokenizer.encode(cut[0])
+    for before, piece in itertools.pairwise(cut):
+        tokens += text_tokens.following(tokenizer.encode, piece, after=before)
     assert tokens == tokenizer.encode(text)
 
 
@@ -114,6 +115,30 @@ def test_it_goes_on_as_after_a_prompt(model):
     assert found == expected
     assert len(found.tokens) == 40
     assert "".join(text for _, text in yielded) == found.text
+
+
+@pytest.mark.parametrize("name", ["sentencepiece", "spaced_bytes", "bytes"])
+def test_pieces_have_the_tokens_of_the_whole_text(name):
+    """No blank before a piece, no BOS or EOS inside the text; and so it goes on."""
+    tokenizer = FAMILIES[name]()
+    surround(tokenizer.backend, "<s> $A </s>")
+    text = TEXT[:200] + "the world é of words\n\n\n  and  more"
+    tokens = text_tokens.begin(tokenizer.encode, text)
+    model = tiny_model(num_layers=1, context=64, vocab_size=512)
+    model = model._replace(tokenizer=tokenizer)
+    cut = ["", text[:45], "", text[45:46], text[46:203], text[203:]]
+    method = registry.parse(STREAMING)
+    progress, read = all_of(stream.read(model, method, cut, chunk_size=60))
+    assert progress[-1].tokens == len(tokens)
+    assert read.newest == tokens[-64:]
+    assert read.seen[0].nonzero()[0].tolist() == sorted(set(tokens))
+    options = {"max_new_tokens": 30, "eos_ids": ()}
+    (expected,) = generate.generate(model, method, [text], chunk_size=60, **options)
+    yielded, (found,) = all_of(stream.extend(model, method, read, **options))
+    assert found == expected
+    assert "".join(text for _, text in yielded) == found.text
+    whole = tokenizer.decode([*tokens, *found.tokens])
+    assert tokenizer.decode(tokens) + found.text == whole
 
 
 def test_only_methods_of_constant_memory(model):

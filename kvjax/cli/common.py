@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 import kvjax
-from kvjax import registry
+from kvjax import registry, text_tokens
 
 # Of the command that runs, for the manifest.
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
@@ -279,7 +279,7 @@ def tokenize(
 ) -> list[int]:
     """Token ids of a text, or of a conversation up to the reply."""
     if messages is None:
-        return model.tokenizer.encode(text)
+        return text_tokens.begin(model.tokenizer.encode, text)
     return model.tokenizer.apply_chat_template(messages)
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import kvjax
-from kvjax import registry, report
+from kvjax import registry, report, text_tokens
 from kvjax.cli.common import (
     ChatOption,
     DtypeOption,
@@ -142,9 +142,9 @@ def resumed(
     language_model, name, parsed, found = restored(folder, model, method, dtype)
     chosen = options(language_model)
     if text is not None:
-        # A text that goes on has no beginning of its own (BOS).
-        begin = len(language_model.tokenizer.encode(""))
-        tokens = tokenize(language_model, text)[begin:]
+        tokens = text_tokens.following_tokens(
+            language_model.tokenizer, text, after=found.prompts[0]
+        )
         # Before they are read.
         new_tokens = len(tokens) + (chosen["max_new_tokens"] or 1)
         prefix.check_room(language_model, parsed, found, new_tokens)

@@ -66,7 +66,7 @@ def read(
         ValueError: as :func:`kvjax.generate.prefill`.
     """
     both = reader(tuple(methods))
-    states, hidden, _ = prefill(
+    read = prefill(
         model,
         both,
         prompts,
@@ -75,10 +75,9 @@ def read(
         longest=longest,
     )
     return [
-        Prefilled(
-            tuple(layer[index] for layer in states),
-            hidden,
-            jnp.asarray(recent(prompts, method.rows)),
+        read._replace(
+            states=tuple(layer[index] for layer in read.states),
+            recent=jnp.asarray(recent(prompts, method.rows)),
         )
         for index, method in enumerate(methods)
     ]

@@ -1,22 +1,16 @@
-"""`tokenizer.json`: text to ids and back, incremental decoding, chat templates.
-
-A chat template is a program from the network: it runs in jinja2's immutable sandbox and
-sees plain JSON values only.
-"""
+"""`tokenizer.json`: text to ids and back, incremental decoding, chat templates."""
 
 import dataclasses
-import datetime
 import functools
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from kvjax import text_tokens
+from kvjax.text_stream import TextStream, taking_back
+from models.llama import chat_template as chat_template_of_llama
 from models.llama import git_lfs
-
-# A character is at most four bytes, hence four byte tokens: more that do not decode are
-# not the beginning of one.
-_MOST_PENDING = 8
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,98 +58,97 @@ class HFTokenizer:
         return None if text is None else self.backend.token_to_id(text)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens such as BOS as `tokenizer.json` says."""
+        """Token ids of `text`, which begins as `tokenizer.json` says, with BOS or not.
+
+        What ends it there (EOS) is left out: what is read here is gone on with.
+        """
+        if add_special_tokens and self._ends_texts():
+            return text_tokens.begin(self._whole, text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def _whole(self, text: str) -> list[int]:
+        return self.backend.encode(text).ids
+
+    def _ends_texts(self) -> bool:
+        return self.backend.encode("a").special_tokens_mask[-1:] == [1]
 
     def decode(self, tokens: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of `tokens`."""
         ids = [int(token) for token in tokens]
         return self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
 
-    def stream(self, skip_special_tokens: bool = True) -> "TextStream":
-        """Incremental decoding, for text shown while it is generated."""
-        return TextStream(
-            functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
-        )
+    def stream(
+        self, skip_special_tokens: bool = True, before: Sequence[int] = ()
+    ) -> TextStream:
+        """Incremental decoding, for text shown while it is generated.
+
+        Args:
+            skip_special_tokens: as for :meth:`decode`.
+            before: tokens that the text goes on behind, such as the prompt's.
+        """
+        decode = functools.partial(self.decode, skip_special_tokens=skip_special_tokens)
+        return TextStream(decode, before, taking_back(self.encode, self.decode))
 
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
-        add_generation_prompt: bool = True,
+        add_generation_prompt: bool | None = None,
         *,
         tokenize: bool = True,
         template: str | None = None,
+        chat_template: str | None = None,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int] | str:
         """A conversation as the model was trained to see it.
 
         Args:
-            messages: dicts with `role` and `content`, JSON values only.
-            add_generation_prompt: end with the opening of the assistant's turn.
+            messages: dicts with `role` and `content`, JSON values only; a key that is
+                null is left out.
+            add_generation_prompt: end with the opening of the assistant's turn; None
+                does, unless the final message is continued.
             tokenize: token ids; False gives the text.
             template: name of the template, if the checkpoint has several; None is
                 `tool_use` where there is one and `tools` are given, else `default`.
-            **variables: further variables of the template, such as `tools`.
+            chat_template: a name, or a template itself instead of the checkpoint's.
+            continue_final_message: end inside the final message, which the model goes
+                on with.
+            **variables: further variables of the template, such as `tools`. Other
+                options of transformers' method are refused, not taken for variables.
 
         Raises:
-            ValueError: if there is no such template, or it refuses the messages.
+            ValueError: if there is no such template, it fails, or an option is refused.
             ImportError: if jinja2 is not installed.
         """
-        if template is None:
-            asks = variables.get("tools") is not None
-            takes_tools = asks and "tool_use" in self.chat_templates
-            template = "tool_use" if takes_tools else "default"
-        if template not in self.chat_templates:
-            known = ", ".join(self.chat_templates) or "none: this is no chat model"
-            raise ValueError(
-                f"no chat template {template!r}; the checkpoint has {known}."
-            )
-        text = _render(
-            self.chat_templates[template],
-            self.special_tokens
-            | {"tools": None, "documents": None}
-            | _plain(variables)
-            | {
-                "messages": _plain(list(messages)),
-                "add_generation_prompt": add_generation_prompt,
-            },
+        text = chat_template_of_llama.render(
+            self._template(template, chat_template, variables),
+            messages,
+            add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=variables,
+            defaults=self.special_tokens | {"tools": None, "documents": None},
         )
         # The template writes the special tokens itself.
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
-
-class TextStream:
-    """Decodes token by token; all pieces and `finish` are the whole text.
-
-    A piece never ends inside a character: bytes that are not one yet wait for more.
-    Decoding looks at a short window, because a tokenizer may drop a leading space and
-    a character may span tokens.
-    """
-
-    def __init__(self, decode):
-        self._decode = decode
-        self._tokens: list[int] = []  # window: shown tokens, then pending ones
-        self._shown = 0  # tokens of the window already shown
-
-    def step(self, token: int) -> str:
-        """Text that became certain with `token`; often a word, sometimes empty."""
-        self._tokens.append(int(token))
-        before = self._decode(self._tokens[: self._shown])
-        text = self._decode(self._tokens)
-        pending = len(self._tokens) - self._shown
-        unfinished = text.endswith("\ufffd") and pending < _MOST_PENDING
-        if unfinished or len(text) <= len(before):
-            return ""
-        self._tokens = self._tokens[self._shown :]
-        self._shown = len(self._tokens)
-        return text[len(before) :]
-
-    def finish(self) -> str:
-        """What was still waiting, with U+FFFD for bytes that are no character."""
-        before = self._decode(self._tokens[: self._shown])
-        text = self._decode(self._tokens)
-        self._tokens, self._shown = [], 0
-        return text[len(before) :]
+    def _template(
+        self, name: str | None, source: str | None, variables: Mapping[str, Any]
+    ) -> str:
+        if name is not None and source is not None:
+            raise ValueError(
+                f"template={name!r} and chat_template=... both say which template: "
+                "give only one of them."
+            )
+        if source is not None and source not in self.chat_templates:
+            return source
+        if name is None:
+            asks = variables.get("tools") is not None
+            takes_tools = asks and "tool_use" in self.chat_templates
+            name = source or ("tool_use" if takes_tools else "default")
+        if name not in self.chat_templates:
+            known = ", ".join(self.chat_templates) or "none: this is no chat model"
+            raise ValueError(f"no chat template {name!r}; the checkpoint has {known}.")
+        return self.chat_templates[name]
 
 
 def load(directory: Path) -> HFTokenizer:
@@ -279,8 +272,16 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     given = config.get("chat_template") or {}
     if isinstance(given, str):
         given = {"default": given}
-    elif isinstance(given, list):
-        given = {entry["name"]: entry["template"] for entry in given}
+    elif isinstance(given, list) and all(isinstance(x, dict) for x in given):
+        given = {entry.get("name"): entry.get("template") for entry in given}
+    is_named = isinstance(given, dict) and all(
+        isinstance(x, str) for pair in given.items() for x in pair
+    )
+    if not is_named:
+        raise ValueError(
+            f"{directory}: chat_template must be a text, or a list of name and "
+            "template; download tokenizer_config.json again."
+        )
     templates = dict(given)
     files: Iterable[Path] = (directory / "additional_chat_templates").glob("*.jinja")
     for path in sorted(files):
@@ -289,71 +290,3 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
     if alone.is_file():
         templates["default"] = alone.read_text(encoding="utf-8")
     return templates
-
-
-def _plain(value: Any) -> Any:
-    """`value` rebuilt from JSON types: nothing with methods reaches a template."""
-    try:
-        return json.loads(json.dumps(value))
-    except TypeError as error:
-        raise ValueError(
-            f"chat messages and variables must be JSON values: {error}."
-        ) from error
-
-
-@functools.lru_cache(maxsize=16)
-def _compile(source: str):
-    import jinja2.ext
-    import jinja2.sandbox
-
-    class Generation(jinja2.ext.Extension):
-        """`{% generation %}` marks the assistant's text for training; here, nothing."""
-
-        tags = frozenset({"generation"})
-
-        def parse(self, parser):
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
-            return jinja2.nodes.Scope(body, lineno=line)
-
-    def raise_exception(message):
-        raise jinja2.TemplateError(message)
-
-    def tojson(
-        value, ensure_ascii=False, indent=None, separators=None, sort_keys=False
-    ):
-        # Jinja's own filter escapes for HTML.
-        return json.dumps(
-            value,
-            ensure_ascii=ensure_ascii,
-            indent=indent,
-            separators=separators,
-            sort_keys=sort_keys,
-        )
-
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[Generation, jinja2.ext.loopcontrols],
-    )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = _strftime_now
-    return environment.from_string(source)
-
-
-def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
-
-
-def _render(source: str, variables: Mapping[str, Any]) -> str:
-    try:
-        import jinja2
-    except ImportError as error:
-        raise ImportError(
-            "chat templates need jinja2; install it with `pip install jinja2`."
-        ) from error
-    try:
-        return _compile(source).render(**variables)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refused: {error}.") from error

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from tiny import TEXT
+from text_families import FAMILIES
+from tiny import TEXT, tiny_model
 
 import models
 from kvjax import prefix, registry
@@ -109,3 +110,20 @@ def test_room_that_is_used_up_says_how_to_get_more(fail, folder):
 )
 def test_numbers_below_one_are_mistakes_before_any_work(fail, arguments, message):
     assert message in fail(*arguments.split(), "--model", "no/where/at/all")
+
+
+def test_a_text_behind_a_prefix_gains_no_blank(run, tmp_path):
+    """As with SentencePiece's, which puts one before every text."""
+    tokenizer = FAMILIES["sentencepiece"]()
+    model = tiny_model(num_layers=1, vocab_size=tokenizer.vocab_size)
+    models.save_pretrained(
+        model._replace(tokenizer=tokenizer, eos_ids=()), tmp_path / "m"
+    )
+    options = ["--max-new-tokens", "6", "--json"]
+    alone = ["--model", tmp_path / "m", "--prompt"]
+    expected = json.loads(run("generate", *alone, "hello world", *options))
+    run("prefill", *alone, "hello", "--save", tmp_path / "p", "--room", "16")
+    more = ["--resume", tmp_path / "p", "--prompt", " world"]
+    found = json.loads(run("generate", *more, *options))
+    for key in ("prompt_tokens", "tokens", "text"):
+        assert found[key] == expected[key]

@@ -2,11 +2,11 @@
 
 import itertools
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer
+from tiny import ByteTokenizer
+from tokenizers import Tokenizer, processors
 
 from kvjax.evaluation.chain import chain_of_key
 from kvjax.evaluation.extraction import extraction
@@ -201,12 +201,12 @@ def test_a_variable_leads_back_to_its_number(sources, backend, length):
 
 
 def test_questions_are_worded_as_the_evaluation_words_them(sources, backend):
-    words = SimpleNamespace(encode=lambda text: text.split(" "), decode=" ".join)
+    words = ByteTokenizer()
     haystack = "nothing\n" * 30
-    (one,) = passkey(words, haystack, context=60, n=1)
-    (many,) = multikey(words, haystack, context=60, n=1, keys=3)
-    (chain,) = chain_of_key(words, haystack, context=60, n=1, keys=7)
-    (table,) = extraction(words, haystack, context=60, n=1, items=20)
+    (one,) = passkey(words, haystack, context=800, n=1)
+    (many,) = multikey(words, haystack, context=800, n=1, keys=3)
+    (chain,) = chain_of_key(words, haystack, context=800, n=1, keys=7)
+    (table,) = extraction(words, haystack, context=800, n=1, items=20)
     trained = {
         name: "\n".join(
             spoken(backend, sample)[0] for sample in drawn(sources[name], 128, 40)
@@ -289,3 +289,19 @@ def test_a_haystack_stays_within_its_room(corpus):
         assert len("".join(lines)) <= room
         joined = "".join(corpus.lines) * 2
         assert "".join(lines) in joined
+
+
+@pytest.mark.parametrize(
+    "form", ["<|bos|> $A", "<|bos|> $A <|eos|>", "$A <|eos|>", "$A"]
+)
+def test_a_file_begins_and_ends_as_the_tokenizer_says(backend, form):
+    made = Tokenizer.from_str(backend.to_str())
+    made.post_processor = processors.TemplateProcessing(
+        single=form, special_tokens=[("<|bos|>", 0), ("<|eos|>", 1)]
+    )
+    files = ["def f(x):\n    return x\n", "the second file\n"]
+    corpus = text.make(files, made)
+    assert corpus.tokens.tolist() == [i for x in files for i in made.encode(x).ids]
+    assert corpus.prefix == ((0,) if form.startswith("<|bos|>") else ())
+    for sample in drawn(data.sources(corpus)["passkey"], 40):
+        assert 1 not in sample.tokens

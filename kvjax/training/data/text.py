@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax import text_tokens
+
 STDLIB = "stdlib"
 
 # Never trained on, neither as text nor as a haystack: held-out text is made of them.
@@ -43,7 +45,7 @@ class Corpus(NamedTuple):
     """Text in the two forms that samples are cut from, and how to tokenise more."""
 
     lines: Sequence[str]  # with their line ends
-    tokens: np.ndarray  # (N,) the same text, the prefix before each file
+    tokens: np.ndarray  # (N,) the same text, each file as the tokenizer has it whole
     prefix: tuple[int, ...]  # what the tokenizer puts before every text, such as BOS
     encode: Callable  # text -> (ids, offsets in characters), without the prefix
     vocab: np.ndarray  # ids that stand for text, special ones left out
@@ -115,8 +117,8 @@ def make(texts: Sequence[str], tokenizer) -> Corpus:
         ValueError: if the texts have fewer than two tokens.
     """
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    prefix = tuple(tokenizer.encode("").ids)
-    pieces = [np.array([*prefix, *encoding.ids], np.int32) for encoding in encodings]
+    before, behind = text_tokens.added(lambda text: tokenizer.encode(text).ids)
+    pieces = [np.array([*before, *x.ids, *behind], np.int32) for x in encodings]
     tokens = np.concatenate(pieces)
     if len(tokens) < 2:
         raise ValueError(f"the corpus has {len(tokens)} tokens, and training takes 2.")
@@ -130,7 +132,7 @@ def make(texts: Sequence[str], tokenizer) -> Corpus:
     return Corpus(
         lines=[line for text in texts for line in text.splitlines(keepends=True)],
         tokens=tokens,
-        prefix=prefix,
+        prefix=before,
         encode=encode,
         vocab=vocab,
         chars_per_token=sum(map(len, texts)) / len(tokens),

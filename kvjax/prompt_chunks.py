@@ -1,0 +1,55 @@
+"""Prompts of any lengths, cut into chunks of few shapes."""
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from kvjax import interface
+from kvjax.interface import DecoderLM
+
+PAD = 0  # what a finished row feeds and emits; any valid token does
+
+
+def bucket(tokens: int) -> int:
+    """The capacity to allocate for `tokens`: at most 1/8 above, eight steps an octave.
+
+    Prompts of nearby lengths share their shapes, and so their compiled code.
+    """
+    step = 1 << max(0, int(tokens).bit_length() - 4)
+    return -(-tokens // step) * step
+
+
+def chunks(
+    decoder: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    chunk_size: int,
+    longest: int = 0,
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Right-padded chunks `(B, T)` of the prompts, with the real tokens of each row."""
+    end = max(map(len, prompts))
+    size = _chunk(decoder, max(longest, end), chunk_size)
+    for start in range(0, end, size):
+        pieces = [prompt[start : start + size] for prompt in prompts]
+        tokens = np.full((len(prompts), size), PAD, np.int32)
+        for row, piece in enumerate(pieces):
+            tokens[row, : len(piece)] = piece
+        yield tokens, np.array([len(piece) for piece in pieces], np.int32)
+
+
+def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
+    padded = bucket(longest)
+    rope = interface.dynamic_rope(decoder)
+    if rope is not None and longest > rope.original_context:
+        # Its frequencies depend on the whole prompt's length: all keys rotate at once.
+        return padded
+    # Chunks of one size, so that the last one is not mostly padding.
+    return min(chunk_size, bucket(-(-padded // -(-padded // chunk_size))))
+
+
+def recent(prompts: Sequence[Sequence[int]], rows: int, fill: int = PAD) -> np.ndarray:
+    """The last `rows` tokens of each prompt, `(B, rows)`, with `fill` before them."""
+    out = np.full((len(prompts), rows), fill, np.int32)
+    for row, prompt in enumerate(prompts):
+        newest = prompt[-rows:]
+        out[row, rows - len(newest) :] = newest
+    return out
