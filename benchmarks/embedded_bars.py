@@ -19,7 +19,7 @@ from rich.table import Table
 
 import kvjax
 import models
-from kvjax import report
+from kvjax import report, text_tokens
 from kvjax.evaluation import chain, compare, compare_runs, forced, statistics, tasks
 from kvjax.interface import layer_specs
 from kvjax.progress import show_progress
@@ -82,8 +82,9 @@ def measure(model, text, args, progress):
 
     start = time.perf_counter()
     context = args.bits_context
-    prefix = len(model.tokenizer.encode(""))
-    available = len(model.tokenizer.encode(text)) // (context - prefix)
+    encode = model.tokenizer.encode
+    room = context - len(text_tokens.added(encode).before)
+    available = len(text_tokens.inside(encode, text)) // room
     windows = tasks.windows(
         model.tokenizer,
         text,

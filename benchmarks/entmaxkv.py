@@ -25,6 +25,7 @@ import models
 from kvjax import cache, dense, paging, report, selection, support
 from kvjax.evaluation import compare, compare_inputs, fidelity, tasks
 from kvjax.generate import prefill
+from kvjax.text_stream import continuation
 from models import embedded
 from pallas_kernels.decode_attention import decode_logits
 from pallas_kernels.entmax import entmax
@@ -201,7 +202,8 @@ def measure_keys(model, methods, args, say, save):
                 model.decoder, method, steps, model.params, states, read.hidden
             )
             for example, row in zip(group, np.asarray(tokens).tolist(), strict=True):
-                answer = model.tokenizer.decode(row[: example.answer_tokens + 2])
+                row = row[: example.answer_tokens + 2]
+                answer = continuation(model.tokenizer.decode, example.prompt, row)
                 scores[label].append(example.score(answer))
         minutes = (time.perf_counter() - started) / 60
         counts = {label: int(sum(found)) for label, found in scores.items()}

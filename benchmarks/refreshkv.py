@@ -35,7 +35,14 @@ from entries import add
 import kvjax
 import models
 from kvjax import accounting, cache, registry, report
-from kvjax.evaluation import compare, compare_inputs, compare_runs, statistics, tasks
+from kvjax.evaluation import (
+    compare,
+    compare_inputs,
+    compare_runs,
+    haystack,
+    statistics,
+    tasks,
+)
 from kvjax.evaluation.chain import chain_of_key
 from kvjax.evaluation.extraction import extraction
 from kvjax.generate import prefill
@@ -43,6 +50,7 @@ from kvjax.interface import CacheSpec
 from kvjax.methods.refreshkv import RefreshKVState
 from kvjax.rope import Rope
 from kvjax.scoring import score
+from kvjax.text_stream import continuation
 from models import embedded
 
 SEED = 30_000
@@ -106,7 +114,7 @@ def answered(model, method, examples, batch, *, forced):
         wanted = np.full((batch, longest), -1, np.int32)
         if forced:
             for row, example in enumerate(group):
-                whole = model.tokenizer.encode(example.text + example.answer)
+                whole = haystack.whole(model.tokenizer, example)
                 right = whole[len(example.prompt) :]
                 wanted[row, : len(right)] = right
         start = prefill(model, method, prompts, max_new_tokens=longest)
@@ -129,9 +137,9 @@ def outputs(args):
             start = time.perf_counter()
             method = registry.parse(name, budget=args.budget)
             said, _, found = answered(model, method, made, args.batch, forced=False)
-            decoded = model.tokenizer.decode
+            decode = model.tokenizer.decode
             texts = [
-                decoded(example.prompt + row).removeprefix(decoded(example.prompt))
+                continuation(decode, example.prompt, row)
                 for example, row in zip(made, said, strict=True)
             ]
             scores = [e.score(text) for e, text in zip(made, texts, strict=True)]

@@ -32,7 +32,7 @@ from entries import add
 
 import models
 from kvjax import cache, completion, dense, registry, report
-from kvjax.evaluation import statistics, tasks
+from kvjax.evaluation import haystack, statistics, tasks
 from kvjax.generate import prefill
 from kvjax.interface import CacheSpec, Method
 from kvjax.rope import Rope
@@ -272,7 +272,7 @@ def quality(args):
         for first in range(0, args.n, args.batch):
             part = examples[first : first + args.batch]
             # Greedy decoding is right where every token of the answer is likeliest.
-            whole = [model.tokenizer.encode(e.text + e.answer) for e in part]
+            whole = [haystack.whole(model.tokenizer, e) for e in part]
             answers = [w[len(e.prompt) :] for w, e in zip(whole, part, strict=True)]
             ahead = np.zeros((len(part), args.steps), np.int32)
             for row, answer in zip(ahead, answers, strict=True):

@@ -41,6 +41,19 @@ class ByteTokenizer:
         return bytes(token for token in tokens if token < 256).decode(errors="replace")
 
 
+class PairTokenizer(ByteTokenizer):
+    """Two bytes a token, so that an answer may begin in the middle of one."""
+
+    def encode(self, text: str) -> list[int]:
+        data = text.encode()
+        pairs = [data[i : i + 2] for i in range(0, len(data), 2)]
+        return [p[0] if len(p) == 1 else 256 + 256 * p[0] + p[1] for p in pairs]
+
+    def decode(self, tokens: list[int]) -> str:
+        pairs = [divmod(t - 256, 256) if t >= 256 else (t,) for t in tokens]
+        return b"".join(map(bytes, pairs)).decode(errors="replace")
+
+
 def tiny_config(**overrides) -> LlamaConfig:
     """Two layers, width 32, two KV heads of two query heads, bytes plus four."""
     head_dim = overrides.pop("head_dim", 8)

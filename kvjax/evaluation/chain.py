@@ -10,12 +10,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax import text_tokens
 from kvjax.evaluation import haystack
 from kvjax.evaluation.haystack import Needles
 from kvjax.interface import Tokenizer
 from kvjax.words import WORDS
 
 LINKS = 5
+_QUESTION = "chain: "
 
 
 class Chain(NamedTuple):
@@ -34,9 +36,9 @@ class Chain(NamedTuple):
 
         The chain is the generated text's first line; keys beyond `links` do not count.
         """
-        line = generated.partition("\n")[0]
-        found = valid_prefix(self.keys, self.start + line, follows=self.start)
-        return min(found, self.links) / self.links
+        line = self.text.rpartition("\n")[2] + generated.partition("\n")[0]
+        found = valid_prefix(self.keys, line.removeprefix(_QUESTION)) - 1  # was given
+        return min(max(found, 0), self.links) / self.links
 
 
 def valid_prefix(keys: Collection[str], text: str, *, follows: str = "") -> int:
@@ -89,7 +91,8 @@ def chain_of_key(
 
     Raises:
         ValueError: if `n` or `links` < 1, `keys` is not in [links + 1, words], the
-            list does not fit, or lines are needed and the text has none.
+            list does not fit, lines are needed and the text has none, or the tokenizer
+            cannot say the answer.
 
     Source:
         Xu et al., "RefreshKV", arXiv:2411.05787, section 3 and appendix A.6.
@@ -123,7 +126,7 @@ def chain_of_key(
         def fits(count: int) -> bool:
             alone = listed(count)
             whole = "".join([*alone.lines, alone.question, alone.answer])
-            return len(tokenizer.encode(whole)) <= context
+            return len(text_tokens.begin(tokenizer.encode, whole)) <= context
 
         count = keys or haystack.largest(fits, links + 1, len(words))
         lines, sizes = [], {}
@@ -131,12 +134,9 @@ def chain_of_key(
             lines = haystack.cut(source(), rng, context)
             sizes = source().sizes
         needles = listed(count)
-        fitted = haystack.fit(tokenizer, lines, sizes, needles, context)
+        asked = haystack.fit(tokenizer, lines, sizes, needles, context)
         return Chain(
-            text=fitted.text,
-            prompt=fitted.prompt,
-            answer=needles.answer,
-            answer_tokens=fitted.answer_tokens,
+            **asked._asdict(),
             keys=frozenset(line.strip() for line in needles.lines),
             start=words[1],
             links=links,
@@ -153,7 +153,7 @@ def _list(words: Sequence[str], ranks: np.ndarray, links: int) -> Needles:
     following = [*words[1:], words[0]]
     cycle = [f"{a}-{b}" for a, b in zip(words, following, strict=True)]
     lines = [cycle[i] + "\n" for i in np.argsort(ranks).tolist()]
-    question = f"\nchain: {cycle[0]}, {words[1]}"
+    question = f"\n{_QUESTION}{cycle[0]}, {words[1]}"
     answer = ", ".join(cycle[1 : links + 1]).removeprefix(words[1])
     return Needles(lines, np.sort(ranks).tolist(), question, answer)
 

@@ -23,6 +23,7 @@ from kvjax.evaluation.haystack import Prompted
 from kvjax.generate import Prefilled, continued, prefill
 from kvjax.interface import LanguageModel, Method, with_layer
 from kvjax.scoring import continue_scores
+from kvjax.text_stream import continuation
 
 TIMED = 2  # batches whose decoding is timed
 
@@ -79,7 +80,7 @@ def retrieve(
     Raises:
         ValueError: as :func:`kvjax.generate.generate`.
     """
-    clocked = model._replace(tokenizer=_Ticks())
+    clocked, decode = model._replace(tokenizer=_Ticks()), model.tokenizer.decode
     answers: list[list[str]] = [[] for _ in methods]
     rates: list[list[float]] = [[] for _ in methods]
     groups = list(_batches(examples, batch))
@@ -114,7 +115,7 @@ def retrieve(
                 rates[place].append(rate)
             for example, generation in zip(group, generations, strict=True):
                 tokens = generation.tokens[: example.answer_tokens + 2]
-                answers[place].append(model.tokenizer.decode(tokens))
+                answers[place].append(continuation(decode, example.prompt, tokens))
             done = index + (place + 1) / len(methods)
             progress(done / (len(groups) + len(repeats)))
     generate.drop_programs(reading=False)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax import text_tokens
 from kvjax.evaluation import haystack
 from kvjax.evaluation.haystack import Needles
 from kvjax.interface import Tokenizer
@@ -36,7 +37,8 @@ class Extraction(NamedTuple):
         Of the generated lines only as many are looked at as rows are asked for. A line
         that is no row is a wrong one, and so is a row said twice.
         """
-        lines = (f"{self.start}\t{generated}").split("\n")[: len(self.rows)]
+        table = self.text.rpartition("\n")[2] + generated
+        lines = table.split("\n")[: len(self.rows)]
         said = [tuple(cell.strip() for cell in line.split("\t")) for line in lines]
         found = (Counter(said) & Counter(self.rows)).total()
         return 2 * found / (len(said) + len(self.rows))
@@ -71,7 +73,8 @@ def extraction(
 
     Raises:
         ValueError: if `n` or `rows` < 1, `items` is not in [rows, words], the list does
-            not fit, or lines are needed and the text has none.
+            not fit, lines are needed and the text has none, or the tokenizer cannot
+            say the answer.
 
     Source:
         After LongProc's HTML-to-TSV, Ye et al., arXiv:2501.05414, which RefreshKV uses
@@ -104,7 +107,7 @@ def extraction(
         def fits(count: int) -> bool:
             alone = listed(count)
             whole = "".join([*alone.lines, alone.question, alone.answer])
-            return len(tokenizer.encode(whole)) <= context
+            return len(text_tokens.begin(tokenizer.encode, whole)) <= context
 
         count = items or haystack.largest(fits, rows, len(pairs))
         lines, sizes = [], {}
@@ -112,17 +115,10 @@ def extraction(
             lines = haystack.cut(source(), rng, context)
             sizes = source().sizes
         needles = listed(count)
-        fitted = haystack.fit(tokenizer, lines, sizes, needles, context)
+        asked = haystack.fit(tokenizer, lines, sizes, needles, context)
         first = int(share * (count - rows + 1))
-        asked = tuple(pairs[first : first + rows])
-        return Extraction(
-            text=fitted.text,
-            prompt=fitted.prompt,
-            answer=needles.answer,
-            answer_tokens=fitted.answer_tokens,
-            start=asked[0][0],
-            rows=asked,
-        )
+        table = tuple(pairs[first : first + rows])
+        return Extraction(**asked._asdict(), start=table[0][0], rows=table)
 
     return [example(index) for index in range(n)]
 

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from kvjax.evaluation import statistics
+from kvjax.evaluation import haystack, statistics
 from kvjax.evaluation.haystack import Prompted
 from kvjax.evaluation.statistics import Interval
 from kvjax.interface import LanguageModel, Tokenizer
+from kvjax.text_stream import continuation
 
 # attention(layer, q, k, v) -> out, causal, q and k not yet rotated; head-major
 Attention = Callable[[int, Array, Array, Array], Array]
@@ -106,20 +107,18 @@ def answers(
     Its score is greedy decoding's, as long as what follows a mistake scores nothing.
 
     Raises:
-        ValueError: as :func:`run`.
+        ValueError: as :func:`run`, and if the tokenizer joins a prompt and its answer.
     """
     tokenizer = model.tokenizer
-    rows = []
-    for example in examples:
-        whole = tokenizer.encode(example.text + example.answer)
-        rows.append([*example.prompt, *whole[len(example.prompt) :]])
+    rows = [haystack.whole(tokenizer, example) for example in examples]
     found = run(model, attention, rows, batch=batch, progress=progress)
     said = []
     for example, row, forced in zip(examples, rows, found, strict=True):
         asked = len(example.prompt)
         right = forced.likeliest[asked - 1 :]
         count = int(right.cumprod().sum())
-        said.append(tokenizer.decode(row[asked : asked + count]))
+        tokens = row[asked : asked + count]
+        said.append(continuation(tokenizer.decode, example.prompt, tokens))
     return said
 
 

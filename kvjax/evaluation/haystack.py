@@ -8,7 +8,9 @@ from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
+from kvjax import text_tokens
 from kvjax.interface import Tokenizer
+from kvjax.text_stream import continuation
 
 
 @runtime_checkable
@@ -39,11 +41,12 @@ class Needles(NamedTuple):
     answer: str
 
 
-class Fitted(NamedTuple):
-    """A text that fits: prompt and answer together take at most the context."""
+class Asked(NamedTuple):
+    """A question as a prompt, which the right answer goes on with."""
 
     text: str
     prompt: list[int]  # the text as tokens
+    answer: str
     answer_tokens: int  # tokens the answer takes after the prompt
 
 
@@ -64,9 +67,9 @@ def source(tokenizer: Tokenizer, text: str, is_taken: Callable[[str], bool]) -> 
     lines = [line for line in lines if not is_taken(line)]
     if not text.strip() or not lines:
         raise ValueError("the haystack's text has no line that is not itself a needle.")
-    prefix = len(tokenizer.encode(""))
+    around = sum(map(len, text_tokens.added(tokenizer.encode)))
     # At least 1, so that the lines of a haystack are finite whatever the tokenizer.
-    sizes = {x: max(len(tokenizer.encode(x)) - prefix, 1) for x in set(lines)}
+    sizes = {x: max(len(tokenizer.encode(x)) - around, 1) for x in set(lines)}
     return Source(lines, sizes)
 
 
@@ -89,20 +92,20 @@ def fit(
     sizes: dict[str, int],
     needles: Needles,
     context: int,
-) -> Fitted:
+) -> Asked:
     """Hides the needles among `lines`, of which the last go until everything fits.
 
     Raises:
-        ValueError: if the needles alone do not fit.
+        ValueError: if the needles alone do not fit, or the tokenizer cannot say the
+            answer behind the question.
     """
     lines = list(lines)
     while True:
         text = insert(lines, [sizes[line] for line in lines], needles)
         text += needles.question
-        prompt = tokenizer.encode(text)
-        whole = len(tokenizer.encode(text + needles.answer))
+        whole = len(text_tokens.begin(tokenizer.encode, text + needles.answer))
         if whole <= context:
-            return Fitted(text, prompt, max(whole - len(prompt), 1))
+            return ask(tokenizer, text, needles.answer)
         if not lines:
             raise ValueError(
                 f"{context=} is too short: the needle, its question and its answer "
@@ -110,6 +113,53 @@ def fit(
             )
         while lines and whole > context:
             whole -= sizes[lines.pop()]
+
+
+def ask(tokenizer: Tokenizer, question: str, answer: str) -> Asked:
+    """Cuts the tokens of question and answer as one text where the answer begins.
+
+    A tokenizer may join the blank that ends a question with the answer's first letters:
+    the blank is then the answer's.
+
+    Raises:
+        ValueError: if the tokens of the right answer do not say it.
+    """
+    encode, decode = tokenizer.encode, tokenizer.decode
+    whole = text_tokens.begin(encode, question + answer)
+
+    def said(end: int) -> str:
+        return continuation(decode, whole[:end], whole[end:])
+
+    end = text_tokens.shared(text_tokens.begin(encode, question), whole)
+    least = max(end - 8, 0)
+    while end > least and not said(end).endswith(answer):
+        end -= 1
+    while end < len(whole) and said(end + 1).endswith(answer):
+        end += 1
+    joined = said(end).removesuffix(answer)
+    if not said(end).endswith(answer) or not question.endswith(joined):
+        raise ValueError(
+            f"the tokenizer cannot say {answer[:40]!r} behind {question[-20:]!r}: the "
+            f"tokens of both decode to {said(end)[:40]!r}. Use a model with another "
+            "tokenizer for this task."
+        )
+    text = question.removesuffix(joined)
+    return Asked(text, whole[:end], joined + answer, len(whole) - end)
+
+
+def whole(tokenizer: Tokenizer, example: Prompted) -> list[int]:
+    """Returns the tokens of an example's prompt with the right answer behind it.
+
+    Raises:
+        ValueError: if they do not begin with those of the prompt.
+    """
+    tokens = text_tokens.begin(tokenizer.encode, example.text + example.answer)
+    if tokens[: len(example.prompt)] != list(example.prompt):
+        raise ValueError(
+            f"the tokenizer joins {example.text[-20:]!r} and its answer "
+            f"{example.answer[:40]!r}: cut the prompt with haystack.ask."
+        )
+    return tokens
 
 
 def insert(lines: Sequence[str], sizes: Sequence[int], needles: Needles) -> str:

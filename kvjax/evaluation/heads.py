@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.evaluation import compare_inputs, tasks
+from kvjax.evaluation import compare_inputs, haystack, tasks
 from kvjax.interface import LanguageModel
 from pallas_kernels.entmax import entmax
 
@@ -198,18 +198,18 @@ def _asked(model, text, context, prompts, seed) -> list[_Asked]:
     for example in tasks.passkey(
         tokenizer, text, context=context, n=prompts, seed=seed
     ):
-        whole = tokenizer.encode(example.text + example.answer)
+        whole = haystack.whole(tokenizer, example)
         asked = len(example.prompt)
         answer = whole[asked:]
         starts = range(asked - len(answer) + 1)
         places = [i for i in starts if whole[i : i + len(answer)] == answer]
-        if whole[:asked] != example.prompt or not answer or len(places) != 1:
+        if len(places) != 1:
             raise ValueError(
                 f"the tokenizer writes {example.answer!r} in other tokens in the text "
                 "than as an answer: heads that copy it cannot be told."
             )
         end = first = places[0]
-        while "\n" not in tokenizer.decode(whole[first:end]):
+        while end < asked and "\n" not in tokenizer.decode(whole[first:end]):
             end += 1
         steps = np.arange(len(answer), dtype=np.int32)
         found.append(_Asked(whole, asked - 1 + steps, first + steps, (first, end)))

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax import text_tokens
 from kvjax.evaluation import haystack
 from kvjax.evaluation.haystack import Needles
 from kvjax.interface import Tokenizer
@@ -30,13 +31,13 @@ class Example(NamedTuple):
 
     text: str
     prompt: list[int]  # the text as tokens
-    answer: str  # five digits
+    answer: str  # five digits, behind a blank if that is one token with the first
     answer_tokens: int  # tokens the answer takes after the prompt
     depth: float  # where the needle was asked to sit: 0 = first line, 1 = last
 
     def score(self, generated: str) -> float:
         """1 if the text begins with the answer, leading blanks ignored; else 0."""
-        return float(generated.lstrip().startswith(self.answer))
+        return float(generated.lstrip().startswith(self.answer.lstrip()))
 
 
 def passkey(
@@ -60,7 +61,8 @@ def passkey(
         depths: in [0, 1].
 
     Raises:
-        ValueError: if `n` < 1, a depth is outside [0, 1] or `context` is too short.
+        ValueError: if `n` < 1, a depth is outside [0, 1], `context` is too short, or
+            the tokenizer cannot say the answer.
     """
 
     def build(rng, lines, depth):
@@ -171,14 +173,15 @@ def windows(
     """`n` windows of exactly `context` tokens of the text, disjoint, in seeded order.
 
     The windows are the same lattice for every seed; the seed picks among them. A
-    tokenizer that puts tokens before every text (BOS) has them in every window.
+    tokenizer that puts tokens before every text (BOS) has them in every window; none
+    has those behind a text (EOS).
 
     Raises:
         ValueError: if the text has fewer than `n` disjoint windows.
     """
     _check(n, (0.0,))
-    prefix = tokenizer.encode("")
-    body = tokenizer.encode(text)[len(prefix) :]
+    prefix = list(text_tokens.added(tokenizer.encode).before)
+    body = text_tokens.inside(tokenizer.encode, text)
     size = context - len(prefix)
     if size < 2:
         raise ValueError(f"{context=} must leave room for 2 tokens after {prefix=}.")
@@ -227,10 +230,6 @@ def _examples(
         lines = haystack.cut(source, rng, context)
         depth = float(depths[index % len(depths)])
         needles = build(rng, lines, depth)
-        fitted = haystack.fit(tokenizer, lines, source.sizes, needles, context)
-        examples.append(
-            Example(
-                fitted.text, fitted.prompt, needles.answer, fitted.answer_tokens, depth
-            )
-        )
+        asked = haystack.fit(tokenizer, lines, source.sizes, needles, context)
+        examples.append(Example(*asked, depth))
     return examples

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from tiny import ByteTokenizer
+from tiny import ByteTokenizer, PairTokenizer
 
 from kvjax.evaluation import chain
 from kvjax.words import WORDS
@@ -20,14 +20,6 @@ class Bos(ByteTokenizer):
 
     def encode(self, text):
         return [256, *super().encode(text)]
-
-
-class Pairs(ByteTokenizer):
-    """Merges across line ends: pieces do not add up to the whole."""
-
-    def encode(self, text):
-        data = text.encode()
-        return [data[i] for i in range(0, len(data), 2)]
 
 
 def make(n=4, *, tokenizer=BYTES, text="", context=600, **options):
@@ -69,15 +61,18 @@ def test_every_key_has_exactly_one_successor_and_one_cycle_holds_them_all():
         assert len(seen) == len(follows)
 
 
-@pytest.mark.parametrize("tokenizer", [BYTES, Bos(), Pairs()], ids=["1", "bos", "2"])
+@pytest.mark.parametrize(
+    "tokenizer", [BYTES, Bos(), PairTokenizer()], ids=["1", "bos", "2"]
+)
 @pytest.mark.parametrize("context", [200, 1111])
 @pytest.mark.parametrize("links", [1, 5])
 def test_prompt_and_answer_fill_the_context_and_never_exceed_it(
     tokenizer, context, links
 ):
     for example in make(tokenizer=tokenizer, context=context, links=links):
-        assert example.prompt == tokenizer.encode(example.text)
         whole = tokenizer.encode(example.text + example.answer)
+        assert example.prompt == whole[: len(example.prompt)]
+        assert tokenizer.decode(example.prompt) == example.text
         assert len(whole) == len(example.prompt) + example.answer_tokens
         # One more key makes the list longer by up to two lines.
         assert context - 2 * LONGEST_LINE < len(whole) <= context

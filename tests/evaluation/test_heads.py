@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ElementTree
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import ByteTokenizer, dense, tiny_model
+from tiny import ByteTokenizer, PairTokenizer, dense, tiny_model
 
 from kvjax.evaluation import heads, heads_figure
 from kvjax.interface import CacheSpec, LanguageModel
@@ -258,17 +258,9 @@ def test_progress_and_sizes_are_reported(softmax):
     np.testing.assert_array_equal(result.sink, softmax.sink)
 
 
-class Pairs(ByteTokenizer):
-    """Two bytes a token: where the answer begins decides how it is cut."""
-
-    def encode(self, text):
-        data = text.encode() + b" "
-        return [data[i] * 256 + data[i + 1] for i in range(0, len(data) - 1, 2)]
-
-
 def test_an_answer_in_other_tokens_than_its_needle_is_an_error():
     with pytest.raises(ValueError, match="in other tokens in the text than as an"):
-        see(made()._replace(tokenizer=Pairs()))
+        see(made()._replace(tokenizer=PairTokenizer()))
 
 
 def test_a_context_beyond_the_models_is_an_error():

@@ -4,9 +4,11 @@ import re
 
 import numpy as np
 import pytest
-from tiny import ByteTokenizer
+from text_families import joining_bytes, sentencepiece, word_piece
+from tiny import ByteTokenizer, PairTokenizer
 
-from kvjax.evaluation import tasks
+from kvjax.evaluation import chain, extraction, haystack, tasks
+from kvjax.text_stream import continuation
 
 RNG = np.random.default_rng(0)
 LINES = [
@@ -22,14 +24,6 @@ class Bos(ByteTokenizer):
 
     def encode(self, text):
         return [256, *super().encode(text)]
-
-
-class Pairs(ByteTokenizer):
-    """Merges across line ends: pieces do not add up to the whole."""
-
-    def encode(self, text):
-        data = text.encode()
-        return [data[i] for i in range(0, len(data), 2)]
 
 
 SAID_AS_ASKED = {"passkey": tasks.passkey, "multikey": tasks.multikey}
@@ -51,7 +45,7 @@ def is_needle(line):
 
 
 @pytest.mark.parametrize(
-    "tokenizer", [BYTES, Bos(), Pairs()], ids=lambda t: type(t).__name__
+    "tokenizer", [BYTES, Bos(), PairTokenizer()], ids=lambda t: type(t).__name__
 )
 @pytest.mark.parametrize("context", [400, 1024])
 def test_prompt_and_answer_fill_the_context_and_never_exceed_it(
@@ -59,9 +53,11 @@ def test_prompt_and_answer_fill_the_context_and_never_exceed_it(
 ):
     longest = max(len(tokenizer.encode(line + "\n")) for line in LINES)
     for example in make(tokenizer, TEXT, context=context, n=7):
-        assert example.prompt == tokenizer.encode(example.text)
         whole = tokenizer.encode(example.text + example.answer)
+        assert example.prompt == whole[: len(example.prompt)]
         assert len(whole) == len(example.prompt) + example.answer_tokens
+        assert tokenizer.decode(example.prompt) == example.text
+        assert re.fullmatch(r" ?\d{5}", example.answer)
         assert context - 2 * longest < len(whole) <= context
 
 
@@ -208,7 +204,7 @@ def test_assignments_of_the_text_itself_do_not_compete():
 def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
     size = 100
     made = tasks.windows(tokenizer, TEXT, context=size, n=9, seed=3)
-    prefix = len(tokenizer.encode(""))
+    prefix = len(tokenizer.encode(""))  # nothing is put behind a text
     body = BYTES.encode(TEXT)
     starts = []
     for window in made:
@@ -270,3 +266,84 @@ def test_the_answer_is_new_also_in_a_text_full_of_digits(make):
     )
     for example in make(BYTES, text, context=30_000, n=20):
         assert example.text.count(example.answer) == 1
+
+
+class Ending(ByteTokenizer):
+    """BOS before a text and EOS behind it."""
+
+    def encode(self, text):
+        return [256, *super().encode(text), 257]
+
+
+def test_windows_have_nothing_that_ends_a_text():
+    for window in tasks.windows(Ending(), TEXT, context=100, n=5):
+        assert window[0] == 256
+        assert max(window[1:]) < 256
+        assert bytes(window[1:]).decode() in TEXT
+
+
+ALL = {**MAKERS, "chain": chain.chain_of_key, "extraction": extraction.extraction}
+COPIERS = {
+    "bytes": ByteTokenizer,
+    "pairs": PairTokenizer,
+    "joining": joining_bytes,
+    "sentencepiece": sentencepiece,
+    "ending": Ending,
+}
+
+
+@pytest.mark.parametrize("name", COPIERS)
+@pytest.mark.parametrize("task", ALL)
+def test_a_faultless_copier_answers_right_in_the_tokens_it_is_given(task, name):
+    tokenizer = COPIERS[name]()
+    for example in ALL[task](tokenizer, TEXT, context=900, n=6):
+        whole = haystack.whole(tokenizer, example)
+        said = whole[len(example.prompt) :][: example.answer_tokens]
+        answer = continuation(tokenizer.decode, example.prompt, said)
+        assert example.score(answer) == 1
+        assert answer == example.answer
+        assert tokenizer.decode(example.prompt) == example.text
+        # And not a token less.
+        short = continuation(tokenizer.decode, example.prompt, said[:-1])
+        assert example.score(short) < 1
+
+
+def test_a_blank_is_said_with_the_answer_where_it_is_one_token_with_it():
+    (example,) = tasks.passkey(joining_bytes(), TEXT, context=900, n=1)
+    assert example.text.endswith("\nThe pass key is")
+    assert re.fullmatch(r" \d{5}", example.answer)
+    assert example.answer_tokens == 5
+    assert example.score(example.answer.lstrip()) == 1
+    (plain,) = tasks.passkey(BYTES, TEXT, context=900, n=1)
+    assert plain.text.endswith("\nThe pass key is ")
+
+
+def test_letters_of_the_question_are_said_with_the_answer():
+    """Where a token is two bytes, an answer begins in the middle of every other one."""
+    made = tasks.multikey(PairTokenizer(), TEXT, context=900, n=8)
+    assert {example.text.endswith("value") for example in made} == {True, False}
+    made = extraction.extraction(PairTokenizer(), TEXT, context=900, n=8)
+    cut = [example for example in made if not example.text.endswith("\t")]
+    assert 0 < len(cut) < 8
+    for example in made:
+        assert example.score(example.answer) == 1
+        assert example.score("\t" + example.answer) < 1
+
+
+@pytest.mark.parametrize("task", ["chain", "extraction"])
+def test_an_answer_that_cannot_be_said_is_refused(task):
+    """WordPiece has no line ends and no tabs, and puts blanks around a hyphen."""
+    with pytest.raises(
+        ValueError, match=r"the tokenizer cannot say .* behind .* decode"
+    ):
+        ALL[task](word_piece(), TEXT, context=900, n=1)
+    (example,) = tasks.passkey(word_piece(), TEXT, context=900, n=1)
+    assert re.fullmatch(r" \d{5}", example.answer)
+
+
+def test_a_prompt_that_its_answer_does_not_go_on_with_is_refused():
+    tokenizer = joining_bytes()
+    (example,) = tasks.passkey(tokenizer, TEXT, context=900, n=1)
+    example = example._replace(prompt=tokenizer.encode(example.text + " "))
+    with pytest.raises(ValueError, match=r"the tokenizer joins .* and its answer"):
+        haystack.whole(tokenizer, example)

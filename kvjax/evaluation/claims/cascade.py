@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import accounting
-from kvjax.evaluation import statistics, tasks
+from kvjax.evaluation import haystack, statistics, tasks
 from kvjax.evaluation.claims import driven
 from kvjax.evaluation.claims.claim import (
     Claim,
@@ -19,6 +19,7 @@ from kvjax.evaluation.claims.claim import (
     of_interval,
 )
 from kvjax.evaluation.claims.session import SEED, SOFTMAX, Session
+from kvjax.text_stream import continuation
 
 PAPER = "arXiv:2406.17808"
 # The key sits in the middle of a fifth of the prompt, as in the official passkey job.
@@ -101,8 +102,7 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
             seed=SEED,
             depths=DEPTHS,
         )
-        encode = model.tokenizer.encode
-        whole = [encode(example.text + example.answer) for example in made]
+        whole = [haystack.whole(model.tokenizer, example) for example in made]
         found = []
         for first in range(0, len(made), sizes.cascade_windows):
             rows = whole[first : first + sizes.cascade_windows]
@@ -116,8 +116,8 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
         for example, row, right in zip(made, whole, found, strict=False):
             asked = len(example.prompt)
             count = int(right[asked - 1 : len(row) - 1].cumprod().sum())
-            said = decode(row[asked : asked + count]).strip()
-            shares.append(len(said) / len(example.answer))
+            said = continuation(decode, example.prompt, row[asked : asked + count])
+            shares.append(len(said.strip()) / len(example.answer.strip()))
         return np.array(shares)
 
     return session.once(("recalled", spec, doublings), run)

@@ -8,6 +8,7 @@ from kvjax.evaluation.chain import chain_of_key
 from kvjax.evaluation.claims.driven import Driven, Shape, Watch, drive
 from kvjax.evaluation.claims.session import SEED, Session
 from kvjax.evaluation.extraction import extraction
+from kvjax.text_stream import continuation
 
 
 def shape(session: Session) -> Shape:
@@ -76,16 +77,10 @@ def scores(session: Session, model: str, task: str, method: str) -> np.ndarray:
         found = drive(
             given, session.method(method), shape(session), prompts, None, steps
         )
-        decode = given.tokenizer.decode
-        return np.array(
-            [
-                example.score(
-                    decode([*prompt, *said.tolist()]).removeprefix(decode(prompt))
-                )
-                for example, prompt, said in zip(
-                    made, prompts, found.tokens, strict=True
-                )
-            ]
+        said = (
+            continuation(given.tokenizer.decode, prompt, tokens.tolist())
+            for prompt, tokens in zip(prompts, found.tokens, strict=True)
         )
+        return np.array([x.score(answer) for x, answer in zip(made, said, strict=True)])
 
     return session.once(("scores", model, task, method), run)
