@@ -93,6 +93,21 @@ def test_a_plan_is_whole(columns, capsys, monkeypatch):
     check_whole(out, cells, columns)
 
 
+def test_a_small_model_is_not_rounded_away(capsys):
+    plan = ["plan", "--context", "512", "--method", "full", "--device", "slow:1:0.001"]
+    assert cli.run([*plan, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert cli.run(plan) == 0
+    out = capsys.readouterr().out
+    assert f"Weights {document['weights'] / 1e9:.2g} GB" in out
+    (row,) = document["rows"]
+    rate = row["devices"]["slow"]["most_tokens_per_second"]
+    assert 0.01 < rate < 1
+    (line,) = (line for line in out.splitlines() if line.startswith("full"))
+    expected = [f"{row['peak'] / 1e9:.2g}", f"{rate:.2g}"]
+    assert [line.split()[4], line.split()[-1]] == expected
+
+
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_timings_and_tasks_are_whole(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -150,10 +150,16 @@ def _row(spec, found, devices, margin) -> dict:
     }
 
 
-def _print(document) -> None:
-    def gb(count):
-        return f"{count / 1e9:.2f}"
+def _gb(count: int) -> str:
+    # A small model's would be 0.00.
+    return f"{count / 1e9:.2f}" if count >= 1e8 else f"{count / 1e9:.2g}"
 
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
+def _print(document) -> None:
     headings = ["method", *(f"{h}\nGB" for h in ("prompt", "decode", "temp.~"))]
     headings += ["peak\nGB", "read\nGB"]
     for name, device in document["devices"].items():
@@ -168,13 +174,13 @@ def _print(document) -> None:
         cells.append(
             [
                 spec,
-                gb(row["prompt_state"]),
-                gb(row["decode_state"]),
-                gb(max(temporaries)),
-                gb(row["peak"]),
-                gb(sum(row["read_per_step"].values())),
+                _gb(row["prompt_state"]),
+                _gb(row["decode_state"]),
+                _gb(max(temporaries)),
+                _gb(row["peak"]),
+                _gb(sum(row["read_per_step"].values())),
                 *(
-                    f"{at['most_tokens_per_second']:,.0f}" if at["fits"] else "-"
+                    _rate(at["most_tokens_per_second"]) if at["fits"] else "-"
                     for at in row["devices"].values()
                 ),
             ]
@@ -192,7 +198,7 @@ def _said(document) -> list[str]:
     rows = "1 row" if document["batch"] == 1 else f"{document['batch']} rows"
     said = f"{document['new_tokens']:,} of them generated. GB are 1e9 bytes."
     lines = [
-        f"Weights {document['weights'] / 1e9:.2f} GB ({document['dtype']}); {rows} "
+        f"Weights {_gb(document['weights'])} GB ({document['dtype']}); {rows} "
         f"of {document['context']:,} tokens, {said}",
         "prompt, decode: states while the prompt is read and while tokens are "
         "generated. temp.: an estimate. peak: with weights and temporaries. read: of "
@@ -223,6 +229,6 @@ def _said(document) -> list[str]:
             )
             lines.append(
                 f"{name}: none fits; {least['method']} comes nearest, "
-                f"{over / 1e9:.2f} GB too much."
+                f"{_gb(over)} GB too much."
             )
     return lines
