@@ -140,9 +140,10 @@ def test_timings_and_tasks_are_whole(columns, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
-def test_what_methods_say_of_themselves_is_whole(columns, capsys, monkeypatch):
+@pytest.mark.parametrize("command", ["methods", "reproduce --list"])
+def test_lists_are_whole(command, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
-    assert cli.run(["methods"]) == 0
+    assert cli.run(command.split()) == 0
     assert max(map(len, capsys.readouterr().out.splitlines())) <= columns
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import registry, report
+from kvjax import registry, report, tables
 from kvjax.cli.common import JsonOption, arguments_given, held_out_text, load
 from kvjax.progress import show_progress
 
@@ -94,4 +94,5 @@ def _print_list(chosen, as_json: bool) -> None:
         return
     width = max(len(one.name) for one in chosen)
     for one in chosen:
-        print(f"{one.name:<{width}}  {one.sentence} ({one.source})")
+        line = f"{one.name:<{width}}  {one.sentence} ({one.source})"
+        tables.say(line, later=" " * (width + 2))
