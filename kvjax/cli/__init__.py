@@ -50,8 +50,7 @@ def run(arguments: list[str]) -> int:
         code = app(
             args=arguments or ["--help"], prog_name="kvjax", standalone_mode=False
         )
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         return _complain("interrupted.", interrupts.CODE)
     except (BrokenPipeError, SystemExit):  # typer exits over a pipe that closed
@@ -59,7 +58,7 @@ def run(arguments: list[str]) -> int:
         _close_stdout()
         return 0
     except OSError as error:
-        if sys.stdout is not None and not _flushed():
+        if not _flushed():
             _close_stdout()
         return _complain(error)
     except (ValueError, ImportError) as error:

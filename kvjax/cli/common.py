@@ -9,7 +9,7 @@ import inspect
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -147,7 +147,7 @@ def model_name(model: str | None) -> str:
     if published.is_missing(model):
         summary = published.record(model).summary
         agreed = may_fetch.get()
-        if not agreed and is_terminal(sys.stdin) and is_terminal(sys.stderr):
+        if not agreed and sys.stdin.isatty() and sys.stderr.isatty():
             agreed = _ask(f"{model} is not on this machine: {summary}. Fetch it now?")
         if agreed:
             fetch(model)
@@ -236,11 +236,6 @@ def read_text(path: pathlib.Path) -> str:
             f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset "
             f"{error.start}; convert it to UTF-8 first."
         ) from error
-
-
-def is_terminal(stream: Any) -> bool:
-    """Whether somebody looks at it; a stream that was closed is None."""
-    return stream is not None and stream.isatty()
 
 
 def read_prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:

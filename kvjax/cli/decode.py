@@ -19,7 +19,6 @@ from kvjax.cli.common import (
     SeedOption,
     SystemOption,
     first_messages,
-    is_terminal,
     load,
     positive,
     read_prompt,
@@ -149,7 +148,7 @@ def generate(
         seconds = time.perf_counter() - start
     if not as_json:
         print(flush=True)
-    if timings or (not as_json and is_terminal(sys.stderr)):
+    if timings or (not as_json and sys.stderr.isatty()):
         print(f"kvjax: {timing.line(clock)}", file=sys.stderr)
     if turn.keep is not None:
         turn.keep(generation)

@@ -241,3 +241,30 @@ def test_a_reader_who_has_enough_is_no_mistake(arguments):
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (0, 1, 2)])
+def test_streams_that_the_parent_has_closed(closed, tmp_path):
+    """Nothing of one goes into another, and no file of ours takes a stream's number."""
+    body = """
+    with open("result", "w") as file:
+        print("on stdout")
+        print("on stderr", file=sys.stderr)
+        print("in the file", file=file)
+    return 0 if sys.stdin.read() == "" else 1
+    """
+    descriptors = " ".join(f"{number}>&-" for number in closed)
+    done = subprocess.run(
+        [
+            *("sh", "-c", f'exec "$@" {descriptors}', "sh"),
+            *(sys.executable, "-c", START + ours(body)),
+        ],
+        capture_output=True,
+        text=True,
+        input="",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0
+    assert (tmp_path / "result").read_text() == "in the file\n"
+    assert done.stdout == ("" if 1 in closed else "on stdout\n")
+    assert done.stderr == ("" if 2 in closed else "on stderr\n")
