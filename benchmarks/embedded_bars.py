@@ -19,7 +19,7 @@ from rich.table import Table
 
 import kvjax
 import models
-from kvjax import report, text_tokens
+from kvjax import files, report, text_tokens
 from kvjax.evaluation import chain, compare, compare_runs, forced, statistics, tasks
 from kvjax.interface import layer_specs
 from kvjax.progress import show_progress
@@ -150,7 +150,7 @@ def main(argv=None):
             "device": f"{device.device_kind} ({device.platform})",
         }
         document = report.json_ready(about | {"bars": entries})
-        report.write_text(args.json, json.dumps(document, indent=2) + "\n")
+        files.write_text(args.json, json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 
 import kvjax
 import models
-from kvjax import cache, dense, paging, report, selection, support
+from kvjax import cache, dense, files, paging, report, selection, support
 from kvjax.evaluation import compare, compare_inputs, fidelity, tasks
 from kvjax.generate import prefill
 from kvjax.text_stream import continuation
@@ -249,7 +249,7 @@ def main(argv=None):
     def save(**parts):
         document.update(parts)
         text = json.dumps(report.json_ready(document), indent=2) + "\n"
-        report.write_text(args.json, text)
+        files.write_text(args.json, text)
 
     sparse = models.load("embedded-entmax", dtype="float32")
     softmax = models.load("embedded-softmax", dtype="float32")

@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from kvjax import report
+from kvjax import files, report
 
 
 def add(path, entry):
@@ -21,4 +21,4 @@ def add(path, entry):
     document = about | document
     document["entries"].append(entry)
     text = json.dumps(report.json_ready(document), indent=2)
-    report.write_text(path, text + "\n")
+    files.write_text(path, text + "\n")

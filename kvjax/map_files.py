@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import files
 from kvjax.feature_maps import NAMES, Learned, Mlp
 from kvjax.interface import CacheSpec
 
@@ -65,8 +66,6 @@ def save(path: str | pathlib.Path, found: MapFile, dtype: str = "float32") -> No
         dtype: of the networks' matrices, and then of what a step reads of them; biases
             are float32, since those of queries hold the scale of all weights.
     """
-    from safetensors.numpy import save as to_bytes
-
     tensors = {}
     if found.weights is not None:
         for side, net in found.weights._asdict().items():
@@ -82,10 +81,7 @@ def save(path: str | pathlib.Path, found: MapFile, dtype: str = "float32") -> No
         "trained_length": str(found.trained_length),
         "about": json.dumps(found.about),
     }
-    path = pathlib.Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(to_bytes(tensors, header))
-    partial.replace(path)
+    files.save_tensors(path, tensors, header)
 
 
 def load(path: str | pathlib.Path) -> MapFile:

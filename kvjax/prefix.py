@@ -9,8 +9,6 @@ import hashlib
 import itertools
 import json
 import pathlib
-import shutil
-import uuid
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +18,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
-from kvjax import accounting, text_tokens, timing
+from kvjax import accounting, files, text_tokens, timing
 from kvjax.generate import (
     Generation,
     chunks,
@@ -251,15 +249,16 @@ def save(
 
     Raises:
         FileExistsError: if `folder` exists and is not empty.
-        OSError: if it cannot be written.
+        OSError: if it cannot be written; nothing is left of it then.
     """
     folder = pathlib.Path(folder).resolve()
     check_new(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     arrays = _named(prefix)
     about = {
         "format": FORMAT,
         **_identity(model, method_name),
+        # Found from any folder; a name that `models.load` knows stays one.
+        "model": files.located(model.name),
         "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
         "longest": prefix.longest,
         "room": prefix.room,
@@ -268,16 +267,18 @@ def save(
         "messages": messages,
     }
     about["layout"] = _digest(about)
-    partial = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
+    checkpoint.quiet_orbax()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(partial / ARRAYS, arrays)
-        text = json.dumps(about, indent=2) + "\n"
-        (partial / ABOUT).write_text(text, encoding="utf-8")
-        partial.rename(folder)
-    finally:  # an interrupt too leaves nothing behind
-        shutil.rmtree(partial, ignore_errors=True)
+        with files.replacing(folder) as partial:
+            partial.mkdir()
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial / ARRAYS, arrays)
+            files.write_text(partial / ABOUT, json.dumps(about, indent=2) + "\n")
+    except checkpoint.WRITE as error:
+        raise OSError(
+            f"the prefix could not be written to {folder} ({files.reason(error)}), and "
+            "nothing is left of it: make room, or give another folder."
+        ) from error
 
 
 def check_new(folder: str | pathlib.Path) -> None:
@@ -301,7 +302,7 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
             "kvjax prefill --save."
         )
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(files.read_text(path))
         found_format = found["format"]
     except (ValueError, KeyError, TypeError) as error:
         raise checkpoint.DamagedError(f"{path} is damaged: {error}.") from error

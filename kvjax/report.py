@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvjax import pictures, tables
+from kvjax import files, pictures, tables
 
 FORMAT = 2  # of results.json; a change that breaks readers adds one
 DATA = "results.json"
@@ -131,7 +131,7 @@ def check_free(folder: pathlib.Path, *, overwrite: bool, go_on: bool) -> None:
 def earlier_batch(folder: pathlib.Path) -> int | None:
     """Rows decoded together in the report of a folder; None if it does not say."""
     try:
-        found = json.loads((folder / DATA).read_text(encoding="utf-8"))
+        found = json.loads(files.read_text(folder / DATA))
         return int(found["manifest"]["settings"]["batch"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
@@ -150,7 +150,7 @@ def earlier_rows(
     if not path.exists():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(files.read_text(path))
         before, rows = found["manifest"], {row["method"]: row for row in found["rows"]}
         form, settings = found["format"], dict(before["settings"])
     except (ValueError, KeyError, TypeError) as error:
@@ -198,7 +198,7 @@ def write(
 ) -> tuple[pathlib.Path, pathlib.Path]:
     """Writes the page, the data and the figure by itself, each whole or not at all."""
     page = folder / "report.html"
-    write_text(page, html(results))
+    files.write_text(page, html(results))
     write_figure(folder, results)
     return page, write_data(folder, results)
 
@@ -209,7 +209,7 @@ def write_figure(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
 
     figure = compare_figures.scatter(results)
     for kind in pictures.KINDS:
-        write_bytes(folder / f"{FIGURE}.{kind}", pictures.drawn(figure, kind))
+        files.write_bytes(folder / f"{FIGURE}.{kind}", pictures.drawn(figure, kind))
 
 
 def begin(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
@@ -222,26 +222,8 @@ def begin(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
 def write_data(folder: pathlib.Path, results: Mapping[str, Any]) -> pathlib.Path:
     """Writes `results.json` alone, as after each row."""
     data = folder / DATA
-    write_text(data, json.dumps(results, indent=2, allow_nan=False) + "\n")
+    files.write_text(data, json.dumps(results, indent=2, allow_nan=False) + "\n")
     return data
-
-
-def write_text(path: pathlib.Path, text: str) -> None:
-    """Writes UTF-8 as :func:`write_bytes`."""
-    write_bytes(path, text.encode())
-
-
-def write_bytes(path: pathlib.Path, data: bytes) -> None:
-    """Writes beside `path`, then renames: readers see the old file or the new one."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    partial = pathlib.Path(name)
-    try:
-        with open(handle, "wb") as file:
-            file.write(data)
-        os.chmod(partial, 0o644)  # mkstemp's files are the owner's alone
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def format_bytes(count: int) -> str:

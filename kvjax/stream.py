@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kvjax import accounting, text_tokens
+from kvjax import accounting, files, text_tokens
 from kvjax.generate import PAD, Generation, continued, empty_states, ended, last_hidden
 from kvjax.inputs import check_vocabulary
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
@@ -94,16 +94,11 @@ def pieces(
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     held, offset = "", 0
     for block, is_last in _with_end(blocks):
-        pending = len(decoder.getstate()[0])  # bytes of a character that is not whole
+        offset += len(block)
         try:
             held += decoder.decode(block, is_last)
         except UnicodeDecodeError as error:
-            at = offset - pending + error.start
-            raise ValueError(
-                f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
-                f"{at}; convert it to UTF-8 first."
-            ) from error
-        offset += len(block)
+            raise files.not_utf8(error, offset, name) from error
         while not is_last and (end := _end_of_piece(held, most)):
             yield held[:end]
             held = held[end:]

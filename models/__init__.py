@@ -6,14 +6,13 @@
 """
 
 import json
-import shutil
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 
+from kvjax import files
 from kvjax.interface import LanguageModel
 from models import embedded, gguf, llama, published
 
@@ -126,14 +125,13 @@ def save_pretrained(
 
     Raises:
         FileExistsError: if `directory` exists and is not empty.
-        ValueError: if the parameters do not fit the configuration.
+        ValueError: if the parameters do not fit the configuration, or its dtype.
+        OSError: if it cannot be written; nothing is left of it then.
     """
     directory = Path(directory).expanduser()
     check_new(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    partial = directory.with_name(f".{directory.name}.{uuid.uuid4().hex[:8]}.partial")
-    partial.mkdir()
-    try:
+    with files.replacing(directory) as partial:
+        partial.mkdir()
         decoder = model.decoder
         config = llama.to_hf(decoder.config)
         generation = dict(model.generation or {})
@@ -147,9 +145,6 @@ def save_pretrained(
         _write_json(partial / "generation_config.json", generation)
         llama.tokenizer.save(model.tokenizer, partial)
         llama.weights.save(model.params, decoder.config, partial, max_shard_bytes)
-        partial.rename(directory)
-    finally:  # an interrupt too leaves nothing behind
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def check_new(directory: str | Path) -> None:
@@ -162,10 +157,10 @@ def check_new(directory: str | Path) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    files.write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def _resolve(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
+def _resolve(name: str | Path, patterns: Sequence[str] = _HUB_FILES) -> Path:
     """The directory, or the GGUF file, that a model's name means."""
     directory = Path(name).expanduser()
     if directory.is_dir() or gguf.is_gguf(directory):
@@ -193,7 +188,7 @@ def _resolve(name: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
             snapshot_download(
                 hub_id,
                 revision=revision or None,
-                allow_patterns=list(files),
+                allow_patterns=list(patterns),
                 ignore_patterns=_NOT_NEEDED,
             )
         )

@@ -28,7 +28,7 @@ SHARED |= {
         "summarising",
     )
 }
-BASE = {"kvjax.interface", "kvjax.rope"}
+BASE = {"kvjax.interface", "kvjax.rope", "kvjax.files"}
 BASE |= {"kvjax.text_stream", "kvjax.text_tokens"}  # text, for models and their users
 # Of the scripts that say how the embedded models were made, not of the models.
 MAKES_EMBEDDED = {"kvjax.words", "kvjax.training.data.text"}

@@ -152,9 +152,12 @@ def test_a_folder_is_complete_or_absent(saved, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="holds no prefix"):
         prefix.about(tmp_path)
 
-    monkeypatch.setattr(prefix, "ABOUT", "no/such/folder")
-    with pytest.raises(OSError, match="no/such/folder"):
-        prefix.save(tmp_path / "b", ONE_LAYER, read, method_name="full")
+    def fail(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(prefix.files, "write_text", fail)
+    with pytest.raises(OSError, match=r"b \(No space left on device\), and nothing"):
+        prefix.save(tmp_path / "new" / "b", ONE_LAYER, read, method_name="full")
     assert list(tmp_path.iterdir()) == []
 
 

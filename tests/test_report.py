@@ -299,20 +299,6 @@ def test_both_files_are_written_and_replaced(tmp_path, results):
     assert page.stat().st_mode & 0o777 == 0o644
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    target = tmp_path / "results.json"
-    target.write_text("old")
-
-    def fail(*arguments):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(report.pathlib.Path, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        report.write_text(target, "new")
-    assert target.read_text() == "old"
-    assert os.listdir(tmp_path) == ["results.json"]
-
-
 def test_a_folder_is_tried_before_the_work(tmp_path):
     report.check_writable(tmp_path / "new" / "folder")
     assert os.listdir(tmp_path / "new" / "folder") == []

@@ -14,6 +14,7 @@ import safetensors.numpy
 from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers import models as tokenizer_models
 
+from kvjax import files
 from kvjax.interface import LanguageModel
 from kvjax.rope import Rope
 from models.llama.config import LlamaConfig
@@ -83,7 +84,7 @@ def keep_layers(folder: pathlib.Path, count: int) -> None:
         layer = re.search(r"layers\.(\d+)\.", name)
         if layer and int(layer[1]) >= count:
             del weights[name]
-    safetensors.numpy.save_file(weights, file, {"format": "pt"})
+    files.save_tensors(file, weights, {"format": "pt"})
 
 
 def tiny_model(*, seed: int = 0, deviation: float = 0.24, **overrides) -> LanguageModel:

@@ -8,13 +8,14 @@ import importlib.util
 import inspect
 import pathlib
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
 import kvjax
-from kvjax import registry, text_tokens
+from kvjax import files, registry, text_tokens
 
 # Of the command that runs, for the manifest.
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
@@ -212,6 +213,10 @@ def keep_compiled_code() -> None:
 
     from models.published import cache_folder
 
+    # A full disk, or an entry that one cut short, costs time and no more.
+    warnings.filterwarnings(
+        "ignore", "Error (reading|writing) persistent compilation cache entry"
+    )
     folder = cache_folder() / "xla"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -228,14 +233,9 @@ def held_out_text() -> str:
 
 def read_text(path: pathlib.Path) -> str:
     """A UTF-8 file as text; - is stdin."""
-    data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path} is not UTF-8: byte {data[error.start]:#04x} at offset "
-            f"{error.start}; convert it to UTF-8 first."
-        ) from error
+    if str(path) == "-":
+        return files.decode(sys.stdin.buffer.read(), path)
+    return files.read_text(path)
 
 
 def read_prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:

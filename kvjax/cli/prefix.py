@@ -119,9 +119,9 @@ def restored(
             f"{folder} holds {len(saved['prompt_tokens'])} prompts and the command "
             "line goes on with one: use kvjax.prefix.generate."
         )
-    language_model = load(
-        saved["model"] if model is None else model,
-        saved["dtype"] if dtype is None else dtype,
+    dtype = saved["dtype"] if dtype is None else dtype
+    language_model = (
+        _model_of(folder, saved, dtype) if model is None else load(model, dtype)
     )
     found = prefix.restore(folder, language_model, parsed, method_name=name)
     return Restored(language_model, name, parsed, found)
@@ -153,6 +153,19 @@ def resumed(
         )
     events = prefix.stream(language_model, parsed, found, **chosen)
     return Turn(language_model, name, len(found.prompts[0]), events, chosen)
+
+
+def _model_of(folder, saved, dtype) -> kvjax.LanguageModel:
+    name = saved["model"]
+    try:
+        return load(name, dtype)
+    except FileNotFoundError as error:
+        if pathlib.Path(name).exists():
+            raise  # it lacks something
+        raise FileNotFoundError(
+            f"{folder} was read by the model {name}, which is not there (any more): "
+            "give --model where it is now."
+        ) from error
 
 
 def library():

@@ -8,6 +8,7 @@ import pathlib
 
 import numpy as np
 
+from kvjax import files
 from kvjax.evaluation.heads import MASS, Heads, Map
 
 COLOURS = "YlGnBu"
@@ -64,7 +65,8 @@ def figure(result: Heads, path: str | pathlib.Path | None = None):
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)
     if path is not None:
-        sheet.savefig(path, dpi=150)
+        with files.replacing(path) as new:
+            sheet.savefig(new, dpi=150)
     return sheet
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from kvjax import files
 from kvjax.generate import PAD, empty_states, finish
 from kvjax.inputs import check_vocabulary
 from kvjax.interface import LanguageModel, Method
@@ -148,7 +149,8 @@ def figure(
         fontsize=11,
     )
     if path is not None:
-        sheet.savefig(path, dpi=150)
+        with files.replacing(path) as new:
+            sheet.savefig(new, dpi=150)
     return sheet
 
 

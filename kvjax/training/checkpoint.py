@@ -9,9 +9,7 @@ import dataclasses
 import hashlib
 import json
 import logging
-import os
 import pathlib
-import re
 import shutil
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -21,17 +19,23 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from kvjax import files
+
 FOLDER = "checkpoints"
 DAMAGED = "damaged"  # where checkpoints that cannot be read are put aside
 
 # On a file that is missing, cut or not its own, orbax raises what comes, `Exception`
 # itself among it; on a write that fails, these.
 _READ = Exception
-_WRITE = (OSError, ValueError, RuntimeError)
+WRITE = (OSError, ValueError, RuntimeError)
 
 
 class DamagedError(ValueError):
     """A checkpoint that is not what was saved."""
+
+
+class NotFiniteError(ValueError):
+    """A loss or gradient that is not finite."""
 
 
 class Restored(NamedTuple):
@@ -103,33 +107,45 @@ class Checkpoints(NamedTuple):
                     about=ocp.args.JsonSave(about),
                 ),
             )
-        except _WRITE as error:
+        except WRITE as error:
             raise self._failed(error) from error
+
+    def not_finite(self, step: int, dtype: str, what: str, fix: str) -> NotFiniteError:
+        """The error of a step whose `what` is not finite; no checkpoint has seen it."""
+        self.wait()
+        saved = self.steps()
+        kept = (
+            f"the last good checkpoint is that of step {saved[-1]} in {self.folder}"
+            if saved
+            else "no checkpoint was saved before it"
+        )
+        return NotFiniteError(
+            f"step {step} in {dtype}: {what}: training stopped, and {kept}. The same "
+            f"again would end the same: {fix}."
+        )
 
     def wait(self) -> None:
         """Returns when everything is on disk. Raises as :meth:`save`."""
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
-        except _WRITE as error:
+        except WRITE as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
         """Waits and frees what the manager holds. Raises as :meth:`save`."""
         try:
             self.manager.close()
-        except _WRITE as error:
+        except WRITE as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> OSError:
         _remove_partial(self.folder)  # gives the space back
         kept = [int(p.name) for p in self.folder.iterdir() if p.name.isdecimal()]
         newest = f"that of step {max(kept)} is whole" if kept else "there is none yet"
-        code = re.search(r"os_error_code='(\d+)'", str(error))
-        reason = os.strerror(int(code[1])) if code else " ".join(str(error).split())
         return OSError(
-            f"a checkpoint could not be written to {self.folder} ({reason}); {newest}. "
-            "Make room and run again with --resume."
+            f"a checkpoint could not be written to {self.folder} "
+            f"({files.reason(error)}); {newest}. Make room and run again with --resume."
         )
 
 
@@ -140,14 +156,13 @@ def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Chec
         keep: newest ones kept; of those saved with a metric, the best one is too.
         best_mode: whether the least or greatest metric is best, "min" or "max".
     """
-    # Orbax prints a dozen tracebacks for an error that it raises as well.
-    logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    quiet_orbax()
     folder = (out / FOLDER).resolve()
     _remove_partial(folder)
     metrics = {}
     for file in folder.glob("*/about/metadata"):
         with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged
-            metric = json.loads(file.read_text(encoding="utf-8"))["metric"]
+            metric = json.loads(files.read_text(file))["metric"]
             if metric is not None:
                 metrics[int(file.parent.parent.name)] = float(metric)
     options = ocp.CheckpointManagerOptions(
@@ -161,6 +176,11 @@ def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Chec
 def _remove_partial(folder: pathlib.Path) -> None:
     for partial in folder.glob("*.orbax-checkpoint-tmp*"):
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def quiet_orbax() -> None:
+    """Keeps orbax from printing a dozen tracebacks for an error that it raises too."""
+    logging.getLogger("absl").addFilter(_is_not_of_orbax)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:

@@ -6,6 +6,8 @@ installation.
 
 import pathlib
 
+from kvjax import files
+
 _FOLDER = pathlib.Path(__file__).parent
 
 
@@ -33,4 +35,4 @@ def path(name: str = DEFAULT) -> pathlib.Path:
 
 def heldout_text() -> str:
     """Python sources that no embedded model was trained on, a third of a megabyte."""
-    return (_FOLDER / "heldout.txt").read_text(encoding="utf-8")
+    return files.read_text(_FOLDER / "heldout.txt")

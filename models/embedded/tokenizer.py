@@ -19,6 +19,7 @@ from tokenizers import (
     trainers,
 )
 
+from kvjax import files
 from kvjax.words import WORDS
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
@@ -100,7 +101,7 @@ def _any_of(words: Sequence[str]) -> str:
 
 def save(tokenizer: Tokenizer, folder: pathlib.Path, context: int) -> None:
     """Writes `tokenizer.json` and `tokenizer_config.json` into `folder`."""
-    tokenizer.save(str(folder / "tokenizer.json"))
+    files.write_text(folder / "tokenizer.json", tokenizer.to_str(pretty=True))
     bos, eos, pad = SPECIAL_TOKENS
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -113,4 +114,4 @@ def save(tokenizer: Tokenizer, folder: pathlib.Path, context: int) -> None:
         "model_max_length": context,
     }
     text = json.dumps(config, indent=2) + "\n"
-    (folder / "tokenizer_config.json").write_text(text, encoding="utf-8")
+    files.write_text(folder / "tokenizer_config.json", text)

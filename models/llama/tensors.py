@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax.files import read_text
 from models.llama import git_lfs
 
 SINGLE = "model.safetensors"
@@ -87,7 +88,7 @@ def _find_files(directory: Path) -> dict[Path, set[str] | None]:
         )
     git_lfs.check_content(index)
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
+        weight_map = json.loads(read_text(index))["weight_map"]
         files: dict[Path, set[str]] = {}
         for name, file in weight_map.items():
             if Path(file).name != file:

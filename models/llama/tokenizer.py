@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax import text_tokens
+from kvjax import files, text_tokens
 from kvjax.text_stream import TextStream, taking_back
 from models.llama import chat_template as chat_template_of_llama
 from models.llama import git_lfs
@@ -168,7 +168,7 @@ def load(directory: Path) -> HFTokenizer:
         )
     git_lfs.check_content(path)
     try:
-        backend = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        backend = Tokenizer.from_str(files.read_text(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ValueError(f"{path} is damaged: {error}; download it again.") from error
     backend.no_truncation()
@@ -239,15 +239,16 @@ def save(tokenizer: HFTokenizer, directory: Path) -> None:
     }
     # The class that every transformers release reads a bare tokenizer.json with.
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    tokenizer.backend.save(str(directory / "tokenizer.json"))
+    # By its own `save`, a full disk would be an `Exception`.
+    backend = tokenizer.backend.to_str(pretty=True)
+    files.write_text(directory / "tokenizer.json", backend)
     text = json.dumps(config, indent=2, ensure_ascii=False)
-    (directory / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+    files.write_text(directory / "tokenizer_config.json", text + "\n")
     for name, source in tokenizer.chat_templates.items():
         path = directory / "chat_template.jinja"
         if name != "default":
             path = directory / "additional_chat_templates" / f"{name}.jinja"
-            path.parent.mkdir(exist_ok=True)
-        path.write_text(source, encoding="utf-8")
+        files.write_text(path, source)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -260,7 +261,7 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     git_lfs.check_content(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(files.read_text(path))
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {error}; download it again.") from error
     if not isinstance(content, dict):
@@ -283,10 +284,10 @@ def _templates(directory: Path, config: Mapping[str, Any]) -> dict[str, str]:
             "template; download tokenizer_config.json again."
         )
     templates = dict(given)
-    files: Iterable[Path] = (directory / "additional_chat_templates").glob("*.jinja")
-    for path in sorted(files):
-        templates[path.stem] = path.read_text(encoding="utf-8")
+    found: Iterable[Path] = (directory / "additional_chat_templates").glob("*.jinja")
+    for path in sorted(found):
+        templates[path.stem] = files.read_text(path)
     alone = directory / "chat_template.jinja"
     if alone.is_file():
-        templates["default"] = alone.read_text(encoding="utf-8")
+        templates["default"] = files.read_text(alone)
     return templates

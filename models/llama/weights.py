@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvjax import files
 from kvjax.interface import Params
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
@@ -126,10 +127,10 @@ def save(
     Peak host memory is one shard. A tensor larger than a shard has one for itself.
 
     Raises:
-        ValueError: if `params` are not those of `config`, or `max_shard_bytes < 1`.
+        ValueError: if `params` are not those of `config` or exceed its dtype, or
+            `max_shard_bytes < 1`.
+        OSError: if they cannot be written.
     """
-    from safetensors.numpy import save_file
-
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be at least 1.")
     entries = layout(config)
@@ -152,10 +153,7 @@ def save(
     for number, shard in enumerate(shards, 1):
         tensors = {entry.name: _export(entry, params) for entry in shard}
         path = directory / _shard_name(number, len(shards))
-        path.touch()
-        mode = path.stat().st_mode
-        save_file(tensors, path, {"format": "pt"})
-        path.chmod(mode)  # safetensors 0.8 leaves a file that only its owner can read
+        files.save_tensors(path, tensors, {"format": "pt"})
     if len(shards) > 1:
         weight_map = {
             entry.name: _shard_name(number, len(shards))
@@ -164,7 +162,7 @@ def save(
         }
         total = sum(_num_bytes(entry) for entry in entries)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        files.write_text(directory / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _num_bytes(entry: Entry) -> int:
@@ -188,10 +186,15 @@ def _shard_name(number: int, count: int) -> str:
 
 def _export(entry: Entry, params: Params) -> np.ndarray:
     value = functools.reduce(lambda node, key: node[key], entry.path, params)
-    host = np.asarray(value).astype(entry.target.dtype, copy=False)
-    if entry.transposed:
-        return np.ascontiguousarray(host.T)
-    return np.ascontiguousarray(host)
+    given = np.asarray(value)
+    with np.errstate(over="ignore"):
+        host = given.astype(entry.target.dtype, copy=False)
+    if host.dtype != given.dtype and not np.isfinite(host).all():
+        raise ValueError(
+            f"parameter {'/'.join(map(str, entry.path))} holds values beyond "
+            f"{host.dtype.name}: save it in a wider dtype."
+        )
+    return host.T if entry.transposed else host
 
 
 def _check_names(expected: set[str], found: set[str], source: Path, tied: bool) -> None:

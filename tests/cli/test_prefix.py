@@ -1,6 +1,8 @@
 """`kvjax prefill --save` and `kvjax generate --resume`."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 from text_families import FAMILIES
@@ -127,3 +129,44 @@ def test_a_text_behind_a_prefix_gains_no_blank(run, tmp_path):
     found = json.loads(run("generate", *more, *options))
     for key in ("prompt_tokens", "tokens", "text"):
         assert found[key] == expected[key]
+
+
+def test_a_prefix_goes_on_from_another_folder(
+    run, fail, checkpoint, tmp_path, monkeypatch
+):
+    """Where its model lies is kept, whatever it was called by; names stay names."""
+    monkeypatch.chdir(checkpoint.parent)
+    save = tmp_path / "read"
+    read = ["--model", checkpoint.name, "--prompt", "one two", "--save", save]
+    run("prefill", *read)
+    monkeypatch.chdir(tmp_path)
+    assert run("generate", "--resume", save, "--max-new-tokens", 2)
+    assert prefix.about(save)["model"] == str(checkpoint)
+
+    # A model that is gone is asked for, by the one line there is.
+    path = save / prefix.ABOUT
+    for name in (str(tmp_path / "gone"), "gone/or/relative"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"model": name}))
+        line = fail("generate", "--resume", save)
+        assert f"was read by the model {name}, which is not there (any more)" in line
+        assert "give --model where it is now" in line
+        assert run("generate", "--resume", save, "--model", checkpoint)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp_path):
+    """The library below complains on many lines, and by other errors."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, -1)); "
+        "from kvjax import cli; sys.exit(cli.run(sys.argv[1:]))"
+    )
+    save = tmp_path / "new" / "read"
+    read = ["--model", str(checkpoint), "--prompt", TEXT[:300], "--save", str(save)]
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prefill", *read],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.splitlines()
+    assert f"could not be written to {save} (File too large), and nothing" in line
+    assert not save.parent.exists()

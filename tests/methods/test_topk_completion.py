@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax import accounting, feature_maps, map_files, registry
+from kvjax import accounting, feature_maps, files, map_files, registry
 from kvjax.interface import CacheSpec
 from kvjax.methods.topk_completion import topk_completion
 from kvjax.rope import Rope
@@ -261,10 +261,8 @@ def test_errors_name_both_values(options, message):
 
 
 def test_a_file_of_something_else_is_an_error(tmp_path):
-    from safetensors.numpy import save_file
-
     path = tmp_path / "other.safetensors"
-    save_file({"x": np.zeros(1)}, path)
+    files.save_tensors(path, {"x": np.zeros(1)})
     with pytest.raises(ValueError, match=r"format None, .* wanted 'kvjax-feature-map'"):
         topk_completion(feature_map=str(path))
     path.write_text("text")

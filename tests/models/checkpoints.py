@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kvjax import files
+
 TOKENS = 40  # of every golden
 BASE = {
     "model_type": "llama",
@@ -318,9 +320,8 @@ def write_family(directory: Path, name: str) -> Path:
 
 
 def _write(directory: Path, config: dict, tensors: dict) -> Path:
-    from safetensors.numpy import save_file
-
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
-    save_file(tensors, directory / "model.safetensors", {"format": "pt"})
+    path = directory / "model.safetensors"
+    files.save_tensors(path, tensors, {"format": "pt"})
     return directory

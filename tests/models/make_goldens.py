@@ -12,6 +12,8 @@ from pathlib import Path
 import checkpoints
 import numpy as np
 
+from kvjax import files
+
 GOLDENS = Path(__file__).parent / "goldens" / "logits.npz"
 FAMILIES = GOLDENS.with_name("families.npz")
 
@@ -60,7 +62,7 @@ def main():
             # Stepping says nothing new without dynamic scaling: stored once.
             np.testing.assert_allclose(steps, whole[-len(steps) :], atol=2e-5)
             del arrays[f"{name}/decode"]
-    np.savez_compressed(GOLDENS, **arrays)
+    files.save_npz(GOLDENS, arrays)
 
     arrays = {}
     for name, twin in checkpoints.FAMILIES.items():
@@ -69,7 +71,7 @@ def main():
             whole, steps = reference(directory, checkpoints.tokens(twin.plain))
         np.testing.assert_allclose(steps, whole[-len(steps) :], atol=2e-5)
         arrays[name] = whole
-    np.savez_compressed(FAMILIES, **arrays)
+    files.save_npz(FAMILIES, arrays)
     for file in (GOLDENS, FAMILIES):
         print(f"{file.name}: {file.stat().st_size / 1024:.0f} KB")
 

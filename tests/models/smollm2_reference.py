@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kvjax import files
+
 GOLDENS = Path(__file__).parent / "goldens" / "smollm2.npz"
 TEXT = (
     "The lighthouse of Ar-Men was built between 1867 and 1881 on a rock that the sea\n"
@@ -112,16 +114,16 @@ def main():
     generated = generated[len(prompt) :]
     at = np.array(POSITIONS)
     likeliest = np.argsort(-log_probs[at], axis=1)[:, :LIKELIEST]
-    np.savez_compressed(
-        GOLDENS,
-        tokens=tokens.astype(np.int32),
-        log_probs=log_probs[np.arange(NUM_TOKENS - 1), tokens[1:]],
-        positions=at.astype(np.int32),
-        likeliest=likeliest.astype(np.int32),
-        likeliest_log_probs=np.take_along_axis(log_probs[at], likeliest, 1),
-        chat=np.array(chat),
-        generated=np.array(generated, np.int32),
-    )
+    arrays = {
+        "tokens": tokens.astype(np.int32),
+        "log_probs": log_probs[np.arange(NUM_TOKENS - 1), tokens[1:]],
+        "positions": at.astype(np.int32),
+        "likeliest": likeliest.astype(np.int32),
+        "likeliest_log_probs": np.take_along_axis(log_probs[at], likeliest, 1),
+        "chat": np.array(chat),
+        "generated": np.array(generated, np.int32),
+    }
+    files.save_npz(GOLDENS, arrays)
     print(chat)
     print(ours.decode(generated))
     print("smallest margin of a greedy choice", min(margins))

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from checkpoints import FAMILIES, Twin
 from make_goldens import FAMILIES as GOLDENS
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from test_llama import load, run
 from tokenizers_made import write_byte_level
 
 import models
-from kvjax import registry
+from kvjax import files, registry
 from kvjax.interface import dynamic_rope, layer_specs
 from kvjax.scoring import score
 from kvjax.training import step
@@ -97,7 +97,7 @@ def test_constants_are_folded_before_the_cast(tmp_path):
         for name, array in checkpoints.weights(twin.plain).items()
     }
     (tmp_path / "config.json").write_text(json.dumps(twin.config))
-    save_file(stored, tmp_path / "model.safetensors", {"format": "pt"})
+    files.save_tensors(tmp_path / "model.safetensors", stored, {"format": "pt"})
     _, params = load(tmp_path, "bfloat16")
     layer = params["layers"][0]
     q, o = (
@@ -127,7 +127,8 @@ def test_a_fused_matrix_of_other_sizes_is_an_error(tmp_path):
     directory = checkpoints.write_family(tmp_path, "phi3")
     file = directory / "model.safetensors"
     name = "model.layers.1.self_attn.qkv_proj.weight"
-    save_file(load_file(file) | {name: np.ones((80, 32), np.float32)}, file)
+    changed = load_file(file) | {name: np.ones((80, 32), np.float32)}
+    files.save_tensors(file, changed)
     with pytest.raises(ValueError, match=f"{name} has 80 rows, .* asks for 64"):
         load(directory)
 

@@ -3,10 +3,11 @@
 import checkpoints
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers_made import write_byte_level
 
 import models
+from kvjax import files
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -35,7 +36,7 @@ def directory(tmp_path):
 )
 def test_quantized_weights_are_named_for_what_they_are(directory, beside, kind):
     tensors = load_file(directory / WEIGHTS) | {beside: np.ones(2, np.float32)}
-    save_file(tensors, directory / WEIGHTS)
+    files.save_tensors(directory / WEIGHTS, tensors)
     message = f"checkpoint is {kind}: {beside}; use the unquantized checkpoint"
     with pytest.raises(ValueError, match=message):
         models.load(directory)

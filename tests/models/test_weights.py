@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from make_goldens import GOLDENS
 from safetensors import safe_open
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from tokenizers_made import write_byte_level
 
 import models
+from kvjax.files import save_tensors
 from models import llama
 
 GENERATION = {"eos_token_id": [1, 2], "temperature": 0.6, "do_sample": True}
@@ -42,7 +43,7 @@ def edit(directory, change):
     """Applies `change` to the tensors of a checkpoint in one file."""
     tensors = load_file(directory / WEIGHTS)
     change(tensors)
-    save_file(tensors, directory / WEIGHTS, {"format": "pt"})
+    save_tensors(directory / WEIGHTS, tensors, {"format": "pt"})
 
 
 def same_bits(a, b):
@@ -127,7 +128,7 @@ def test_a_tensor_in_two_shards_is_where_the_index_says(checkpoint, tmp_path):
         copied = load_file(saved / file)
         if where[Q0] != file:
             copied[Q0] = np.full_like(load_file(saved / where[Q0])[Q0], 7)
-            save_file(copied, saved / file, {"format": "pt"})
+            save_tensors(saved / file, copied, {"format": "pt"})
     again = models.load(saved)
     jax.tree.map(np.testing.assert_array_equal, again.params, model.params)
 

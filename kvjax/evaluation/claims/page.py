@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kvjax import pictures, report, tables
+from kvjax import files, pictures, report, tables
 from kvjax.evaluation.claims import figures
 from kvjax.evaluation.claims.claim import FROM_SHAPES, NOW, VERDICTS, Row, as_dict
 
@@ -176,12 +176,12 @@ def html(found: Mapping[str, Any]) -> str:
 def write_results(folder: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
     """Writes `results.json`, whole or not at all."""
     path = folder / "results.json"
-    report.write_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
+    files.write_text(path, json.dumps(found, indent=2, allow_nan=False) + "\n")
     return path
 
 
 def write_page(folder: pathlib.Path, found: Mapping[str, Any]) -> pathlib.Path:
     """Writes `report.html`, whole or not at all."""
     path = folder / "report.html"
-    report.write_text(path, html(found))
+    files.write_text(path, html(found))
     return path

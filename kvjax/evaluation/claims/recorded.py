@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from kvjax import files
 from kvjax.evaluation.claims.claim import NotMeasuredError
 
 # In an installed package they lie beside this file.
@@ -30,7 +31,7 @@ def documents(folder: pathlib.Path, pattern: str) -> list[tuple[Mapping, str]]:
     """The JSON files that match, newest name first, each with its date and machine."""
     found = []
     for path in sorted(folder.glob(pattern), key=lambda path: path.name, reverse=True):
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(files.read_text(path))
         if isinstance(document, dict):
             found.append((document, _when(path.name, document)))
     return found

@@ -1,0 +1,140 @@
+"""Files: every text is read here, every array written, and nothing is left half done.
+
+What is written takes its place when it is complete. A kill leaves at most a hidden
+folder whose name ends in `.partial`, which nothing reads.
+"""
+
+import contextlib
+import os
+import pathlib
+import re
+import shutil
+import uuid
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+
+def decode(data: bytes, name: object) -> str:
+    """UTF-8 as text, without a byte order mark; line ends stay as they are.
+
+    Raises:
+        ValueError: at the first byte that is not UTF-8; the message has its offset.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise not_utf8(error, len(data), name) from error
+
+
+def not_utf8(error: UnicodeDecodeError, end: int, name: object) -> ValueError:
+    """The error to raise; `end` is the offset of the end of what was being decoded."""
+    # Counted from the end: the codec has cut a byte order mark off before it counts.
+    offset = end - len(error.object) + error.start
+    return ValueError(
+        f"{name} is not UTF-8: byte {error.object[error.start]:#04x} at offset "
+        f"{offset}; convert it to UTF-8 first."
+    )
+
+
+def read_text(path: str | pathlib.Path) -> str:
+    """The text of a UTF-8 file, as :func:`decode` has it."""
+    return decode(pathlib.Path(path).read_bytes(), path)
+
+
+def located(name: str) -> str:
+    """The absolute path of a folder or GGUF file; any other name as it is."""
+    path = pathlib.Path(name).expanduser()
+    is_path = path.is_dir() or (path.suffix == ".gguf" and path.is_file())
+    return os.path.abspath(path) if name and is_path else name
+
+
+@contextlib.contextmanager
+def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives the place to write a file or a folder at; it replaces `path` in the end.
+
+    If anything goes wrong, an interrupt too, `path` is what it was, and of what was
+    made on the way, folders above it among them, nothing is left.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
+    """
+    path = pathlib.Path(os.path.abspath(path))
+    made = [folder for folder in path.parents if not folder.exists()]
+    room = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    try:
+        room.mkdir(parents=True)
+        yield room / path.name
+        (room / path.name).replace(path)
+        made = []
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        shutil.rmtree(room, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+def write_text(path: str | pathlib.Path, text: str) -> None:
+    """Writes UTF-8 as :func:`write_bytes`."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | pathlib.Path, data: bytes) -> None:
+    """Writes a file, so that a reader finds the old content or the new one."""
+    with replacing(path) as new, new.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def dense(leaf: Any) -> np.ndarray:
+    """An array's values on the host, one behind the other, in native byte order."""
+    array = np.asarray(leaf)
+    if not array.dtype.isnative:
+        array = array.astype(array.dtype.newbyteorder("="))
+    # Not `ascontiguousarray`, which makes a vector of a scalar.
+    return np.asarray(array, order="C")
+
+
+def save_tensors(
+    path: str | pathlib.Path,
+    tensors: Mapping[str, Any],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, whole or not at all; arrays of any memory layout.
+
+    Raises:
+        OSError: naming `path`, if it cannot be written.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    # Its 0.8 writes the raw buffer, whatever the strides.
+    arrays = {name: dense(leaf) for name, leaf in tensors.items()}
+    with replacing(path) as new:
+        new.touch()
+        mode = new.stat().st_mode
+        try:
+            save_file(arrays, new, dict(metadata or {}))
+        except SafetensorError as error:
+            raise OSError(f"{path} could not be written ({reason(error)}).") from error
+        new.chmod(mode)  # 0.8 leaves a file that only its owner can read
+
+
+def save_npz(path: str | pathlib.Path, arrays: Mapping[str, Any]) -> None:
+    """Writes a compressed `.npz` file, whole or not at all."""
+    with replacing(path) as new:
+        np.savez_compressed(new, **{name: dense(x) for name, x in arrays.items()})
+
+
+def reason(error: Exception) -> str:
+    """Says in one line why a library could not write, in the system's words if any."""
+    code = re.search(r"os[ _]error(?:_code)?\W{1,3}(\d+)", str(error))
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]
