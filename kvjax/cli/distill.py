@@ -103,8 +103,9 @@ def distill(
         file = training.as_file(result, language_model, settings)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILE
-    # A map that no head can abstain from must not pass for one that is finished.
-    draft = out / f"uncalibrated.{FILE}"
+    # A map that no head can abstain from must not pass for one that is finished, nor
+    # what a kill leaves of it.
+    draft = out / f".uncalibrated.{FILE}"
     try:
         map_files.save(draft, file, dtype)
         found = _calibrated(

@@ -22,6 +22,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from kvjax import files
 from kvjax.feature_maps import Learned
 from kvjax.interface import LanguageModel, layer_specs
 from kvjax.map_files import MapFile
@@ -109,12 +110,17 @@ def optimizer(settings: Settings) -> optax.GradientTransformation:
     return optax.flatten(optax.adam(rate))  # one vector: a tenth of the program
 
 
-def clipped(grads: Learned, most: float) -> Learned:
-    """Each KV head's gradient, its query networks' too, to a norm of at most `most`."""
+def norms(grads: Learned) -> Float[Array, "L Hkv"]:
+    """The norm of each KV head's gradient, its query networks' too."""
     leaves = jax.tree.leaves(grads)  # (L, Hkv, ...)
-    squares = sum(jnp.square(x).sum(tuple(range(2, x.ndim))) for x in leaves)
-    norm = jnp.sqrt(squares)
-    # A head whose gradient is not finite stays where it is.
+    return jnp.sqrt(sum(jnp.square(x).sum(tuple(range(2, x.ndim))) for x in leaves))
+
+
+def clipped(grads: Learned, norm: Float[Array, "L Hkv"], most: float) -> Learned:
+    """Each KV head's gradient, of these norms, to a norm of at most `most`.
+
+    A head whose gradient is not finite stays where it is.
+    """
     factor = jnp.minimum(1.0, most / jnp.maximum(norm, TINY))
     known = jnp.isfinite(norm)
 
@@ -135,7 +141,10 @@ def train_step(
     settings: Settings,
     sm_scale: float,
 ) -> tuple[State, Float[Array, "L Hkv"]]:
-    """One step of every head, on the queries from `start` on; the loss of each."""
+    """One step of every head, on the queries from `start` on; the loss of each.
+
+    NaN is the loss of a head whose gradient is not finite.
+    """
     q = jax.lax.dynamic_slice_in_dim(seen.q, start, settings.batch, 3)
     first = seen.k.shape[2] - settings.queries + start
 
@@ -154,7 +163,9 @@ def train_step(
         return each.sum(), each
 
     grads, each = jax.grad(losses, has_aux=True)(state.weights)
-    grads = clipped(grads, settings.clip)
+    norm = norms(grads)
+    each = jnp.where(jnp.isfinite(norm), each, jnp.nan)
+    grads = clipped(grads, norm, settings.clip)
     with jax.numpy_dtype_promotion("standard"):
         updates, opt = optimizer(settings).update(grads, state.optimizer)
     weights = optax.apply_updates(state.weights, updates)
@@ -206,7 +217,7 @@ def train(
 
     Raises:
         ValueError: if the text or the model is too short, the model is no softmax
-            model, or `out` holds another run.
+            model, or `out` holds another run; :class:`checkpoint.NotFiniteError`.
     """
     _check(model, tokens, settings)
     run_folder.check(out, resume=resume)
@@ -227,7 +238,7 @@ def train(
                 state, step = found.state, found.step
                 _notice(f"resuming at step {step} of {settings.steps}.")
         text = json.dumps(about, indent=2) + "\n"
-        run_folder.replace_text(out / run_folder.CONFIG, text)
+        files.write_text(out / run_folder.CONFIG, text)
         metrics = run_folder.Metrics(out, step, tensorboard=False)
         stack.callback(metrics.close)
         interrupt = stack.enter_context(run_folder.Interrupt())
@@ -271,7 +282,11 @@ def _go(model, tokens, settings, state, step, saved, metrics, progress, interrup
         recent.append(each)
         progress.step(step)
         is_last = step == settings.steps or interrupt.asked
-        if step % settings.log_every == 0 or is_last:
+        is_logged = step % settings.log_every == 0 or is_last
+        is_saved = step % settings.save_every == 0 or is_last
+        if is_logged or is_saved:
+            _check_finite(jax.device_get(recent), step, saved, spec)
+        if is_logged:
             losses = np.mean(jax.device_get(recent), axis=0)
             seconds = time.monotonic() - clock
             rate = len(recent) * settings.batch / seconds
@@ -280,12 +295,25 @@ def _go(model, tokens, settings, state, step, saved, metrics, progress, interrup
             metrics.write(record)
             progress.show(record)
             recent, clock = [], time.monotonic()
-        if step % settings.save_every == 0 or is_last:
+        if is_saved:
             metrics.flush()
             saved.save(step, state, about)
         if interrupt.asked:
             break
     return state, step, losses
+
+
+def _check_finite(losses, step, saved, spec) -> None:
+    """Raises at the first of the newest steps with a loss that is not finite."""
+    finite = np.isfinite(losses)
+    bad = np.flatnonzero(~finite.all((1, 2)))
+    if not len(bad):
+        return
+    layer, head = np.argwhere(~finite[bad[0]])[0]
+    what = f"loss or gradient of layer {layer}, KV head {head}, is not finite"
+    fix = "lower --lengths, or train on another text or a model of a wider dtype"
+    first = step - len(losses) + 1 + int(bad[0])
+    raise saved.not_finite(first, jnp.dtype(spec.dtype).name, what, fix)
 
 
 def as_file(
@@ -320,7 +348,9 @@ def _check(model, tokens, settings):
 def _about(model, tokens, settings) -> dict[str, Any]:
     digest = int(np.asarray(tokens, np.uint64).sum()) + 31 * len(tokens)
     settings = json.loads(json.dumps(dataclasses.asdict(settings)))
-    return {"model": model.name, "text": digest, "settings": settings}
+    # Found alike from any folder.
+    name = files.located(model.name)
+    return {"model": name, "text": digest, "settings": settings}
 
 
 def _check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from kvjax import files
 from kvjax.interface import Params
 from kvjax.training import (
     checkpoint,
@@ -38,10 +39,6 @@ class Result(NamedTuple):
     step: int
     weights: Params
     finished: bool
-
-
-class NotFiniteError(ValueError):
-    """A loss or gradient that is not finite."""
 
 
 class Window(NamedTuple):
@@ -106,7 +103,8 @@ def train(
 
     Raises:
         ValueError: before any work, if config, decoder, sources and `out` do not fit
-            each other; :class:`NotFiniteError` when loss or gradient is not finite.
+            each other; :class:`checkpoint.NotFiniteError` when loss or gradient is not
+            finite.
         OSError: if `out` cannot be written; the last complete checkpoint survives.
     """
     if config.longest > decoder.context:
@@ -197,12 +195,22 @@ class _Run:
         done = np.arange(step)
         before, now = np.asarray(optim.schedule(old)(done)), np.asarray(self.rate(done))
         config_files.check_resume(old, self.config, step, before, now)
+        decoder = self._decoder()
+        if about.get("decoder", decoder) != decoder:  # older ones have none
+            raise ValueError(
+                f"the model is not that of this run, {about['decoder']}: restore "
+                "model.checkpoint, or start a new --out."
+            )
         if about["data_id"] != self.data_id:
             raise ValueError(
                 f"the data are not those this run began with (data_id "
-                f"{about['data_id']!r} then, {self.data_id!r} now): restore corpus and "
-                "tokenizer, or start a new --out."
+                f"{about['data_id']!r} then, {self.data_id!r} now): restore corpus, "
+                "tokenizer and data.held_out, or start a new --out."
             )
+
+    def _decoder(self) -> str:
+        """What the model computes, but for its weights."""
+        return repr(getattr(self.decoder, "config", self.decoder))
 
     def prepare(self, source, position, checks) -> None:
         """All else that steps need; from here on the folder is written to."""
@@ -221,7 +229,7 @@ class _Run:
         self.batches = pipeline.iterate(source, position)
         self.checks = checks
         text = config_files.dump(self.config)
-        run_folder.replace_text(self.out / run_folder.CONFIG, text)
+        files.write_text(self.out / run_folder.CONFIG, text)
         self.metrics = run_folder.Metrics(
             self.out, self.step, tensorboard=self.config.log.tensorboard
         )
@@ -244,24 +252,21 @@ class _Run:
             step, metrics = self.pending.pop(0)
             metrics = jax.device_get(metrics)
             if not metrics["finite"]:
-                raise self._not_finite(step, metrics)
+                with np.errstate(all="ignore"):
+                    loss = metrics["loss"].sum() / metrics["weight"].sum()
+                norm = metrics["grad_norm"]
+                what = f"loss {loss:.4g}, norm of the gradient {norm:.4g}"
+                if math.isfinite(loss) and math.isfinite(norm):
+                    what += ", weights after it not finite"
+                raise self._not_finite(step, what)
             self.window = self.window.add(metrics)
 
-    def _not_finite(self, step: int, metrics) -> NotFiniteError:
-        self.checkpoints.wait()
-        saved = self.checkpoints.steps()
-        kept = (
-            f"the last good checkpoint is that of step {saved[-1]} in "
-            f"{self.checkpoints.folder}"
-            if saved
-            else "no checkpoint was saved before it"
-        )
-        loss = metrics["loss"].sum() / metrics["weight"].sum()
-        return NotFiniteError(
-            f"step {step}: loss {loss:.4g}, norm of the gradient "
-            f"{metrics['grad_norm']:.4g}: training stopped, and {kept}. The same "
-            "config would do the same again: lower optimizer.lr, or look at the data."
-        )
+    def _not_finite(self, step: int, what: str) -> checkpoint.NotFiniteError:
+        dtype = self.config.precision.compute
+        fix = "lower optimizer.lr, or look at the data"
+        if dtype != "float32":
+            fix = f"set precision.compute=float32, {fix}"
+        return self.checkpoints.not_finite(step, dtype, what, fix)
 
     def log(self, checked: bool) -> float | None:
         """Writes a line of the log; returns `checkpoint.best` if it was measured."""
@@ -295,6 +300,8 @@ class _Run:
                 lambda *parts: np.sum(parts, axis=0, dtype=np.float64),
                 *jax.device_get(found),
             )
+            if not np.isfinite(total["nats"]).all():
+                raise self._not_finite(self.step, f"the check {name} is not finite")
             for metric, value in steps.check_summary(total).items():
                 record[f"held_out/{name}/{metric}"] = value
         return record
@@ -318,6 +325,7 @@ class _Run:
         self.metrics.flush()
         about = {
             "config": config_files.dump(self.config),
+            "decoder": self._decoder(),
             "data": self.batches.get_state(),
             "data_id": self.data_id,
             "window": self.window.to_json(),

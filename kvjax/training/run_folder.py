@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from kvjax import files, report
 from kvjax.interface import Params
 
 CONFIG, METRICS, EVENTS, MODEL = "config.yaml", "metrics.jsonl", "tensorboard", "model"
-_LOCK = ".lock"
+_LOCK, _NEW, _OLD = ".lock", ".model.new", ".model.old"
 
 
 def check(out: pathlib.Path, *, resume: bool) -> None:
@@ -46,6 +47,8 @@ def check(out: pathlib.Path, *, resume: bool) -> None:
 def locked(out: pathlib.Path) -> Iterator[None]:
     """Makes the folder and keeps other processes from training in it meanwhile.
 
+    What a kill left half done is put right first.
+
     Raises:
         ValueError: if one is.
     """
@@ -60,27 +63,29 @@ def locked(out: pathlib.Path) -> Iterator[None]:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process is training in {out}.") from error
+        _recover(out)
         yield
 
 
-def replace_text(path: pathlib.Path, text: str) -> None:
-    """Writes a file so that a reader finds the old text or the new one."""
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def _recover(out: pathlib.Path) -> None:
+    for partial in out.glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
+    if (out / _OLD).is_dir() and not (out / MODEL).exists():
+        (out / _OLD).rename(out / MODEL)  # it was to be replaced, and was not
 
 
 def replace_model(
     out: pathlib.Path, params: Params, save: Callable[[Params, pathlib.Path], None]
 ) -> None:
     """Has `save` write the folder `model`, replacing the one that is there."""
-    new, old = out / ".model.new", out / ".model.old"
+    new, old = out / _NEW, out / _OLD
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
-    save(params, new)
+    try:
+        save(params, new)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
     if (out / MODEL).exists():
         (out / MODEL).rename(old)
     new.rename(out / MODEL)
@@ -99,11 +104,11 @@ def cut_metrics(path: pathlib.Path, step: int) -> None:
     """Removes the lines after `step`, and one that a crash left incomplete."""
     kept = []
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
+        for line in files.read_text(path).splitlines(keepends=True):
             if not line.endswith("\n") or json.loads(line)["step"] > step:
                 break
             kept.append(line)
-    replace_text(path, "".join(kept))
+    files.write_text(path, "".join(kept))
 
 
 class Metrics:
@@ -121,8 +126,12 @@ class Metrics:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """`record` has `step` and further numbers."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        line = json.dumps(report.json_ready(record), allow_nan=False)
+        try:
+            self._file.write(line + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, self._file.name) from error
         for name, value in record.items():
             if self._events is not None and name != "step":
                 self._events.add_scalar(name, value, record["step"])

@@ -58,8 +58,8 @@ class TrainState(NamedTuple):
     """Everything that steps change; all weights float32.
 
     `average` is the running mean of the weights, None where there is none. `finite`
-    turns false at a step whose loss or gradient is not: from then on the state stays as
-    it was before that step.
+    turns false at a step whose loss, gradient or new weights are not: from then on the
+    state stays as it was before that step.
     """
 
     params: Params
@@ -254,7 +254,8 @@ def make_train_step(
 
     The state is donated. Metrics are :func:`sums` over the sources of the config, and
     `grad_norm` before clipping and `finite`, scalars. A step with a loss or gradient
-    that is not finite changes nothing but the state's `finite`.
+    that is not finite, or weights after it that are not, changes nothing but the
+    state's `finite`.
     """
     num_parts = config.optimizer.accumulate
     num_sources = len(config.sources)
@@ -300,6 +301,9 @@ def make_train_step(
         finite = state.finite & jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]).all()
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        finite &= jnp.stack(
+            [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
+        ).all()
         average = None
         if state.average is not None:
             # The mean of the first steps forgets faster: it begins at random weights.

@@ -132,8 +132,8 @@ def test_gradients_are_clipped_head_by_head():
     factor = jnp.asarray([1e-3, 1e3, 1.0], jnp.float32)
     grads = jax.tree.map(lambda x: x * factor.reshape(1, 3, *[1] * (x.ndim - 2)), nets)
     broken = grads.keys._replace(b_out=grads.keys.b_out.at[0, 2].set(jnp.nan))
-    clipped = jax.jit(distill.clipped, static_argnums=1)
-    found = clipped(grads._replace(keys=broken), 1.0)
+    clipped = jax.jit(lambda x: distill.clipped(x, distill.norms(x), 1.0))
+    found = clipped(grads._replace(keys=broken))
     leaves = [np.float64(x) for x in jax.tree.leaves(found)]
     norm = np.sqrt(sum((x**2).reshape(3, -1).sum(1) for x in leaves))
     before = [np.float64(x) for x in jax.tree.leaves(grads)]
@@ -212,6 +212,38 @@ def test_what_cannot_be_trained_is_an_error(tmp_path):
     entmax = tiny_model(attention_alpha=1.5)
     with pytest.raises(ValueError, match=r"entmax with alpha=1.5"):
         distill.train(entmax, TOKENS, SETTINGS, tmp_path / "c")
+
+
+def test_a_head_that_is_not_finite_stops_the_run_and_the_last_good_state_stays(
+    tmp_path, monkeypatch
+):
+    """The trace of a document overflows, as in a narrow dtype: found before a save."""
+    settings = dataclasses.replace(SETTINGS, steps=24, save_every=6, log_every=10)
+    real, documents = distill.trace, []
+
+    def overflows(*arguments):
+        documents.append(len(documents))
+        found = real(*arguments)
+        if len(documents) > 3:  # the first one gives the scales of all
+            return found._replace(k=found.k.at[1, 0].set(jnp.inf))
+        return found
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(distill, "trace", overflows)
+        with pytest.raises(ValueError, match="training stopped") as caught:
+            distill.train(tiny_model(), TOKENS, settings, out)
+    message = str(caught.value)
+    # Two documents of four steps each were sound.
+    assert message.startswith(
+        "step 9 in float32: loss or gradient of layer 1, KV head 0"
+    )
+    assert f"last good checkpoint is that of step 6 in {out / 'checkpoints'}" in message
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["6"]
+    assert "NaN" not in (out / "metrics.jsonl").read_text()
+    again = distill.train(tiny_model(), TOKENS, settings, out, resume=True)
+    whole = distill.train(tiny_model(), TOKENS, settings, tmp_path / "whole")
+    jax.tree.map(np.testing.assert_array_equal, again.weights, whole.weights)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import toys
 
-from kvjax.training import loop, run_folder
+from kvjax.training import checkpoint, run_folder
 
 TIMES = ("seconds", "tokens_per_s")
 
@@ -208,10 +208,10 @@ def test_a_loss_that_is_not_finite_stops_and_names_step_and_checkpoint(tmp_path)
     out = tmp_path / "run"
     settings = toys.config("stages.0.steps=12", "evaluate.every=0", "data.threads=0")
     sources = {"count": Poison(), "noise": toys.Noise()}
-    with pytest.raises(loop.NotFiniteError) as caught:
+    with pytest.raises(checkpoint.NotFiniteError) as caught:
         toys.train(out, settings, sources=sources)
     message = str(caught.value)
-    assert message.startswith("step 7: loss nan")
+    assert message.startswith("step 7 in float32: loss nan")
     assert f"last good checkpoint is that of step 4 in {out / 'checkpoints'}" in message
     assert "\n" not in message
     assert [p.name for p in (out / "checkpoints").iterdir()] == ["4"]
@@ -296,5 +296,16 @@ def test_a_save_that_fails_leaves_the_old_model(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         run_folder.replace_model(tmp_path, [np.zeros(3)], fails)
     assert weights(tmp_path) == np.ones(2).tobytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
     run_folder.replace_model(tmp_path, [np.zeros(3)], toys.save)
     assert weights(tmp_path) == np.zeros(3).tobytes()
+
+
+def test_what_a_kill_leaves_half_done_is_put_right(tmp_path):
+    run_folder.replace_model(tmp_path, [np.ones(2)], toys.save)
+    # Killed between two renames, and while a file was written.
+    (tmp_path / "model").rename(tmp_path / ".model.old")
+    (tmp_path / ".config.yaml.0a1b.partial").mkdir()
+    with run_folder.locked(tmp_path):
+        assert weights(tmp_path) == np.ones(2).tobytes()
+        assert {path.name for path in tmp_path.iterdir()} == {"model", ".lock"}
