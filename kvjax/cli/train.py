@@ -1,9 +1,11 @@
 """`kvjax train`: a config, a folder, and the model and text that the config names."""
 
 import dataclasses
+import glob
 import hashlib
 import pathlib
 import re
+import sys
 import sysconfig
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
@@ -66,9 +68,11 @@ def train(
     settings = config_files.load(source, changes)
     if setting is not None and settings.refreshkv is None:
         settings = config_files.load(source, [f"{setting}={{}}", *changes])
+    settings = config_files.located(settings)
+    texts = _texts(settings)
     keep_compiled_code()
-    model = _model(settings, out, resume)
-    sources, held_out, data_id = _data(settings, model)
+    model = _model(settings, texts, out, resume)
+    sources, held_out, data_id = _data(settings, texts, model)
     result = loop.train(
         model.decoder,
         settings,
@@ -85,6 +89,12 @@ def train(
     return 0 if result.finished else 1
 
 
+class _Texts(NamedTuple):
+    training: list[str]
+    held_out: list[str]
+    which: str  # the held-out ones are
+
+
 class _Model(NamedTuple):
     decoder: Any
     tokenizer: Any
@@ -92,15 +102,20 @@ class _Model(NamedTuple):
     save: Any
 
 
-def _model(settings: "Config", out: pathlib.Path, resume: bool) -> _Model:
+def _model(
+    settings: "Config", texts: _Texts, out: pathlib.Path, resume: bool
+) -> _Model:
     import jax
+    import jax.numpy as jnp
 
     import models
     from models import llama
 
     section = settings.model
     if section.checkpoint is not None:
-        loaded = models.load(model_name(section.checkpoint), dtype="float32")
+        name = model_name(section.checkpoint)
+        own = models.load_decoder(name).config.dtype
+        loaded = models.load(name, dtype="float32")
         print_notes(loaded.decoder)
         if section.alpha is not None:
             config = dataclasses.replace(
@@ -112,8 +127,9 @@ def _model(settings: "Config", out: pathlib.Path, resume: bool) -> _Model:
             return jax.device_put(loaded.params, shardings)
 
     else:
+        own = llama.from_hf(section.config).dtype
         decoder = llama.LlamaDecoder(llama.from_hf(section.config, dtype="float32"))
-        tokenizer = _tokenizer(settings, out, decoder, resume)
+        tokenizer = _tokenizer(settings, texts, out, decoder, resume)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         loaded = kvjax.LanguageModel(decoder, None, tokenizer, eos)
 
@@ -122,14 +138,22 @@ def _model(settings: "Config", out: pathlib.Path, resume: bool) -> _Model:
                 lambda: decoder.init(settings.seed), out_shardings=shardings
             )()
 
+    dtype = jnp.dtype(section.dtype or own).name
+    if dtype != "float32":
+        _notice(
+            f"{out / 'model'} will be {dtype}, which rounds what float32 has learned: "
+            "model.dtype=float32 keeps it."
+        )
+    config = dataclasses.replace(loaded.decoder.config, dtype=dtype)
+
     def save(params, folder):
-        models.save_pretrained(loaded._replace(params=params), folder)
+        written = loaded._replace(decoder=llama.LlamaDecoder(config), params=params)
+        models.save_pretrained(written, folder)
 
     return _Model(loaded.decoder, loaded.tokenizer, init, save)
 
 
-def _tokenizer(settings: "Config", out: pathlib.Path, decoder, resume: bool) -> Any:
-    from kvjax.training.data import text
+def _tokenizer(settings: "Config", texts: _Texts, out, decoder, resume: bool) -> Any:
     from models import embedded, llama
 
     name, folder = settings.model.tokenizer, out / "tokenizer"
@@ -139,9 +163,8 @@ def _tokenizer(settings: "Config", out: pathlib.Path, decoder, resume: bool) -> 
     elif not resume:  # what lies there without a run is left of one that never began
         from models.embedded import tokenizer
 
-        texts = text.read(_corpus(settings.data.corpus))
         folder.mkdir(parents=True, exist_ok=True)
-        trained = tokenizer.train(texts, decoder.vocab_size)
+        trained = tokenizer.train(texts.training, decoder.vocab_size)
         tokenizer.save(trained, folder, decoder.context)
     loaded = llama.tokenizer.load(folder)
     if loaded.vocab_size > decoder.vocab_size:
@@ -155,21 +178,59 @@ def _tokenizer(settings: "Config", out: pathlib.Path, decoder, resume: bool) -> 
 def _corpus(given: tuple[str, ...]) -> str | list[str]:
     if given == ("stdlib",):
         return "stdlib"
-    root = sysconfig.get_paths()["stdlib"]
+    root = glob.escape(sysconfig.get_paths()["stdlib"])
     return [re.sub(r"^stdlib(?=/)", lambda _: root, pattern) for pattern in given]
 
 
-def _data(settings: "Config", model: _Model):
+def _texts(settings: "Config") -> _Texts:
+    from kvjax.training.data import text
+
+    section = settings.data
+    field = section.field
+    texts = text.read(_corpus(section.corpus), field=field)
+    if section.held_out is not None:
+        aside = text.read(_corpus(section.held_out), field=field, key="data.held_out")
+        return _Texts(texts, aside, f"data.held_out={', '.join(section.held_out)}")
+    if section.corpus == (text.STDLIB,):
+        aside = [held_out_text()]
+        return _Texts(texts, aside, "modules of the library that are not in it")
+    training, aside = text.split(texts)
+    return _Texts(training, aside, "its last twentieth, which is not trained on")
+
+
+def _data(settings: "Config", texts: _Texts, model: _Model):
     from kvjax.training import data
     from kvjax.training.data import text
 
     backend = model.tokenizer.backend
-    corpus = data.load_corpus(_corpus(settings.data.corpus), backend)
-    held_out = settings.data.held_out
-    if held_out is None:
-        aside = text.make([held_out_text()], backend)
-    else:
-        aside = data.load_corpus(_corpus(held_out), backend)
+    corpus = text.make(texts.training, backend)
+    size = len(corpus.tokens)
+    longest = max(length for stage in settings.stages for length in stage.lengths)
+    if size <= longest:
+        raise ValueError(
+            f"the corpus has {size:,} tokens to train on, and a row of stages.lengths "
+            f"takes {longest + 1:,}: give more text, or shorten the rows."
+        )
+    most = max(stage.tokens for stage in settings.stages)
+    _notice(f"corpus: {size:,} tokens, of which a step takes up to {most:,}.")
+    aside = text.make(texts.held_out, backend) if texts.held_out else None
+    _check_held_out(settings, texts, 0 if aside is None else len(aside.tokens))
     digest = hashlib.sha256(corpus.tokens.tobytes())
     digest.update(backend.to_str().encode())
-    return data.sources(corpus), data.sources(aside), digest.hexdigest()[:16]
+    held_out = None if aside is None else data.sources(aside)
+    return data.sources(corpus), held_out, digest.hexdigest()[:16]
+
+
+def _check_held_out(settings: "Config", texts: _Texts, size: int) -> None:
+    longest = max([0, *(length for _, length in settings.checks)])
+    if settings.checks and size <= longest:
+        raise ValueError(
+            f"the text of the checks ({texts.which}) has {size:,} tokens and a check "
+            f"takes {longest + 1:,}: give more text, name some by data.held_out, "
+            "shorten evaluate.checks, or set evaluate.every=0."
+        )
+    _notice(f"text of the checks: {size:,} tokens, {texts.which}.")
+
+
+def _notice(line: str) -> None:
+    print(f"kvjax: {line}", file=sys.stderr)

@@ -26,8 +26,8 @@ def _texts(value: Any) -> Any:
 
 
 Whole = Annotated[int, pydantic.BeforeValidator(_whole)]
-Count = Annotated[Whole, Field(ge=1)]
-CountOrNone = Annotated[Whole, Field(ge=0)]  # 0 = off
+Count = Annotated[Whole, Field(ge=1, lt=2**31)]
+CountOrNone = Annotated[Whole, Field(ge=0, lt=2**31)]  # 0 = off
 Share = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 # Lists of a file become tuples: a config is immutable.
@@ -53,12 +53,15 @@ class Model(Section):
         tokenizer: of a model from scratch: a folder with `tokenizer.json`, or "train".
         alpha: attention to go on with, whatever the checkpoint's: 1 is softmax, above 1
             alpha-entmax.
+        dtype: of the weights in `model`; that of the checkpoint, or of `config`, if
+            left out. Training itself keeps them in float32.
     """
 
     checkpoint: str | None = None
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     alpha: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @pydantic.model_validator(mode="after")
     def _one_beginning(self):
@@ -78,15 +81,19 @@ class Data(Section):
     """Where text comes from.
 
     Attributes:
-        corpus: "stdlib", or files and glob patterns of UTF-8 text; "stdlib/json/*.py"
-            are files of the standard library.
-        held_out: files that the checks are drawn from; the package's held-out text if
-            left out.
+        corpus: "stdlib", or files and glob patterns: UTF-8 text, or records that end in
+            `.jsonl` or `.parquet`; "stdlib/json/*.py" are files of the standard
+            library.
+        field: of a record, its text.
+        held_out: files that the checks are drawn from, as `corpus`. If left out, the
+            last twentieth of the corpus, which is then not trained on; of "stdlib", the
+            modules that are left out of it.
         seed: of every sample.
         threads: that prepare batches ahead; 0 prepares each when it is needed.
     """
 
     corpus: Texts = ("stdlib",)
+    field: str = "text"
     held_out: Texts | None = None
     seed: CountOrNone = 0
     threads: CountOrNone = 2
@@ -113,8 +120,12 @@ class Stage(Section):
     @pydantic.model_validator(mode="after")
     def _consistent(self):
         for name in ("lengths", "mixture"):
-            if sum(getattr(self, name).values()) <= 0:
-                raise ValueError(f"the shares of {name} sum to 0: make one positive")
+            total = sum(getattr(self, name).values())
+            if not 0 < total < float("inf"):
+                raise ValueError(
+                    f"the shares of {name} sum to {total:.3g}: make one positive, and "
+                    "none huge"
+                )
         if self.tokens < max(self.lengths):
             raise ValueError(
                 f"tokens={self.tokens} must be at least one row of the longest of "

@@ -5,7 +5,9 @@ nearest known key.
 """
 
 import difflib
+import glob
 import importlib.resources
+import os
 import pathlib
 import re
 import types
@@ -17,9 +19,11 @@ import numpy as np
 import pydantic
 import yaml
 
+from kvjax import files
 from kvjax.training.config import Config, Section
 
 Place = tuple[str | int, ...]
+UNFILLED = "???"  # a value that a preset leaves to its user
 
 
 class _Loader(yaml.SafeLoader):
@@ -69,11 +73,7 @@ def load(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
         raise FileNotFoundError(
             f"{source} is no file and no preset; presets: {', '.join(presets())}."
         )
-    try:
-        text = path.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8; convert it first.") from error
-    return parse(text, str(path), overrides)
+    return parse(files.read_text(path), str(path), overrides)
 
 
 def parse(text: str, place: str = "config", overrides: Sequence[str] = ()) -> Config:
@@ -83,10 +83,59 @@ def parse(text: str, place: str = "config", overrides: Sequence[str] = ()) -> Co
         raise ValueError(f"{place} must be a mapping with keys such as model, stages.")
     for item in overrides:
         _override(document, item)
+    if unfilled := [".".join(map(str, key)) for key in _unfilled(document)]:
+        changes = " ".join(f"--set {key}=..." for key in unfilled)
+        raise ValueError(
+            f"{place} leaves {' and '.join(unfilled)} to you: give {changes}, or a "
+            "copy of it in which they are filled in."
+        )
     try:
         return Config.model_validate(document)
     except pydantic.ValidationError as error:
         raise ValueError(_explain(error, text, place, overrides)) from error
+
+
+def _unfilled(document: Any) -> Iterator[Place]:
+    """Places of the values that are left to be filled in."""
+    open_nodes, seen = [((), document)], set()
+    while open_nodes:
+        place, node = open_nodes.pop(0)
+        if node == UNFILLED:
+            yield place
+        if id(node) in seen or not isinstance(node, dict | list):
+            continue
+        seen.add(id(node))  # YAML may refer to a node from within itself
+        inner = node.items() if isinstance(node, dict) else enumerate(node)
+        open_nodes += [((*place, key), value) for key, value in inner]
+
+
+def located(config: Config) -> Config:
+    """The config with absolute paths: a run is resumed from any folder."""
+
+    def absolute(pattern: str) -> str:
+        pattern = os.path.expanduser(pattern)
+        if pattern.split("/")[0] == "stdlib" or os.path.isabs(pattern):
+            return pattern
+        if os.path.isfile(pattern):
+            return os.path.abspath(pattern)
+        return os.path.join(glob.escape(os.getcwd()), pattern)
+
+    data, model = config.data, config.model
+    held_out = data.held_out
+    if held_out is not None:
+        held_out = tuple(map(absolute, held_out))
+    corpus = tuple(map(absolute, data.corpus))
+    changes = {}
+    for name in ("checkpoint", "tokenizer"):
+        given = getattr(model, name)
+        if given not in (None, "train"):
+            changes[name] = files.located(given)
+    return config.model_copy(
+        update={
+            "data": data.model_copy(update={"corpus": corpus, "held_out": held_out}),
+            "model": model.model_copy(update=changes),
+        }
+    )
 
 
 def dump(config: Config) -> str:
@@ -123,12 +172,14 @@ def _yaml(text: str, place: str) -> Any:
     try:
         return yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        line = (
-            "" if error.problem_mark is None else f" line {error.problem_mark.line + 1}"
-        )
-        raise ValueError(f"{place}{line} is not YAML: {error.problem}.") from error
+        mark = getattr(error, "problem_mark", None)  # a bad character has none
+        line = "" if mark is None else f" line {mark.line + 1}"
+        problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        raise ValueError(f"{place}{line} is not YAML: {problem}.") from error
     except ValueError as error:
         raise ValueError(f"{place} {error}") from error
+    except RecursionError as error:
+        raise ValueError(f"{place} is nested too deeply.") from error
 
 
 def _override(document: dict, item: str) -> None:
@@ -253,8 +304,11 @@ def _line(text: str, where: Place) -> int | None:
     return line
 
 
-# What changes no step that was done: how a run is watched, and where it runs.
+# What changes no step that was done: how a run is watched, and where it runs; and where
+# files are, since a run knows its data and its model by what is in them.
 _FREE = ("log.", "checkpoint.", "evaluate.", "mesh.", "data.threads", "data.held_out")
+_FREE += ("data.corpus", "data.field")
+_FREE += ("model.checkpoint", "model.tokenizer", "model.dtype")
 # What may change for steps to come only.
 _LATER = ("stages", "optimizer.decay_steps", "optimizer.final")
 
@@ -298,11 +352,27 @@ def check_resume(
     differing = np.flatnonzero(before != now)
     if len(differing):
         first = int(differing[0])
+        would_be, was = _apart(float(now[first]), float(before[first]))
+        spread = ""
+        if new.optimizer.schedule != "constant":
+            spread = (
+                f" schedule={new.optimizer.schedule} is spread over all steps: go on "
+                "from this run's model in a new --out, or begin with schedule=constant."
+            )
         raise ValueError(
             f"with the changed {', '.join(changed)} the learning rate of step "
-            f"{first}, which is done, would be {now[first]:.3g} and was "
-            f"{before[first]:.3g}: a resumed run may change later steps only."
+            f"{first}, which is done, would be {would_be} and was {was}: a resumed run "
+            f"may change later steps only.{spread}"
         )
+
+
+def _apart(a: float, b: float) -> tuple[str, str]:
+    """Two numbers that differ, with the digits that tell them apart, three at least."""
+    for digits in range(3, 17):
+        shown = f"{a:.{digits}g}", f"{b:.{digits}g}"
+        if shown[0] != shown[1]:
+            break
+    return shown
 
 
 def _recipe(config: Config, step: int) -> dict[str, Any]:

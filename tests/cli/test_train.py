@@ -1,15 +1,19 @@
 """`kvjax train`: its model, its folder, its mistakes."""
 
+import dataclasses
 import json
+import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 import models
 from kvjax import cli
+from models import llama
 
 
 @pytest.fixture
@@ -101,6 +105,165 @@ def test_a_checkpoint_goes_on_in_the_setting_of_refreshkv(
     assert "refreshkv:\n  decoded: 9\n  budget: 2048\n" in saved
 
 
+def going_on(checkpoint):
+    given = ["model.config=null", "model.tokenizer=null"]
+    given += [f"model.checkpoint={checkpoint}"]
+    return [word for change in given for word in ("--set", change)]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_checkpoint_keeps_its_dtype(run, recipe, checkpoint, tmp_path, capsys, dtype):
+    model = models.load(checkpoint, dtype=dtype)
+    models.save_pretrained(model, tmp_path / "half")
+    out = tmp_path / "run"
+    command = ["train", "--config", recipe, *going_on(tmp_path / "half"), "--out"]
+    with pytest.MonkeyPatch.context() as patch:
+        said = []
+        patch.setattr(sys.stderr, "write", said.append)
+        run(*command, out)
+    assert f"model will be {dtype}, which rounds what float32 has le" in "".join(said)
+    (half, trained) = (
+        load_file(folder / "model.safetensors")
+        for folder in (tmp_path / "half", out / "model")
+    )
+    assert {name: x.dtype for name, x in trained.items()} == {
+        name: x.dtype for name, x in half.items()
+    }
+    config = json.loads((out / "model" / "config.json").read_text())
+    assert config["torch_dtype"] == dtype
+    # What was trained is more exact, and is kept if it is asked for.
+    run(*command, out, "--resume", "--set", "model.dtype=float32")
+    exact = load_file(out / "model" / "model.safetensors")
+    for name, leaf in exact.items():
+        assert leaf.dtype == np.float32
+        np.testing.assert_array_equal(leaf.astype(trained[name].dtype), trained[name])
+    assert any((x != x.astype(trained[n].dtype)).any() for n, x in exact.items())
+
+
+def test_weights_beyond_a_dtype_are_not_written(checkpoint, tmp_path):
+    model = models.load(checkpoint)
+    config = dataclasses.replace(model.decoder.config, dtype="float16")
+    weight = model.params["norm"]["weight"]
+    params = model.params | {"norm": {"weight": weight.at[0].set(1e5)}}
+    large = model._replace(decoder=llama.LlamaDecoder(config), params=params)
+    with pytest.raises(
+        ValueError, match="norm/weight holds values beyond float16: sav"
+    ):
+        models.save_pretrained(large, tmp_path / "new" / "half")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_checks_are_of_the_corpus_own_end(run, recipe, tmp_path, text_file, capsys):
+    """And what they are of is not trained on: another end, the same steps."""
+    content = text_file.read_text()
+    cut = len(content) - len(content) // 20
+    command = ["train", "--config", recipe, "--set", "data.held_out=null", "--out"]
+    logs = []
+    for name, end in (("a", content[cut:]), ("b", content[cut:].replace("a", "e"))):
+        text_file.write_text(content[:cut] + end)
+        code = cli.run([str(x) for x in (*command, tmp_path / name)])
+        assert code == 0
+        said = capsys.readouterr().err
+        assert "tokens, its last twentieth, which is not trained on." in said
+        assert "of which a step takes up to 64." in said
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        logs.append([json.loads(line) for line in lines])
+    for one, other in zip(*logs, strict=True):
+        assert one["loss"] == other["loss"]
+    key = "held_out/text@16/bits"
+    assert logs[0][-1][key] != logs[1][-1][key]
+
+
+def test_a_run_goes_on_from_another_folder(
+    run, recipe, tmp_path, text_file, monkeypatch
+):
+    """With what it was given by relative paths; a byte order mark changes nothing."""
+    monkeypatch.chdir(text_file.parent)
+    text_file.write_bytes(b"\xef\xbb\xbf" + text_file.read_bytes())
+    name = text_file.name
+    changes = ["--set", f"data.corpus={name}", "--set", f"data.held_out={name}"]
+    run("train", "--config", recipe, *changes, "--out", "run")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    run("train", "--resume", "--out", "../run", "--set", "stages.0.steps=3")
+    # Moved as a whole, it is told where its text is now.
+    moved = text_file.rename(tmp_path / "moved.txt")
+    changes = [change.replace(name, str(moved)) for change in changes]
+    run("train", "--resume", "--out", "../run", "--set", "stages.0.steps=4", *changes)
+    lines = (pathlib.Path("../run") / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+def test_a_longer_run_from_another_model_is_refused(
+    run, fail, recipe, checkpoint, tmp_path
+):
+    model = models.load(checkpoint)
+    rope = dataclasses.replace(model.decoder.config.rope, theta=5e5)
+    config = dataclasses.replace(model.decoder.config, rope=rope)
+    other = model._replace(decoder=llama.LlamaDecoder(config))
+    models.save_pretrained(other, tmp_path / "other")
+    command = ["train", "--config", recipe, "--out", tmp_path / "run"]
+    run(*command, *going_on(checkpoint))
+    code = cli.run(
+        [str(x) for x in (*command, "--resume", *going_on(tmp_path / "other"))]
+    )
+    assert code == 2
+
+
+def test_weights_that_overflow_at_the_last_step_are_no_result(recipe, tmp_path, capsys):
+    """Loss and gradient are finite there; the update is not."""
+    changes = ["optimizer.lr=1e38", "optimizer.warmup=0", "optimizer.weight_decay=1e9"]
+    changes += ["stages.0.steps=1", "evaluate.every=0"]
+    given = [word for change in changes for word in ("--set", change)]
+    out = tmp_path / "run"
+    assert cli.run(["train", "--config", str(recipe), "--out", str(out), *given]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith("kvjax: error: step 1 in float32: loss ")
+    assert "weights after it not finite: training stopped, and no checkpoint" in line
+    assert not (out / "model").exists()
+
+
+def test_the_preset_of_ones_own_says_what_is_to_be_filled_in(
+    run, fail, checkpoint, text_file, tmp_path
+):
+    command = ["train", "--config", "own-refreshkv", "--out", tmp_path / "run"]
+    line = fail(*command)
+    assert "preset own-refreshkv leaves model.checkpoint and data.corpus to you" in line
+    assert "give --set model.checkpoint=... --set data.corpus=..., or a copy" in line
+    line = fail(*command, "--set", f"model.checkpoint={checkpoint}")
+    assert "leaves data.corpus to you" in line
+    jsonl = tmp_path / "texts.jsonl"
+    lines = [json.dumps({"body": line}) for line in text_file.read_text().splitlines()]
+    jsonl.write_text("\n".join(lines))
+    changes = [
+        f"model.checkpoint={checkpoint}",
+        f"data.corpus={jsonl}",
+        "data.field=body",
+        "stages=[{steps: 2, tokens: 96, lengths: {24: 1}, mixture: {text: 1}}]",
+        "refreshkv.decoded=9",
+        "optimizer.warmup=1",
+        "evaluate={checks: [text@24], tokens: 48}",
+        "precision.compute=float32",
+    ]
+    run(*command, *[word for change in changes for word in ("--set", change)])
+    assert models.load(tmp_path / "run" / "model").decoder.vocab_size == 260
+
+
+def test_the_log_of_a_longer_cosine_tells_the_two_rates_apart(
+    run, recipe, tmp_path, capsys
+):
+    out = tmp_path / "run"
+    changes = ["--set", "optimizer.warmup=0", "--set", "stages.0.steps=50"]
+    run("train", "--config", recipe, "--out", out, *changes)
+    more = ["--resume", "--set", "stages.0.steps=51"]
+    assert cli.run(["train", "--out", str(out), *more]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    before, after = line.split("would be ")[1].split(": ")[0].split(" and was ")
+    assert before != after
+    assert float(before) != float(after)
+    assert "schedule=cosine is spread over all steps: go on from this run's" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -111,9 +274,26 @@ def test_a_checkpoint_goes_on_in_the_setting_of_refreshkv(
         ("--config nowhere", "nowhere is no file and no preset; presets: "),
         ("--config RECIPE --resume", "out holds no run to resume"),
         ("--config RECIPE --set optimizer.lrr=1", "did you mean optimizer.lr?"),
-        ("--config RECIPE --set data.corpus=no.txt", "'no.txt' matches no file"),
+        ("--config RECIPE --set data.corpus=no.txt", "no.txt' matches no file"),
         ("--config RECIPE --set data.corpus=EMPTY", "holds no text: every file is em"),
         ("--config RECIPE --set stages.0.mixture.txt=1", "there is no source 'txt'"),
+        (
+            "--config RECIPE --set data.corpus=tiny.txt",
+            "corpus has 15 tokens to train on, and a row of stages.lengths takes 17",
+        ),
+        (
+            "--config RECIPE --set data.held_out=tiny.txt",
+            "(data.held_out=TMP/tiny.txt) has 15 tokens and a check takes 17: give",
+        ),
+        (
+            "--config RECIPE --set data.held_out=null --set data.corpus=short.txt",
+            "(its last twentieth, which is not trained on) has 10 tokens and a check",
+        ),
+        ("--config RECIPE --set data.corpus=latin.txt", "byte 0xe9 at offset 3; conv"),
+        (
+            "--config RECIPE --set data.held_out=no.txt",
+            "data.held_out='TMP/no.txt' mat",
+        ),
         ("--config RECIPE --set model.config.vocab_size=9", "raise model.config.vocab"),
         ("--config RECIPE --set model.config.hidden=9", "key hidden=9 is not known"),
         (
@@ -127,6 +307,10 @@ def test_mistakes_in_training(
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "tiny.txt").write_text("x" * 15)
+    (tmp_path / "short.txt").write_text("x" * 200)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    message = message.replace("TMP", str(tmp_path))
     arguments = arguments.replace("RECIPE", str(recipe)).replace("EMPTY", "empty.txt")
     assert cli.run(["train", "--out", "out", *arguments.split()]) == 2
     *_, line = capsys.readouterr().err.splitlines()

@@ -7,6 +7,7 @@ import pytest
 import toys
 
 from kvjax.training import config_files, optim
+from kvjax.training.data import text
 
 MINIMAL = """\
 model: {checkpoint: softmax}
@@ -28,8 +29,9 @@ def test_a_minimal_config_has_defaults():
 
 def test_every_preset_is_right_and_survives_a_round_trip():
     assert "toy" in config_files.presets()
+    filled = ["model.checkpoint=mine", "data.corpus=mine.txt"]
     for name in config_files.presets():
-        config = config_files.load(name)
+        config = config_files.load(name, filled if name.startswith("own-") else [])
         assert config_files.parse(config_files.dump(config)) == config
 
 
@@ -157,6 +159,7 @@ CONSTANT = {"optimizer": {"lr": 1e-2, "warmup": 3, "schedule": "constant"}}
         ["optimizer.decay_steps=4"],
         ["stages.1.mixture={noise: 1}"],  # its steps are all to come
         ["mesh.data=2"],
+        ["data.corpus=moved.txt", "model.tokenizer=moved", "model.dtype=bfloat16"],
     ],
 )
 def test_what_a_resumed_run_may_change(changes):
@@ -183,5 +186,37 @@ def test_what_it_may_not(changes, message):
 
 
 def test_a_longer_cosine_changes_the_past():
-    with pytest.raises(ValueError, match="learning rate of step 3"):
+    with pytest.raises(ValueError, match="learning rate of step 3") as caught:
         check_resume(toys.config(), toys.config("stages.1.steps=9"), 8)
+    assert "schedule=cosine is spread over all steps" in str(caught.value)
+
+
+def test_rates_that_hardly_differ_are_told_apart():
+    """Two steps more in ten thousand: five digits of the rates are the same."""
+    old, new = (toys.config(f"stages.1.steps={n}") for n in (9994, 9996))
+    with pytest.raises(ValueError, match="learning rate of step") as caught:
+        check_resume(old, new, 300)
+    numbers = re.search(r"would be (\S+) and was (\S+): ", str(caught.value))
+    assert float(numbers[1]) != float(numbers[2])
+
+
+def test_paths_are_made_absolute_and_names_are_kept(tmp_path, monkeypatch):
+    inside = tmp_path / "a [b]"
+    (inside / "start").mkdir(parents=True)
+    (inside / "b[1].txt").write_text("text")
+    monkeypatch.chdir(inside)
+    given = ["b[1].txt", "*.md", "stdlib/json/*.py", "/abs/*.txt"]
+    config = config_files.parse(
+        MINIMAL, "file", [f"data.corpus={given}", "model.checkpoint=start"]
+    )
+    found = config_files.located(config)
+    assert found.model.checkpoint == str(inside / "start")
+    escaped = str(inside).replace("[", "[[]")
+    assert found.data.corpus == (
+        *(str(inside / "b[1].txt"), f"{escaped}/*.md"),
+        *("stdlib/json/*.py", "/abs/*.txt"),
+    )
+    assert text.read(found.data.corpus[:1]) == ["text"]
+    named = config_files.parse(MINIMAL, "file", ["model.checkpoint=smollm2"])
+    assert config_files.located(named).model.checkpoint == "smollm2"
+    assert config_files.located(named).data == named.data

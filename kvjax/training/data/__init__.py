@@ -1,14 +1,12 @@
 """What to train on: a corpus, and named sources that draw samples from it."""
 
 import functools
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 
 from kvjax.training.batch import Sample
 from kvjax.training.data import retrieval
-from kvjax.training.data import text as texts
 from kvjax.training.data.text import Corpus
 
 _SOURCES = {
@@ -37,19 +35,6 @@ class _Drawn(NamedTuple):
 def names() -> tuple[str, ...]:
     """Names of the sources a mixture may hold."""
     return tuple(_SOURCES)
-
-
-def load_corpus(corpus: str | Sequence[str], tokenizer) -> Corpus:
-    """Reads and tokenises `"stdlib"`, or files and glob patterns of UTF-8 text.
-
-    Args:
-        corpus: as `data.corpus` of a training config.
-        tokenizer: a `tokenizers.Tokenizer`.
-
-    Raises:
-        ValueError: if there is nothing to read, or it is not text.
-    """
-    return texts.make(texts.read(corpus), tokenizer)
 
 
 def sources(corpus: Corpus) -> dict[str, Source]:

@@ -7,14 +7,16 @@ import glob
 import pathlib
 import re
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from kvjax import text_tokens
+from kvjax import files, text_tokens
+from kvjax.training.data import records
 
 STDLIB = "stdlib"
+HELD_OUT_SHARE = 1 / 20  # of a corpus' characters, its end
 
 # Never trained on, neither as text nor as a haystack: held-out text is made of them.
 HELD_OUT = (
@@ -81,33 +83,72 @@ def stdlib_held_out() -> str:
     return header + "".join(_decode(root / name) or "" for name in HELD_OUT)
 
 
-def read(corpus: str | Sequence[str]) -> list[str]:
-    """The texts of a corpus: `"stdlib"`, or files and glob patterns, UTF-8.
+def read(
+    corpus: str | Sequence[str], *, field: str = "text", key: str = "data.corpus"
+) -> list[str]:
+    """The texts of a corpus: `"stdlib"`, or files and glob patterns.
 
-    Files of the standard library that are not UTF-8 are left out; one that was asked
-    for by name must be.
+    A file is one text, UTF-8; one that ends in `.jsonl` or `.parquet` has a text a
+    record. Files of the standard library that are not UTF-8 are left out; one that was
+    asked for by name must be.
+
+    Args:
+        field: of a record, its text.
+        key: what errors call the corpus.
 
     Raises:
-        ValueError: if a pattern matches nothing, a file is not UTF-8, or all are empty.
+        ValueError: if a pattern matches nothing, a file is not UTF-8 or a record no
+            text, or all are empty.
+        ImportError: if there are parquet files and no pyarrow.
     """
     if corpus == STDLIB:
         texts = [_decode(path) for path in stdlib_training_files()]
         return [text for text in texts if text]
     texts = []
     for pattern in [corpus] if isinstance(corpus, str) else corpus:
-        paths = sorted(glob.glob(pattern, recursive=True))
-        files = [path for path in map(pathlib.Path, paths) if path.is_file()]
-        if not files:
-            raise ValueError(f"data.corpus={pattern!r} matches no file.")
-        for path in files:
-            text = _decode(path)
-            if text is None:
-                raise ValueError(f"{path} is not UTF-8; convert it first.")
-            texts.append(text)
-    texts = [text for text in texts if text.strip()]
+        # A file whose name has brackets is no pattern.
+        found = (
+            [pattern]
+            if pathlib.Path(pattern).is_file()
+            else glob.glob(pattern, recursive=True)
+        )
+        paths = [path for path in map(pathlib.Path, sorted(found)) if path.is_file()]
+        if not paths:
+            raise ValueError(f"{key}={pattern!r} matches no file.")
+        for path in paths:
+            texts += [text for text in _texts(path, field) if text.strip()]
     if not texts:
-        raise ValueError(f"data.corpus={corpus!r} holds no text: every file is empty.")
+        raise ValueError(f"{key}={corpus!r} holds no text: every file is empty.")
     return texts
+
+
+def _texts(path: pathlib.Path, field: str) -> Iterator[str]:
+    if path.suffix == ".jsonl":
+        yield from records.jsonl(path, field)
+    elif path.suffix == ".parquet":
+        yield from records.parquet(path, field)
+    else:
+        yield files.read_text(path)
+
+
+def split(
+    texts: Sequence[str], share: float = HELD_OUT_SHARE
+) -> tuple[list[str], list[str]]:
+    """Texts to train on, and the end of them, to check by: cut where a line begins."""
+    kept = list(texts)
+    wanted = int(share * sum(map(len, kept)))
+    aside: list[str] = []
+    while wanted > 0 and kept:
+        last = kept.pop()
+        if len(last) > wanted:
+            cut = len(last) - wanted
+            # Where there is no line near, anywhere.
+            cut = last.rfind("\n", max(cut - wanted, 0), cut) + 1 or cut
+            kept.append(last[:cut])
+            last = last[cut:]
+        aside.append(last)
+        wanted -= len(last)
+    return kept, aside[::-1]
 
 
 def make(texts: Sequence[str], tokenizer) -> Corpus:
@@ -121,7 +162,10 @@ def make(texts: Sequence[str], tokenizer) -> Corpus:
     pieces = [np.array([*before, *x.ids, *behind], np.int32) for x in encodings]
     tokens = np.concatenate(pieces)
     if len(tokens) < 2:
-        raise ValueError(f"the corpus has {len(tokens)} tokens, and training takes 2.")
+        raise ValueError(
+            f"a text of {len(tokens)} tokens is too short to train on or to check by: "
+            "give more."
+        )
     special = tokenizer.get_added_tokens_decoder()
     vocab = np.array([i for i in range(tokenizer.get_vocab_size()) if i not in special])
 
@@ -152,6 +196,6 @@ def haystack(rng: np.random.Generator, corpus: Corpus, num_chars: int) -> list[s
 
 def _decode(path: pathlib.Path) -> str | None:
     try:
-        return path.read_bytes().decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError:
+        return files.read_text(path)
+    except ValueError:
         return None
