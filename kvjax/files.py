@@ -9,6 +9,7 @@ import os
 import pathlib
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -67,16 +68,37 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         room.mkdir(parents=True)
         yield room / path.name
         (room / path.name).replace(path)
+        shutil.rmtree(room, ignore_errors=True)
         made = []
     except OSError as error:
         if error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
-        shutil.rmtree(room, ignore_errors=True)
+        remove(room)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def remove(folder: pathlib.Path) -> None:
+    """Removes a folder, if it is there, that threads may still be writing into.
+
+    A library whose first write failed does not wait for the others to end.
+    """
+    left = 5 if folder.exists() else 0  # looks in a row at which it stays away
+    for _ in range(100):
+        if not left:
+            return
+        left = 5 if folder.exists() else left - 1
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.02)
+
+
+def remove_partial(folder: str | pathlib.Path) -> None:
+    """Removes what kills left half written in a folder that nobody else writes to."""
+    for partial in pathlib.Path(folder).glob(".*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_text(path: str | pathlib.Path, text: str) -> None:

@@ -253,7 +253,7 @@ def save(
     """
     folder = pathlib.Path(folder).resolve()
     check_new(folder)
-    arrays = _named(prefix)
+    arrays = checkpoint.dense(_named(prefix))
     about = {
         "format": FORMAT,
         **_identity(model, method_name),

@@ -214,6 +214,7 @@ def write_figure(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
 
 def begin(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Replaces the data of an earlier report by what is kept of it, and its page."""
+    files.remove_partial(folder)
     write_data(folder, results)
     for name in ("report.html", *(f"{FIGURE}.{kind}" for kind in pictures.KINDS)):
         (folder / name).unlink(missing_ok=True)

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from safetensors import safe_open
+
 ROOT = pathlib.Path(__file__).parents[1]
 TIMES = ("tokens_per_s", "seconds")
 SPEEDS = ("tokens_per_second", "prefill_seconds")
@@ -62,7 +64,12 @@ def trained(out: pathlib.Path) -> Any:
 def distilled(out: pathlib.Path) -> Any:
     """The map, and the log without its clock."""
     file = out / "map.safetensors"
-    return (file.read_bytes(), _log(out)) if file.is_file() else None
+    if not file.is_file():
+        return None
+    with safe_open(file, "np") as found:  # its header has no order
+        names = sorted(found.keys())
+        tensors = [(name, found.get_tensor(name).tobytes()) for name in names]
+        return tensors, found.metadata(), _log(out)
 
 
 def compared(out: pathlib.Path) -> Any:
@@ -93,7 +100,7 @@ def jobs(model: pathlib.Path, text: pathlib.Path) -> dict[str, Job]:
     config.write_text(CONFIG.format(model=model, text=text))
     given = ["--model", str(model), "--text", str(text)]
     sizes = ["--lengths", "40", "--steps", "24", "--features", "2", "--width", "3"]
-    shape = ["--context", "160", "--budget", "24", "--n", "1", "--windows", "1"]
+    shape = ["--context", "320", "--budget", "48", "--n", "1", "--windows", "1"]
     methods = ["--method", "streaming_llm", "--method", "tova", "--method", "h2o"]
     return {
         "train": Job(
@@ -147,23 +154,33 @@ def finish(job: Job, out: pathlib.Path, cache: pathlib.Path) -> float:
     return time.monotonic() - began
 
 
-def writes(out: pathlib.Path) -> bool:
-    """Whether something is being written, in the folder or beside it."""
+def partial(out: pathlib.Path) -> set[pathlib.Path]:
+    """What is half written, in the folder or beside it."""
     folders = [out.parent, out, out / "checkpoints"]
-    return any(any(f.glob(p)) for f in folders if f.is_dir() for p in PARTIAL)
+    return {file for f in folders if f.is_dir() for p in PARTIAL for file in f.glob(p)}
 
 
-def kill(process, out, seconds: float, at_a_write: bool, rng: random.Random) -> bool:
-    """Kills after a random time, or while something is written; False if it ended."""
+class Killed(NamedTuple):
+    """How a run ended."""
+
+    by_us: bool
+    at_a_write: bool
+
+
+def kill(job, out, cache, seconds: float, rng: random.Random) -> Killed:
+    """Starts, and kills after a random time, or while something new is written."""
+    before, at_a_write = partial(out), rng.random() < 0.6
+    process = start(job, out, cache)
     until = time.monotonic() + rng.uniform(0, seconds)
     while process.poll() is None:
         over = time.monotonic() > until + (2 * seconds if at_a_write else 0)
-        if over or (at_a_write and writes(out)):
+        if over or (at_a_write and partial(out) - before):
             time.sleep(rng.random() * 0.01 if at_a_write else 0)
             break
         time.sleep(0.0005)
     process.send_signal(signal.SIGKILL)
-    return process.wait() == -signal.SIGKILL
+    by_us = process.wait() == -signal.SIGKILL
+    return Killed(by_us, by_us and bool(partial(out) - before))
 
 
 def killed_and_gone_on(
@@ -181,12 +198,11 @@ def killed_and_gone_on(
         number += 1
         out = folder / str(number) / "out"
         out.parent.mkdir()
-        killed = True
-        while killed and done < kills and not job.is_over(out):
-            at_a_write = rng.random() < 0.6
-            killed = kill(start(job, out, cache), out, seconds, at_a_write, rng)
-            done += killed
-            at_writes += killed and writes(out)
+        killed = Killed(True, False)
+        while killed.by_us and done < kills and not job.is_over(out):
+            killed = kill(job, out, cache, seconds, rng)
+            done += killed.by_us
+            at_writes += killed.at_a_write
         if not job.is_over(out):
             finish(job, out, cache)
         assert job.result(out) == expected, f"{out} differs from the uninterrupted run"
@@ -205,7 +221,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = pathlib.Path(folder)
         models.save_pretrained(model, root / "model")
-        (root / "text.txt").write_text(TEXT[:500] if name == "prefill" else TEXT)
+        (root / "text.txt").write_text(TEXT[:300] if name == "prefill" else TEXT)
         job = jobs(root / "model", root / "text.txt")[name]
         rng = random.Random(int(seed[0]) if seed else 0)
         at_writes = killed_and_gone_on(job, int(kills), root, rng)

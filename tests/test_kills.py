@@ -16,6 +16,6 @@ def test_killed_and_run_again_it_ends_the_same(name, times, tmp_path):
     model = model._replace(tokenizer=byte_tokenizer(), eos_ids=(258,))
     models.save_pretrained(model, tmp_path / "model")
     text = tmp_path / "text.txt"
-    text.write_text(TEXT[:500] if name == "prefill" else TEXT)
+    text.write_text(TEXT[:300] if name == "prefill" else TEXT)
     job = kills.jobs(tmp_path / "model", text)[name]
     kills.killed_and_gone_on(job, times, tmp_path, random.Random(1))

@@ -11,6 +11,8 @@ import json
 import logging
 import pathlib
 import shutil
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -91,6 +93,7 @@ class Checkpoints(NamedTuple):
         Raises:
             OSError: if this save, or an earlier one, failed; the older ones survive.
         """
+        state = dense(state)
         about = {
             "about": dict(about),
             "metric": metric,
@@ -175,16 +178,36 @@ def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Chec
 
 def _remove_partial(folder: pathlib.Path) -> None:
     for partial in folder.glob("*.orbax-checkpoint-tmp*"):
-        shutil.rmtree(partial, ignore_errors=True)
+        files.remove(partial)
 
 
 def quiet_orbax() -> None:
     """Keeps orbax from printing a dozen tracebacks for an error that it raises too."""
     logging.getLogger("absl").addFilter(_is_not_of_orbax)
+    # The other writes at that time say the same in three ways of their own.
+    logging.getLogger("asyncio").addFilter(_is_no_lost_write)
+    warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited")
+    if not isinstance(sys.unraisablehook, _Hook):
+        sys.unraisablehook = _Hook(sys.unraisablehook)
+
+
+class _Hook(NamedTuple):
+    """Passes on all but the errors of writes that end after the first that failed."""
+
+    before: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
+        error = unraisable.exc_value
+        if type(error) is not RuntimeError or str(error) != "Event loop is closed":
+            self.before(unraisable)
 
 
 def _is_not_of_orbax(record: logging.LogRecord) -> bool:
     return "orbax" not in pathlib.Path(record.pathname).parts
+
+
+def _is_no_lost_write(record: logging.LogRecord) -> bool:
+    return "exception was never retrieved" not in str(record.msg)
 
 
 def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
@@ -270,6 +293,13 @@ def _damaged(where: pathlib.Path, error: Exception) -> DamagedError:
     return DamagedError(
         f"{where} is damaged, or no checkpoint of kvjax train "
         f"({type(error).__name__}: {reason})."
+    )
+
+
+def dense(state: Any) -> Any:
+    """Makes arrays of the host dense; orbax copies those of devices by their values."""
+    return jax.tree.map(
+        lambda x: x if isinstance(x, jax.Array) else files.dense(x), state
     )
 
 

@@ -68,8 +68,7 @@ def locked(out: pathlib.Path) -> Iterator[None]:
 
 
 def _recover(out: pathlib.Path) -> None:
-    for partial in out.glob(".*.partial"):
-        shutil.rmtree(partial, ignore_errors=True)
+    files.remove_partial(out)
     if (out / _OLD).is_dir() and not (out / MODEL).exists():
         (out / _OLD).rename(out / MODEL)  # it was to be replaced, and was not
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kvjax import files
 from kvjax.training import checkpoint
 
 # Orbax drops the reads beside one that fails, which shows when they are collected.
@@ -70,6 +71,25 @@ def test_what_comes_back_is_what_was_saved(folder):
     assert found.about == about
     assert_same(found.state, saved)
     assert found.state["half"].dtype == jnp.bfloat16
+
+
+def test_arrays_of_any_layout_come_back_by_their_values(folder):
+    """Of the host too: the library below is given what `files.dense` makes of them."""
+    grid = np.arange(24, dtype=np.float32).reshape(4, 6)
+    saved = {
+        "turned": grid.T,
+        "backwards": grid[::-1, ::-2],
+        "strided": grid[:, 1::3],
+        "half": grid.astype(jnp.bfloat16).T[::-1],
+        "big endian": grid.astype(">f4").T,
+        "scalar": np.full((), 2.5, np.float32),
+        "device": jnp.asarray(grid).T,
+    }
+    checkpoints = folder()
+    checkpoints.save(1, saved, {})
+    checkpoints.wait()
+    like = shapes(jax.tree.map(jnp.asarray, jax.tree.map(files.dense, saved)))
+    assert_same(checkpoint.restore(folder(), 1, like).state, saved)
 
 
 def test_donating_what_is_being_saved_does_not_change_it(folder):
@@ -239,6 +259,7 @@ FULL = """
 import pathlib, resource, sys
 import jax.numpy as jnp
 import numpy as np
+from kvjax import files
 from kvjax.training import checkpoint
 
 checkpoints = checkpoint.open_folder(pathlib.Path(sys.argv[1]), keep=2)
