@@ -29,8 +29,8 @@ class TextRow:
 
     def __post_init__(self):
         encode, decode = self.tokenizer.encode, self.tokenizer.decode
-        broken = text_stream.taking_back(encode, decode)
-        self._stream = TextStream(decode, self.before, broken)
+        probes = text_stream.taking_back(encode, decode)
+        self._stream = TextStream(decode, self.before, probes)
         # Special tokens have no text: those of a stop string are marked by a character.
         special = text_tokens.special_texts(self.tokenizer, self.stop)
         self._marks = {t: chr(_MARKS + i) for i, t in enumerate(special)}

@@ -5,6 +5,7 @@ to characters, puts no blank before a full stop. So new tokens are decoded behin
 that came before them, never alone; nothing that was given out is taken back.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 Decode = Callable[[list[int]], str]
@@ -26,14 +27,14 @@ class TextStream:
     Args:
         decode: token ids to text.
         before: the tokens of the text before, or its last `CONTEXT`; none begin one.
-        broken: the token of :func:`taking_back`.
+        probes: the tokens of :func:`taking_back`.
     """
 
     def __init__(
-        self, decode: Decode, before: Sequence[int] = (), broken: int | None = None
+        self, decode: Decode, before: Sequence[int] = (), probes: Sequence[int] = ()
     ):
         self._decode = decode
-        self._broken = broken
+        self._probes = tuple(probes)
         self._begin_behind([int(token) for token in before])
 
     def _begin_behind(self, tokens: list[int]) -> None:
@@ -80,9 +81,8 @@ class TextStream:
     def _certain(self) -> str:
         """Returns the beginning of the window's text that no further token changes."""
         certain = self._whole.rstrip(PARTIAL)
-        if self._broken is not None and certain == self._whole:
-            after = self._decode([*self._window, self._broken])
-            certain = _common(self._whole, after)
+        for probe in self._probes if certain == self._whole else ():
+            certain = _common(certain, self._decode([*self._window, probe]))
         return certain
 
     def _forget(self) -> None:
@@ -119,28 +119,36 @@ def continuation(decode: Decode, before: Sequence[int], tokens: Sequence[int]) -
     return stream.push(tokens) + stream.finish()
 
 
-def taking_back(encode: Callable[[str], list[int]], decode: Decode) -> int | None:
-    """Returns a token behind which whole characters become broken ones, if one does so.
+def taking_back(encode: Callable[[str], list[int]], decode: Decode) -> tuple[int, ...]:
+    """Returns tokens behind which a decoder says what stood before in another way.
 
-    Decoders with byte fallback (SentencePiece) decode neighbouring bytes all or not at
-    all: a character is certain once what follows it is no byte.
+    With byte fallback (SentencePiece) neighbouring bytes decode all or not at all: a
+    character is certain once no byte follows. Where blanks around an apostrophe go,
+    they go once a letter follows.
     """
-    try:
+    found = []
+    # A tokenizer of few characters refuses others as it likes.
+    with contextlib.suppress(Exception):
         tokens = list(encode("\U0010fffd"))  # in no vocabulary: bytes, if there are any
         parts = [token for token in tokens if decode([token]).startswith(PARTIAL)]
-        broken = parts[:1]
-        if not broken or decode([*tokens, *broken]).startswith(decode(tokens)):
-            return None
-    except Exception:  # a tokenizer of few characters refuses others as it likes
-        return None
-    return broken[0]
+        found += _takes_back(decode, [*tokens, *parts[:1]])
+    with contextlib.suppress(Exception):
+        found += _takes_back(decode, list(encode("a ' a")))
+    return tuple(found)
+
+
+def _takes_back(decode: Decode, tokens: list[int]) -> list[int]:
+    """Returns the last of the tokens, if it takes back what the others say."""
+    before = decode(tokens[:-1]).rstrip(PARTIAL)
+    return [] if decode(tokens).startswith(before) else tokens[-1:]
 
 
 def _enough(decode: Decode, tokens: list[int]) -> list[int]:
     """Returns the last of `tokens`, as many as decide how the next one is decoded."""
     for size in (*_ENOUGH, CONTEXT):
-        text = decode(tokens[-size:]).rstrip(PARTIAL)
-        if size >= len(tokens) < CONTEXT or (text and PARTIAL not in text):
+        text, wider = (decode(tokens[-n:]).rstrip(PARTIAL) for n in (size, 2 * size))
+        is_whole = text and PARTIAL not in text and wider.endswith(text)
+        if is_whole or size >= len(tokens) < CONTEXT:
             return tokens[-size:]
     for size in _ENOUGH:  # the last character may be broken, and the bytes before it
         for end in range(1, 4):
