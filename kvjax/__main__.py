@@ -17,9 +17,10 @@ def main() -> None:
     # A terminal or a pipe that is not UTF-8 gets a ? for what it cannot show.
     sys.stdout.reconfigure(errors="replace")  # pyright: ignore
     import kvjax.cli  # takes seconds: signals count already
+    from kvjax import files
 
     try:
-        guard.begin()
+        guard.begin(files.UNFINISHED)
         code = kvjax.cli.run(sys.argv[1:])
         guard.end()
     except interrupts.Interrupted:

@@ -51,6 +51,10 @@ def located(name: str) -> str:
     return os.path.abspath(path) if name and is_path else name
 
 
+# Folders that are being written: of an interrupt that cannot wait for them.
+UNFINISHED: set[pathlib.Path] = set()
+
+
 @contextlib.contextmanager
 def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     """Gives the place to write a file or a folder at; it replaces `path` in the end.
@@ -64,6 +68,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     path = pathlib.Path(os.path.abspath(path))
     made = [folder for folder in path.parents if not folder.exists()]
     room = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    UNFINISHED.add(room)
     try:
         room.mkdir(parents=True)
         yield room / path.name
@@ -76,6 +81,7 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         remove(room)
+        UNFINISHED.discard(room)
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()

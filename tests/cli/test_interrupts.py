@@ -127,17 +127,16 @@ def compile_for_ever():
 
 def test_what_does_not_return_is_not_waited_for(tmp_path):
     """The main thread is in C++ and stays there; another one cleans up and ends."""
-    left = tmp_path / ".model.partial"
-    left.mkdir()
-    (left / "half").write_text("")
-    script = f"""
-    interrupts.PATIENCE = interrupts.UNWINDING = 0.2
-    of(THEIRS, {STUCK!r})
-    guard = interrupts.Guard()
-    guard.begin({{pathlib.Path(sys.argv[1])}})
-    compile_for_ever()
+    body = """
+    from kvjax import files
+
+    with files.replacing(arguments[0]) as new:
+        new.write_text("half")
+        compile_for_ever()
     """
-    assert ends(script, arguments=[left]) == (130, "", LINE)
+    script = "interrupts.PATIENCE = interrupts.UNWINDING = 0.2\n"
+    script += f"of(THEIRS, {STUCK!r})\n" + ours(body)
+    assert ends(script, arguments=[tmp_path / "model"]) == (130, "", LINE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -159,6 +158,26 @@ def test_an_interrupt_that_something_swallows_is_not_lost():
     """
     script = "interrupts.UNWINDING = 0.3\n" + ours(body)
     assert ends(script) == (130, "", LINE)
+
+
+def test_a_file_that_is_being_written_is_the_old_one_or_absent(tmp_path):
+    (tmp_path / "old").write_text("whole")
+    body = """
+    from kvjax import files
+
+    def written(path):
+        with files.replacing(path) as new:
+            new.write_text("half")
+            send()
+            time.sleep(100)
+
+    written(arguments[0])
+    """
+    for name in ("old", "new"):
+        found = ends(ours(body), arguments=[tmp_path / name])
+        assert found == (130, "", LINE)
+    (left,) = tmp_path.iterdir()
+    assert (left.name, left.read_text()) == ("old", "whole")
 
 
 def test_during_imports():
