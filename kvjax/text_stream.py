@@ -45,7 +45,7 @@ class TextStream:
 
     @property
     def waiting(self) -> str:
-        """Whole characters that are not given out: they may still be taken back."""
+        """The whole characters not yet given out: they may still be taken back."""
         return _rest(self._given, self._whole.rstrip(PARTIAL))
 
     def push(self, tokens: Sequence[int]) -> str:
