@@ -19,7 +19,7 @@ from kvjax import files, pictures, tables
 FORMAT = 2  # of results.json; a change that breaks readers adds one
 DATA = "results.json"
 FIGURE = "accuracy-by-bytes"
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 
 
 def manifest(
@@ -41,7 +41,7 @@ def manifest(
         "date": now.isoformat(timespec="seconds"),
         "kvjax": version,
         "python": platform.python_version(),
-        **{package: _version(package) for package in _PACKAGES},
+        **{package: _version(package) for package in PACKAGES},
         "platform": platform.platform(),
         "device": device.device_kind,
         "backend": device.platform,
@@ -69,7 +69,9 @@ def results(
 ) -> dict[str, Any]:
     """A comparison's rows, its manifest and `kept_figure.Kept`s, JSON-ready.
 
-    A row is a :class:`kvjax.evaluation.compare.Row`, or what this made of one.
+    A row is a :class:`kvjax.evaluation.compare.Row`, or what this made of one. A
+    comparison may have `sections`, which are others on other models, and `left_out`:
+    names of methods by the reason.
     """
     return json_ready(
         {
@@ -109,68 +111,6 @@ def json_ready(value):
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def check_free(folder: pathlib.Path, *, overwrite: bool, go_on: bool) -> None:
-    """Refuses a folder that holds a report, unless told what to do with it.
-
-    Raises:
-        ValueError: if it is to be overwritten and gone on with.
-        FileExistsError: if there is a report and neither is wanted.
-    """
-    if overwrite and go_on:
-        raise ValueError("give --overwrite or --continue, not both.")
-    data = folder / DATA
-    if data.exists() and not (overwrite or go_on):
-        raise FileExistsError(
-            f"{data} is there from an earlier run: go on with it by --continue, "
-            "replace it by --overwrite, or give --out another folder."
-        )
-
-
-def earlier_batch(folder: pathlib.Path) -> int | None:
-    """Rows decoded together in the report of a folder; None if it does not say."""
-    try:
-        found = json.loads(files.read_text(folder / DATA))
-        return int(found["manifest"]["settings"]["batch"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def earlier_rows(
-    folder: pathlib.Path, manifest: Mapping[str, Any]
-) -> dict[str, dict[str, Any]]:
-    """Rows by method that an earlier run left in the folder; none without a report.
-
-    Raises:
-        ValueError: if the report is damaged, or of another model, settings or version
-            than `manifest` says; names the first difference.
-    """
-    path = folder / DATA
-    if not path.exists():
-        return {}
-    try:
-        found = json.loads(files.read_text(path))
-        before, rows = found["manifest"], {row["method"]: row for row in found["rows"]}
-        form, settings = found["format"], dict(before["settings"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): begin anew with "
-            "--overwrite."
-        ) from error
-    pairs = {"format": (form, FORMAT)}
-    for key in ("kvjax", "model", "backend", "device", "cpu_count", *_PACKAGES):
-        pairs[key] = before.get(key), manifest[key]
-    wanted = json_ready(manifest["settings"])
-    for key in wanted | settings:
-        pairs[key] = settings.get(key), wanted.get(key)
-    for key, (old, new) in pairs.items():
-        if old != new:
-            raise ValueError(
-                f"{path} was made with {key}={old!r} and cannot go on with {new!r}: "
-                "use that one, or --overwrite, or another --out."
-            )
-    return rows
 
 
 def check_writable(folder: pathlib.Path) -> None:
@@ -280,8 +220,14 @@ HEADINGS = (
 )
 
 
+def headings(results: Mapping[str, Any]) -> tuple[str, ...]:
+    """`HEADINGS`, and one of the user's own questions if any were asked."""
+    has_own = any(row.get("own") for row in results["rows"])
+    return (*HEADINGS, "own") if has_own else HEADINGS
+
+
 def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The cells under `HEADINGS`, one list a method."""
+    """The cells under :func:`headings`, one list a method."""
     table = []
     for row in results["rows"]:
         is_reference = row is results["rows"][0]
@@ -299,6 +245,7 @@ def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
                 "-" if is_reference else format_share(row["top1_agreement"]),
                 _rate(row["tokens_per_second"]),
                 f"{row['prefill_seconds']:.2f}",
+                *([format_share(row["own"])] if row.get("own") else []),
             ]
         )
     return table
@@ -357,12 +304,18 @@ def caption(results: Mapping[str, Any]) -> str:
     settings = results["manifest"]["settings"]
     about = results["manifest"]
     links = results["rows"][0]["chain_links"]
+    text = about.get("text", "held-out text")
+    asked = "Asked in the chat template. " if settings.get("chat") else ""
+    if "tasks" in settings:
+        asked += (
+            f"Own: {results['rows'][0]['own']['n']} questions of {settings['tasks']}. "
+        )
     return (
         f"{about['model']}, context {settings['context']:,} tokens, the last "
         f"{settings['new_tokens']} of them decoded; {settings['examples']} examples a "
-        f"retrieval task, {settings['windows']} windows of held-out text; 95% "
-        f"intervals. Chain: links of {links} before the first mistake. Bytes are of "
-        f"cache: read for one token of one row, held for one row. Speed: "
+        f"retrieval task, {settings['windows']} windows of {text}; 95% "
+        f"intervals. {asked}Chain: links of {links} before the first mistake. Bytes "
+        f"are of cache: read for one token of one row, held for one row. Speed: "
         f"{settings['batch']} rows together on {about['device']} "
         f"({about['backend']}), median of batches after a warm-up; prefill: one row's "
         "prompt, read alone. KL and nats are per token, against the first row."
@@ -370,18 +323,33 @@ def caption(results: Mapping[str, Any]) -> str:
 
 
 def print_table(results: Mapping[str, Any]) -> None:
-    """Prints the comparison: what is answered, then what attention loses."""
+    """Prints a comparison, its sections, and what is in neither."""
+    for one in (results, *results.get("sections", ())):
+        _print_comparison(one)
+    if said := left_out(results):
+        tables.say(said)
+
+
+def left_out(results: Mapping[str, Any]) -> str:
+    """A line on the methods that no row is of, and why; nothing if there is none."""
+    found = results.get("left_out", {})
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in found.items()]
+    return f"Left out: {'; '.join(parts)}." if parts else ""
+
+
+def _print_comparison(results: Mapping[str, Any]) -> None:
+    """Prints what is answered, then what attention loses."""
     found = table_rows(results), attention_rows(results)
     names, shared = tables.shared_options([row[0] for row in found[0]])
     said = caption(results), ATTENTION_CAPTION
     if shared:
         tables.say(shared)
         print()
-    for headings, rows, below in zip(
-        (HEADINGS, ATTENTION_HEADINGS), found, said, strict=True
+    for heads, rows, below in zip(
+        (headings(results), ATTENTION_HEADINGS), found, said, strict=True
     ):
         rows = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
-        tables.show(headings, rows)
+        tables.show(heads, rows)
         print()
         tables.say(below)
         print()
@@ -391,9 +359,13 @@ def print_task(document: Mapping[str, Any]) -> None:
     """Prints one task's result."""
     document = json_ready(document)
     about = f"{document['task']}, {document['method']}, context {document['context']}"
+    text = f" of {document['text']}" if "text" in document else ""
     if "accuracy" in document:
-        tables.say(f"{about}: {format_share(document['accuracy'])}, n={document['n']}")
-        for cell in document["by_depth"]:
+        own = text if document["task"] == "own" else ""
+        tables.say(
+            f"{about}: {format_share(document['accuracy'])}, n={document['n']}{own}"
+        )
+        for cell in document.get("by_depth", ()):
             print(f"  depth {cell['depth']:.2f}: {cell['correct']}/{cell['asked']}")
     elif "f1" in document:
         share, rows = format_share(document["f1"]), document["rows"]
@@ -410,12 +382,12 @@ def print_task(document: Mapping[str, Any]) -> None:
         tables.say(
             f"{about}: perplexity {_value(document['perplexity'])}, "
             f"{_value(document['bits_per_byte'])} bits per byte, "
-            f"n={document['n']} windows"
+            f"n={document['n']} windows{text}"
         )
     else:
         tables.say(
             f"{about}: top-1 agreement {format_share(document['top1_agreement'])}, "
-            f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows"
+            f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows{text}"
         )
         print()
         tables.show(LAYER_HEADINGS, [_layer(layer) for layer in document["layers"]])
@@ -447,18 +419,31 @@ def html(results: Mapping[str, Any]) -> str:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     environment.filters["breakable"] = _breakable
     template = environment.from_string(source.read_text(encoding="utf-8"))
+
+    def drawn(draw, one, name: str, **options) -> str:
+        return pictures.svg(draw(one, **options), name)
+
+    comparisons = [
+        {
+            "caption": caption(one),
+            "headings": headings(one),
+            "rows": table_rows(one),
+            "attention_rows": attention_rows(one),
+            "scatter": drawn(compare_figures.scatter, one, f"scatter{place}"),
+            "narrow": drawn(
+                compare_figures.scatter, one, f"narrow{place}", is_narrow=True
+            ),
+            "needles": drawn(compare_figures.needles, one, f"needles{place}"),
+            "kept": _kept(one["kept"]),
+            "manifest": one["manifest"],
+        }
+        for place, one in enumerate((results, *results.get("sections", ())))
+    ]
     return template.render(
-        caption=caption(results),
-        headings=HEADINGS,
-        rows=table_rows(results),
+        comparisons=comparisons,
+        left_out=left_out(results),
         attention_caption=ATTENTION_CAPTION,
         attention_headings=ATTENTION_HEADINGS,
-        attention_rows=attention_rows(results),
-        scatter=pictures.svg(compare_figures.scatter(results), "scatter"),
-        narrow=pictures.svg(compare_figures.scatter(results, is_narrow=True), "narrow"),
-        needles=pictures.svg(compare_figures.needles(results), "needles"),
-        kept=_kept(results["kept"]),
-        manifest=results["manifest"],
     )
 
 

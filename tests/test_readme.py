@@ -70,8 +70,15 @@ def comparison(name: str) -> dict:
 
 
 def comparison_table(name: str) -> str:
-    """The columns of the terminal's table that tell most, and how it was measured."""
+    """The tables of a comparison and of its sections, and what is in neither."""
     results = comparison(name)
+    parts = [one_table(one) for one in (results, *results.get("sections", ()))]
+    left_out = textwrap.fill(report.left_out(results), 88)
+    return "\n\n".join([*parts, left_out] if left_out else parts)
+
+
+def one_table(results: dict) -> str:
+    """The columns of the terminal's table that tell most, and how it was measured."""
     assert results["complete"]
     places = [report.HEADINGS.index(heading) for heading in HEADINGS]
     rows = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|--:" * 7 + "|"]

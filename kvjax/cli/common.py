@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib.util
 import inspect
+import os
 import pathlib
 import sys
 import warnings
@@ -56,7 +57,30 @@ BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together
 _PATHS = ("model", "config")
 TextOption = Annotated[
     pathlib.Path | None,
-    typer.Option("--text", help="UTF-8 file the inputs are made of; held-out text."),
+    typer.Option(
+        "--text",
+        help="UTF-8 file inputs are made of; Python sources that ship if left out.",
+    ),
+]
+TasksOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        "--tasks",
+        help="Questions of yours, a JSON object a line: context, question, answer (or "
+        "a list of answers).",
+    ),
+]
+ChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="Ask in the model's chat template; the answer is begun for it."
+    ),
+]
+AnswersOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        "--save-answers", help="JSONL file for every answer, written as they come."
+    ),
 ]
 NewTokensOption = Annotated[
     int, typer.Option("--new-tokens", help="Tokens of an input that follow the prompt.")
@@ -172,20 +196,32 @@ def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
 
 def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     """The model of `--model` and `--dtype`, with compiled code kept between runs."""
-    import jax
-
     import models
 
     share_heaps()
     keep_compiled_code()
+    loaded = models.load(model_name(model), dtype=_dtype(dtype))
+    print_notes(loaded.decoder)
+    return loaded
+
+
+def load_decoder(model: str | None, dtype: str | None):
+    """The decoder of what :func:`load` would load, without its weights."""
+    import models
+
+    share_heaps()
+    return models.load_decoder(model_name(model), dtype=_dtype(dtype))
+
+
+def _dtype(dtype: str | None) -> str | None:
+    import jax
+
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
         raise ValueError(f"{dtype=} must be float32, bfloat16 or float16.")
     if dtype is None and jax.default_backend() == "cpu":
         # XLA's CPU backend converts whole bfloat16 buffers at every step.
-        dtype = "float32"
-    loaded = models.load(model_name(model), dtype=dtype)
-    print_notes(loaded.decoder)
-    return loaded
+        return "float32"
+    return dtype
 
 
 def print_notes(decoder) -> None:
@@ -222,6 +258,38 @@ def keep_compiled_code() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def given_text(path: pathlib.Path | None, model: str | None) -> tuple[str, str]:
+    """The text of `--text` or the one that ships, and what to call it in a report.
+
+    The latter is held out of the embedded models' training, and of no other's.
+    """
+    from models import embedded
+
+    if path is not None:
+        name = "stdin" if str(path) == "-" else shown_name(path)
+        return read_text(path), name
+    is_held_out = model is None or model in embedded.names()
+    return held_out_text(), f"{'held-out ' * is_held_out}Python sources"
+
+
+def shown_name(path: pathlib.Path) -> str:
+    """A file's name, where it is no UTF-8 with signs for what cannot be written."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
+
+
+def questions_of(path: pathlib.Path | None) -> list:
+    """The questions of `--tasks`; none without it.
+
+    Raises:
+        ValueError: naming the line, if one is no question.
+    """
+    from kvjax.evaluation import own_tasks
+
+    if path is None:
+        return []
+    return own_tasks.parse(read_text(path), shown_name(path))
 
 
 def held_out_text() -> str:

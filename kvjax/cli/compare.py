@@ -4,50 +4,73 @@ import dataclasses
 import hashlib
 import pathlib
 import sys
-from typing import Annotated
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 import kvjax
-from kvjax import registry, report
+from kvjax import earlier, registry, report
 from kvjax.cli.common import (
     METHOD_HELP,
+    AnswersOption,
+    ChatOption,
     ContextOption,
     DtypeOption,
     JsonOption,
     ModelOption,
     NewTokensOption,
     SeedOption,
+    TasksOption,
     TextOption,
     arguments_given,
-    held_out_text,
+    given_text,
     load,
+    load_decoder,
     positive,
-    read_text,
+    questions_of,
+    shown_name,
     with_budget,
 )
+from kvjax.cli.plan import sizes_of, weights_of
 from kvjax.progress import show_progress
+
+if TYPE_CHECKING:
+    from kvjax.evaluation.compare_inputs import Inputs, Settings
+
+# Compared with its own reference below the default model, whose attention is softmax.
+ENTMAX = "embedded-entmax"
 
 
 def compare(
     model: ModelOption = None,
     method: Annotated[
         list[str] | None,
-        typer.Option(help=METHOD_HELP + " May be repeated; every method if left out."),
+        typer.Option(
+            help=METHOD_HELP + " May be repeated. If left out: every method that suits "
+            "the model, and Quest under Retro; without --model also EntmaxKV, on "
+            f"{ENTMAX}."
+        ),
     ] = None,
     context: ContextOption = 512,
     budget: Annotated[
         int, typer.Option(help="Tokens per KV head, where a method does not say.")
     ] = 128,
     n: Annotated[int, typer.Option(help="Examples of each retrieval task.")] = 15,
-    windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 8,
+    windows: Annotated[int, typer.Option(help="Windows of the text.")] = 8,
     new_tokens: NewTokensOption = 64,
     batch: Annotated[
         int | None,
-        typer.Option(help="Rows decoded together; as many as fit, at most 8."),
+        typer.Option(
+            help="Rows decoded together, fewer where memory is short; at most 8 if "
+            "left out."
+        ),
     ] = None,
     seed: SeedOption = 0,
     text: TextOption = None,
+    tasks: TasksOption = None,
+    chat: ChatOption = False,
+    save_answers: AnswersOption = None,
     out: Annotated[
         pathlib.Path,
         typer.Option(help="Folder for report.html, results.json and the figure."),
@@ -63,8 +86,8 @@ def compare(
     as_json: JsonOption = False,
 ) -> None:
     """Decodes the same inputs under each method: what is read, what is lost."""
+    from kvjax.evaluation import answers, compare_inputs
     from kvjax.evaluation import compare as comparison
-    from kvjax.evaluation import compare_inputs
 
     settings = compare_inputs.Settings(
         context=context,
@@ -75,72 +98,189 @@ def compare(
         seed=seed,
         chunk_size=chunk_size,
     )
-    parsed = _methods(method or [], context, budget)
+    _methods(method or [], context, budget)  # mistakes first
+    questions = questions_of(tasks)
     report.check_writable(out)
-    report.check_free(out, overwrite=overwrite, go_on=go_on)
-    content = held_out_text() if text is None else read_text(text)
-    language_model = load(model, dtype)
-    decoder = language_model.decoder
-    if not method:
-        alpha = decoder.cache_spec(1, 1).alpha
-        parsed = _methods(_every(alpha), context, budget)
-    room = _room()
-    if batch is None and go_on:
-        batch = report.earlier_batch(out)
-    if batch is None:
-        batch = comparison.batch_that_fits(language_model, parsed, settings, room)
-    settings = dataclasses.replace(settings, batch=batch)
-    about = report.manifest(
-        version=kvjax.__version__,
-        model=language_model.name,
-        arguments=arguments_given.get(),
-        settings=dataclasses.asdict(settings)
-        | {
-            "budget": budget,
-            "dtype": str(decoder.cache_spec(1, 1).dtype),
-            "weights": _fingerprint(language_model.params),
-            "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
-        },
-    )
-    rows = report.earlier_rows(out, about) if go_on else {}
-    known = tuple(name for name in rows if name in parsed)
-    inputs = compare_inputs.make_inputs(language_model, content, settings)
-    print(
-        f"kvjax: {len(parsed) - len(known)} methods on {language_model.name}, "
-        f"{context:,} tokens, {settings.batch} rows together",
-        file=sys.stderr,
-    )
+    earlier.check_free(out, overwrite=overwrite, go_on=go_on)
+    answers.check_free(save_answers, overwrite=overwrite, go_on=go_on)
+    content, text_name = given_text(text, model)
 
-    def in_order():
-        names = dict.fromkeys([*parsed, *rows])
-        return [rows[name] for name in names if name in rows]
+    found = earlier.read(out) if go_on else []
 
-    report.begin(out, report.results(in_order(), about, complete=False))
-    with show_progress(len(parsed) - len(known)) as progress:
-
-        def keep(row):
-            rows[row.method] = row
-            report.write_data(out, report.results(in_order(), about, complete=False))
-
-        comparison.compare(
-            language_model,
-            parsed,
-            inputs,
-            settings,
-            known=known,
-            room=room,
-            on_row=keep,
-            progress=progress,
+    def part(name: str | None, place: int) -> _Part:
+        decoder = load_decoder(name, dtype)
+        specs = method or _every(decoder.cache_spec(1, 1).alpha)
+        methods = _methods(specs, context, budget)
+        before = found[place] if place < len(found) else None
+        fixed, room = _fitted(decoder, methods, settings, batch, before)
+        language_model = load(name, dtype)
+        about = report.manifest(
+            version=kvjax.__version__,
+            model=language_model.name,
+            arguments=arguments_given.get(),
+            settings=dataclasses.asdict(fixed)
+            | {
+                "budget": budget,
+                "dtype": str(decoder.cache_spec(1, 1).dtype),
+                "weights": _fingerprint(language_model.params),
+                "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
+            }
+            | _asked_otherwise(tasks, questions, chat),
         )
-    methods = {name: registry.parse(name) for name in rows}
-    kept = _kept(language_model, methods, inputs.windows[0])
-    results = report.results(in_order(), about, kept)
+        about["text"] = text_name
+        rows = {} if before is None else earlier.rows(out, before, about)
+        inputs = compare_inputs.make_inputs(
+            language_model, content, fixed, questions=questions, is_chat=chat
+        )
+        return _Part(language_model, methods, inputs, fixed, room, about, rows)
+
+    parts = [part(model, 0)]
+    if model is None and not method:
+        parts.append(part(ENTMAX, 1))
+    # Of an earlier report what this call does not run stays as it is.
+    others = found[len(parts) :]
+    for one in parts:
+        print(
+            f"kvjax: {one.missing} methods on {one.model.name}, {context:,} tokens, "
+            f"{one.settings.batch} rows together",
+            file=sys.stderr,
+        )
+
+    def document(kept: Iterable[list] = (), complete: bool = False) -> dict[str, Any]:
+        pictures = [*kept, *([] for _ in parts)]
+        found = [
+            report.results(one.in_order(), one.about, held, complete=complete)
+            for one, held in zip(parts, pictures, strict=False)
+        ]
+        specs = [name for one in parts for name in (*one.methods, *one.rows)]
+        left_out = {} if method else _left_out(specs)
+        return found[0] | {"sections": [*found[1:], *others], "left_out": left_out}
+
+    report.begin(out, document())
+    if save_answers is not None and save_answers.exists():
+        known = {(one.model.name, name) for one in parts for name in one.rows}
+        answers.begin(save_answers, known if go_on else ())
+    with show_progress(sum(one.missing for one in parts)) as progress:
+        for one in parts:
+
+            def keep(row, one=one):
+                one.rows[row.method] = row
+                report.write_data(out, document())
+
+            def at(name, fraction, one=one):
+                # Both have a `full`.
+                beside = "" if one is parts[0] else f" on {one.model.name}"
+                progress(name + beside, fraction)
+
+            comparison.compare(
+                one.model,
+                one.methods,
+                one.inputs,
+                one.settings,
+                known=tuple(name for name in one.rows if name in one.methods),
+                room=one.room,
+                on_row=keep,
+                on_answer=answers.keeper(save_answers, one.model.name),
+                progress=at,
+            )
+    results = document([_kept(one) for one in parts], complete=True)
     page, data = report.write(out, results)
     if as_json:
         print(data.read_text(encoding="utf-8"), end="")
     else:
         report.print_table(results)
     print(f"wrote {page} and {data}", file=sys.stderr)
+
+
+class _Part(NamedTuple):
+    """The comparison on one model."""
+
+    model: kvjax.LanguageModel
+    methods: dict[str, kvjax.Method]
+    inputs: "Inputs"
+    settings: "Settings"
+    room: int
+    about: dict[str, Any]  # its manifest
+    rows: dict[str, Any]  # by method; those of this call are added to an earlier one's
+
+    @property
+    def missing(self) -> int:
+        """Methods that have no row yet."""
+        return len(self.methods.keys() - self.rows.keys())
+
+    def in_order(self) -> list:
+        """The rows there are, those of this call's methods first."""
+        names = dict.fromkeys([*self.methods, *self.rows])
+        return [self.rows[name] for name in names if name in self.rows]
+
+
+def _fitted(
+    decoder, methods, settings, batch: int | None, before: Mapping[str, Any] | None
+) -> tuple["Settings", int]:
+    """The settings with a batch that memory has room for, and the room for states.
+
+    Says on stderr where that is fewer rows than were asked for.
+
+    Args:
+        batch: that was asked for.
+        before: the comparison that is gone on with, if any, whose rows had one.
+
+    Raises:
+        ValueError: if what one row takes, temporaries aside, exceeds the memory.
+    """
+    from kvjax.evaluation import compare as comparison
+    from kvjax.evaluation import memory
+
+    room = _room()
+    had = earlier.batch(before) if before and batch is None else None
+    wanted = batch or had
+    if wanted is None:
+        wanted = comparison.batch_that_fits(decoder, methods, settings, room)
+    weights, sizes = weights_of(decoder), sizes_of(decoder)
+    free = memory.free_bytes()
+    found = memory.fit(
+        decoder,
+        methods,
+        dataclasses.replace(settings, batch=wanted),
+        weights=weights.held,
+        sizes=sizes,
+        room=room,
+        free=free,
+    )
+    takes = ", ".join(
+        f"{name} {report.format_bytes(count)}"
+        for name, count in found.need._asdict().items()
+    )
+    if free is not None and found.need.weights + found.need.states > free:
+        raise ValueError(
+            f"comparing at context={settings.context} takes more than this machine "
+            f"has: {takes} for one row; {report.format_bytes(free)} are free: lower "
+            "--context, or use a machine with more memory."
+        )
+    if free is not None and found.need.total > free:
+        print(
+            f"kvjax: one row at a time may take more than the "
+            f"{report.format_bytes(free)} that are free: {takes}",
+            file=sys.stderr,
+        )
+    if found.batch < wanted and had is None:
+        print(
+            f"kvjax: {found.batch} rows together instead of {wanted}, to fit the "
+            f"{report.format_bytes(free or 0)} that are free: {takes}",
+            file=sys.stderr,
+        )
+    return dataclasses.replace(settings, batch=had or found.batch), found.room
+
+
+def _asked_otherwise(
+    tasks: pathlib.Path | None, questions: list, chat: bool
+) -> dict[str, Any]:
+    """Settings that only some comparisons have: reports without them stay theirs."""
+    found: dict[str, Any] = {"chat": True} if chat else {}
+    if tasks is not None:
+        digest = hashlib.sha256(repr(questions).encode()).hexdigest()
+        found |= {"tasks": shown_name(tasks), "tasks_sha256": digest}
+    return found
 
 
 def _fingerprint(params) -> str:
@@ -163,21 +303,25 @@ def _room() -> int:
     return max(free // 2, comparison.ROOM)
 
 
-def _kept(language_model, methods: dict[str, kvjax.Method], tokens: list[int]) -> list:
+def _kept(part: _Part) -> list:
     """Returns what methods of constant memory hold of a text, for the picture."""
     from kvjax import accounting
     from kvjax.evaluation import kept_figure
 
+    tokens = part.inputs.windows[0]
     every = max(len(tokens) // 16, 1)
+    methods = {name: registry.parse(name) for name in part.rows}
     return [
-        kept_figure.kept(language_model, method, tokens, every=every, name=name)
+        kept_figure.kept(part.model, method, tokens, every=every, name=name)
         for name, method in methods.items()
-        if accounting.is_constant(method, language_model.decoder)
+        if accounting.is_constant(method, part.model.decoder)
     ]
 
 
 # More than one way of a method that is worth a line of its own.
 VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
+# Transforms of methods for softmax that are worth one too.
+TRANSFORMED = ("retro+quest",)
 
 
 def _every(alpha: float) -> list[str]:
@@ -186,10 +330,26 @@ def _every(alpha: float) -> list[str]:
     for name in registry.names(alpha):
         variants = VARIANTS.get(name, ())
         specs += [name, *(f"{name}:{options}" for options in variants)]
-    return specs
+    return [*specs, *(TRANSFORMED if alpha == 1 else ())]
 
 
-def _methods(given: list[str], context: int, budget: int) -> dict[str, kvjax.Method]:
+def _left_out(specs: Iterable[str]) -> dict[str, list[str]]:
+    """Registered methods that none of the specs has, by the reason."""
+    rows = {piece.partition(":")[0] for spec in specs for piece in spec.split("+")}
+    names = [name for name in registry.names() if name not in rows]
+    found = {
+        "for entmax models": [n for n in names if n in registry.names(1.5)],
+        "for softmax models": [n for n in names if n in registry.names(1.0)],
+        "made of another method: --method refresh+quest": [
+            name for name in registry.transforms() if name not in rows
+        ],
+    }
+    return {reason: names for reason, names in found.items() if names}
+
+
+def _methods(
+    given: Sequence[str], context: int, budget: int
+) -> dict[str, kvjax.Method]:
     """Methods by their full spec strings, `full` first."""
     positive(context=context, budget=budget)
     if budget >= context:

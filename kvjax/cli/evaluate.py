@@ -7,7 +7,9 @@ import typer
 
 from kvjax import registry, report
 from kvjax.cli.common import (
+    AnswersOption,
     BatchOption,
+    ChatOption,
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -15,23 +17,26 @@ from kvjax.cli.common import (
     ModelOption,
     NewTokensOption,
     SeedOption,
+    TasksOption,
     TextOption,
-    held_out_text,
+    given_text,
     load,
     positive,
-    read_text,
+    questions_of,
+    shown_name,
 )
 from kvjax.progress import show_progress
 
 
 def evaluate(
     task: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="passkey, multikey, variables, chain, extraction, perplexity or "
-            "fidelity."
+            "fidelity; or give --tasks."
         ),
-    ],
+    ] = None,
+    tasks: TasksOption = None,
     method: MethodOption = "full",
     model: ModelOption = None,
     context: ContextOption = 512,
@@ -40,18 +45,30 @@ def evaluate(
     new_tokens: NewTokensOption = 64,
     batch: BatchOption = 8,
     text: TextOption = None,
+    chat: ChatOption = False,
+    save_answers: AnswersOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 1024,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
     """One task under one method, with its interval."""
-    from kvjax.evaluation import single
+    from kvjax.evaluation import answers, single
 
-    single.check_task(task)
-    positive(n=n, context=context, batch=batch)
+    if (task is None) == (tasks is None):
+        raise ValueError("give either --task or --tasks, and only one of them.")
+    questions = questions_of(tasks)
+    task = task or single.OWN
+    if not questions:
+        single.check_task(task)
+    if task in ("perplexity", "fidelity") and (chat or save_answers):
+        option = "--chat" if chat else "--save-answers"
+        raise ValueError(f"--task {task} answers nothing: leave {option} out.")
+    positive(n=n, context=context, batch=batch, new_tokens=new_tokens)
     parsed, full = registry.parse(method), registry.parse("full")
-    content = held_out_text() if text is None else read_text(text)
+    answers.check_free(save_answers)
+    content, text_name = given_text(text, model)
     language_model = load(model, dtype)
+    keep = answers.keeper(save_answers, language_model.name)
     with show_progress() as progress:
         result = single.run(
             task,
@@ -65,9 +82,18 @@ def evaluate(
             new_tokens=new_tokens,
             batch=batch,
             chunk_size=chunk_size,
+            questions=questions,
+            is_chat=chat,
+            on_answer=lambda *answer: keep(method, task, *answer),
             progress=lambda fraction: progress(method, fraction),
         )
-    arguments = {"context": context, "n": n, "seed": seed, "model": language_model.name}
+    arguments = {
+        "context": context,
+        "n": len(questions) or n,
+        "seed": seed,
+        "model": language_model.name,
+        "text": text_name if tasks is None else shown_name(tasks),
+    }
     document = {"task": task, "method": method, **arguments, **result}
     if as_json:
         print(json.dumps(report.json_ready(document), indent=2))

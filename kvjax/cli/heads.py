@@ -14,10 +14,9 @@ from kvjax.cli.common import (
     ModelOption,
     SeedOption,
     TextOption,
-    held_out_text,
+    given_text,
     load,
     positive,
-    read_text,
 )
 from kvjax.progress import show_progress
 
@@ -27,7 +26,7 @@ KINDS = (".png", ".svg", ".pdf")
 def heads(
     model: ModelOption = None,
     context: ContextOption = 512,
-    windows: Annotated[int, typer.Option(help="Windows of held-out text.")] = 4,
+    windows: Annotated[int, typer.Option(help="Windows of the text.")] = 4,
     n: Annotated[int, typer.Option(help="Prompts with a pass key.")] = 10,
     seed: SeedOption = 0,
     text: TextOption = None,
@@ -45,7 +44,7 @@ def heads(
     if out.suffix not in KINDS:
         raise ValueError(f"--out {out} must end in one of {', '.join(KINDS)}.")
     report.check_writable(out.parent)
-    content = held_out_text() if text is None else read_text(text)
+    content, text_name = given_text(text, model)
     language_model = load(model, dtype)
     with show_progress() as progress:
         result = seen.inspect(
@@ -55,6 +54,7 @@ def heads(
             windows=windows,
             prompts=n,
             seed=seed,
+            text_name=text_name,
             progress=lambda fraction: progress("heads", fraction),
         )
     heads_figure.figure(result, out)

@@ -66,7 +66,7 @@ def plan(
     name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
     print_notes(decoder)
-    weights, sizes = _weights(decoder), _sizes(decoder)
+    weights, sizes = weights_of(decoder), sizes_of(decoder)
     given = method or registry.names(decoder.alpha)
     specs = dict.fromkeys(with_budget(spec, b) for spec in given for b in budgets)
     rows = []
@@ -105,7 +105,8 @@ def plan(
         _print(document)
 
 
-def _weights(decoder):
+def weights_of(decoder):
+    """Returns the bytes of a model's weights, from its sizes alone."""
     from kvjax.cache import num_bytes
     from models import llama
 
@@ -123,7 +124,8 @@ def _weights(decoder):
     return planning.Weights(held, held - unread)
 
 
-def _sizes(decoder):
+def sizes_of(decoder):
+    """Returns the sizes of a model's hidden states."""
     return planning.Sizes(decoder.config.width, decoder.config.mlp_width)
 
 

@@ -36,8 +36,8 @@ class Chain(NamedTuple):
 
         The chain is the generated text's first line; keys beyond `links` do not count.
         """
-        line = self.text.rpartition("\n")[2] + generated.partition("\n")[0]
-        found = valid_prefix(self.keys, line.removeprefix(_QUESTION)) - 1  # was given
+        line = self.text.rpartition(_QUESTION)[2] + generated.partition("\n")[0]
+        found = valid_prefix(self.keys, line) - 1  # was given
         return min(max(found, 0), self.links) / self.links
 
 

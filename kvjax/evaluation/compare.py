@@ -4,6 +4,7 @@ Rows come as they are done. Methods of exact prompts go in groups that read toge
 many as the memory has room for.
 """
 
+import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -12,17 +13,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvjax import accounting, cache
-from kvjax.evaluation import compare_runs, fidelity, statistics
+from kvjax.evaluation import answers, compare_runs, fidelity, statistics
+from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
 from kvjax.evaluation.statistics import Interval
 from kvjax.evaluation.tasks import Example
-from kvjax.interface import LanguageModel, Method
+from kvjax.interface import DecoderLM, LanguageModel, Method
 
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
 # Bytes of the states that a group of methods holds while it reads together.
 ROOM = 800_000_000
 GROUP = 4  # methods that read together at most, and are worth more than a batch
+
+# Fields of `Inputs`, in the order they are answered in: the last batches are timed, and
+# only generated prompts are as long as the context.
+TASKS = ("own", "passkey", "multikey", "chain")
+
 
 # Intervals of the fields of `LayerFidelity`: an error has no upper bound.
 OF_LAYERS: dict[str, Callable[[ArrayLike], Interval]] = {
@@ -59,6 +66,7 @@ class Row(NamedTuple):
     full_steps: Interval  # share of steps and layers: `Diagnostics.refreshed`
     tokens_per_second: float  # median over batches, all rows together
     prefill_seconds: float  # of one row's prompt, read alone
+    own: Interval | None = None  # the user's questions
 
 
 def compare(
@@ -71,6 +79,7 @@ def compare(
     known: Collection[str] = (),
     room: int = ROOM,
     on_row: Callable[[Row], None] = lambda row: None,
+    on_answer: Answered = answers.ignore,
     progress: Progress = lambda method, fraction: None,
 ) -> list[Row]:
     """Runs every method on the same inputs.
@@ -85,6 +94,7 @@ def compare(
         known: names of methods that have a row already, from an earlier call.
         room: bytes of the states of methods that read a prompt together.
         on_row: called with each row as it is done, whatever the order.
+        on_answer: called with every answer as it comes, before its row is done.
         progress: called while working.
 
     Returns:
@@ -112,15 +122,24 @@ def compare(
             model, methods[reference], inputs.windows, **shapes
         )
         compare_runs.drop_programs()
-    examples = [*inputs.passkey, *inputs.multikey, *inputs.chain]
+    numbered = [
+        (task, index, example)
+        for task in TASKS
+        for index, example in enumerate(getattr(inputs, task))
+    ]
+    examples = [example for _, _, example in numbered]
     prompt = inputs.windows[0][: settings.context - settings.new_tokens]
     rows = {}
-    for names in groups(model, wanted, methods[reference], settings, room):
+    for names in groups(model.decoder, wanted, methods[reference], settings, room):
         group = [methods[name] for name in names]
 
         def report(fraction, names=names):
             for name in names:
                 progress(name, fraction)
+
+        def tell(place, first, said, names=names):
+            for number, text in enumerate(said, first):
+                on_answer(names[place], *numbered[number], text)
 
         report(0.0)
         answered = compare_runs.retrieve(
@@ -129,6 +148,7 @@ def compare(
             examples,
             longest=len(prompt),
             timed=True,
+            on_answers=tell,
             progress=lambda done, report=report: report(0.7 * done),
             **shapes,
         )
@@ -166,7 +186,7 @@ def compare(
 
 
 def batch_that_fits(
-    model: LanguageModel,
+    decoder: DecoderLM,
     methods: Mapping[str, Method],
     settings: Settings,
     room: int,
@@ -176,7 +196,7 @@ def batch_that_fits(
 
     No more than there are windows: a batch is filled up with rows that do not count.
     """
-    sizes = [_prompt_bytes(model, method, settings) for method in methods.values()]
+    sizes = [_prompt_bytes(decoder, method, settings) for method in methods.values()]
     together = min(GROUP, len(sizes)) * sum(sizes) / len(sizes)
     batch = 1
     while 2 * batch <= min(most, settings.windows) and 2 * batch * together <= room:
@@ -185,7 +205,7 @@ def batch_that_fits(
 
 
 def groups(
-    model: LanguageModel,
+    decoder: DecoderLM,
     methods: Mapping[str, Method],
     reference: Method,
     settings: Settings,
@@ -198,7 +218,7 @@ def groups(
     """
 
     def held(method):
-        return settings.batch * _prompt_bytes(model, method, settings)
+        return settings.batch * _prompt_bytes(decoder, method, settings)
 
     grouped: list[list[str]] = []
     left = 0
@@ -215,9 +235,11 @@ def groups(
     return grouped + alone
 
 
-def _prompt_bytes(model, method, settings) -> int:
-    decoder, context = model.decoder, settings.context
-    return accounting.bytes_of_prompt(method, decoder, context, settings.new_tokens)
+def _prompt_bytes(decoder, method, settings) -> int:
+    return _bytes_of_prompt(method, decoder, settings.context, settings.new_tokens)
+
+
+_bytes_of_prompt = functools.cache(accounting.bytes_of_prompt)
 
 
 def _bytes(model, method, settings) -> tuple[int, int]:
@@ -256,9 +278,8 @@ def of_windows(layers: fidelity.LayerFidelity, name: str) -> Interval:
 def _row(name, num_bytes, inputs, answered, followed, expected, seconds) -> Row:
     log_probs, agreement, layers = followed
     scores = iter(answered.scores)
-    passkey, multikey, links = (
-        list(itertools.islice(scores, len(examples)))
-        for examples in (inputs.passkey, inputs.multikey, inputs.chain)
+    own, passkey, multikey, links = (
+        list(itertools.islice(scores, len(getattr(inputs, task)))) for task in TASKS
     )
     window_means = log_probs.mean(1)
     return Row(
@@ -283,6 +304,7 @@ def _row(name, num_bytes, inputs, answered, followed, expected, seconds) -> Row:
         full_steps=statistics.share_interval(layers.refreshed.mean(0)),
         tokens_per_second=float(np.median(answered.tokens_per_second)),
         prefill_seconds=seconds,
+        own=proportion(own) if own else None,
     )
 
 

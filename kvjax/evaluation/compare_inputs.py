@@ -1,12 +1,14 @@
 """The inputs of a comparison: the same for every method, and what they are made by."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvjax.evaluation import chain, tasks
+from kvjax.evaluation import chain, chat, own_tasks, tasks
 from kvjax.evaluation.chain import Chain
 from kvjax.evaluation.haystack import Prompted
+from kvjax.evaluation.own_tasks import Own, Question
 from kvjax.evaluation.tasks import Example
 from kvjax.interface import LanguageModel
 
@@ -20,7 +22,7 @@ class Settings:
         new_tokens: tokens after the prompt: generated, or fed and predicted.
         examples: of each retrieval task.
         links: of a chain; fewer where `new_tokens` cannot hold so many.
-        windows: of held-out text.
+        windows: of the text.
         batch: rows decoded together; cache memory grows with it.
         depths: where needles are hidden, 0 = start of the prompt, 1 = end.
         seed: of every input.
@@ -55,13 +57,29 @@ class Inputs(NamedTuple):
     multikey: list[Example]
     chain: list[Chain]
     windows: list[list[int]]
+    own: Sequence[Own] = ()  # the user's questions
 
 
-def make_inputs(model: LanguageModel, text: str, settings: Settings) -> Inputs:
+def make_inputs(
+    model: LanguageModel,
+    text: str,
+    settings: Settings,
+    *,
+    questions: Sequence[Question] = (),
+    is_chat: bool = False,
+) -> Inputs:
     """The inputs of a comparison.
 
+    Args:
+        model: decoder, weights and tokenizer.
+        text: what tasks and windows are made of.
+        settings: the same as of the comparison.
+        questions: the user's own.
+        is_chat: tasks are turns in the model's chat template; windows are not.
+
     Raises:
-        ValueError: if the context exceeds the model's, or the text is too short.
+        ValueError: if the context exceeds the model's, the text is too short, or
+            a question does not fit.
     """
     check_context(model, settings.context)
     tokenizer, new_tokens = model.tokenizer, settings.new_tokens
@@ -70,13 +88,18 @@ def make_inputs(model: LanguageModel, text: str, settings: Settings) -> Inputs:
 
     def examples(task):
         # The answer begins what is generated: leave all of it room.
-        made = task(
+        made = chat.fitted(
             tokenizer,
-            text,
-            context=room,
-            n=settings.examples,
-            seed=settings.seed,
-            depths=settings.depths,
+            lambda context: task(
+                tokenizer,
+                text,
+                context=context,
+                n=settings.examples,
+                seed=settings.seed,
+                depths=settings.depths,
+            ),
+            room,
+            is_chat=is_chat,
         )
         if _longest(made) > new_tokens:
             raise ValueError(
@@ -88,13 +111,20 @@ def make_inputs(model: LanguageModel, text: str, settings: Settings) -> Inputs:
     return Inputs(
         examples(tasks.passkey),
         examples(tasks.multikey),
-        _chains(tokenizer, text, room, settings),
+        _chains(tokenizer, text, room, settings, is_chat),
         tasks.windows(
             tokenizer,
             text,
             context=settings.context,
             n=settings.windows,
             seed=settings.seed,
+        ),
+        own_tasks.prompts(
+            tokenizer,
+            questions,
+            context=settings.context,
+            new_tokens=new_tokens,
+            is_chat=is_chat,
         ),
     )
 
@@ -103,16 +133,21 @@ def _longest(examples: Sequence[Prompted]) -> int:
     return max(example.answer_tokens for example in examples)
 
 
-def _chains(tokenizer, text, room, settings) -> list[Chain]:
-    links = settings.links
-    while True:
-        made = chain.chain_of_key(
+def _chains(tokenizer, text, room, settings, is_chat) -> list[Chain]:
+    def make(context: int, links: int) -> list[Chain]:
+        return chain.chain_of_key(
             tokenizer,
             text,
-            context=room,
+            context=context,
             n=settings.examples,
             seed=settings.seed,
             links=links,
+        )
+
+    links = settings.links
+    while True:
+        made = chat.fitted(
+            tokenizer, functools.partial(make, links=links), room, is_chat=is_chat
         )
         longest = _longest(made)
         if longest <= settings.new_tokens:

@@ -27,6 +27,9 @@ from kvjax.text_stream import continuation
 
 TIMED = 2  # batches whose decoding is timed
 
+# (place of the method, number of the first example, answers)
+OnAnswers = Callable[[int, int, list[str]], None]
+
 
 class Retrieval(NamedTuple):
     """Answers of a method, and how fast it decoded them."""
@@ -63,6 +66,7 @@ def retrieve(
     chunk_size: int = 512,
     longest: int = 0,
     timed: bool = False,
+    on_answers: OnAnswers = lambda place, first, said: None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Retrieval]:
     """Answers the examples under each method, and times each batch's decoding.
@@ -74,6 +78,8 @@ def retrieve(
         methods: which read together; several must all have exact prompts.
         longest: tokens of a prompt to make room for, where none is so long; see
             :func:`kvjax.generate.prefill`.
+        on_answers: called with a method's place, the number of a batch's first example,
+            and what was answered, batch by batch.
         timed: the last `TIMED` batches generate exactly `new_tokens`, and are timed;
             never the first one, which compiles: if it is the only one, it runs again.
 
@@ -113,9 +119,16 @@ def retrieve(
             generations, rate = _timed(events, batch * (steps - 1))
             if is_timed:
                 rates[place].append(rate)
-            for example, generation in zip(group, generations, strict=True):
-                tokens = generation.tokens[: example.answer_tokens + 2]
-                answers[place].append(continuation(decode, example.prompt, tokens))
+            said = [
+                _answer(model, decode, example, generation.tokens)
+                for example, generation in zip(group, generations, strict=True)
+            ]
+            answers[place] += said
+            # What fills the last batch up, or runs again, has been answered before.
+            first = index * batch
+            said = said[: max(len(examples) - first, 0)]
+            if said:
+                on_answers(place, first, said)
             done = index + (place + 1) / len(methods)
             progress(done / (len(groups) + len(repeats)))
     generate.drop_programs(reading=False)
@@ -127,6 +140,13 @@ def retrieve(
         )
         for said, rate in zip(answers, rates, strict=True)
     ]
+
+
+def _answer(model: LanguageModel, decode, example: Prompted, tokens) -> str:
+    """What goes on from a prompt, up to a token that ends a text: decoding does not."""
+    tokens = tokens[: example.answer_tokens + 2]
+    ends = [index for index, token in enumerate(tokens) if token in model.eos_ids]
+    return continuation(decode, example.prompt, tokens[: ends[0]] if ends else tokens)
 
 
 def _timed(events, tokens: int):

@@ -37,7 +37,7 @@ class Extraction(NamedTuple):
         Of the generated lines only as many are looked at as rows are asked for. A line
         that is no row is a wrong one, and so is a row said twice.
         """
-        table = self.text.rpartition("\n")[2] + generated
+        table = self.text[self.text.rindex(self.start) :] + generated
         lines = table.split("\n")[: len(self.rows)]
         said = [tuple(cell.strip() for cell in line.split("\t")) for line in lines]
         found = (Counter(said) & Counter(self.rows)).total()

@@ -1,6 +1,6 @@
 """What each attention head of a model does: sinks, spread, what it copies from where.
 
-Seen in the model's training form over held-out text and over pass keys: no method, no
+Seen in the model's training form over a text and over pass keys: no method, no
 cache. :mod:`kvjax.evaluation.heads_figure` draws it.
 
     L   layers    A   tokens asked for    R   queries looked at
@@ -49,7 +49,8 @@ class Heads(NamedTuple):
     model: str
     alpha: float  # 1 = softmax
     context: int
-    windows: int  # of text
+    windows: int  # of the text
+    text: str  # what it is called
     answers: int  # tokens that were asked for, A
 
 
@@ -82,6 +83,7 @@ def inspect(
     windows: int = 4,
     prompts: int = 10,
     seed: int = 0,
+    text_name: str = "text",
     progress: Callable[[float], None] = lambda done: None,
 ) -> Heads:
     """Measures every head on text and on pass keys hidden in it.
@@ -95,11 +97,12 @@ def inspect(
 
     Args:
         model: its decoder has ``hidden(params, tokens, attention)``.
-        text: held out.
+        text: what windows and prompts are made of.
         context: tokens of a window, and at most of a prompt.
         windows: of text.
         prompts: with a pass key each, at all depths.
         seed: of windows and prompts.
+        text_name: for the figure and the summary.
         progress: called with the fraction that is done.
 
     Raises:
@@ -151,6 +154,7 @@ def inspect(
         alpha=decoder.cache_spec(1, context).alpha,
         context=context,
         windows=windows,
+        text=text_name,
         answers=sum(counts),
     )
 
@@ -171,7 +175,8 @@ def summary(result: Heads) -> list[str]:
     kind = "softmax" if result.alpha == 1 else f"entmax {result.alpha:g}"
     lines = [
         f"{result.model or 'model'} ({kind}): {result.windows} windows of "
-        f"{result.context} tokens, {result.answers} answer tokens of pass keys"
+        f"{result.context} tokens of {result.text}, {result.answers} answer tokens of "
+        "pass keys"
     ]
 
     def line(label: str, values: np.ndarray, form: str, sign: int = 1) -> None:

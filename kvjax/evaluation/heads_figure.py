@@ -38,7 +38,7 @@ def figure(result: Heads, path: str | pathlib.Path | None = None):
     kind = "softmax" if is_softmax else f"entmax, alpha = {result.alpha:g}"
     sheet.suptitle(
         f"{result.model or 'model'} ({kind}): {result.windows} windows of "
-        f"{result.context:,} tokens of held-out text; retrieval over {result.answers} "
+        f"{result.context:,} tokens of {result.text}; retrieval over {result.answers} "
         "answer tokens of pass keys",
         fontsize=11,
     )

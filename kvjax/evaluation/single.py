@@ -1,20 +1,25 @@
 """One task under one method: what `kvjax eval` runs, as plain numbers."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvjax import accounting
 from kvjax.evaluation import (
+    answers,
     chain,
+    chat,
     compare,
     compare_inputs,
     compare_runs,
     extraction,
     fidelity,
     forced,
+    own_tasks,
     statistics,
     tasks,
 )
+from kvjax.evaluation.haystack import Prompted
+from kvjax.evaluation.own_tasks import Question
 from kvjax.interface import LanguageModel, Method
 
 RETRIEVAL = {
@@ -25,6 +30,7 @@ RETRIEVAL = {
     "extraction": extraction.extraction,
 }
 TASKS = (*RETRIEVAL, "perplexity", "fidelity")
+OWN = "own"  # the user's questions
 
 
 def check_task(task: str) -> None:
@@ -46,14 +52,17 @@ def run(
     new_tokens: int = 64,
     batch: int = 8,
     chunk_size: int = 1024,
+    questions: Sequence[Question] = (),
+    is_chat: bool = False,
+    on_answer: Callable[[int, Prompted, str], None] = answers.ignore,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
     """Runs a task and returns its numbers, ready for JSON.
 
     Args:
         task: `passkey`, `multikey`, `variables`, `chain` and `extraction` ask for
-            something said earlier, `perplexity` predicts held-out text by decode steps,
-            `fidelity` compares with the reference.
+            something said earlier, `perplexity` predicts the text by decode steps,
+            `fidelity` compares with the reference; `own` asks the questions.
         model: decoder, weights and tokenizer.
         method: under test.
         reference: what `fidelity` compares with; other tasks do not run it.
@@ -61,22 +70,42 @@ def run(
         context: tokens of an input, what follows the prompt included.
         n: examples, or windows of text.
         seed: of the inputs.
-        new_tokens: tokens fed through the decode path (not for retrieval).
+        new_tokens: tokens fed through the decode path, and most of a reply to a
+            question (not for other retrieval).
         batch: rows decoded together.
         chunk_size: most prompt tokens processed at once.
+        questions: of the task `own`, from :mod:`kvjax.evaluation.own_tasks`.
+        is_chat: prompts are turns in the model's chat template (not of windows).
+        on_answer: called with an example's number, the example and what was answered.
         progress: called with the fraction that is done.
 
     Raises:
         ValueError: if the task is unknown, or the sizes do not fit model or text.
     """
-    check_task(task)
+    if task != OWN or not questions:
+        check_task(task)
     compare_inputs.check_context(model, context)
     accounting.check_diagnostics(method, model.decoder)
-    shapes = {"batch": min(batch, n), "chunk_size": chunk_size}
+    shapes = {"batch": min(batch, len(questions) or n), "chunk_size": chunk_size}
+    if task == OWN:
+        examples = own_tasks.prompts(
+            model.tokenizer,
+            questions,
+            context=context,
+            new_tokens=new_tokens,
+            is_chat=is_chat,
+        )
+        return _retrieval(model, method, examples, shapes, on_answer, progress)
     if task in RETRIEVAL:
-        make = RETRIEVAL[task]
-        examples = make(model.tokenizer, text, context=context, n=n, seed=seed)
-        return _retrieval(model, method, examples, shapes, progress)
+        examples = chat.fitted(
+            model.tokenizer,
+            lambda context: RETRIEVAL[task](
+                model.tokenizer, text, context=context, n=n, seed=seed
+            ),
+            context,
+            is_chat=is_chat,
+        )
+        return _retrieval(model, method, examples, shapes, on_answer, progress)
     if not 2 <= new_tokens < context:
         raise ValueError(f"{new_tokens=} must be in [2, {context=}).")
     windows = tasks.windows(model.tokenizer, text, context=context, n=n, seed=seed)
@@ -86,12 +115,24 @@ def run(
     return _fidelity(model, method, reference, windows, shapes, progress)
 
 
-def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
+def _retrieval(model, method, examples, shapes, on_answer, progress) -> dict[str, Any]:
     longest = max(example.answer_tokens for example in examples)
-    (answers,) = compare_runs.retrieve(
-        model, [method], examples, new_tokens=longest, progress=progress, **shapes
+
+    def answered(place: int, first: int, said: Sequence[str]) -> None:
+        del place  # there is one method
+        for index, answer in enumerate(said, first):
+            on_answer(index, examples[index], answer)
+
+    (replies,) = compare_runs.retrieve(
+        model,
+        [method],
+        examples,
+        new_tokens=longest,
+        on_answers=answered,
+        progress=progress,
+        **shapes,
     )
-    found = zip(examples, answers.answers, answers.scores, strict=True)
+    found = zip(examples, replies.answers, replies.scores, strict=True)
     listed = [
         {
             "prompt_tokens": len(example.prompt),
@@ -104,21 +145,25 @@ def _retrieval(model, method, examples, shapes, progress) -> dict[str, Any]:
     if isinstance(examples[0], chain.Chain):
         for entry, example in zip(listed, examples, strict=True):
             entry["keys"] = len(example.keys)
-        interval = statistics.share_interval(answers.scores)
+        interval = statistics.share_interval(replies.scores)
         asked = {"links": examples[0].links}
         return {"valid_prefix": interval._asdict(), **asked, "examples": listed}
     if isinstance(examples[0], extraction.Extraction):
-        interval = statistics.share_interval(answers.scores)
+        interval = statistics.share_interval(replies.scores)
         asked = {"rows": len(examples[0].rows)}
         return {"f1": interval._asdict(), **asked, "examples": listed}
+    for entry in listed:
+        entry["correct"] = entry.pop("score") == 1
+    accuracy = compare.proportion(replies.scores)._asdict()
+    if isinstance(examples[0], own_tasks.Own):
+        return {"accuracy": accuracy, "examples": listed}
     for entry, example in zip(listed, examples, strict=True):
         entry["depth"] = example.depth
-        entry["correct"] = entry.pop("score") == 1
     return {
-        "accuracy": compare.proportion(answers.scores)._asdict(),
+        "accuracy": accuracy,
         "by_depth": [
             {"depth": depth, "correct": correct, "asked": asked}
-            for depth, correct, asked in compare.by_depth(examples, answers.scores)
+            for depth, correct, asked in compare.by_depth(examples, replies.scores)
         ],
         "examples": listed,
     }

@@ -198,7 +198,9 @@ def test_entmax_weights_solve_their_equation():
 
 def test_a_summary_names_the_heads(softmax):
     said = heads.summary(softmax)
-    assert said[0].startswith("made (softmax): 2 windows of 200 tokens, 15 answer")
+    assert said[0].startswith(
+        "made (softmax): 2 windows of 200 tokens of text, 15 answer"
+    )
     found = {line[:20].strip(): line[20:] for line in said[1:]}
     assert found["retrieval"].startswith("layer  0, head  3: source has the most")
     assert "100% of the time" in found["retrieval"]

@@ -111,15 +111,15 @@ METHODS = {
 
 
 def grouped(room):
-    return compare.groups(MODEL, METHODS, METHODS["full"], SETTINGS, room)
+    return compare.groups(MODEL.decoder, METHODS, METHODS["full"], SETTINGS, room)
 
 
 def test_groups_fill_the_room_and_others_are_alone():
     whole = ["full", "snapkv", "quest", "h2o"]
     assert grouped(1 << 30) == [whole, ["streaming_llm"]]
     assert grouped(0) == [["full"], ["snapkv"], ["quest"], ["h2o"], ["streaming_llm"]]
-    one = compare._prompt_bytes(MODEL, METHODS["full"], SETTINGS)
-    snap = compare._prompt_bytes(MODEL, METHODS["snapkv"], SETTINGS)
+    one = compare._prompt_bytes(MODEL.decoder, METHODS["full"], SETTINGS)
+    snap = compare._prompt_bytes(MODEL.decoder, METHODS["snapkv"], SETTINGS)
     # With the reference, of two rows each: room for one more, to the byte.
     assert grouped(2 * (one + snap))[0] == ["full", "snapkv"]
     assert grouped(2 * (one + snap) - 1)[0] == ["full"]
@@ -130,12 +130,14 @@ def test_the_batch_leaves_room_for_methods_to_read_together():
         settings = compare_inputs.Settings(
             **({"context": 64, "new_tokens": 8, "windows": 8} | changes)
         )
-        return compare.batch_that_fits(MODEL, METHODS, settings, room)
+        return compare.batch_that_fits(MODEL.decoder, METHODS, settings, room)
 
     assert batch(1 << 30) == 8
     assert batch(1 << 30, windows=3) == 2
     assert batch(1) == 1
-    sizes = [compare._prompt_bytes(MODEL, m, SETTINGS) for m in METHODS.values()]
+    sizes = [
+        compare._prompt_bytes(MODEL.decoder, m, SETTINGS) for m in METHODS.values()
+    ]
     four = 4 * sum(sizes) / len(sizes)
     assert batch(int(2 * four) + 1) == 2
     assert batch(int(2 * four) - 1) == 1
