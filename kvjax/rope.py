@@ -1,16 +1,27 @@
 """Rotary position embeddings, with every scaling the Llama family uses.
 
-Frequencies are static NumPy; only `dynamic` depends on the running length. The
+Frequencies are static NumPy, float32 as in the checkpoints' own library; only `dynamic`
+depends on the running length. Their products with positions are exact, however far the
+position: integers of 64 bits, in fractions of a turn, that wrap as angles do. The
 pairing is that of the Hugging Face checkpoints: element d turns with d + D/2.
 """
 
 import dataclasses
+import functools
 import math
-from typing import Literal
+from fractions import Fraction
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jax import lax
+from jaxtyping import Array, Float, Int, UInt
+
+_LARGEST = 1e30  # of any number: its products are not infinite yet
+_NUMBERS = (
+    *("theta", "factor", "original_context", "low_freq_factor", "high_freq_factor"),
+    *("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +60,30 @@ class Rope:
     factors: tuple[float, ...] = ()
 
     def __post_init__(self):
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even for RoPE.")
+        if self.head_dim < 2 or self.head_dim % 2:
+            raise ValueError(
+                f"head_dim={self.head_dim} must be even for RoPE, and at least 2."
+            )
         if self.kind not in _FREQUENCIES:
             raise ValueError(
                 f"rope kind {self.kind!r} is unknown; known: {', '.join(_FREQUENCIES)}."
             )
+        for name in _NUMBERS:
+            value = getattr(self, name)
+            if value is not None and not -_LARGEST <= value <= _LARGEST:
+                raise ValueError(f"rope {name}={value} must be in [-1e30, 1e30].")
+        if self.theta < 1:
+            raise ValueError(f"rope theta={self.theta} must be at least 1.")
         if self.kind != "default" and self.factor < 1:
             raise ValueError(f"rope factor={self.factor} must be at least 1.")
-        if self.kind in ("dynamic", "llama3", "yarn") and self.original_context < 1:
-            raise ValueError(
-                f"rope kind {self.kind!r} needs original_context >= 1, got "
-                f"{self.original_context}."
-            )
+        _check_stretch(self)
         if len(self.factors) != (self.head_dim // 2 if self.kind == "factors" else 0):
             raise ValueError(
                 f"rope kind {self.kind!r} with head_dim={self.head_dim} got "
                 f"{len(self.factors)} factors; only 'factors' takes them, "
                 "head_dim / 2 of them."
             )
-        if not all(factor > 0 and math.isfinite(factor) for factor in self.factors):
+        if not all(1 / _LARGEST <= factor <= _LARGEST for factor in self.factors):
             raise ValueError("every rope factor must be finite and above 0.")
 
     def __call__(
@@ -79,15 +94,18 @@ class Rope:
     ) -> Float[Array, "B H T D"]:
         """Rotates `x` at `positions` in float32; the result has x's dtype.
 
+        Positions are those of int32, negative ones turn back; the angles at all of
+        them are right to some 3e-7.
+
         `length` is the number of tokens in the row once this call's are in. Only
         `dynamic` looks at it: frequencies stretch once it exceeds `original_context`.
         """
         if self.kind == "none":
             return x
-        inverse = _FREQUENCIES[self.kind](self)
+        steps = _static_steps(self)
         if self.kind == "dynamic" and length is not None:
-            inverse = _dynamic(self, length)[:, None, None, :]
-        angle = positions[:, None, :, None].astype(jnp.float32) * inverse
+            steps = _steps(_dynamic(self, length)[:, None, None, :])
+        angle = _angles(steps, positions[:, None, :, None])
         scale = np.float32(self.attention_scale())
         cos, sin = jnp.cos(angle) * scale, jnp.sin(angle) * scale
         first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -108,6 +126,30 @@ class Rope:
         return _yarn_scale(self.factor)
 
 
+def _check_stretch(rope: Rope) -> None:
+    kind = rope.kind
+    if kind in ("dynamic", "llama3", "yarn") and rope.original_context < 1:
+        raise ValueError(
+            f"rope kind {kind!r} needs original_context >= 1, got "
+            f"{rope.original_context}."
+        )
+    if kind == "dynamic" and rope.head_dim < 4:
+        raise ValueError(
+            f"rope kind {kind!r} needs head_dim >= 4, got {rope.head_dim}."
+        )
+    if kind == "llama3" and not 0 < rope.low_freq_factor < rope.high_freq_factor:
+        raise ValueError(
+            f"rope low_freq_factor={rope.low_freq_factor} must be above 0 and below "
+            f"high_freq_factor={rope.high_freq_factor}."
+        )
+    is_ramp = rope.beta_fast > 0 and rope.beta_slow > 0 and rope.theta > 1
+    if kind == "yarn" and not is_ramp:
+        raise ValueError(
+            f"rope kind {kind!r} needs beta_fast={rope.beta_fast} and "
+            f"beta_slow={rope.beta_slow} above 0, theta={rope.theta} above 1."
+        )
+
+
 def _yarn_scale(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -123,8 +165,8 @@ def _linear(rope: Rope) -> np.ndarray:
 
 def _dynamic(rope: Rope, length: Int[Array, "B"]) -> Float[Array, "B half"]:
     # NTK-aware: the base grows with the running length beyond the original context.
-    seen = jnp.maximum(length, rope.original_context).astype(jnp.float32)
-    stretch = rope.factor * seen / rope.original_context - (rope.factor - 1)
+    beyond = jnp.maximum(length - int(rope.original_context), 0).astype(jnp.float32)
+    stretch = 1 + rope.factor * beyond / rope.original_context
     base = rope.theta * stretch ** (rope.head_dim / (rope.head_dim - 2))
     exponent = np.arange(0, rope.head_dim, 2, dtype=np.float32) / rope.head_dim
     return 1.0 / base[:, None] ** exponent
@@ -174,3 +216,65 @@ _FREQUENCIES = {
     "factors": _factors,
     "none": _default,  # not asked for
 }
+
+
+# --- angles
+
+
+class _Steps(NamedTuple):
+    """Turns a position, modulo 1, in units of 2**-64: two words of 32 bits."""
+
+    high: UInt[Array | np.ndarray, "*#B half"]
+    low: UInt[Array | np.ndarray, "*#B half"]
+
+
+# 1 / (2 pi), in units of 2**-130.
+_PER_RADIAN = 0xA2F9836E4E441529FC2757D1F534DDC0
+
+
+@functools.cache
+def _static_steps(rope: Rope) -> _Steps:
+    """The steps of float32 frequencies, to the last of their 64 bits."""
+    frequencies = map(Fraction, _FREQUENCIES[rope.kind](rope).tolist())
+    steps = [round(f * _PER_RADIAN / 2**66) % 2**64 for f in frequencies]
+    words = np.array([divmod(step, 2**32) for step in steps], np.uint32)
+    return _Steps(*words.T)
+
+
+def _steps(frequencies: Float[Array, "*B half"]) -> _Steps:
+    """The steps of float32 frequencies in (0, 1] that are known on the device only."""
+    bits = lax.bitcast_convert_type(frequencies, jnp.uint32)
+    # frequency = fraction * 2**-31 * 2**-by, the top bit of `fraction` set.
+    fraction = ((bits & 0x7FFFFF) | 0x800000) << 8
+    by = 127 - (bits >> 23)
+    first, second = map(np.uint32, divmod(round(Fraction(_PER_RADIAN, 2**65)), 2**32))
+    carried = _high_product(fraction, second)
+    low = carried + fraction * first
+    high = _high_product(fraction, first) + (low < carried).astype(jnp.uint32)
+    for part in (jnp.minimum(by, 31), jnp.clip(by, 31, 62) - 31):
+        low = (low >> part) | ((high << 1) << (31 - part))
+        high = high >> part
+    return _Steps(high, low)
+
+
+def _angles(
+    steps: _Steps, positions: Int[Array, "B 1 T 1"]
+) -> Float[Array, "B 1 T half"]:
+    """Radians in [-pi, pi], equal to position times frequency but for whole turns."""
+    positions = positions.astype(jnp.int32)
+    far = lax.bitcast_convert_type(jnp.abs(positions), jnp.uint32)
+    # The upper word of the product; what overflows are whole turns.
+    turned = far * steps.high + _high_product(far, steps.low)
+    signed = lax.bitcast_convert_type(turned, jnp.int32).astype(jnp.float32)
+    angle = signed * np.float32(2 * math.pi / 2**32)
+    return jnp.where(positions < 0, -angle, angle)
+
+
+def _high_product(
+    a: UInt[Array, "*#B"], b: UInt[Array | np.ndarray | np.uint32, "*#B"]
+) -> UInt[Array, "*_"]:
+    """The upper 32 bits of the products, which have 64."""
+    a_high, a_low, b_high, b_low = a >> 16, a & 0xFFFF, b >> 16, b & 0xFFFF
+    middle = a_high * b_low + ((a_low * b_low) >> 16)
+    other = a_low * b_high + (middle & 0xFFFF)
+    return a_high * b_high + (middle >> 16) + (other >> 16)

@@ -1,13 +1,14 @@
 """Rotations against float64 loops and their defining identities."""
 
 import math
+from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
 
-from kvjax.rope import Rope
+from kvjax.rope import _FREQUENCIES, Rope, _dynamic
 
 
 def _apply(rope, x, positions, length=None):
@@ -139,6 +140,9 @@ def test_logits_depend_on_distance_only():
             {"head_dim": 4, "kind": "factors", "factors": (1.0, 0.0)},
             "must be finite and above 0",
         ),
+        ({"head_dim": 8, "theta": 0.5}, "theta=0.5 must be at least 1"),
+        ({"head_dim": 8, "theta": math.inf}, r"theta=inf must be in \[-1e30"),
+        ({"head_dim": 0}, "head_dim=0 must be even"),
         ({"head_dim": 8, "kind": "longrope"}, r"'longrope' is unknown; known: default"),
     ],
 )
@@ -146,3 +150,66 @@ def test_logits_depend_on_distance_only():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         Rope(**options)
+
+
+# --- far positions
+
+# 2 pi to 60 digits, of which float64 has 16.
+TURN = Fraction("6.283185307179586476925286766559005768394338798750211641949889")
+FAR = (0, 1, 1023, 131_071, 2**24, 2**24 + 1, 50_000_017, 2**31 - 1, -1, -(2**31))
+KINDS = {
+    "default": Rope(64),
+    "theta": Rope(128, 5e6),
+    "linear": Rope(64, kind="linear", factor=3.0),
+    "dynamic": Rope(64, kind="dynamic", factor=2.0, original_context=100),
+    "llama3": Rope(64, 5e5, "llama3", factor=8.0, original_context=8192),
+    "yarn": Rope(64, 1e4, "yarn", factor=4.0, original_context=4096),
+    "factors": Rope(4, kind="factors", factors=(0.3, 7.0)),
+}
+
+
+def _sines(frequencies, position):
+    """Of the exact products of integers and float32 frequencies, to float64."""
+    angles = [position * Fraction(float(f)) % TURN for f in frequencies]
+    return np.array([(math.cos(a), math.sin(a)) for a in map(float, angles)]).T
+
+
+def _turned_unit(rope, positions, length=None):
+    """Cosines and sines of every pair at every position."""
+    half = rope.head_dim // 2
+    unit = np.zeros((len(positions), rope.head_dim))
+    unit[:, :half] = 1
+    found = _apply(rope, unit, positions, length) / rope.attention_scale()
+    return found[:, :half], found[:, half:]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_angles_are_exact_at_every_position_of_int32(kind):
+    """A float32 product has no digit left of most of these: errors of up to 2."""
+    rope = KINDS[kind]
+    cos, sin = _turned_unit(rope, FAR)
+    for row, position in enumerate(FAR):
+        expected = _sines(_FREQUENCIES[rope.kind](rope), position)
+        np.testing.assert_allclose((cos[row], sin[row]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [90, 101, 40_000, 2**31 - 1])
+@pytest.mark.parametrize("stretch", [2.0, 1e9])
+def test_dynamic_angles_are_exact_too(length, stretch):
+    """Their frequencies, of 1 to 1e-13, are known on the device only."""
+    rope = Rope(64, kind="dynamic", factor=stretch, original_context=100)
+    cos, sin = _turned_unit(rope, FAR, length)
+    frequencies = np.asarray(_dynamic(rope, jnp.array([length], jnp.int32)))[0]
+    for row, position in enumerate(FAR):
+        expected = _sines(frequencies, position)
+        np.testing.assert_allclose((cos[row], sin[row]), expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("start", [2**24, 2**30, 2**31 - 200])
+def test_logits_depend_on_distance_only_wherever_they_are(start):
+    rng = np.random.default_rng(3)
+    q, k = rng.standard_normal((2, 7, 64))
+    at = np.array([0, 1, 2, 3, 50, 99, 100])
+    near = _apply(Rope(64), q, at) @ _apply(Rope(64), k, at).T
+    far = _apply(Rope(64), q, at + start) @ _apply(Rope(64), k, at + start).T
+    np.testing.assert_allclose(near, far, atol=2e-5)

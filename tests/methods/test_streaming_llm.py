@@ -4,6 +4,7 @@ import functools
 
 import drive
 import jax
+import numpy as np
 import oracles
 import pytest
 
@@ -63,6 +64,27 @@ def test_memory_does_not_depend_on_the_context():
         state = jax.eval_shape(functools.partial(method.init, spec))
         shapes.append([leaf.shape for leaf in jax.tree.leaves(state)])
     assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("before", [2**24, 2**31 - 64])
+def test_far_along_a_stream_all_is_as_near_its_beginning(before):
+    """The same tokens `before` tokens later: the sinks and the window see the same."""
+    stream = drive.make_stream((40,), 1)
+    method, spec = streaming_llm(budget=12, num_sinks=4), drive.make_spec(stream)
+    step = jax.jit(method.inspect_step)
+
+    def outputs(jump):
+        first, rest = drive.prompt_inputs(stream, [(8,), (32,)])
+        state, _ = method.prefill(method.init(spec), *first)
+        state = state._replace(length=state.length + jump)
+        state, out = method.prefill(state, *rest)
+        q, k, v = (x[0] for x in drive.step_inputs(stream))
+        _, last, _ = step(method.append(state, k, v), q)
+        # The ring of 8 holds none of the tokens before the jump by then.
+        return np.concatenate([out[0, :, 8:], last[0]], axis=1)
+
+    assert before % 8 == 0  # every token has the slot that it has near the beginning
+    drive.assert_rows_close(outputs(before), outputs(0))
 
 
 @pytest.mark.parametrize(
