@@ -134,11 +134,12 @@ def layout(plan: Plan, seen: Int[Array, "B"]) -> Layout:
     n = jnp.maximum(seen - plan.num_sinks, 0)
     pushed = jnp.stack([pushes(plan, i, n) for i in range(plan.num_rings)], axis=1)
     stored = jnp.minimum(pushed, plan.width)
-    start = jnp.where(pushed <= plan.width, 0, lax.rem(pushed, plan.width))
+    width = jnp.int32(plan.width)  # of one type with the indices where 64 bits are on
+    start = jnp.where(pushed <= width, 0, lax.rem(pushed, width))
     following = sinks + stored.sum(1, dtype=jnp.int32)
     base = following[:, None] - jnp.cumsum(stored, axis=1, dtype=jnp.int32)
     slot = jnp.arange(plan.width, dtype=jnp.int32)
-    rank = lax.rem(slot - start[..., None] + plan.width, plan.width)
+    rank = lax.rem(slot - start[..., None] + width, width)
     held = jnp.where(slot < stored[..., None], base[..., None] + rank, -1)
     positions = held.reshape(seen.shape[0], plan.window)
     return Layout(sinks, stored, start, base, following, positions)
@@ -175,6 +176,7 @@ def sources(
 
 def _sources_of_row(plan, seen, count, scores, new_scores):
     width, window = plan.width, plan.window
+    period = jnp.int32(width)  # of one type with the indices where 64 bits are on
     fresh = new_scores.shape[-1]
     order = jnp.arange(fresh, dtype=jnp.int32)
     sinks = jnp.clip(plan.num_sinks - seen, 0, fresh)  # new tokens that are sinks
@@ -193,7 +195,7 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
         # was the newest before, group u the u-th new one.
         group = jnp.where(is_real, pushes(plan, i, time + 1) - a, fresh + 1)
         group = jnp.concatenate([jnp.zeros(1, jnp.int32), group])
-        newest = i * width + lax.rem(a + width - 1, width)
+        newest = i * width + lax.rem(a + width - 1, period)
         opener = jnp.where(a > 0, scores[:, newest], -jnp.inf)[:, None]
         runner = jnp.where(is_real, score, -jnp.inf)
         at = jnp.broadcast_to(newest, opener.shape)
@@ -213,7 +215,7 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
 
         slot = jnp.arange(width, dtype=jnp.int32)
         push = (
-            z - width + lax.rem(slot + width - lax.rem(z, width), width)
+            z - width + lax.rem(slot + width - lax.rem(z, period), period)
         )  # number of the push that a slot holds
         place = push - (a - 1)
         is_new = (push >= 0) & (place >= 0) & ((a > 0) | (push >= a))
@@ -225,7 +227,7 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
         gone = jnp.maximum(a - width, 0) + order
         is_real = gone < z - width
         time = push_time(plan, i, gone + width)
-        where = i * width + lax.rem(gone, width)
+        where = i * width + lax.rem(gone, period)
         was_there = gone < a - 1
         place = jnp.clip(gone - (a - 1), 0, fresh)
         score = jnp.where(was_there, scores[:, where], best_score[:, place])

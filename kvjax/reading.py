@@ -259,7 +259,8 @@ def _per_list(function, pages, ids, start, width, rows):
     index = head.reshape(batch, lists, 1) * num_pages + jnp.maximum(ids, 0)
 
     def one(page):  # a slice of each page: keys without values, or the reverse
-        return lax.dynamic_slice(flat, (page, 0, start), (1, page_size, width))[0]
+        where = page, jnp.int32(0), jnp.int32(start)
+        return lax.dynamic_slice(flat, where, (1, page_size, width))[0]
 
     def at_once(rows, index):
         taken = jax.vmap(jax.vmap(jax.vmap(one)))(index)

@@ -91,7 +91,9 @@ def insert(
     # A slot's number in its ring is the angle of its key. Heads differ in what moved.
     slot = jnp.arange(window, dtype=jnp.int32)
     was_new = src >= window
-    angle = slot % plan.width - jnp.where(was_new, 0, lax.rem(src, plan.width))
+    angle = slot % plan.width - jnp.where(
+        was_new, 0, lax.rem(src, jnp.int32(plan.width))
+    )
     moved = gather(rings.k, k)
 
     def per_head(x):
@@ -145,7 +147,7 @@ def insert_one(
         a = pushes(plan, i, n)
         push = pushes(plan, i, n + 1) > a
         newest = jnp.where(push, a, a + plan.width - 1)
-        slots.append(lax.rem(newest, plan.width))
+        slots.append(lax.rem(newest, jnp.int32(plan.width)))
         enters.append(alive)
         pushed.append(push)
         alive = alive & push & (a >= plan.width)  # a full ring expels its oldest
@@ -192,15 +194,16 @@ def insert_one(
 def _write_rows(buffers, rows, at, valid):
     """Writes row `(B, H, N, ...)` i of each buffer at slot `at (B, N)`, in place."""
     batch, count = at.shape
+    zero = jnp.int32(0)  # of one type with the indices also where 64 bits are on
 
     def put(index, buffers):
         b, i = index // count, index % count
 
         def one(buffer, rows):
-            zeros = (0,) * (rows.ndim - 3)
+            zeros = (zero,) * (rows.ndim - 3)
             shape = (1, rows.shape[1], 1, *rows.shape[3:])
-            row = lax.dynamic_slice(rows, (b, 0, i, *zeros), shape)
-            return lax.dynamic_update_slice(buffer, row, (b, 0, at[b, i], *zeros))
+            row = lax.dynamic_slice(rows, (b, zero, i, *zeros), shape)
+            return lax.dynamic_update_slice(buffer, row, (b, zero, at[b, i], *zeros))
 
         def all_of_them(buffers):
             return tuple(one(*pair) for pair in zip(buffers, rows, strict=True))
@@ -215,7 +218,7 @@ def _write_rows(buffers, rows, at, valid):
 
     # As `cache.write_run`: on CPU a scatter would copy.
     return lax.platform_dependent(
-        cpu=lambda: lax.fori_loop(0, batch * count, put, tuple(buffers)),
+        cpu=lambda: lax.fori_loop(zero, jnp.int32(batch * count), put, tuple(buffers)),
         default=scatter,
     )
 

@@ -346,6 +346,26 @@ def test_jit_equals_eager(case):
     _same(plain, out)
 
 
+def test_64_bits_change_nothing(case):
+    """As under JAX_ENABLE_X64: no integer and no float of ours gets wider by it."""
+    with jax.enable_x64(True):
+        state, prompt_out = case.prefill()
+        inputs, outs, attended = case.step_inputs(), [], []
+        state = case.jitted_finish(state)
+        step = jax.jit(functools.partial(drive.step, case.method))
+        for i in range(STEPS):
+            state, (out, diagnostics) = step(state, [x[i] for x in inputs])
+            outs.append(out[:, :, -1])
+            attended.append(diagnostics.attended)
+    _same(prompt_out, case.baseline.prompt_out)
+    _same(np.stack(outs), case.baseline.out)
+    _same(np.stack(attended), case.baseline.diagnostics.attended)
+    for wide, leaf in zip(
+        jax.tree.leaves(state), jax.tree.leaves(case.baseline.state), strict=True
+    ):
+        assert wide.dtype == leaf.dtype
+
+
 # --- memory and devices
 
 
