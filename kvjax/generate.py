@@ -13,14 +13,21 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import interface, text_tokens, timing
+from kvjax import decoding, interface, timing
 from kvjax.detokenize import TextRow
+from kvjax.finite import not_finite
 from kvjax.hidden import last_hidden, newer
-from kvjax.inputs import check_options, check_prompts
+from kvjax.inputs import (
+    check_counts,
+    check_model,
+    check_options,
+    check_prompts,
+    token_rows,
+)
 from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
 from kvjax.named import as_method
 from kvjax.prompt_chunks import PAD, bucket, chunks, recent
-from kvjax.sampling import Sampling, active, mentioned, row_keys, sample
+from kvjax.sampling import Sampling, active, mentioned, row_keys
 from kvjax.text_stream import CONTEXT
 
 NO_TOKEN = -1  # where a row has none
@@ -67,7 +74,7 @@ def generate(
         model: decoder, weights and tokenizer.
         method: any :class:`kvjax.Method`, or its spec, as `quest:budget=128`. Use one
             object, or one spec, for many calls: compiled code is kept per object.
-        prompts: texts, or token ids; of any lengths.
+        prompts: texts, or token ids, arrays of them too; of any lengths.
         max_new_tokens: most tokens a row generates, its EOS token included.
         sampling: greedy by default.
         stop: a row ends at the first token whose text completes one of these.
@@ -83,8 +90,11 @@ def generate(
     Raises:
         ValueError: if a prompt is empty, holds an id outside the vocabulary or is too
             long for the model's context (no prompt is, for a method of constant
-            memory), or if an option is out of its range.
+            memory), if an argument is of another type or out of its range, or once
+            logits are not finite: :class:`kvjax.finite.NotFiniteError`.
     """
+    if on_text is not None and not callable(on_text):
+        raise ValueError(f"{on_text=} must be a function of a row and its new text.")
     events = _start(
         model,
         as_method(method),
@@ -155,6 +165,8 @@ def prefill(
         ValueError: as :func:`generate`.
     """
     method = as_method(method)
+    check_model(model)
+    prompts = token_rows(prompts)
     check_prompts(model.decoder, method, prompts, max_new_tokens, chunk_size)
     longest = max(longest, *map(len, prompts))
     decoder, params = model.decoder, model.params
@@ -207,7 +219,7 @@ def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
 def drop_programs(*, reading: bool = True) -> None:
     """Frees what was compiled to decode, and to read prompts, of every method."""
     read = (_init, prefill_chunk, _finish) if reading else ()
-    for program in (_first_token, _decode, *read):
+    for program in (decoding.first_token, decoding.decode, *read):
         program.clear_cache()
 
 
@@ -231,72 +243,11 @@ def prefill_chunk(decoder, method, params, states, tokens, lengths):
     return states, last_hidden(hidden, lengths, None)
 
 
-class _Tail(NamedTuple):
-    """Of the loop's carry, all but the states: small."""
-
-    window: Int[Array, "B R"]  # newest tokens of each row, what the next step feeds
-    done: Array  # (B,) bool
-    seen: Array | None  # (B, V) bool, only under a repetition penalty
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _first_token(decoder, params, hidden, tail, keys, sampling, eos_ids):
-    return _choose(decoder, params, hidden, tail, keys, 0, sampling, eos_ids)
-
-
-def _choose(decoder, params, hidden, tail, keys, step, sampling, eos_ids):
-    """Next tokens `(B,)` from the hidden state `(B, E)`, and the tail with them in."""
-    window, done, seen = tail
-    if keys is not None:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    tokens = sample(keys, decoder.logits(params, hidden), seen, sampling)
-    tokens = jnp.where(done, PAD, tokens)
-    done = done | (tokens[:, None] == eos_ids).any(-1)
-    if seen is not None:
-        seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
-    window = jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
-    return tokens, _Tail(window, done, seen)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _decode(
-    decoder, method, size, params, states, tail, keys, first, limit, sampling, eos_ids
-):
-    """Up to `limit <= size` steps; ends early once every row is done.
-
-    Returns the states, the tail, tokens `(B, size)` and how many columns are filled.
-    """
-
-    def running(carry):
-        count, _, tail, _ = carry
-        return (count < limit) & ~tail.done.all()
-
-    def step(carry):
-        count, states, tail, tokens = carry
-        states, hidden = decoder.decode_step(params, states, tail.window, method)
-        newest, tail = _choose(
-            decoder,
-            params,
-            hidden[:, -1],
-            tail,
-            keys,
-            first + count,
-            sampling,
-            eos_ids,
-        )
-        tokens = tokens.at[:, count].set(newest)
-        return count + 1, states, tail, tokens
-
-    tokens = jnp.full((tail.done.size, size), PAD, jnp.int32)
-    carry = (jnp.int32(0), states, tail, tokens)
-    count, states, tail, tokens = jax.lax.while_loop(running, step, carry)
-    return states, tail, tokens, count
-
-
 def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
     """Checks every argument now; the work begins with the first `next`."""
-    prompts = text_tokens.rows(model.tokenizer, prompts)
+    check_model(model)
     check_options(sampling, stop, stream_every, options["seed"], options["eos_ids"])
+    prompts = token_rows(prompts, model.tokenizer)
     check_prompts(
         model.decoder,
         method,
@@ -373,8 +324,8 @@ def continued(
         ValueError: as :func:`generate`, at once.
     """
     check_options(sampling, stop, stream_every, seed, eos_ids)
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be at least 1.")
+    check_model(model)
+    check_counts(max_new_tokens=max_new_tokens)
     return _continued(
         model,
         as_method(method),
@@ -410,9 +361,10 @@ def _continued(
     batch = len(window)
     keys = None if sampling.temperature is None else row_keys(seed, batch)
     seen = None if sampling.repetition_penalty is None else seen
-    tail = _Tail(window, np.zeros(batch, bool), seen)
+    none, all_rows = np.zeros(batch, bool), np.ones(batch, bool)
+    tail = decoding.Tail(window, none, all_rows, seen)
     with timing.stretch("prompt"):
-        newest, tail = _first_token(
+        newest, tail = decoding.first_token(
             decoder, params, hidden, tail, keys, sampling, eos_array
         )
         block, produced = np.asarray(newest)[:, None], 1
@@ -422,20 +374,27 @@ def _continued(
         TextRow(model.tokenizer, stop, eos_ids, max_new_tokens, row) for row in behind
     ]
     while True:
+        finite = np.asarray(tail.finite)
         for index, row in enumerate(rows):
-            if row.finish_reason is None and (text := row.push(block[index].tolist())):
+            said = block[index] if finite[index] else block[index, :-1]
+            if row.finish_reason is not None or not len(said):
+                continue
+            if text := row.push(said.tolist()):
                 yield index, text
         done = np.array([row.finish_reason is not None for row in rows])
+        if not (finite | done).all():
+            row = int(np.argmin(finite | done))
+            raise not_finite(decoder, f"at token {produced} of row {row}")
         if done.all():
             return [Generation(row.tokens, row.text, row.finish_reason) for row in rows]
         with timing.stretch("decode") as part:
-            states, tail, block, count = _decode(
+            states, tail, block, count = decoding.decode(
                 decoder,
                 method,
                 stream_every,
                 params,
                 states,
-                tail._replace(done=done),
+                tail._replace(done=done, finite=all_rows),
                 keys,
                 np.int32(produced),
                 np.int32(min(stream_every, max_new_tokens - produced)),

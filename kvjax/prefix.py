@@ -19,6 +19,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
 from kvjax import accounting, files, text_tokens, timing
+from kvjax.finite import not_finite
 from kvjax.generate import (
     Generation,
     chunks,
@@ -28,7 +29,17 @@ from kvjax.generate import (
     newer,
     prefill_chunk,
 )
-from kvjax.inputs import check_options, check_prompts, check_vocabulary
+from kvjax.inputs import (
+    check_counts,
+    check_model,
+    check_options,
+    check_prompts,
+    check_text,
+    check_vocabulary,
+    rows_of,
+    token_ids,
+    token_rows,
+)
 from kvjax.interface import LanguageModel, Method, State, dynamic_rope
 from kvjax.named import as_method
 from kvjax.sampling import Sampling, mentioned
@@ -77,14 +88,14 @@ def read(
         ValueError: as :func:`kvjax.generate.generate`.
     """
     method = as_method(method)
-    if room < 1:
-        raise ValueError(f"{room=} must be at least 1.")
-    prompts = text_tokens.rows(model.tokenizer, prompts)
+    check_model(model)
+    check_counts(room=room)
+    prompts = token_rows(prompts, model.tokenizer)
     check_prompts(model.decoder, method, prompts, room, chunk_size)
     longest = max(map(len, prompts))
     states = empty_states(model.decoder, method, len(prompts), longest, room)
     states, hidden = _read(model, method, states, None, prompts, chunk_size)
-    return Prefix(states, hidden, tuple(map(tuple, prompts)), longest, room)
+    return Prefix(states, hidden, tuple(map(tuple, prompts)), longest, int(room))
 
 
 def _read(model, method, states, hidden, pieces, chunk_size):
@@ -95,6 +106,8 @@ def _read(model, method, states, hidden, pieces, chunk_size):
             )
             hidden = newer(timing.settled(newest), lengths, hidden)
         part.tokens = sum(map(len, pieces))
+    if not bool(jnp.isfinite(hidden).all()):
+        raise not_finite(model.decoder, "after the prompt")
     return states, hidden
 
 
@@ -120,19 +133,17 @@ def extend(
             or the model's rope is `dynamic`: its keys depend on the whole prompt.
     """
     method = as_method(method)
-    if isinstance(more, str):
-        raise TypeError("more is one text: put it in a list.")
+    check_model(model)
+    check_counts(chunk_size=chunk_size)
+    more = rows_of(more, "more")
     if len(more) != len(prefix.prompts):
         raise ValueError(
             f"more has {len(more)} rows and the prefix {len(prefix.prompts)}: give "
             "every row its own, if only an empty one."
         )
-    tokenizer = model.tokenizer
     more = [
-        text_tokens.following_tokens(tokenizer, new, after=old)
-        if isinstance(new, str)
-        else new
-        for old, new in zip(prefix.prompts, more, strict=True)
+        _following(model, old, new, f"row {row} of more")
+        for row, (old, new) in enumerate(zip(prefix.prompts, more, strict=True))
     ]
     if not any(map(len, more)):
         return prefix
@@ -142,15 +153,20 @@ def extend(
             "once: read the whole prompt anew."
         )
     check_vocabulary(model.decoder, [row for row in more if len(row)])
-    prompts = tuple(
-        (*old, *map(int, new)) for old, new in zip(prefix.prompts, more, strict=True)
-    )
+    prompts = tuple((*old, *new) for old, new in zip(prefix.prompts, more, strict=True))
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     check_room(model, method, prefix, after + 1 - before)
     states, hidden = _read(
         model, method, prefix.states, prefix.hidden, more, chunk_size
     )
     return prefix._replace(states=states, hidden=hidden, prompts=prompts)
+
+
+def _following(model, old, new, name) -> list[int]:
+    if not isinstance(new, str):
+        return token_ids(new, name)
+    check_text(new, name)
+    return text_tokens.following_tokens(model.tokenizer, new, after=old)
 
 
 def tokens_left(model: LanguageModel, method: Method, prefix: Prefix) -> int | None:
@@ -201,8 +217,7 @@ def stream(
     if max_new_tokens is None:
         left = tokens_left(model, method, prefix)
         max_new_tokens = NEW_TOKENS if left is None else max(left, 1)
-    if max_new_tokens < 1:
-        raise ValueError(f"{max_new_tokens=} must be at least 1.")
+    check_counts(max_new_tokens=max_new_tokens)
     check_room(model, method, prefix, max_new_tokens)
     with timing.stretch("prompt"):
         prefilled = ended(method, prefix.states, prefix.hidden, prefix.prompts)

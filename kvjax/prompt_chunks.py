@@ -15,7 +15,8 @@ def bucket(tokens: int) -> int:
 
     Prompts of nearby lengths share their shapes, and so their compiled code.
     """
-    step = 1 << max(0, int(tokens).bit_length() - 4)
+    tokens = int(tokens)
+    step = 1 << max(0, tokens.bit_length() - 4)
     return -(-tokens // step) * step
 
 

@@ -38,13 +38,22 @@ LEAST, MOST = 1e-30, 1e30
 
 
 def validate(sampling: Sampling) -> None:
-    """Raises ValueError unless every field is in its range."""
+    """Raises ValueError unless every field is a number in its range."""
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"{sampling=} must be a kvjax.sampling.Sampling.")
+    for name, value in sampling._asdict().items():
+        is_number = isinstance(value, int | float | np.integer | np.floating)
+        if not is_number or isinstance(value, bool):
+            raise ValueError(
+                f"{name}={value!r} must be a number; the default is "
+                f"{Sampling._field_defaults[name]}."
+            )
     temperature, top_k, top_p, min_p, penalty = sampling
     if not (temperature == 0 or LEAST <= temperature <= MOST):
         raise ValueError(
             f"{temperature=} must be 0, which is greedy, or in [{LEAST}, {MOST}]."
         )
-    if int(top_k) != top_k or not 0 <= top_k < 1 << 31:
+    if not 0 <= top_k < 1 << 31 or int(top_k) != top_k:
         raise ValueError(
             f"{top_k=} must be an integer of at least 0, below 2**31; 0 keeps all."
         )

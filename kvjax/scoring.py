@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
-from kvjax import accounting
+from kvjax import accounting, finite
 from kvjax.generate import (
     PAD,
     Prefilled,
@@ -24,7 +24,7 @@ from kvjax.generate import (
     recent,
 )
 from kvjax.generate import prefill as read_prompts
-from kvjax.inputs import check_vocabulary
+from kvjax.inputs import check_counts, check_model, check_vocabulary, token_rows
 from kvjax.interface import LanguageModel, Method
 from kvjax.named import as_method
 
@@ -55,7 +55,7 @@ def score(
     """How likely each token is, with the first `prefill` of every row as the prompt.
 
     Args:
-        tokens: one list of token ids a row, each longer than `prefill`.
+        tokens: one list or array of token ids a row, each longer than `prefill`.
         prefill: tokens in the prompt.
         chunk_size: most prompt tokens processed at once.
         prompt_scores: False leaves NaN for what the prompt predicts, and reads it by
@@ -64,11 +64,14 @@ def score(
 
     Raises:
         ValueError: if `prefill` is not in [1, length) of every row, an id is outside
-            the vocabulary, or a row is too long for the model's context (none is, for a
-            method of constant memory).
+            the vocabulary, a row is too long for the model's context (none is, for a
+            method of constant memory), an argument is of another type, or logits are
+            not finite.
     """
     method = as_method(method)
-    tokens = [[int(token) for token in row] for row in tokens]
+    check_model(model)
+    check_counts(prefill=prefill, chunk_size=chunk_size)
+    tokens = token_rows(tokens)
     lengths = np.array([len(row) for row in tokens], np.int32)
     if not tokens or not 1 <= prefill < lengths.min():
         shortest = lengths.min() if tokens else 0
@@ -83,8 +86,6 @@ def score(
             f"a row has {longest} tokens, more than the model's context of "
             f"{decoder.context}: shorten it."
         )
-    if chunk_size < 1:
-        raise ValueError(f"{chunk_size=} must be at least 1.")
     check_vocabulary(decoder, tokens)
     padded = np.full((len(tokens), longest + 1), PAD, np.int32)
     for row, line in enumerate(tokens):
@@ -158,6 +159,8 @@ def continue_scores(
             np.int32(limit),
         )
         log_probs.append(np.asarray(likely)[:, :limit])
+        at = f"at one of the tokens {start + 1} to {start + limit} after the prompt"
+        finite.check(decoder, log_probs[-1], at)
         if return_logits:
             logits.append(np.asarray(chosen)[:, :limit])
     return Scores(
@@ -186,6 +189,8 @@ def _read_and_score(model, method, padded, prompts, longest, chunk_size):
             decoder, method, params, states, chunk, targets, fresh, hidden
         )
         log_probs.append(np.asarray(likely)[:, : int(fresh.max())])
+        end = start + int(fresh.max())
+        finite.check(decoder, log_probs[-1], f"in tokens {start + 1} to {end}")
         start += chunk.shape[1]
     window = jnp.asarray(recent(prompts, method.rows))
     return finish(method, states), hidden, window, np.concatenate(log_probs, axis=1)
@@ -196,19 +201,13 @@ def _logits(decoder, params, hidden):
     return decoder.logits(params, hidden)
 
 
-def _log_prob(logits, targets):
-    """Log-probabilities `(...)` of `targets (...)` under `logits (..., V)`."""
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _score_chunk(decoder, method, params, states, tokens, targets, lengths, previous):
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
 
     def one_position(args):  # (B, E), (B,): all logits of a chunk may not fit
         hidden, targets = args
-        return _log_prob(decoder.logits(params, hidden), targets)
+        return finite.log_prob(decoder.logits(params, hidden), targets)
 
     by_position = hidden.swapaxes(0, 1), targets.T
     likely = jax.lax.map(one_position, by_position, batch_size=POSITIONS)
@@ -228,7 +227,7 @@ def _score_steps(decoder, method, return_logits, params, states, window, tokens,
         window = jnp.concatenate([window[:, 1:], tokens[:, index][:, None]], axis=1)
         states, hidden = decoder.decode_step(params, states, window, method)
         logits = decoder.logits(params, hidden[:, -1])
-        likely = likely.at[:, index].set(_log_prob(logits, tokens[:, index + 1]))
+        likely = likely.at[:, index].set(finite.log_prob(logits, tokens[:, index + 1]))
         if return_logits:
             kept = kept.at[:, index].set(logits)
         return index + 1, states, window, likely, kept

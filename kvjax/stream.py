@@ -8,6 +8,7 @@ import codecs
 import functools
 import math
 import re
+import sys
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
-from kvjax import accounting, files, text_tokens
+from kvjax import accounting, files, finite, text_tokens
 from kvjax.generate import PAD, Generation, continued, empty_states, ended, last_hidden
-from kvjax.inputs import check_vocabulary
+from kvjax.inputs import check_counts, check_model, check_text, check_vocabulary
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
 from kvjax.named import as_method
 from kvjax.scoring import POSITIONS
@@ -33,6 +34,7 @@ _CLEAN = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W_])(?=\n)")
 # Where most join nothing, for text that has no such place: any line's end, any word.
 _OTHERS = (re.compile(r"(?<=\S)(?=\n)"), re.compile(r"(?<=\S)(?= \S)"))
 _LAST_POSITION = 2**31 - 1  # of int32
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Progress(NamedTuple):
@@ -51,7 +53,10 @@ class Progress(NamedTuple):
     @property
     def perplexity(self) -> float:
         """Of a predicted token."""
-        return math.exp(self.nats / self.predicted) if self.predicted else math.nan
+        if not self.predicted:
+            return math.nan
+        mean = self.nats / self.predicted
+        return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
 
     def since(self, before: "Progress") -> "Progress":
         """What came after `before`."""
@@ -143,13 +148,16 @@ def read(
         A generator of the running :class:`Progress`, one a piece.
 
     Raises:
-        ValueError: if the method's state grows with the text, `chunk_size` < 1, or,
-            once at its end, the text has no tokens.
+        ValueError: if the method's state grows with the text, `chunk_size` < 1, a piece
+            is no text, logits are not finite, or, once at its end, the text has no
+            tokens.
     """
     method = as_method(method)
+    check_model(model)
     check_method(model, method)
-    if chunk_size < 1:
-        raise ValueError(f"{chunk_size=} must be at least 1.")
+    check_counts(chunk_size=chunk_size)
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"texts={texts!r:.80} is one text: put it in a list.")
     return _read(model, method, texts, chunk_size)
 
 
@@ -160,7 +168,10 @@ def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
     seen = np.zeros((1, decoder.vocab_size), bool)
     newest: list[int] = []
     progress, before = Progress(0, 0, 0, 0.0), ""
-    for text in filter(None, texts):
+    for index, text in enumerate(texts):
+        check_text(text, f"piece {index} of the text")
+        if not text:
+            continue
         num_bytes = len(text.encode())
         if before:
             tokens = text_tokens.following(tokenizer.encode, text, after=before)
@@ -173,11 +184,7 @@ def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
         if not tokens:
             continue
         check_vocabulary(decoder, [tokens])
-        if progress.tokens + len(tokens) > _LAST_POSITION:
-            raise ValueError(
-                f"the text has more than {_LAST_POSITION} tokens, the last position of "
-                "a 32-bit integer: begin anew."
-            )
+        _check_position(progress.tokens + len(tokens))
         nats, predicted = 0.0, len(tokens) - (progress.tokens == 0)
         for start in range(0, len(tokens), chunk_size):
             chunk = tokens[start : start + chunk_size]
@@ -194,6 +201,8 @@ def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
             )
             is_first = progress.tokens == 0 and start == 0
             own = np.asarray(likely)[0, int(is_first) : len(chunk)]
+            at = progress.tokens + start
+            finite.check(decoder, own, f"in tokens {at + 1} to {at + len(chunk)}")
             nats -= float(own.sum(dtype=np.float64))
         seen[0, tokens] = True
         newest = [*newest, *tokens][-max(method.rows, CONTEXT) :]
@@ -207,6 +216,14 @@ def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
     if not progress.tokens:
         raise ValueError("the text is empty: give some.")
     return Read(states, hidden, newest, seen, progress)
+
+
+def _check_position(tokens):
+    if tokens > _LAST_POSITION:
+        raise ValueError(
+            f"the text has more than {_LAST_POSITION} tokens, the last position of a "
+            "32-bit integer: begin anew."
+        )
 
 
 def _no_hidden(decoder, method, params, states):
@@ -236,9 +253,7 @@ def _read_chunk(
 
     def one_position(args):  # (1, E), (1,): all logits of a chunk may not fit
         hidden, token = args
-        logits = decoder.logits(params, hidden)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        return finite.log_prob(decoder.logits(params, hidden), token)
 
     likely = jax.lax.map(
         one_position, (before.swapaxes(0, 1), tokens.T), batch_size=POSITIONS
@@ -251,9 +266,14 @@ def extend(
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     """Continues a text that was read, which is used up.
 
-    `options` are `max_new_tokens`, which nothing bounds, and those of
-    :func:`kvjax.generate.continued`.
+    `options` are `max_new_tokens`, which only the last position of 32 bits bounds, and
+    those of :func:`kvjax.generate.continued`.
+
+    Raises:
+        ValueError: as there, and beyond that position.
     """
     method = as_method(method)
+    check_counts(max_new_tokens=options.get("max_new_tokens"))
+    _check_position(text.progress.tokens + options["max_new_tokens"])
     prefilled = ended(method, text.states, text.hidden, [text.newest])
     return continued(model, method, prefilled, seen=text.seen, **options)

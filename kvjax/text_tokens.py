@@ -62,22 +62,6 @@ def inside(encode: Encode, text: str) -> list[int]:
     return tokens[len(before) : len(tokens) - len(behind)]
 
 
-def rows(tokenizer: Any, prompts: Sequence[str | Sequence[int]]) -> list[list[int]]:
-    """Returns the tokens of prompts, which are texts or tokens already.
-
-    Raises:
-        TypeError: if the prompts are one text.
-    """
-    if isinstance(prompts, str):
-        raise TypeError("prompts is one text: put it in a list.")
-    return [
-        begin(tokenizer.encode, prompt)
-        if isinstance(prompt, str)
-        else [int(token) for token in prompt]
-        for prompt in prompts
-    ]
-
-
 def following(encode: Encode, text: str, *, after: str) -> list[int]:
     """Returns the tokens of a text behind the text `after`: those of both as one.
 

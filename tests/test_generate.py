@@ -8,7 +8,7 @@ from text_families import FAMILIES
 from tiny import EOS, SMALL, ByteTokenizer, dense, tiny_model
 
 import kvjax
-from kvjax import cache, registry
+from kvjax import cache, decoding, registry
 from kvjax import generate as module
 from kvjax.generate import Generation, bucket, generate, prefill, stream
 from kvjax.interface import LanguageModel, layer_specs
@@ -68,11 +68,9 @@ def decode_arguments(method, batch, capacity, new_tokens):
         return module.finish(method, states)
 
     states = jax.eval_shape(prompt)
-    tail = module._Tail(
-        jax.ShapeDtypeStruct((batch, method.rows), jnp.int32),
-        jax.ShapeDtypeStruct((batch,), bool),
-        None,
-    )
+    flags = jax.ShapeDtypeStruct((batch,), bool)
+    window = jax.ShapeDtypeStruct((batch, method.rows), jnp.int32)
+    tail = decoding.Tail(window, flags, flags, None)
     step, sampling = np.int32(1), active(Sampling())
     eos = np.array([EOS], np.int32)
     arguments = (decoder, method, 16, MODEL.params, states, tail, None)
@@ -82,7 +80,7 @@ def decode_arguments(method, batch, capacity, new_tokens):
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_loop_updates_its_states_in_place(method, batch):
     states, arguments = decode_arguments(method, batch, 16384, 1024)
-    memory = module._decode.lower(*arguments).compile().memory_analysis()
+    memory = decoding.decode.lower(*arguments).compile().memory_analysis()
     held = cache.num_bytes(states)
     assert memory.alias_size_in_bytes >= held
     extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - held
@@ -102,7 +100,7 @@ def test_bucket_wastes_at_most_an_eighth():
 
 def test_nothing_compiles_again_within_a_bucket():
     method = kvjax.full()
-    functions = [module._init, module.prefill_chunk, module._finish, module._decode]
+    functions = [module._init, module.prefill_chunk, module._finish, decoding.decode]
 
     def compiled():
         return [function._cache_size() for function in functions]

@@ -1,6 +1,7 @@
 """`kvjax stream`: text without end, scored as it comes, then continued."""
 
 import json
+import math
 import pathlib
 import sys
 import time
@@ -53,6 +54,7 @@ def stream(
     with to stdout.
     """
     from kvjax import stream as streaming
+    from kvjax.finite import NotFiniteError
     from kvjax.sampling import Sampling, validate
 
     parsed = registry.parse(method)
@@ -86,6 +88,10 @@ def stream(
                 shown = latest
     except StopIteration as end:
         read = end.value
+    except NotFiniteError as error:
+        if as_json:  # whoever reads the lines learns why they end
+            print(json.dumps({"error": str(error)}), flush=True)
+        raise
     if latest is not shown:
         _show(latest, shown, start, to, as_json)
     if not new_tokens:
@@ -146,4 +152,4 @@ def _show(latest: Any, shown: Any, start: float, to: Any, as_json: bool) -> None
 
 
 def _number(value: float) -> float | None:
-    return value if value == value else None  # NaN is no JSON
+    return value if math.isfinite(value) else None  # JSON has no NaN and no infinity

@@ -4,6 +4,7 @@ Rows come as they are done. Methods of exact prompts go in groups that read toge
 many as the memory has room for.
 """
 
+import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -18,6 +19,7 @@ from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
 from kvjax.evaluation.statistics import Interval
 from kvjax.evaluation.tasks import Example
+from kvjax.finite import NotFiniteError
 from kvjax.interface import DecoderLM, LanguageModel, Method
 
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
@@ -102,8 +104,8 @@ def compare(
         `methods`.
 
     Raises:
-        ValueError: if `reference` is missing, or a method cannot hold these shapes or
-            lists other heads than the model has.
+        ValueError: if `reference` is missing, a method cannot hold these shapes, or its
+            logits are not finite; names the method.
     """
     if reference not in methods:
         raise ValueError(f"{reference=} is not among {', '.join(methods)}: add it.")
@@ -118,9 +120,10 @@ def compare(
         "chunk_size": settings.chunk_size,
     }
     if wanted:
-        expected = compare_runs.predict(
-            model, methods[reference], inputs.windows, **shapes
-        )
+        with _named([reference]):
+            expected = compare_runs.predict(
+                model, methods[reference], inputs.windows, **shapes
+            )
         compare_runs.drop_programs()
     numbered = [
         (task, index, example)
@@ -142,25 +145,26 @@ def compare(
                 on_answer(names[place], *numbered[number], text)
 
         report(0.0)
-        answered = compare_runs.retrieve(
-            model,
-            group,
-            examples,
-            longest=len(prompt),
-            timed=True,
-            on_answers=tell,
-            progress=lambda done, report=report: report(0.7 * done),
-            **shapes,
-        )
-        followed = compare_runs.follow(
-            model,
-            methods[reference],
-            group,
-            inputs.windows,
-            expected,
-            progress=lambda done, report=report: report(0.7 + 0.25 * done),
-            **shapes,
-        )
+        with _named(names):
+            answered = compare_runs.retrieve(
+                model,
+                group,
+                examples,
+                longest=len(prompt),
+                timed=True,
+                on_answers=tell,
+                progress=lambda done, report=report: report(0.7 * done),
+                **shapes,
+            )
+            followed = compare_runs.follow(
+                model,
+                methods[reference],
+                group,
+                inputs.windows,
+                expected,
+                progress=lambda done, report=report: report(0.7 + 0.25 * done),
+                **shapes,
+            )
         compare_runs.drop_programs()
         for name, *results in zip(names, answered, followed, strict=True):
             seconds = compare_runs.seconds_to_read(
@@ -183,6 +187,15 @@ def compare(
             progress(name, 1.0)
             on_row(rows[name])
     return [rows[name] for name in wanted]
+
+
+@contextlib.contextmanager
+def _named(names: Sequence[str]):
+    """Names the method whose logits are not finite in the error."""
+    try:
+        yield
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{names[error.place]}: {error}") from error
 
 
 def batch_that_fits(

@@ -10,6 +10,7 @@ from kvjax.evaluation.chain import Chain
 from kvjax.evaluation.haystack import Prompted
 from kvjax.evaluation.own_tasks import Own, Question
 from kvjax.evaluation.tasks import Example
+from kvjax.inputs import check_counts, check_seed
 from kvjax.interface import LanguageModel
 
 
@@ -40,10 +41,12 @@ class Settings:
     chunk_size: int = 1024
 
     def __post_init__(self):
-        positive = "context", "examples", "links", "windows", "batch", "chunk_size"
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
+        counts = "context", "new_tokens", "examples", "links", "windows", "batch"
+        counts = (*counts, "chunk_size")
+        check_counts(**{name: getattr(self, name) for name in counts})
+        check_seed(self.seed)
+        for name in (*counts, "seed"):  # those of NumPy are no JSON
+            object.__setattr__(self, name, int(getattr(self, name)))
         if not 2 <= self.new_tokens < self.context:
             raise ValueError(
                 f"new_tokens={self.new_tokens} must be in [2, context={self.context})."

@@ -20,6 +20,7 @@ from jaxtyping import Float
 from kvjax import generate, scoring
 from kvjax.evaluation import fidelity, together
 from kvjax.evaluation.haystack import Prompted
+from kvjax.finite import NotFiniteError
 from kvjax.generate import Prefilled, continued, prefill
 from kvjax.interface import LanguageModel, Method, with_layer
 from kvjax.scoring import continue_scores
@@ -116,7 +117,8 @@ def retrieve(
                 eos_ids=(),
                 stream_every=new_tokens,
             )
-            generations, rate = _timed(events, batch * (steps - 1))
+            with _told_apart(place):
+                generations, rate = _timed(events, batch * (steps - 1))
             if is_timed:
                 rates[place].append(rate)
             said = [
@@ -147,6 +149,16 @@ def _answer(model: LanguageModel, decode, example: Prompted, tokens) -> str:
     tokens = tokens[: example.answer_tokens + 2]
     ends = [index for index, token in enumerate(tokens) if token in model.eos_ids]
     return continuation(decode, example.prompt, tokens[: ends[0]] if ends else tokens)
+
+
+@contextlib.contextmanager
+def _told_apart(place: int):
+    """Notes in an error of one method of several at which place it is."""
+    try:
+        yield
+    except NotFiniteError as error:
+        error.place = place
+        raise
 
 
 def _timed(events, tokens: int):
@@ -322,7 +334,7 @@ def _follow(model, reference, methods, windows, expected, options):
         leader: _recorded(model, leader, kept[leader], following)
         for leader in dict.fromkeys(leaders)
     }
-    for leader, method in zip(leaders, methods, strict=True):
+    for place, (leader, method) in enumerate(zip(leaders, methods, strict=True)):
         predicted = expected
         if method is not reference:
             # What decodes uses its states up.
@@ -330,7 +342,8 @@ def _follow(model, reference, methods, windows, expected, options):
                 own = _copied(kept[method])
             else:
                 (own,) = together.read(model, [method], prompts, **options)
-            predicted = _predicted(model, method, own, following)
+            with _told_apart(place):
+                predicted = _predicted(model, method, own, following)
             del own
         second = _copied(kept[method]) if method in leaders else kept.pop(method)
         first = _copied(kept[leader])

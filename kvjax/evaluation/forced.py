@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from kvjax import finite
 from kvjax.evaluation import haystack, statistics
 from kvjax.evaluation.haystack import Prompted
 from kvjax.evaluation.statistics import Interval
@@ -54,7 +55,8 @@ def run(
         progress: called with the fraction that is done.
 
     Raises:
-        ValueError: if there is no row, or one is too short or exceeds the context.
+        ValueError: if there is no row, one is too short or exceeds the context, or its
+            logits are not finite.
     """
     lengths = [len(row) for row in rows]
     if not rows or min(lengths) < 2 or max(lengths) > model.decoder.context:
@@ -72,6 +74,8 @@ def run(
         log_probs, likeliest = map(np.asarray, found)
         for index, length in enumerate(lengths[start : start + batch]):
             ends = slice(length - 1)
+            at = f"in row {start + index}"
+            finite.check(model.decoder, log_probs[index, ends], at)
             done.append(Forced(log_probs[index, ends], likeliest[index, ends]))
         progress(len(done) / len(rows))
     return done
@@ -85,8 +89,7 @@ def _forward(decoder, attention, params, tokens):
     def one_position(args):  # (B, E), (B,): all logits of a row may not fit
         hidden, targets = args
         logits = decoder.logits(params, hidden)
-        chosen = jnp.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-        log_probs = chosen - jax.nn.logsumexp(logits, axis=-1)
+        log_probs = finite.log_prob(logits, targets)
         return log_probs, jnp.argmax(logits, axis=-1) == targets
 
     by_position = hidden.swapaxes(0, 1), targets.T

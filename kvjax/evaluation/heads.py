@@ -16,6 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax.evaluation import compare_inputs, haystack, tasks
+from kvjax.finite import not_finite
 from kvjax.interface import LanguageModel
 from pallas_kernels.entmax import entmax
 
@@ -106,8 +107,8 @@ def inspect(
         progress: called with the fraction that is done.
 
     Raises:
-        ValueError: if the sizes do not fit model or text, or the tokenizer writes the
-            answers and the needles in different tokens.
+        ValueError: if the sizes do not fit model or text, the tokenizer writes the
+            answers and the needles in different tokens, or logits are not finite.
 
     Source:
         Wu et al., "Retrieval Head Mechanistically Explains Long-Context Factuality",
@@ -134,6 +135,8 @@ def inspect(
         needle = np.array(one.needle, np.int32)
         found = _look(decoder, params, *map(jnp.asarray, (tokens, *where, needle)))
         done.append(jax.tree.map(np.asarray, found))
+        if not all(np.isfinite(x).all() for x in jax.tree.leaves(done[-1])):
+            raise not_finite(decoder, f"in row {len(done) - 1}")
         progress(len(done) / (len(rows) + len(asked)))
     plain = jax.tree.map(lambda *x: np.stack(x).mean(0, np.float64), *done[:windows])
 
@@ -246,13 +249,14 @@ def _look(
         logs = jnp.log2(jnp.where(positive, weights, 1.0))
         ranked = jnp.cumsum(-jnp.sort(-weights, -1), -1)
         copied = weigh(asking)
+        is_copied = copied.argmax(-1).astype(jnp.int32) == sources
         seen[layer] = _Seen(
             sink=first.mean(-1),
             previous=before.mean(-1),
             entropy=-(weights * logs).sum(-1).mean(-1),
             support=positive.sum(-1).mean(-1, dtype=jnp.float32),
             effective_support=1 + (ranked < MASS).sum(-1).mean(-1, dtype=jnp.float32),
-            retrieval=(copied.argmax(-1) == sources).astype(jnp.float32),
+            retrieval=is_copied.astype(jnp.float32),
             needle_mass=jnp.where(in_needle, copied, 0.0).sum(-1),
         )
         return _attend(weigh, v, q.dtype)

@@ -20,6 +20,7 @@ from kvjax.evaluation import (
 )
 from kvjax.evaluation.haystack import Prompted
 from kvjax.evaluation.own_tasks import Question
+from kvjax.inputs import check_counts, check_model, check_seed
 from kvjax.interface import LanguageModel, Method
 
 RETRIEVAL = {
@@ -84,6 +85,10 @@ def run(
     """
     if task != OWN or not questions:
         check_task(task)
+    check_model(model)
+    check_counts(context=context, n=n, batch=batch, chunk_size=chunk_size)
+    check_counts(new_tokens=new_tokens)
+    check_seed(seed)
     compare_inputs.check_context(model, context)
     accounting.check_diagnostics(method, model.decoder)
     shapes = {"batch": min(batch, len(questions) or n), "chunk_size": chunk_size}
