@@ -136,6 +136,7 @@ def _write_slices(buffer, rows, start, count, update):
         rows, size = rows[:, :, :slots], slots
 
     def one_row(b, buffer):
+        b = jnp.asarray(b, jnp.int32)  # outside of jit the loop counts in 64 bits
         fresh = lax.dynamic_slice(
             rows, (b, zero, zero, *zeros), (1, heads, size, *rest)
         )

@@ -26,7 +26,7 @@ from kvjax.inputs import (
 )
 from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
 from kvjax.named import as_method
-from kvjax.prompt_chunks import PAD, bucket, chunks, recent
+from kvjax.prompt_chunks import bucket, chunks, recent
 from kvjax.sampling import Sampling, active, mentioned, row_keys
 from kvjax.text_stream import CONTEXT
 

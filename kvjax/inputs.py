@@ -8,7 +8,7 @@ import numpy as np
 
 from kvjax import accounting, text_tokens
 from kvjax.interface import DecoderLM, LanguageModel, Method, Tokenizer
-from kvjax.sampling import Sampling, validate
+from kvjax.sampling import Sampling, shown, validate
 
 _BYTES = (bytes, bytearray, memoryview)
 
@@ -47,19 +47,20 @@ def check_options(
     validate(sampling)
     check_seed(seed)
     if eos_ids is not None:
-        is_listed = isinstance(eos_ids, Collection) and not isinstance(eos_ids, str)
-        if not is_listed or not all(
+        is_listed = isinstance(eos_ids, Set) or _is_series(eos_ids)
+        if not (is_listed and isinstance(eos_ids, Collection)) or not all(
             _is_whole(token) and 0 <= token < 1 << 31 for token in eos_ids
         ):
             raise ValueError(
-                f"{eos_ids=} must be token ids, integers from 0 on, such as (2,); () "
-                "is none, None the model's own."
+                f"eos_ids={shown(eos_ids)} must be token ids, integers from 0 on, such "
+                "as (2,); () is none, None the model's own."
             )
     check_counts(stream_every=stream_every)
     is_listed = isinstance(stop, Sequence) and not isinstance(stop, str)
     if not is_listed or not all(isinstance(text, str) and text for text in stop):
         raise ValueError(
-            f"{stop=} must be a sequence of non-empty strings, such as ('end',)."
+            f"stop={shown(stop)} must be a sequence of non-empty strings, such as "
+            "('end',)."
         )
 
 
@@ -67,7 +68,7 @@ def check_counts(**values: int) -> None:
     """Raises ValueError unless every value is an integer of at least 1."""
     for name, value in values.items():
         if not _is_whole(value):
-            raise ValueError(f"{name}={value!r} must be an integer of at least 1.")
+            raise ValueError(f"{name}={shown(value)} must be an integer of at least 1.")
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1.")
 
@@ -75,14 +76,14 @@ def check_counts(**values: int) -> None:
 def check_seed(seed: int) -> None:
     """Raises ValueError unless JAX and NumPy can both be seeded with it."""
     if not _is_whole(seed) or not 0 <= seed < 1 << 32:
-        raise ValueError(f"{seed=} must be an integer in [0, 2**32).")
+        raise ValueError(f"seed={shown(seed)} must be an integer in [0, 2**32).")
 
 
 def check_model(model: LanguageModel) -> None:
     """Raises ValueError for what is no loaded model, such as its name."""
     if not isinstance(model, LanguageModel):
         raise ValueError(
-            f"model={model!r:.80} must be a LanguageModel: load it with models.load."
+            f"model={shown(model)} must be a LanguageModel: load it with models.load."
         )
 
 
@@ -166,8 +167,8 @@ def token_ids(prompt: Any, name: str) -> list[int]:
             is_whole = not isinstance(token, bool)
         if not is_whole:
             raise ValueError(
-                f"{name} holds {token!r:.80} at place {place}, which is no token "
-                "id: they are integers."
+                f"{name} holds {shown(token)} at place {place}, which is no "
+                "token id: they are integers."
             )
     return ids
 
@@ -184,7 +185,7 @@ def _is_whole(value: Any) -> bool:
 
 
 def _shown(given: Any) -> str:
-    return f"{given!r:.80}, of type {type(given).__name__}"
+    return f"{shown(given)}, of type {type(given).__name__}"
 
 
 def _remedy(given: Any) -> str:

@@ -197,6 +197,7 @@ def _write_rows(buffers, rows, at, valid):
     zero = jnp.int32(0)  # of one type with the indices also where 64 bits are on
 
     def put(index, buffers):
+        index = jnp.asarray(index, jnp.int32)  # which outside of jit has 64 bits
         b, i = index // count, index % count
 
         def one(buffer, rows):

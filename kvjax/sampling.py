@@ -5,7 +5,7 @@ penalty, temperature, top-k, top-p, min-p.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,12 +40,14 @@ LEAST, MOST = 1e-30, 1e30
 def validate(sampling: Sampling) -> None:
     """Raises ValueError unless every field is a number in its range."""
     if not isinstance(sampling, Sampling):
-        raise ValueError(f"{sampling=} must be a kvjax.sampling.Sampling.")
+        raise ValueError(
+            f"sampling={shown(sampling)} must be a kvjax.sampling.Sampling."
+        )
     for name, value in sampling._asdict().items():
         is_number = isinstance(value, int | float | np.integer | np.floating)
         if not is_number or isinstance(value, bool):
             raise ValueError(
-                f"{name}={value!r} must be a number; the default is "
+                f"{name}={shown(value)} must be a number; the default is "
                 f"{Sampling._field_defaults[name]}."
             )
     temperature, top_k, top_p, min_p, penalty = sampling
@@ -65,6 +67,11 @@ def validate(sampling: Sampling) -> None:
         raise ValueError(
             f"repetition_penalty={penalty} must be in [{LEAST}, {MOST}]; 1 is none."
         )
+
+
+def shown(value: Any) -> str:
+    """Returns a value as messages show it: on one line, and cut if it is long."""
+    return f"{' '.join(repr(value).split()):.80}"
 
 
 def active(sampling: Sampling) -> Sampling:

@@ -15,7 +15,6 @@ from jaxtyping import Float, Int
 
 from kvjax import accounting, finite
 from kvjax.generate import (
-    PAD,
     Prefilled,
     chunks,
     empty_states,
@@ -27,6 +26,7 @@ from kvjax.generate import prefill as read_prompts
 from kvjax.inputs import check_counts, check_model, check_vocabulary, token_rows
 from kvjax.interface import LanguageModel, Method
 from kvjax.named import as_method
+from kvjax.prompt_chunks import PAD
 
 STEPS = 64  # teacher-forced tokens between two looks of the host
 POSITIONS = 64  # prompt positions whose logits exist at once

@@ -18,10 +18,12 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from kvjax import accounting, files, finite, text_tokens
-from kvjax.generate import PAD, Generation, continued, empty_states, ended, last_hidden
+from kvjax.generate import Generation, continued, empty_states, ended, last_hidden
 from kvjax.inputs import check_counts, check_model, check_text, check_vocabulary
 from kvjax.interface import DecoderLM, LanguageModel, Method, State
 from kvjax.named import as_method
+from kvjax.prompt_chunks import PAD
+from kvjax.sampling import shown
 from kvjax.scoring import POSITIONS
 from kvjax.text_stream import CONTEXT, PARTIAL
 
@@ -157,7 +159,7 @@ def read(
     check_method(model, method)
     check_counts(chunk_size=chunk_size)
     if isinstance(texts, str | bytes):
-        raise ValueError(f"texts={texts!r:.80} is one text: put it in a list.")
+        raise ValueError(f"texts={shown(texts)} is one text: put it in a list.")
     return _read(model, method, texts, chunk_size)
 
 

@@ -70,18 +70,23 @@ def load(
         )
     generation = llama.tokenizer.read_json(directory / "generation_config.json")
     tokenizer = llama.tokenizer.load(directory)
-    decoder, params = FAMILIES[family].load(directory, config, dtype, device)
     candidates = (
         generation.get("eos_token_id"),
         config.get("eos_token_id"),
         tokenizer.eos_id,
     )
     eos = next((ids for ids in candidates if ids is not None), ())
+    eos_ids = eos if isinstance(eos, list | tuple) else [eos]
+    if not all(type(token) is int and abs(token) < 1 << 31 for token in eos_ids):
+        raise ValueError(
+            f"{directory}: eos_token_id={eos!r} must be a token id or a list of them."
+        )
+    decoder, params = FAMILIES[family].load(directory, config, dtype, device)
     return LanguageModel(
         decoder=decoder,
         params=params,
         tokenizer=tokenizer,
-        eos_ids=(eos,) if isinstance(eos, int) else tuple(eos),
+        eos_ids=tuple(eos_ids),
         name=str(name).rstrip("/"),
         generation=generation,
     )

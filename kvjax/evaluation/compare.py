@@ -104,8 +104,8 @@ def compare(
         `methods`.
 
     Raises:
-        ValueError: if `reference` is missing, a method cannot hold these shapes, or its
-            logits are not finite; names the method.
+        ValueError: if `reference` is missing, a method cannot hold these shapes, lists
+            other heads than the model has, or its logits are not finite; names it.
     """
     if reference not in methods:
         raise ValueError(f"{reference=} is not among {', '.join(methods)}: add it.")

@@ -13,9 +13,10 @@ import numpy as np
 from jaxtyping import Int
 
 from kvjax import files
-from kvjax.generate import PAD, empty_states, finish
+from kvjax.generate import empty_states, finish
 from kvjax.inputs import check_vocabulary
 from kvjax.interface import LanguageModel, Method
+from kvjax.prompt_chunks import PAD
 
 DARK = "#1b6ca8"
 LATER = "#ececec"  # tokens that have not come yet

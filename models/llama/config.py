@@ -4,8 +4,8 @@
 they are; :mod:`models.llama.families` rewrites those of others first.
 """
 
+import contextlib
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvjax.rope import Rope
 from models.llama import families
-from models.llama.config_keys import check_types, reject_unknown
+from models.llama.config_keys import check_types, is_number, reject_unknown
 from models.llama.config_rope import rope_from_hf, rope_to_hf
 
 
@@ -63,8 +63,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         alpha = self.attention_alpha
-        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
-        if not (is_number and alpha >= 1 and math.isfinite(alpha)):
+        if not (is_number(alpha) and alpha >= 1):
             raise ValueError(
                 f"attention_alpha={alpha!r} must be a finite number >= 1; 1 is softmax."
             )
@@ -166,13 +165,11 @@ def from_hf(
             f"config.json lacks {', '.join(missing)}; add the missing keys."
         )
     reject_unknown(config, _HANDLED)
-    optional = ("num_key_value_heads", "head_dim", "sliding_window")
-    for key in (*_SIZES, *optional, "max_sequence_length"):
-        value = config.get(key)
-        if value is not None and (type(value) is not int or value < 1):
-            raise ValueError(
-                f"config.json key {key}={value!r} must be an integer >= 1."
-            )
+    epsilon = config["rms_norm_eps"]
+    if not (is_number(epsilon) and epsilon >= 0):
+        raise ValueError(
+            f"config.json key rms_norm_eps={epsilon!r} must be a finite number >= 0."
+        )
 
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
@@ -204,6 +201,11 @@ def from_hf(
         context = int(rope.factor * positions)
     elif rope.kind == "yarn":
         context = max(positions, int(rope.factor * rope.original_context))
+    if context >= 2**31:
+        raise ValueError(
+            f"config.json stretches {positions} positions to a context of {context}, "
+            "which must be below 2**31: lower the factor."
+        )
     unrotated = _unrotated_layers(config, family)
     window = _window_in_force(config, family, unrotated)
 
@@ -217,7 +219,7 @@ def from_hf(
         mlp_width=config["intermediate_size"],
         context=context if window is None else min(context, window),
         rope=rope,
-        norm_epsilon=float(config["rms_norm_eps"]),
+        norm_epsilon=float(epsilon),
         qkv_bias=attention_bias,
         output_bias=attention_bias and family != "qwen2",
         mlp_bias=mlp_bias,
@@ -348,14 +350,16 @@ def _window_in_force(
     flagged = family.startswith("qwen") or (family == "smollm3" and kinds is None)
     if flagged and not config.get("use_sliding_window"):
         window = None
-    allowed = ("full_attention", "sliding_attention")[: 1 if window is None else 2]
-    strange = {kind for kind in kinds or () if kind not in allowed}
+    # Mistral's layers are all alike: its model does not look at their types.
+    slides = window is not None or family == "mistral"
+    allowed = ("full_attention", "sliding_attention")[: 2 if slides else 1]
+    strange = {str(kind) for kind in kinds or () if kind not in allowed}
     if strange:
         raise ValueError(
             f"config.json key layer_types holds {', '.join(sorted(strange))} with "
             f"sliding_window={window}; only {', '.join(allowed)} is supported."
         )
-    if family in ("llama", "mistral"):  # Mistral's layers are all alike
+    if family in ("llama", "mistral"):
         return window
     if kinds is not None:
         return window if "sliding_attention" in kinds else None
@@ -384,7 +388,9 @@ def _unrotated_layers(config: Mapping[str, Any], family: str) -> tuple[int, ...]
 def _dtype_from_hf(config: Mapping[str, Any], dtype) -> str:
     if dtype is None:
         dtype = config.get("dtype") or config.get("torch_dtype") or "float32"
-    name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    name = dtype
+    with contextlib.suppress(TypeError, ValueError):  # numpy's, of what is no dtype
+        name = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
     if name not in _DTYPES:
         raise ValueError(f"dtype={name!r} is not supported; use {', '.join(_DTYPES)}.")
     return name

@@ -79,16 +79,46 @@ _TYPES = {
 }
 
 
+# Sizes, with the most that any machine could hold.
+_SIZES = {
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size"), 2**31 - 1),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads"), 2**31 - 1),
+    **dict.fromkeys(("head_dim", "sliding_window", "max_sequence_length"), 2**31 - 1),
+    "max_position_embeddings": 2**31 - 1,
+    "num_hidden_layers": 10_000,
+}
+_LARGEST = 1e30  # of other numbers: products of two are not infinite yet
+
+
 def check_types(config: Mapping[str, Any]) -> None:
     """Checks keys that are looked into: a file written by hand may hold anything.
 
     Raises:
-        ValueError: if a value is of another JSON type than its key's.
+        ValueError: if a value is of another JSON type than its key's, or a size is out
+            of its range.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError(f"config.json holds {config!r:.80}; it must be an object.")
     for key, (kind, description) in _TYPES.items():
         value = config.get(key)
         if value is not None and not isinstance(value, kind):
             raise ValueError(f"config.json key {key}={value!r} must be {description}.")
+    for key, most in _SIZES.items():
+        value = config.get(key)
+        if value is None:
+            continue
+        if type(value) is not int or value < 1:
+            raise ValueError(
+                f"config.json key {key}={value!r} must be an integer >= 1."
+            )
+        if value > most:
+            raise ValueError(f"config.json key {key}={value} must be at most {most}.")
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether a value of a JSON file is a number that can be computed with."""
+    is_one = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_one and -_LARGEST <= value <= _LARGEST
 
 
 def reject_unknown(config: Mapping[str, Any], handled: Collection[str]) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kvjax.rope import Rope
+from models.llama.config_keys import is_number
 
 # What each kind of rope scaling reads: our name -> key of the dict.
 _STRETCH = {"factor": "factor"}
@@ -85,6 +86,7 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
         )
     given = {key: value for key, value in given.items() if value is not None}
     theta = given.pop("rope_theta", theta)
+    _check_numbers(name or "config.json", {"rope_theta": theta or 10_000.0})
     for key in ("rope_type", "type", "finetuned"):
         given.pop(key, None)
     if kind == "longrope":
@@ -109,7 +111,7 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
     if kind in ("llama3", "yarn", "linear", "dynamic"):
         read.setdefault("original_context", positions)
     if kind == "yarn":
-        read.setdefault("factor", positions / read["original_context"])
+        read.setdefault("factor", positions / max(read["original_context"], 1))
         if growth is not None:
             # As llama.cpp and vLLM read it; transformers leaves it out.
             scale = Rope(head_dim, kind=kind, **read).attention_scale()
@@ -124,9 +126,10 @@ def _rope_from_dict(name, given, theta, head_dim, positions) -> Rope:
 
 def _check_numbers(name: str, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number or (key == "truncate" and isinstance(value, bool))):
-            raise ValueError(f"{name} key {key}={value!r} must be a number.")
+        if not (is_number(value) or (key == "truncate" and isinstance(value, bool))):
+            raise ValueError(
+                f"{name} key {key}={value!r} must be a number of at most 1e30."
+            )
 
 
 def _longrope_factors(name, given, positions) -> tuple[float, ...]:
@@ -139,7 +142,7 @@ def _longrope_factors(name, given, positions) -> tuple[float, ...]:
     if (
         not given.keys() <= keys
         or not isinstance(factors, list)
-        or not all(isinstance(factor, int | float) for factor in factors)
+        or not all(type(factor) is float or is_number(factor) for factor in factors)
         or given.get("short_factor") != factors
         or scale != 1
     ):

@@ -6,13 +6,13 @@ of that family, one at a time as they are read. Beyond this module nothing knows
 `save_pretrained` writes the family that they became.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from models.llama.config_keys import check_types, is_number
 from models.llama.tensors import Tensors
 
 Config = Mapping[str, Any]  # a decoded config.json
@@ -93,8 +93,9 @@ def _rows(name: str, start: int, end: int, total: int) -> _View:
 
 def _phi3(config: Config) -> dict[str, Any]:
     # The same layer; Mistral's config.json has a place for a sliding window.
-    has_window = config.get("sliding_window") is not None
-    return _with_kv_heads(config) | {"model_type": "mistral" if has_window else "llama"}
+    family = "llama" if config.get("sliding_window") is None else "mistral"
+    kept = {key: value for key, value in config.items() if key != "layer_types"}
+    return _with_kv_heads(kept) | {"model_type": family}
 
 
 def _with_kv_heads(config: Config) -> dict[str, Any]:
@@ -142,8 +143,7 @@ _MULTIPLIERS = (
 def _granite(config: Config) -> dict[str, Any]:
     for key in _MULTIPLIERS:
         value = config.get(key, 1.0)
-        is_number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (is_number and math.isfinite(value) and value > 0):
+        if not (is_number(value) and value > 0):
             raise ValueError(
                 f"config.json key {key}={value!r} must be a finite number above 0."
             )
@@ -218,6 +218,11 @@ def _ministral(config: Config) -> dict[str, Any]:
     kept = {key: value for key, value in config.items() if key != "layer_types"}
     if kinds is not None and "sliding_attention" not in kinds:
         kept["sliding_window"] = None
+    elif kinds is not None and kept.get("sliding_window", 4096) is None:
+        raise ValueError(
+            "config.json key layer_types holds sliding_attention with "
+            "sliding_window=None; give the window, or make the layers full_attention."
+        )
     return kept | {"model_type": "mistral"}
 
 
@@ -243,6 +248,7 @@ def _smollm3(config: Config) -> dict[str, Any]:
 def _text_part(family: str, **defaults: Any) -> Callable[[Config], dict[str, Any]]:
     def translate_text(config: Config) -> dict[str, Any]:
         text = dict(config.get("text_config") or {})
+        check_types(text)
         if config.get("dtype") or config.get("torch_dtype"):
             text = {k: v for k, v in text.items() if not k.endswith("dtype")}
         tied = config.get("tie_word_embeddings") or text.get("tie_word_embeddings")

@@ -3,7 +3,9 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
+import make_windows
 import pytest
 from checkpoints import BASE, CONFIGS, LLAMA3, YARN
 from known_configs import LOADED, REFUSED
@@ -11,6 +13,7 @@ from known_configs import LOADED, REFUSED
 from kvjax.rope import Rope
 from models.llama import LlamaDecoder, from_hf, notes, to_hf
 
+GOLDENS = Path(__file__).parent / "goldens"
 LLAMA_31_8B = {
     "architectures": ["LlamaForCausalLM"],
     "attention_bias": False,
@@ -387,42 +390,37 @@ def test_defaults_of_transformers_are_harmless():
         assert from_hf(BASE | {key: "something"}) == from_hf(BASE), key
 
 
-WINDOWED = ("mistral", "ministral", "qwen2", "qwen3", "smollm3", "qwen2_vl")
-SLIDING, FULL = "sliding_attention", "full_attention"
+WINDOWS = json.loads((GOLDENS / "windows.json").read_text("utf-8"))
+FAMILIES = sorted({family for family, *_ in WINDOWS})
 
 
-@pytest.mark.parametrize("family", WINDOWED)
-@pytest.mark.parametrize("used", [{}, {"use_sliding_window": True}])
-@pytest.mark.parametrize(
-    "layers",
-    [
-        {},
-        *({"max_window_layers": count} for count in (0, 1, 2, 28)),
-        *({"layer_types": kinds} for kinds in ([FULL, SLIDING], [FULL, FULL])),
-    ],
-)
-@pytest.mark.parametrize("window", [{}, {"sliding_window": 48}])
-def test_a_window_is_that_of_a_layer_that_slides(family, used, layers, window):
-    """The rule of each family is transformers' own."""
-    transformers = pytest.importorskip("transformers")
-    keys = used | layers | window | {"pad_token_id": None}
-    if family == "smollm3":
-        keys["no_rope_layers"] = [1, 0]
-    given = BASE | {"model_type": family, "max_position_embeddings": 9000} | keys
-    theirs = transformers.AutoConfig.for_model(family, **_rest(given))
-    theirs = theirs.get_text_config()
-    kinds = getattr(theirs, "layer_types", None)
-    if family == "mistral":  # its model does not look at them
-        kinds = None
-    slides = theirs.sliding_window is not None and (kinds is None or SLIDING in kinds)
-    if kinds is not None and SLIDING in kinds and theirs.sliding_window is None:
-        with pytest.raises(ValueError, match="holds sliding_attention with"):
-            from_hf(given)
-        return
-    config = from_hf(given)
-    assert config.sliding_window == (theirs.sliding_window if slides else None)
-    assert config.context == (theirs.sliding_window if slides else 9000)
-    assert from_hf(to_hf(config)) == config
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_window_is_that_of_a_layer_that_slides(family):
+    """The rule of each family is transformers' own: see `make_windows.py`."""
+    found = []
+    for name, keys, window in WINDOWS:
+        if name != family:
+            continue
+        given = make_windows.config(family, keys)
+        found.append(window)
+        if window == "refused":
+            with pytest.raises(ValueError, match="holds sliding_attention with"):
+                from_hf(given)
+            continue
+        config = from_hf(given)
+        assert config.sliding_window == window, keys
+        assert config.context == (window or make_windows.POSITIONS), keys
+        assert from_hf(to_hf(config)) == config, keys
+    assert len(found) == 90
+    assert {None, 48} <= set(found)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_windows_are_still_those_of_transformers(family):
+    pytest.importorskip("transformers")
+    for name, keys, window in WINDOWS[::7]:
+        if name == family:
+            assert make_windows.window_of(family, keys) == window, keys
 
 
 def test_notes():

@@ -13,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax.generate import PAD, empty_states, finish, last_hidden, recent
+from kvjax.generate import empty_states, finish, last_hidden, recent
 from kvjax.interface import LanguageModel, Method
+from kvjax.prompt_chunks import PAD
 from kvjax.scoring import POSITIONS
 
 PIECE = 64
