@@ -138,10 +138,11 @@ def start(job: Job, out: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
         "JAX_PLATFORMS": "cpu",
         "XDG_CACHE_HOME": str(cache),
     }
-    said = cache.with_name("said.txt").open("w")
-    return subprocess.Popen(
-        command + job.go_on(out), env=environment, stdout=said, stderr=said, cwd=cache
-    )
+    command += job.go_on(out)
+    with cache.with_name("said.txt").open("w") as said:
+        return subprocess.Popen(
+            command, env=environment, stdout=said, stderr=said, cwd=cache
+        )
 
 
 def finish(job: Job, out: pathlib.Path, cache: pathlib.Path) -> float:

@@ -78,6 +78,13 @@ def load(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
 
 def parse(text: str, place: str = "config", overrides: Sequence[str] = ()) -> Config:
     """The config that a YAML text says; `place` is what errors call it."""
+    try:
+        return _parsed(text, place, overrides)
+    except ValueError as error:  # whose key or value may have lines
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def _parsed(text: str, place: str, overrides: Sequence[str]) -> Config:
     document = _yaml(text, place)
     if not isinstance(document, dict):
         raise ValueError(f"{place} must be a mapping with keys such as model, stages.")

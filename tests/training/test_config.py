@@ -96,6 +96,7 @@ def test_the_recipe_of_a_step_is_that_of_its_stage():
         ),
         (MINIMAL, ["stages.3.steps=1"], "stages has entries 0 to 0."),
         (MINIMAL, ["optimizer.lr"], "--set optimizer.lr: give key=value"),
+        (MINIMAL, ["a\nb=1"], "--set a b=1: unknown key a b"),
         (MINIMAL, ["optimizer.lr=[1"], "--set optimizer.lr=[1: line 1 is not YAML"),
         (MINIMAL, ["optimizer.lr=fast"], "--set: optimizer.lr='fast': Input should be"),
         (MINIMAL, ["optimizer.lr=-1"], "--set: optimizer.lr=-1: Input should be gr"),

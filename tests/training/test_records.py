@@ -1,6 +1,7 @@
 """Corpora of records: JSONL and parquet, read record by record."""
 
 import json
+import os
 import sys
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from kvjax.training.data import records, text
 
+EXAMPLES = int(os.environ.get("KVJAX_FUZZ", "60"))
 TEXTS = ["one\r\ntwo\n", "grün", "\ufeff a mark within", "x" * 3000]
 
 
@@ -103,7 +105,7 @@ LINES = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES < 100)
 @given(lines=st.lists(LINES, max_size=4))
 def test_any_lines_are_texts_or_one_error(lines, tmp_path_factory):
     path = tmp_path_factory.mktemp("fuzz") / "a.jsonl"
