@@ -4,6 +4,8 @@ A model overflows where its dtype ends, float16 at 65,504, and its logits are Na
 then on. Nothing that is chosen or scored by them means anything.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,7 +41,7 @@ def log_prob(
     return jnp.where(is_finite(logits), found, jnp.nan)
 
 
-def check(decoder: DecoderLM, log_probs: Float[np.ndarray, "*B"], where: str) -> None:
+def check(decoder: Any, log_probs: Float[np.ndarray, "*B"], where: str) -> None:
     """Raises NotFiniteError if :func:`log_prob` was asked of what is not finite."""
     if np.isnan(log_probs).any():
         raise not_finite(decoder, where)
