@@ -30,7 +30,8 @@ data: {{corpus: {folder}/book.txt, held_out: {folder}/book.txt, threads: 0}}
 stages:
   - {{steps: {STEPS}, tokens: {TOKENS}, lengths: {{{LENGTH}: 1}}, mixture: {{text: 1}}}}
 refreshkv:
-  {{decoded: {DECODED}, budget: {BUDGET}, stride: {STRIDE}, group_reduce: mean}}
+  {{decoded: {DECODED}, budget: {BUDGET}, stride: {STRIDE}, schedule: fixed,
+   group_reduce: mean, eviction: exact}}
 optimizer: {{lr: {RATE}, warmup: {WARMUP}}}
 evaluate: {{every: 0}}
 log: {{every: 1, tensorboard: false}}
@@ -57,7 +58,9 @@ print("loss:", *(f"{line['loss']:.3f}" for line in lines))
 # other half of the text, before and after:
 
 # %%
-method = kvjax.refreshkv(budget=BUDGET, stride=STRIDE, group_reduce="mean")
+method = kvjax.refreshkv(
+    budget=BUDGET, stride=STRIDE, schedule="fixed", group_reduce="mean"
+)
 for name in ("embedded-softmax", out / "model"):
     found = single.run(
         "perplexity",

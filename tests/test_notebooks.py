@@ -64,6 +64,14 @@ def test_a_notebook_is_that_of_its_source(name):
             assert str(ROOT) not in json.dumps(output)
 
 
+def test_what_is_trained_for_is_what_decodes():
+    """The paper trains at a fixed stride with nothing evicted; decoding evicts."""
+    source = (ROOT / "colab/refreshkv_training.py").read_text("utf-8")
+    assert "schedule: fixed" in source
+    assert "eviction: exact" in source
+    assert re.search(r'kvjax\.refreshkv\([^)]*schedule="fixed"', source)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_notebook_runs(name, tmp_path):
     """By a kernel of this Python, compiling as these tests do, and fetching nothing.

@@ -1,11 +1,13 @@
 """Configs: strict, one line of error that names key, place and nearest neighbour."""
 
+import importlib.resources
 import re
 
 import numpy as np
 import pytest
 import toys
 
+from kvjax import registry
 from kvjax.training import config_files, optim
 from kvjax.training.data import text
 
@@ -33,6 +35,21 @@ def test_every_preset_is_right_and_survives_a_round_trip():
     for name in config_files.presets():
         config = config_files.load(name, filled if name.startswith("own-") else [])
         assert config_files.parse(config_files.dump(config)) == config
+
+
+def test_a_preset_trains_for_the_method_that_it_names():
+    """Options it does not name are the method's own defaults."""
+    folder = importlib.resources.files("kvjax.training") / "presets"
+    comment = (folder / "own-refreshkv.yaml").read_text("utf-8")
+    (named,) = re.findall(r"`refreshkv:(.*?)`", comment)
+    given = dict(option.split("=") for option in named.split(","))
+    filled = ["model.checkpoint=mine", "data.corpus=mine.txt"]
+    setting = config_files.load("own-refreshkv", filled).refreshkv
+    trained = setting.model_dump(exclude={"decoded"})
+    assert trained.pop("eviction") == "exact"
+    for name, option in registry.options("refreshkv").items():
+        if name in trained:
+            assert str(trained[name]) == given.get(name, str(option.default)), name
 
 
 def test_numbers_that_yaml_1_1_reads_as_text_or_as_floats():
