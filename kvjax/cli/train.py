@@ -187,6 +187,7 @@ def _texts(settings: "Config") -> _Texts:
 
     section = settings.data
     field = section.field
+    _check_apart(settings)
     texts = text.read(_corpus(section.corpus), field=field)
     if section.held_out is not None:
         aside = text.read(_corpus(section.held_out), field=field, key="data.held_out")
@@ -196,6 +197,25 @@ def _texts(settings: "Config") -> _Texts:
         return _Texts(texts, aside, "modules of the library that are not in it")
     training, aside = text.split(texts)
     return _Texts(training, aside, "its last twentieth, which is not trained on")
+
+
+def _check_apart(settings: "Config") -> None:
+    """Raises if a file is trained on and checked by, under whatever names."""
+    from kvjax.training.data import text
+
+    section = settings.data
+    if section.held_out is None or not settings.checks:
+        return
+    aside = text.paths(_corpus(section.held_out), key="data.held_out")
+    trained = {path.resolve() for path in text.paths(_corpus(section.corpus))}
+    both = [path for path in aside if path.resolve() in trained]
+    if both:
+        more = f" (and {len(both) - 1} more)" if len(both) > 1 else ""
+        raise ValueError(
+            f"{both[0]}{more} of data.held_out is in data.corpus too, and the checks "
+            "would be of what is trained on: keep it where no pattern of data.corpus "
+            "finds it, or set data.held_out=null (the corpus' end) or evaluate.every=0."
+        )
 
 
 def _data(settings: "Config", texts: _Texts, model: _Model):

@@ -85,9 +85,9 @@ class Data(Section):
             `.jsonl` or `.parquet`; "stdlib/json/*.py" are files of the standard
             library.
         field: of a record, its text.
-        held_out: files that the checks are drawn from, as `corpus`. If left out, the
-            last twentieth of the corpus, which is then not trained on; of "stdlib", the
-            modules that are left out of it.
+        held_out: files that the checks are drawn from, as `corpus` and none of its. If
+            left out, the last twentieth of the corpus, which is then not trained on; of
+            "stdlib", the modules that are left out of it.
         seed: of every sample.
         threads: that prepare batches ahead; 0 prepares each when it is needed.
     """

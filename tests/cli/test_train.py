@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -19,14 +20,15 @@ from models import llama
 @pytest.fixture
 def recipe(checkpoint, text_file, tmp_path):
     """A config of two steps on the text, in the checkpoint's tokens."""
-    path = tmp_path / "recipe.yaml"
+    path, held_out = tmp_path / "recipe.yaml", tmp_path / "held_out.txt"
+    shutil.copy(text_file, held_out)
     path.write_text(f"""
 model:
   config: {{model_type: llama, vocab_size: 260, hidden_size: 16, intermediate_size: 16,
            num_hidden_layers: 1, num_attention_heads: 2, num_key_value_heads: 1,
            head_dim: 8, max_position_embeddings: 512, rms_norm_eps: 1e-5}}
   tokenizer: {checkpoint}
-data: {{corpus: {text_file}, held_out: {text_file}, threads: 0}}
+data: {{corpus: {text_file}, held_out: {held_out}, threads: 0}}
 stages: [{{steps: 2, tokens: 64, lengths: {{16: 1}}, mixture: {{text: 1}}}}]
 evaluate: {{tokens: 64}}
 log: {{every: 1, tensorboard: false}}
@@ -181,14 +183,16 @@ def test_a_run_goes_on_from_another_folder(
     monkeypatch.chdir(text_file.parent)
     text_file.write_bytes(b"\xef\xbb\xbf" + text_file.read_bytes())
     name = text_file.name
-    changes = ["--set", f"data.corpus={name}", "--set", f"data.held_out={name}"]
+    changes = ["--set", f"data.corpus={name}", "--set", f"data.held_out=held_{name}"]
+    pathlib.Path("held_out.txt").rename(f"held_{name}")
     run("train", "--config", recipe, *changes, "--out", "run")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     run("train", "--resume", "--out", "../run", "--set", "stages.0.steps=3")
     # Moved as a whole, it is told where its text is now.
     moved = text_file.rename(tmp_path / "moved.txt")
-    changes = [change.replace(name, str(moved)) for change in changes]
+    held_out = text_file.with_name(f"held_{name}").rename(tmp_path / "held.txt")
+    changes = ["--set", f"data.corpus={moved}", "--set", f"data.held_out={held_out}"]
     run("train", "--resume", "--out", "../run", "--set", "stages.0.steps=4", *changes)
     lines = (pathlib.Path("../run") / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
@@ -294,6 +298,15 @@ def test_the_log_of_a_longer_cosine_tells_the_two_rates_apart(
             "--config RECIPE --set data.held_out=no.txt",
             "data.held_out='TMP/no.txt' mat",
         ),
+        (
+            "--config RECIPE --set data.corpus=t*.txt --set data.held_out=tiny.txt",
+            "TMP/tiny.txt of data.held_out is in data.corpus too, and the checks",
+        ),
+        (  # a link to what is trained on is that
+            "--config RECIPE --set data.held_out=stdlib/json/decoder.py "
+            "--set data.corpus=link.py",
+            "json/decoder.py of data.held_out is in data.corpus too",
+        ),
         ("--config RECIPE --set model.config.vocab_size=9", "raise model.config.vocab"),
         ("--config RECIPE --set model.config.hidden=9", "key hidden=9 is not known"),
         (
@@ -310,6 +323,7 @@ def test_mistakes_in_training(
     (tmp_path / "tiny.txt").write_text("x" * 15)
     (tmp_path / "short.txt").write_text("x" * 200)
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "link.py").symlink_to(json.decoder.__file__)
     message = message.replace("TMP", str(tmp_path))
     arguments = arguments.replace("RECIPE", str(recipe)).replace("EMPTY", "empty.txt")
     assert cli.run(["train", "--out", "out", *arguments.split()]) == 2

@@ -105,21 +105,36 @@ def read(
         texts = [_decode(path) for path in stdlib_training_files()]
         return [text for text in texts if text]
     texts = []
+    for path in paths(corpus, key=key):
+        texts += [text for text in _texts(path, field) if text.strip()]
+    if not texts:
+        raise ValueError(f"{key}={corpus!r} holds no text: every file is empty.")
+    return texts
+
+
+def paths(
+    corpus: str | Sequence[str], *, key: str = "data.corpus"
+) -> list[pathlib.Path]:
+    """The files that :func:`read` reads, in its order.
+
+    Raises:
+        ValueError: if a pattern matches nothing.
+    """
+    if corpus == STDLIB:
+        return stdlib_training_files()
+    found = []
     for pattern in [corpus] if isinstance(corpus, str) else corpus:
         # A file whose name has brackets is no pattern.
-        found = (
+        names = (
             [pattern]
             if pathlib.Path(pattern).is_file()
             else glob.glob(pattern, recursive=True)
         )
-        paths = [path for path in map(pathlib.Path, sorted(found)) if path.is_file()]
-        if not paths:
+        matching = [path for path in map(pathlib.Path, sorted(names)) if path.is_file()]
+        if not matching:
             raise ValueError(f"{key}={pattern!r} matches no file.")
-        for path in paths:
-            texts += [text for text in _texts(path, field) if text.strip()]
-    if not texts:
-        raise ValueError(f"{key}={corpus!r} holds no text: every file is empty.")
-    return texts
+        found += matching
+    return found
 
 
 def _texts(path: pathlib.Path, field: str) -> Iterator[str]:
