@@ -256,8 +256,6 @@ class _Run:
                     loss = metrics["loss"].sum() / metrics["weight"].sum()
                 norm = metrics["grad_norm"]
                 what = f"loss {loss:.4g}, norm of the gradient {norm:.4g}"
-                if math.isfinite(loss) and math.isfinite(norm):
-                    what += ", weights after it not finite"
                 raise self._not_finite(step, what)
             self.window = self.window.add(metrics)
 
@@ -318,6 +316,8 @@ class _Run:
     def save(self, value: float | None) -> None:
         """Saves the state, and exports the model before it if it is the best so far."""
         self.settle()
+        if not steps.has_finite_weights(self.state):
+            raise self._not_finite(self.step, "weights after it are not finite")
         if self.is_best(value):
             self.window = self.window._replace(best=value)
             # First: a crash in between repeats the export, and never skips it.

@@ -58,8 +58,8 @@ class TrainState(NamedTuple):
     """Everything that steps change; all weights float32.
 
     `average` is the running mean of the weights, None where there is none. `finite`
-    turns false at a step whose loss, gradient or new weights are not: from then on the
-    state stays as it was before that step.
+    turns false at a step whose loss or gradient is not: from then on the state stays as
+    it was before that step.
     """
 
     params: Params
@@ -254,8 +254,9 @@ def make_train_step(
 
     The state is donated. Metrics are :func:`sums` over the sources of the config, and
     `grad_norm` before clipping and `finite`, scalars. A step with a loss or gradient
-    that is not finite, or weights after it that are not, changes nothing but the
-    state's `finite`.
+    that is not finite changes nothing but the state's `finite`. Weights that overflow
+    in an update are found by :func:`has_finite_weights`: if each step looked at them,
+    all new ones would have to be there before an old one may be given up.
     """
     num_parts = config.optimizer.accumulate
     num_sources = len(config.sources)
@@ -301,9 +302,6 @@ def make_train_step(
         finite = state.finite & jnp.isfinite(norm) & jnp.isfinite(metrics["loss"]).all()
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        finite &= jnp.stack(
-            [jnp.isfinite(x).all() for x in jax.tree.leaves(params)]
-        ).all()
         average = None
         if state.average is not None:
             # The mean of the first steps forgets faster: it begins at random weights.
@@ -324,6 +322,13 @@ def make_train_step(
         out_shardings=(placed, sharding.replicated(mesh)),
         donate_argnums=0,
     )
+
+
+@jax.jit
+def has_finite_weights(state: TrainState) -> Bool[Array, ""]:
+    """Returns whether the weights and their average are finite."""
+    leaves = jax.tree.leaves((state.params, state.average))
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in leaves]).all()
 
 
 def make_check(

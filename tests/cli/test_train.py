@@ -222,8 +222,8 @@ def test_weights_that_overflow_at_the_last_step_are_no_result(recipe, tmp_path, 
     out = tmp_path / "run"
     assert cli.run(["train", "--config", str(recipe), "--out", str(out), *given]) == 2
     *_, line = capsys.readouterr().err.splitlines()
-    assert line.startswith("kvjax: error: step 1 in float32: loss ")
-    assert "weights after it not finite: training stopped, and no checkpoint" in line
+    assert line.startswith("kvjax: error: step 1 in float32: weights after it are not ")
+    assert "finite: training stopped, and no checkpoint was saved before it" in line
     assert not (out / "model").exists()
 
 

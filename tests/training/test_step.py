@@ -243,6 +243,16 @@ def test_a_step_that_is_not_finite_changes_nothing_nor_do_later_ones(where):
     )
 
 
+@pytest.mark.parametrize("where", ["params", "average"])
+def test_weights_that_are_not_finite_are_found(where):
+    _, _, _, state, _ = set_up()
+    assert steps.has_finite_weights(state)
+    weights = getattr(state, where)
+    norm = weights["norm"]["weight"].at[-1].set(-jnp.inf)
+    weights = weights | {"norm": {"weight": norm}}
+    assert not steps.has_finite_weights(state._replace(**{where: weights}))
+
+
 def test_a_batch_of_nothing_but_padding_has_no_gradient():
     config, _, _, state, step = set_up()
     batch = batch_of(config, 0)
