@@ -4,12 +4,13 @@ A folder holds a run: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoin
 `model/`, the weights in whatever form the caller's `save` writes.
 """
 
+import ast
 import contextlib
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -193,14 +194,21 @@ class _Run:
     def _check_resume(self, about: Mapping[str, Any], step: int) -> None:
         old = config_files.parse(about["config"], "the saved config")
         done = np.arange(step)
-        before, now = np.asarray(optim.schedule(old)(done)), np.asarray(self.rate(done))
-        config_files.check_resume(old, self.config, step, before, now)
-        decoder = self._decoder()
-        if about.get("decoder", decoder) != decoder:  # older ones have none
-            raise ValueError(
-                f"the model is not that of this run, {about['decoder']}: restore "
-                "model.checkpoint, or start a new --out."
-            )
+        rates = np.asarray(optim.schedule(old)(done)), np.asarray(self.rate(done))
+        config_files.check_resume(old, self.config, step, *rates)
+        if "decoder" in about:  # older ones have none
+            was, now = _fields(about["decoder"]), _fields(self._decoder())
+            # What only one of two versions knows says nothing of the model.
+            changed = [
+                f"{name} was {was[name]} and is {now[name]}"
+                for name in was
+                if was[name] != now.get(name, was[name])
+            ]
+            if changed:
+                raise ValueError(
+                    f"the model is not that of this run: {', '.join(changed)}; restore "
+                    "model.checkpoint, or start a new --out."
+                )
         if about["data_id"] != self.data_id:
             raise ValueError(
                 f"the data are not those this run began with (data_id "
@@ -344,6 +352,23 @@ class _Run:
             _notice(run_folder.stopped(self.step, self.config.steps, self.out))
         elif self.window.best is None or not (self.out / run_folder.MODEL).exists():
             self._export()
+
+
+def _fields(told: str) -> dict[str, str]:
+    """Dotted names and values of a dataclass' repr; any other text is one value."""
+    try:
+        node = ast.parse(told, mode="eval").body
+    except SyntaxError:
+        return {"": told}
+    return dict(_named(node))
+
+
+def _named(node: ast.AST, place: str = "") -> Iterator[tuple[str, str]]:
+    if not isinstance(node, ast.Call):
+        yield place, ast.unparse(node)
+        return
+    for field in node.keywords:
+        yield from _named(field.value, f"{place}.{field.arg}".removeprefix("."))
 
 
 def _notice(line: str) -> None:

@@ -1,5 +1,6 @@
 """The loop in one process: what a run's folder holds, and what a resumed run does."""
 
+import dataclasses
 import json
 import re
 import signal
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import toys
 
-from kvjax.training import checkpoint, run_folder
+from kvjax.training import checkpoint, loop, run_folder
 
 TIMES = ("seconds", "tokens_per_s")
 
@@ -252,6 +253,26 @@ def test_what_a_resumed_run_may_not_change_is_an_error(whole):
         with pytest.raises(ValueError, match=message):
             toys.train(out, toys.config(*changes), resume=True, **options)
     assert (out / "metrics.jsonl").read_text() == before
+
+
+def with_another_theta():
+    decoder = toys.decoder()
+    rope = dataclasses.replace(decoder.config.rope, theta=5e5)
+    return type(decoder)(dataclasses.replace(decoder.config, rope=rope))
+
+
+def test_a_run_goes_on_when_the_library_knows_more_of_models(whole, monkeypatch):
+    """A field that its record lacks was not there yet; those it has are compared."""
+    out, _ = whole
+    now = loop._Run._decoder
+    monkeypatch.setattr(
+        loop._Run, "_decoder", lambda run: now(run)[:-1] + ", of_a_later_version=())"
+    )
+    assert toys.train(out, toys.config("log.tensorboard=true"), resume=True).finished
+    with pytest.raises(
+        ValueError, match=r"rope\.theta was 10000.0 and is 500000.0; re"
+    ):
+        toys.train(out, toys.config(), resume=True, decoder=with_another_theta())
 
 
 @pytest.mark.parametrize(
