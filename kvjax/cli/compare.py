@@ -102,10 +102,10 @@ def compare(
     questions = questions_of(tasks)
     report.check_writable(out)
     earlier.check_free(out, overwrite=overwrite, go_on=go_on)
-    answers.check_free(save_answers, overwrite=overwrite, go_on=go_on)
-    content, text_name = given_text(text, model)
-
     found = earlier.read(out) if go_on else []
+    # Without a report that says which answers are whole, none could be kept.
+    answers.check_free(save_answers, overwrite=overwrite, go_on=bool(found))
+    content, text_name = given_text(text, model)
 
     def part(name: str | None, place: int) -> _Part:
         decoder = load_decoder(name, dtype)
@@ -159,7 +159,12 @@ def compare(
     report.begin(out, document())
     if save_answers is not None and save_answers.exists():
         known = {(one.model.name, name) for one in parts for name in one.rows}
-        answers.begin(save_answers, known if go_on else ())
+        known |= {
+            (one["manifest"]["model"], row["method"])
+            for one in others
+            for row in one["rows"]
+        }
+        answers.begin(save_answers, known)
     with show_progress(sum(one.missing for one in parts)) as progress:
         for one in parts:
 

@@ -125,7 +125,14 @@ def test_the_default_has_a_section_of_the_entmax_model(
     run, fail, both_tiny, text_file, tmp_path
 ):
     given = ["compare", "--text", text_file, "--out", tmp_path / "report", *SMALL]
+    kept = tmp_path / "answers.jsonl"
+    given += ["--save-answers", kept]
     out = run(*given)
+    answers = read(kept)
+    assert {line["model"] for line in answers} == {
+        "embedded-softmax",
+        "embedded-entmax",
+    }
     results = results_of(tmp_path)
     (section,) = results["sections"]
     assert results["complete"]
@@ -143,6 +150,7 @@ def test_the_default_has_a_section_of_the_entmax_model(
     # Gone on with under a method, the section stays; without one, both have their rows.
     run(*given, "--continue", "--method", "h2o")
     after = results_of(tmp_path)
+    assert read(kept)[: len(answers)] == answers
     assert after["sections"] == results["sections"]
     assert [row["method"] for row in after["rows"]][:2] == ["full", "h2o:budget=40"]
     run(*given, "--continue")
@@ -227,6 +235,7 @@ def test_eval_takes_questions_and_keeps_answers(run, checkpoint, questions, tmp_
         ("compare --tasks nowhere.jsonl", "nowhere.jsonl"),
         ("eval --task passkey --save-answers q.jsonl", "q.jsonl is there already"),
         ("compare --save-answers q.jsonl", "q.jsonl is there already"),
+        ("compare --continue --save-answers q.jsonl", "q.jsonl is there already"),
         ("eval --task passkey --chat", "this is no chat model"),
     ],
 )
