@@ -113,8 +113,12 @@ def json_ready(value):
     return value
 
 
-def check_writable(folder: pathlib.Path) -> None:
+def check_writable(folder: pathlib.Path, option: str = "--out") -> None:
     """Makes `folder` and tries it, before hours of work.
+
+    Args:
+        folder: that is to be written to.
+        option: by which it was given, for messages.
 
     Raises:
         PermissionError, NotADirectoryError: if nothing can be written there.
@@ -125,11 +129,12 @@ def check_writable(folder: pathlib.Path) -> None:
             pass
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(
-            f"{folder} is not a folder: give --out another one."
+            f"{folder} is not a folder: give {option} another one."
         ) from error
     except OSError as error:
         raise PermissionError(
-            f"{folder} cannot be written ({error.strerror}): give --out another folder."
+            f"{folder} cannot be written ({error.strerror}): give {option} another "
+            "folder."
         ) from error
 
 

@@ -36,7 +36,7 @@ def check_free(
     """
     if path is None:
         return
-    check_writable(path.parent)
+    check_writable(path.parent, "--save-answers")
     if path.is_dir() or (path.exists() and not (overwrite or go_on)):
         raise FileExistsError(
             f"{path} is there already: remove it, or give --save-answers another file."

@@ -64,5 +64,7 @@ def test_a_file_that_is_there_is_not_lost(tmp_path):
     answers.check_free(path, go_on=True)
     with pytest.raises(FileExistsError, match="is there already"):
         answers.check_free(tmp_path, overwrite=True)
-    with pytest.raises(NotADirectoryError, match="is not a folder"):
+    with pytest.raises(
+        NotADirectoryError, match="a folder: give --save-answers another"
+    ):
         answers.check_free(path / "below.jsonl")
