@@ -329,10 +329,15 @@ def caption(results: Mapping[str, Any]) -> str:
 
 def print_table(results: Mapping[str, Any]) -> None:
     """Prints a comparison, its sections, and what is in neither."""
-    for one in (results, *results.get("sections", ())):
+    for one in _comparisons(results):
         _print_comparison(one)
     if said := left_out(results):
         tables.say(said)
+
+
+def _comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The comparison and its sections, without those that were cut off too early."""
+    return [one for one in (results, *results.get("sections", ())) if one["rows"]]
 
 
 def left_out(results: Mapping[str, Any]) -> str:
@@ -442,7 +447,7 @@ def html(results: Mapping[str, Any]) -> str:
             "kept": _kept(one["kept"]),
             "manifest": one["manifest"],
         }
-        for place, one in enumerate((results, *results.get("sections", ())))
+        for place, one in enumerate(_comparisons(results))
     ]
     return template.render(
         comparisons=comparisons,

@@ -321,6 +321,16 @@ def test_the_terminal_table_has_every_cell(results, capsys):
     assert "links of 5" in said
 
 
+def test_a_section_that_was_cut_off_before_its_first_row_is_not_shown(results, capsys):
+    cut = {**results, "rows": [], "complete": False}
+    page = report.html(results | {"sections": [cut]})
+    assert page.count("<h1>") == 1
+    report.print_table(results)
+    alone = capsys.readouterr().out
+    report.print_table(results | {"sections": [cut]})
+    assert capsys.readouterr().out == alone
+
+
 SHARE = {"mean": 0.5, "low": 0.25, "high": 0.75, "n": 4}
 
 
