@@ -8,6 +8,7 @@ import difflib
 import json
 import re
 import reprlib
+import unicodedata
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -37,21 +38,37 @@ class Own(NamedTuple):
     def score(self, generated: str) -> float:
         """1 if an answer stands in the reply as words of its own, else 0.
 
-        Capitals and the kinds of blanks do not matter. A reply is the first line that
+        Capitals and the kinds of blanks do not matter; of a longer number a part is
+        not the answer. A reply is the first line that
         is not empty; in a chat it is the whole turn.
         """
         reply = generated if self.is_chat else generated.strip().partition("\n")[0]
         return float(any(_says(reply, answer) for answer in self.answers))
 
 
+# Scripts whose words have no blank between them, or join what follows: Thai to Burmese,
+# Khmer, kana, Han, Hangul.
+_UNSPACED = (
+    r"\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u3005-\u9fff\uac00-\ud7ff"
+    r"\uf900-\ufaff\U00020000-\U0003ffff"
+)
+_OF_WORD = rf"[^\W{_UNSPACED}]"
+# A sign behind a word is a hyphen: 10-12.
+_SIGNED = r"(?<!\W[-\u2212])(?<!\A[-\u2212])"
+
+
 def _says(reply: str, answer: str) -> bool:
-    # Latin letters and digits make words; other scripts need no blank between them.
-    pattern = rf"(?<![0-9a-z_]){re.escape(_plain(answer))}(?![0-9a-z_])"
-    return re.search(pattern, _plain(reply)) is not None
+    answer = _plain(answer)
+    before, after = rf"(?<!{_OF_WORD})", rf"(?!{_OF_WORD})"
+    if re.match(r"\W?\d", answer):
+        before += rf"(?<!\d[.,:]){_SIGNED}"
+    if re.search(r"\d\Z", answer):
+        after += r"(?![.,:]\d)"
+    return re.search(before + re.escape(answer) + after, _plain(reply)) is not None
 
 
 def _plain(text: str) -> str:
-    return " ".join(text.casefold().split())
+    return unicodedata.normalize("NFC", " ".join(text.casefold().split()))
 
 
 def parse(text: str, name: str) -> list[Question]:
