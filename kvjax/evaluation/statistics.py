@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from scipy import stats
 
 ROUNDING = 1e-5  # of float32 means; samples so far beyond their range are at its end
+ALIKE = 1e-9  # of their scale: what differs by less differs by rounding
 
 
 class Interval(NamedTuple):
@@ -74,9 +75,9 @@ def share_interval(samples: ArrayLike, confidence: float = 0.95) -> Interval:
     n, mean = samples.size, float(samples.mean())
     if not math.isfinite(mean):
         return Interval(mean, 0.0, 1.0, n)
-    if np.ptp(samples) == 0 or not 0 < mean < 1:
+    if _alike(samples, samples.max()) or not 0 < mean < 1:
         return _wilson(mean, n, confidence)
-    phi = _variance(samples) / (mean * (1 - mean))
+    phi = float(samples.var(ddof=1)) / (mean * (1 - mean))
     distance = _student(n, confidence) ** 2 * phi / n
     return Interval(mean, *_score_ends(mean, distance, most=1.0), n)
 
@@ -96,7 +97,7 @@ def amount_interval(samples: ArrayLike, confidence: float = 0.95) -> Interval:
     """
     samples = _vector(samples, most=math.inf)
     n, mean = samples.size, float(samples.mean())
-    return _amount(mean, _variance(samples) / n, n, confidence)
+    return _amount(mean, _variance(samples, samples.max()) / n, n, confidence)
 
 
 def ratio_interval(
@@ -120,7 +121,7 @@ def ratio_interval(
         )
     x = _vector(x, most=math.inf)
     n, ratio = x.size, float(x.sum() / y.sum())
-    variance = _variance(x - ratio * y) / n / float(y.mean()) ** 2
+    variance = _variance(x - ratio * y, x.max()) / n / float(y.mean()) ** 2
     return _amount(ratio, variance, n, confidence)
 
 
@@ -160,7 +161,7 @@ def paired_shares(
     """
     found = paired_difference(samples, reference, confidence)
     difference = _vector(samples, most=1.0) - _vector(reference, most=1.0)
-    if np.ptp(difference) > 0:
+    if not _alike(difference, 1.0):
         share = share_interval((difference + 1) / 2, confidence)
         return Interval(found.mean, 2 * share.low - 1, 2 * share.high - 1, found.n)
     other = _wilson(0.0, found.n, confidence).high
@@ -200,9 +201,14 @@ def _vector(samples: ArrayLike, most: float | None = None) -> Float[np.ndarray, 
     return np.clip(samples, 0.0, most)
 
 
-def _variance(samples: Float[np.ndarray, "N"]) -> float:
+def _alike(samples: Float[np.ndarray, "N"], scale: float) -> bool:
+    """True if samples, of numbers up to `scale`, differ by rounding at most."""
+    return bool(np.ptp(samples) <= ALIKE * scale)
+
+
+def _variance(samples: Float[np.ndarray, "N"], scale: float) -> float:
     """That of the population; 0 where there is none to estimate."""
-    if samples.size == 1 or not np.isfinite(samples).all():
+    if not np.isfinite(samples).all() or _alike(samples, scale):
         return 0.0
     return float(samples.var(ddof=1))
 

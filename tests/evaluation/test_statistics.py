@@ -203,6 +203,22 @@ def test_amounts_that_are_all_alike_say_nothing_of_a_larger_one():
     assert found == pytest.approx((0.3, 0.3 * (1 - other), math.inf, 8))
 
 
+def test_rounding_is_no_spread():
+    other = statistics.wilson(0, 3).high
+    found = statistics.amount_interval([0.1] * 3)  # whose mean is another number
+    assert found == pytest.approx((0.1, 0.1 * (1 - other), math.inf, 3))
+    size = np.array([3.0, 7.0, 11.0])
+    found = statistics.ratio_interval(0.1 * size, size)
+    assert found == pytest.approx((0.1, 0.1 * (1 - other), math.inf, 3))
+    share = [0.1 + 0.2, 0.3]
+    assert statistics.share_interval(share) == pytest.approx(
+        statistics.share_interval([0.3, 0.3])
+    )
+    found = statistics.paired_shares([0.8, 0.6], [1.0, 0.8])
+    assert found == pytest.approx(statistics.paired_shares([0.6, 0.6], [0.8, 0.8]))
+    assert found.high > 0
+
+
 def test_what_is_no_number_has_the_whole_range():
     for interval, most in (
         (statistics.share_interval, 1.0),
@@ -232,7 +248,7 @@ def test_a_ratio_is_an_amount_where_denominators_agree():
 def test_ratio_interval_weighs_samples_by_their_denominators():
     bits, size = np.array([10.0, 300.0, 20.0]), np.array([5.0, 100.0, 10.0])
     assert statistics.ratio_interval(bits, size).mean == pytest.approx(330 / 115)
-    nearly = statistics.ratio_interval(2.5 * size + [1e-9, 0, -1e-9], size)
+    nearly = statistics.ratio_interval(2.5 * size + [1e-6, 0, -1e-6], size)
     assert nearly[:3] == pytest.approx((2.5, 2.5, 2.5))
 
 
