@@ -14,6 +14,7 @@ from kvjax.cli.common import (
     DtypeOption,
     JsonOption,
     arguments_given,
+    checked_dtype,
     positive,
     whole_numbers,
 )
@@ -65,8 +66,6 @@ def bench(
     kernels times the operations of one attention layer; decode the steps of a model
     under its methods.
     """
-    import jax
-
     from kvjax import bench as benchmark
 
     if subject not in SUBJECTS:
@@ -91,11 +90,10 @@ def bench(
             as_json=as_json,
         )
         return
+    dtype = checked_dtype(dtype) or "bfloat16"
     contexts = whole_numbers("--context", context or "32768,131072")
     positive(budget=budget, page_size=page_size, batch=batch, kv_heads=kv_heads)
     positive(group=group, head_dim=head_dim, repeats=repeats)
-    if dtype is None:
-        dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     runs = [
         benchmark.Sizes(
             tokens, budget, page_size, batch, kv_heads, group, head_dim, dtype

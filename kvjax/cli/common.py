@@ -200,7 +200,7 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
 
     share_heaps()
     keep_compiled_code()
-    loaded = models.load(model_name(model), dtype=_dtype(dtype))
+    loaded = models.load(model_name(model), dtype=checked_dtype(dtype))
     print_notes(loaded.decoder)
     return loaded
 
@@ -210,10 +210,15 @@ def load_decoder(model: str | None, dtype: str | None):
     import models
 
     share_heaps()
-    return models.load_decoder(model_name(model), dtype=_dtype(dtype))
+    return models.load_decoder(model_name(model), dtype=checked_dtype(dtype))
 
 
-def _dtype(dtype: str | None) -> str | None:
+def checked_dtype(dtype: str | None) -> str | None:
+    """The dtype of `--dtype`; without it float32 on a CPU, elsewhere None.
+
+    Raises:
+        ValueError: if it is none that models have.
+    """
     import jax
 
     if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):

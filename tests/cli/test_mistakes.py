@@ -22,6 +22,8 @@ def broken(checkpoint, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ("bench kernels --dtype fp16", "dtype='fp16' must be float32, bfloat16 or"),
+        ("bench kernels --dtype int8", "dtype='int8' must be float32, bfloat16 or"),
         ("frobnicate", "No such command 'frobnicate'"),
         ("compare --bugdet 3", "--bugdet"),
         ("compare --n many", "Invalid value for '--n'"),
