@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kvjax import prefix
 from kvjax.interface import LanguageModel, Method, dynamic_rope
+from kvjax.named import as_method
 
 Message = Mapping[str, str]
 
@@ -44,7 +45,7 @@ def closing(tokenizer: Any, messages: Sequence[Message]) -> int:
 
 def read(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     messages: Sequence[Message],
     *,
     room: int | None = None,
@@ -58,14 +59,14 @@ def read(
     """
     ids = tokens(model.tokenizer, messages, reply=True)
     if room is None:
-        room = max(min(ROOM, model.decoder.context - len(ids)), 1)
+        room = _room(model, len(ids))
     found = prefix.read(model, method, [ids], room=room, chunk_size=chunk_size)
     return Read(found, len(ids), False)
 
 
 def go_on(
     model: LanguageModel,
-    method: Method,
+    method: Method | str,
     before: prefix.Prefix,
     messages: Sequence[Message],
     *,
@@ -83,9 +84,12 @@ def go_on(
     Raises:
         ValueError: if there is no room; the message says how to get more.
     """
+    method = as_method(method)
     ids = tokens(model.tokenizer, messages, reply=reply)
     (old,) = before.prompts
     fits = tuple(ids[: len(old)]) == old and dynamic_rope(model.decoder) is None
+    if room is None and not (fits and len(ids) == len(old)):
+        check_room(model, method, before, 1, behind=len(ids))
     if fits and room is None:
         more = ids[len(old) :]
         found = prefix.extend(model, method, before, [more], chunk_size=chunk_size)
@@ -93,9 +97,49 @@ def go_on(
     if room is None:
         left = prefix.tokens_left(model, method, before)
         room = before.room if left is None else left + len(old) - len(ids)
-        prefix.check_room(model, method, before, len(ids) + 1 - len(old))
     found = prefix.read(model, method, [ids], room=room, chunk_size=chunk_size)
     return Read(found, len(ids), True)
+
+
+def check_room(
+    model: LanguageModel,
+    method: Method | str,
+    found: prefix.Prefix,
+    new_tokens: int,
+    *,
+    behind: int | None = None,
+) -> None:
+    """Raises ValueError unless so many tokens may follow; it says how to get more.
+
+    Args:
+        behind: tokens of the conversation that they follow; all that `found` holds, if
+            left out.
+    """
+    held = len(found.prompts[0])
+    behind = held if behind is None else behind
+    left, wanted = prefix.tokens_left(model, method, found), behind - held + new_tokens
+    if left is None or wanted <= left:
+        return
+    # What is read anew has its room behind the conversation as it is then.
+    room, context = max(_room(model, behind), new_tokens), model.decoder.context
+    remedy = (
+        f"give --room {room}, with --resume and --save to read it anew and keep it so "
+        f"(room={room} in Python)."
+    )
+    if behind + room > context:
+        remedy = (
+            f"the model's context of {context} ends there: ask for fewer tokens, or "
+            "begin another one."
+        )
+    raise ValueError(
+        f"the conversation has room for {left} tokens more and {wanted} are wanted: "
+        + remedy
+    )
+
+
+def _room(model: LanguageModel, held: int) -> int:
+    """Room behind so many tokens, where nobody says."""
+    return max(min(ROOM, model.decoder.context - held), 1)
 
 
 def copied(found: prefix.Prefix) -> prefix.Prefix:

@@ -169,15 +169,17 @@ def _following(model, old, new, name) -> list[int]:
     return text_tokens.following_tokens(model.tokenizer, new, after=old)
 
 
-def tokens_left(model: LanguageModel, method: Method, prefix: Prefix) -> int | None:
+def tokens_left(
+    model: LanguageModel, method: Method | str, prefix: Prefix
+) -> int | None:
     """Returns how many tokens may follow; None for a method of constant memory."""
-    if accounting.is_constant(method, model.decoder):
+    if accounting.is_constant(as_method(method), model.decoder):
         return None  # what does not grow has room for everything
     return prefix.longest + prefix.room - max(map(len, prefix.prompts))
 
 
 def check_room(
-    model: LanguageModel, method: Method, prefix: Prefix, new_tokens: int
+    model: LanguageModel, method: Method | str, prefix: Prefix, new_tokens: int
 ) -> None:
     """Raises ValueError unless so many tokens may follow the longest prompt."""
     left = tokens_left(model, method, prefix)

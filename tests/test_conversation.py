@@ -59,7 +59,7 @@ def test_three_turns_are_one_conversation(spec):
 
 
 def test_what_the_template_writes_differently_is_read_anew():
-    model, method = model_with(FORGETS), registry.parse("full")
+    model, method = model_with(FORGETS), "full"
     read = conversation.read(model, method, said("2 + 2?"), room=100).prefix
     messages = said("2 + 2?", "let me think/4", "and 3 + 3?")
     found = conversation.go_on(model, method, read, messages[:2], reply=False)
@@ -84,11 +84,30 @@ def test_room_ends_and_can_be_had_anew():
     model, method = model_with(TURNS), registry.parse("full")
     read = conversation.read(model, method, said("hello"), room=10).prefix
     longer = said("hello", "hi", "what is the time?")
-    with pytest.raises(ValueError, match=r"room for 10 tokens more.* are wanted"):
+    message = r"room for 10 tokens more and \d+ are wanted: give --room 2048, with"
+    with pytest.raises(ValueError, match=message):
         conversation.go_on(model, method, read, longer)
     found = conversation.go_on(model, method, read, longer, room=30)
     assert found.anew
     assert prefix.tokens_left(model, method, found.prefix) == 30
+
+
+@pytest.mark.parametrize(
+    ("new_tokens", "message"),
+    [
+        (11, "room for 10 tokens more and 11 are wanted: give --room 37, with"),
+        (37, "and 37 are wanted: give --room 37, with"),
+        (38, "the model's context of 60 ends there: ask for fewer"),
+    ],
+)
+def test_no_more_room_is_advised_than_the_context_has(new_tokens, message):
+    model = model_with(TURNS)
+    model = model._replace(decoder=tiny_model(num_layers=1, context=60).decoder)
+    read = conversation.read(model, "full", said("hello"), room=10).prefix
+    assert len(read.prompts[0]) == 60 - 37
+    conversation.check_room(model, "full", read, 10)
+    with pytest.raises(ValueError, match=message):
+        conversation.check_room(model, "full", read, new_tokens)
 
 
 def test_room_is_what_the_context_leaves():

@@ -109,7 +109,8 @@ def _turn(model, name, read, messages, save, options, chunk_size) -> Turn:
             most = max(min(most, left - closing), 1)
         options["max_new_tokens"] = most
     # The reply is read behind the turn, as the template writes it.
-    prefix.check_room(model, method, read, options["max_new_tokens"] + closing)
+    new_tokens = options["max_new_tokens"] + closing
+    conversation.check_room(model, method, read, new_tokens)
     kept = None if save is None else conversation.copied(read)
     events = prefix.stream(model, method, read, **options)
 

@@ -139,6 +139,11 @@ def resumed(
 ) -> Turn:
     """What goes on from the prefix in `folder`, behind `text` if there is one."""
     prefix = library()
+    if text is not None and prefix.about(folder).get("messages"):
+        raise ValueError(
+            f"{folder} holds a conversation, in which a text behind it is a turn: add "
+            "--chat."
+        )
     language_model, name, parsed, found = restored(folder, model, method, dtype)
     chosen = options(language_model)
     if text is not None:

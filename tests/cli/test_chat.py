@@ -107,6 +107,19 @@ def test_three_turns(run, fail, checkpoint, tmp_path):
     )
 
 
+def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path):
+    folder = tmp_path / "talk"
+    begin = ["--model", checkpoint, "--prompt", "hi", "--save", folder]
+    begin += ["--room", "40"]
+    short = ["generate", "--chat", "--max-new-tokens", "5"]
+    run(*short, *begin)
+    resume = [*short, "--resume", folder, "--prompt", "and now? " * 5]
+    line = fail(*resume)
+    (room,) = re.findall(r"give --room (\d+), with --resume and --save", line)
+    run(*resume, "--room", room, "--save", folder)
+    run(*resume)
+
+
 def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path):
     folder = tmp_path / "asked"
     options = ["--model", checkpoint, "--prompt", "hi", "--chat", "--system", "be kind"]
@@ -117,6 +130,8 @@ def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path):
     found = json.loads(run(*resume, "--max-new-tokens", "5", "--json"))
     assert found["tokens"] == alone["tokens"]
     assert "waits for a reply: leave --prompt out" in fail(*resume, "--prompt", "x")
+    raw = ["generate", "--resume", folder, "--prompt", "x"]
+    assert "holds a conversation, in which a text behind it is a turn" in fail(*raw)
     line = fail(*resume, "--max-new-tokens", "91", "--save", tmp_path / "on")
     assert "room for 90 tokens more" in line
     assert not (tmp_path / "on").exists()
