@@ -114,8 +114,7 @@ class Guard:
 
     def _watch(self) -> None:
         """Runs in a thread of its own: the main one may be in C++ for minutes."""
-        while not self._arrived(None):
-            pass
+        self._arrived(None)
         start = time.monotonic()
         while time.monotonic() - start < self._patience():
             if self._arrived(EVERY) and time.monotonic() - start > AGAIN:
@@ -135,10 +134,14 @@ class Guard:
         return UNWINDING if self._raised or self._unfinished else PATIENCE
 
     def _arrived(self, seconds: float | None) -> bool:
-        """Waits for a signal; one of `_LOOK` alone is none."""
-        if not select.select([self._reader], [], [], seconds)[0]:
-            return False
-        return any(number in _SIGNALS for number in self._reader.recv(4096))
+        """Waits for a signal, so long at most; those of `_LOOK` are none."""
+        end = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left = None if end is None else max(end - time.monotonic(), 0.0)
+            if not select.select([self._reader], [], [], left)[0]:
+                return False
+            if any(number in _SIGNALS for number in self._reader.recv(4096)):
+                return True
 
     def _forget(self) -> None:
         """Gives a child its signals back: whoever ends it means it alone."""

@@ -147,6 +147,33 @@ def test_a_second_signal_does_not_wait():
     assert ends(script) == (130, "", LINE)
 
 
+def test_a_thread_that_waits_for_a_library_rests_between_two_looks():
+    """What has the main thread look wakes the one that sent it, too."""
+    theirs = "def call():\n    send()\n    time.sleep(0.5)\n"
+    script = f"""
+    of(THEIRS, {theirs!r})
+    looks, real = [], signal.pthread_kill
+
+    def counted(*arguments):
+        looks.append(arguments)
+        real(*arguments)
+
+    signal.pthread_kill = counted
+    interrupts.PATIENCE = 100
+    begin = time.monotonic()
+    """
+    body = """
+    try:
+        call()
+        time.sleep(100)
+    finally:
+        took = time.monotonic() - begin
+        print(0 < len(looks) * interrupts.EVERY <= took)
+    """
+    script = textwrap.dedent(script) + ours(body)
+    assert ends(script) == (130, "True\n", LINE)
+
+
 def test_an_interrupt_that_something_swallows_is_not_lost():
     body = """
     try:
