@@ -18,6 +18,8 @@ from kvjax.generate import continued, prefill
 from kvjax.interface import LanguageModel, Method
 from kvjax.named import as_method
 
+MOST_COPIED = 1 << 30  # bytes, beyond every cache: more tell no other bandwidth
+
 
 class Step(NamedTuple):
     """A decode step of all rows; seconds of one, over all samples."""
@@ -60,7 +62,8 @@ def run(
         batch: rows, of the same prompt.
         chunk_size: most prompt tokens processed at once.
         copied: bytes that are read and written to tell the bandwidth; those of the
-            largest step if left out, so that both are in the same caches.
+            largest step if left out, so that both are in the same caches, but no more
+            than `MOST_COPIED`.
         progress: called with a part's name and the fraction of it that is done.
 
     Raises:
@@ -87,7 +90,7 @@ def run(
         for name, method in methods.items()
         for context in contexts
     }
-    copied = copied or weights + max(cache.values())
+    copied = copied or min(weights + max(cache.values()), MOST_COPIED)
     copies, found = [], []
     for context in contexts:
         prompt = np.resize(np.asarray(tokens, np.int32), context - generated).tolist()

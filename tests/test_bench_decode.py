@@ -44,6 +44,25 @@ def test_steps_are_counted_beside_what_they_must_read():
     assert done[-1] == ("streaming_llm:budget=16, 160 tokens", 1.0)
 
 
+@pytest.mark.parametrize("most", [None, 5000])
+def test_what_is_copied_is_a_step_or_what_no_cache_holds(monkeypatch, most):
+    class AskedError(Exception):
+        pass
+
+    def copies(num_bytes):
+        raise AskedError(num_bytes)
+
+    monkeypatch.setattr(bench_decode, "_copies", copies)
+    if most is not None:
+        monkeypatch.setattr(bench_decode, "MOST_COPIED", most)
+    with pytest.raises(AskedError) as asked:
+        bench_decode.run(MODEL, ["full"], [1, 2], contexts=[64], steps=4, repeats=2)
+    step = bench_decode.weight_bytes(MODEL)
+    step += accounting.bytes_read(registry.parse("full"), MODEL.decoder, 60, 13)
+    assert asked.value.args == (most or step,)
+    assert step > 5000
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
