@@ -373,13 +373,17 @@ def _continued(
     rows = [
         TextRow(model.tokenizer, stop, eos_ids, max_new_tokens, row) for row in behind
     ]
+    part = timing.Stretch("decode")  # of the block; the first comes of the prompt
     while True:
         finite = np.asarray(tail.finite)
+        taken = sum(len(row.tokens) for row in rows)
         for index, row in enumerate(rows):
             said = block[index] if finite[index] else block[index, :-1]
             if row.finish_reason is not None or not len(said):
                 continue
-            if text := row.push(said.tolist()):
+            text = row.push(said.tolist())
+            part.tokens = sum(len(row.tokens) for row in rows) - taken
+            if text:
                 yield index, text
         done = np.array([row.finish_reason is not None for row in rows])
         if not (finite | done).all():
@@ -402,5 +406,4 @@ def _continued(
                 eos_array,
             )
             block = np.asarray(block)[:, : int(count)]
-            part.tokens = block.size
         produced += int(count)

@@ -67,6 +67,18 @@ def test_jax_says_what_it_compiles():
     assert 0 < first == clock.compiling
 
 
+def test_tokens_that_no_row_took_are_not_counted():
+    """Those behind a stop string in its block, and those of rows that have ended."""
+    options = {"max_new_tokens": 20, "eos_ids": ()}
+    prompts = [PROMPT, PROMPT[::-1]]
+    whole = generate(MODEL, "full", prompts, **options)
+    with timing.timed() as clock:
+        found = generate(MODEL, "full", prompts, **options, stop=[whole[0].text[3:5]])
+    assert found[0].finish_reason == "stop"
+    taken = sum(len(row.tokens) for row in found)
+    assert clock.total("decode").tokens == taken - len(prompts) < 2 * 19
+
+
 def test_every_token_is_in_a_stretch():
     with timing.timed() as clock:
         (found,) = generate(MODEL, "full", [PROMPT], max_new_tokens=20, eos_ids=())
