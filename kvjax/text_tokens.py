@@ -106,7 +106,11 @@ def special_texts(tokenizer: Any, texts: Sequence[str]) -> dict[int, str]:
     """Returns the tokens of `texts` that decode to nothing, and how each is spelled."""
     found = {}
     for text in texts:
-        for token in inside(tokenizer.encode, text):
+        tokens = []
+        # What a tokenizer refuses has no token of its own.
+        with contextlib.suppress(Exception):
+            tokens = inside(tokenizer.encode, text)
+        for token in tokens:
             spelled = "" if tokenizer.decode([token]) else spell(tokenizer, [token])
             if spelled and spelled in text:
                 found[token] = spelled

@@ -106,3 +106,16 @@ def test_a_text_behind_a_special_token_is_its_own_beginning():
     spaced = made("sentencepiece")
     found = text_tokens.following_tokens(spaced, "world", after=spaced.encode(""))
     assert [*spaced.encode(""), *found] == spaced.encode("world")
+
+
+def test_what_a_tokenizer_refuses_is_no_special_token():
+    """A stop string may have any characters."""
+
+    class Refusing:
+        def encode(self, text):
+            return [b"ab".index(byte) for byte in text.encode()]
+
+        def decode(self, tokens):
+            return "".join("ab"[token] for token in tokens)
+
+    assert text_tokens.special_texts(Refusing(), ["e", "a"]) == {}
