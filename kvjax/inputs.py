@@ -199,9 +199,9 @@ def _remedy(given: Any) -> str:
 
 
 def check_vocabulary(decoder: DecoderLM, rows: Sequence[Sequence[int]]) -> None:
-    """Raises ValueError if a row, none of them empty, holds an unknown token id."""
+    """Raises ValueError if a row holds an unknown token id; it names the row."""
     for index, row in enumerate(rows):
-        low, high = min(row), max(row)
+        low, high = min(row, default=0), max(row, default=0)
         if low < 0 or high >= decoder.vocab_size:
             raise ValueError(
                 f"row {index} holds token id {low if low < 0 else high}, outside the "

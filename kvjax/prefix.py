@@ -152,7 +152,7 @@ def extend(
             "the model's rope is 'dynamic', which rotates all keys of a prompt at "
             "once: read the whole prompt anew."
         )
-    check_vocabulary(model.decoder, [row for row in more if len(row)])
+    check_vocabulary(model.decoder, more)
     prompts = tuple((*old, *new) for old, new in zip(prefix.prompts, more, strict=True))
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     check_room(model, method, prefix, after + 1 - before)

@@ -106,7 +106,7 @@ def test_what_came_before_is_given_out_and_the_token_is_named(stream_every):
             FULL,
             [TOKENS],
             **options,
-            on_text=lambda _, text: pieces.append(text),
+            on_text=keep,
         )
     given = "".join(pieces)
     assert given.startswith(model.tokenizer.decode(said.tokens[:place]))
