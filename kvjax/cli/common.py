@@ -70,7 +70,7 @@ TasksOption = Annotated[
         "a list of answers).",
     ),
 ]
-ChatOption = Annotated[
+AskChatOption = Annotated[
     bool,
     typer.Option(
         "--chat", help="Ask in the model's chat template; the answer is begun for it."

@@ -14,7 +14,7 @@ from kvjax import earlier, registry, report
 from kvjax.cli.common import (
     METHOD_HELP,
     AnswersOption,
-    ChatOption,
+    AskChatOption,
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -69,7 +69,7 @@ def compare(
     seed: SeedOption = 0,
     text: TextOption = None,
     tasks: TasksOption = None,
-    chat: ChatOption = False,
+    chat: AskChatOption = False,
     save_answers: AnswersOption = None,
     out: Annotated[
         pathlib.Path,

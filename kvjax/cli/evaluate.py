@@ -8,8 +8,8 @@ import typer
 from kvjax import registry, report
 from kvjax.cli.common import (
     AnswersOption,
+    AskChatOption,
     BatchOption,
-    ChatOption,
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -45,7 +45,7 @@ def evaluate(
     new_tokens: NewTokensOption = 64,
     batch: BatchOption = 8,
     text: TextOption = None,
-    chat: ChatOption = False,
+    chat: AskChatOption = False,
     save_answers: AnswersOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 1024,
     dtype: DtypeOption = None,

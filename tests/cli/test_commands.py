@@ -35,6 +35,15 @@ def test_every_help_shows_an_example_of_its_own(run, command):
     assert f"Example: kvjax {command}" in out
 
 
+def test_a_chat_is_told_from_a_question_in_one(run):
+    for command, words in [
+        ("prefill", "Use the model's chat template."),
+        ("compare", "Ask in the model's chat template"),
+        ("eval", "Ask in the model's chat template"),
+    ]:
+        assert words in " ".join(run(command, "--help").replace("│", " ").split())
+
+
 def test_no_command_is_help(run):
     out = run()
     assert all(command in out for command in COMMANDS)
