@@ -82,8 +82,8 @@ class Data(Section):
 
     Attributes:
         corpus: "stdlib", or files and glob patterns: UTF-8 text, or records that end in
-            `.jsonl` or `.parquet`; "stdlib/json/*.py" are files of the standard
-            library.
+            `.jsonl`, `.ndjson` or `.parquet`; "stdlib/json/*.py" are files of the
+            standard library.
         field: of a record, its text.
         held_out: files that the checks are drawn from, as `corpus` and none of its. If
             left out, the last twentieth of the corpus, which is then not trained on; of

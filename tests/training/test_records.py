@@ -18,7 +18,7 @@ TEXTS = ["one\r\ntwo\n", "grün", "\ufeff a mark within", "x" * 3000]
 
 
 def write(path, values, field="text"):
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         table = pyarrow.table({"id": list(range(len(values))), field: values})
         pyarrow.parquet.write_table(table, path, row_group_size=2)
     else:
@@ -27,7 +27,7 @@ def write(path, values, field="text"):
     return str(path)
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "ndjson", "JSONL", "parquet", "Parquet"])
 def test_every_record_is_a_text(tmp_path, kind):
     path = write(tmp_path / f"a.{kind}", TEXTS)
     assert text.read([path]) == TEXTS

@@ -88,9 +88,9 @@ def read(
 ) -> list[str]:
     """The texts of a corpus: `"stdlib"`, or files and glob patterns.
 
-    A file is one text, UTF-8; one that ends in `.jsonl` or `.parquet` has a text a
-    record. Files of the standard library that are not UTF-8 are left out; one that was
-    asked for by name must be.
+    A file is one text, UTF-8; one that ends in `.jsonl`, `.ndjson` or `.parquet`, in
+    whatever case, has a text a record. Files of the standard library that are not UTF-8
+    are left out; one that was asked for by name must be.
 
     Args:
         field: of a record, its text.
@@ -138,9 +138,10 @@ def paths(
 
 
 def _texts(path: pathlib.Path, field: str) -> Iterator[str]:
-    if path.suffix == ".jsonl":
+    kind = path.suffix.lower()
+    if kind in (".jsonl", ".ndjson"):
         yield from records.jsonl(path, field)
-    elif path.suffix == ".parquet":
+    elif kind == ".parquet":
         yield from records.parquet(path, field)
     else:
         yield files.read_text(path)
