@@ -57,7 +57,8 @@ def load(source: str | pathlib.Path, overrides: Sequence[str] = ()) -> Config:
 
     Args:
         source: a path, or the name of a preset.
-        overrides: such as "optimizer.lr=1e-3" or "stages.0.steps=100"; a value is YAML.
+        overrides: such as "optimizer.lr=1e-3" or "stages.0.steps=100"; a value is
+            YAML, or a pattern that begins with `*`.
 
     Raises:
         FileNotFoundError: if there is neither such a file nor such a preset.
@@ -182,6 +183,9 @@ def _yaml(text: str, place: str) -> Any:
         mark = getattr(error, "problem_mark", None)  # a bad character has none
         line = "" if mark is None else f" line {mark.line + 1}"
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
+        told = f"{getattr(error, 'context', None)}: {problem}"
+        if "alias" in told or "cannot start any token" in told:
+            problem += '; a value that begins so, such as "*.txt", must be in quotes'
         raise ValueError(f"{place}{line} is not YAML: {problem}.") from error
     except ValueError as error:
         raise ValueError(f"{place} {error}") from error
@@ -205,7 +209,9 @@ def _override(document: dict, item: str) -> None:
                 f"{len(node) - 1}."
             )
         if depth + 1 == len(place):
-            node[part] = _yaml(text, f"--set {item}:")
+            # Nothing on a command line is there for an alias to refer to.
+            is_pattern = text.startswith("*")
+            node[part] = text if is_pattern else _yaml(text, f"--set {item}:")
             return
         if isinstance(node, dict) and not isinstance(node.get(part), dict | list):
             node[part] = {}

@@ -37,6 +37,17 @@ def test_every_preset_is_right_and_survives_a_round_trip():
         assert config_files.parse(config_files.dump(config)) == config
 
 
+def test_a_pattern_is_no_alias_of_yaml():
+    for pattern in ("*.jsonl", "*", "**/*.txt"):
+        config = config_files.parse(MINIMAL, overrides=[f"data.corpus={pattern}"])
+        assert config.data.corpus == (pattern,)
+    for value in ("*.txt", "*books", "[a.txt, *.txt]"):
+        with pytest.raises(
+            ValueError, match=r'line 8 .* such as "\*\.txt", must be in q'
+        ):
+            config_files.parse(f"{MINIMAL}data:\n  corpus: {value}\n")
+
+
 def test_a_preset_trains_for_the_method_that_it_names():
     """Options it does not name are the method's own defaults."""
     folder = importlib.resources.files("kvjax.training") / "presets"
