@@ -39,13 +39,16 @@ _OTHERS = {
     "min_new_tokens": None,
     "stop_strings": None,
 }
+# What the transformers library samples by where a file is silent; it leaves out of the
+# files it writes what is not set. The other defaults change nothing.
+_DEFAULTS = {"temperature": 1.0, "top_k": 50}
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Wanted(NamedTuple):
     """What a `generation_config.json` asks for."""
 
-    sampling: dict[str, float | int]  # fields of `Sampling`, those that it names
+    sampling: dict[str, float | int]  # fields of `Sampling`: named, and defaults
     others: tuple[str, ...]  # keys that change what is sampled, and are not supported
 
 
@@ -53,8 +56,9 @@ def read(generation: Mapping[str, Any]) -> Wanted:
     """Reads the sampling of a checkpoint.
 
     `do_sample: false` is greedy, whatever temperature stands beside it; without that
-    key a temperature, top_k, top_p or min_p asks for sampling, at temperature 1 unless
-    it says.
+    key a temperature, top_k, top_p or min_p asks for sampling. Sampling is at
+    temperature 1 and of the 50 most likely tokens unless it says otherwise; `top_k: 0`
+    is of all.
 
     Raises:
         ValueError: if a value is no number.
@@ -68,7 +72,7 @@ def read(generation: Mapping[str, Any]) -> Wanted:
     if does_sample is None:
         does_sample = any(name in named for name in _SAMPLED)
     if does_sample:
-        named = {"temperature": 1.0} | named
+        named = _DEFAULTS | named
     else:
         named = {key: x for key, x in named.items() if key not in _SAMPLED}
     others = tuple(

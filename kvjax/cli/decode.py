@@ -199,11 +199,15 @@ def _sampling(model, given, chat):
     from kvjax import generation_config
     from kvjax.sampling import Sampling
 
-    wanted = generation_config.read((chat and model.generation) or {})
+    written = (chat and model.generation) or {}
+    wanted = generation_config.read(written)
     taken = {name: x for name, x in wanted.sampling.items() if name not in given}
     if given.get("temperature") == 0:  # of the others only this has an effect then
         taken = {n: x for n, x in taken.items() if n == "repetition_penalty"}
-    said = [f"{name}={value:g}" for name, value in taken.items()]
+    said = [
+        f"{name}={value:g}" + (" (default)" if written.get(name) is None else "")
+        for name, value in taken.items()
+    ]
     if wanted.others:
         said.append(f"without {', '.join(wanted.others)}, which kvjax does not have")
     if said:

@@ -51,6 +51,11 @@ def test_the_checkpoints_own_sampling_is_used_in_a_chat(sampled, capsys):
     said = f"{note}top_k=7, {others}"
     assert sampling("--chat", "--temperature", "0.9") == (0.9, 7, said)
     assert sampling("--chat", "--temperature", "0") == (0.0, 0, f"{note}{others}")
+    # And what the file leaves out is said.
+    shutil.rmtree(folder)
+    assert sampled(do_sample=True, temperature=0.5) == folder
+    said = f"{note}temperature=0.5, top_k=50 (default)\n"
+    assert sampling("--chat") == (0.5, 50, said)
 
 
 def test_a_system_text_comes_before_the_first_turn(run, fail, checkpoint):
