@@ -13,6 +13,7 @@ from kvjax.interface import Tokenizer
 
 T = TypeVar("T", bound=Prompted)
 
+# An example of another wording has it as `asks`.
 ASKED = "\n\nFrom the text above, complete the line that begins with: "
 
 
@@ -79,6 +80,7 @@ class _Verbatim(NamedTuple):
 
 def _asked(tokenizer: Tokenizer, example: T) -> T:
     body, _, begun = example.text.rpartition("\n")
-    text = turn(tokenizer, f"{body}{ASKED}{begun.strip()}") + begun
+    asks = getattr(example, "asks", ASKED)
+    text = turn(tokenizer, f"{body}{asks}{begun.strip()}") + begun
     made = haystack.ask(_Verbatim(tokenizer), text, example.answer)
     return cast(Any, example)._replace(**made._asdict())

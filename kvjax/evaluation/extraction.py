@@ -31,6 +31,15 @@ class Extraction(NamedTuple):
     start: str  # the first row's name, with which the prompt ends
     rows: tuple[tuple[str, str], ...]  # names and numbers, as they are asked for
 
+    @property
+    def asks(self) -> str:
+        """What the user of a chat asks for, up to the first row's name."""
+        return (
+            f"\n\nGo on with the table: {len(self.rows)} rows of the list above, in "
+            "its order, each a line with the name, a tab and the number. The first row "
+            "begins with: "
+        )
+
     def score(self, generated: str) -> float:
         """F1 of the rows, in [0, 1]: a row counts if name and number are right.
 

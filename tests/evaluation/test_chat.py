@@ -30,7 +30,7 @@ def fitted(name, context=600, **options):
 def test_a_task_in_a_chat_asks_for_what_it_begins(name):
     for made in fitted(name, is_chat=True):
         assert len(made.prompt) + made.answer_tokens <= 600
-        body, _, end = made.text.partition(chat.ASKED)
+        body, _, end = made.text.partition(getattr(made, "asks", chat.ASKED))
         assert body.startswith("<user>")
         # Once for the user, once for the assistant, who goes on with the answer.
         begun = end[len(end) // 2 :]
@@ -38,6 +38,12 @@ def test_a_task_in_a_chat_asks_for_what_it_begins(name):
         assert made.prompt == TOKENIZER.encode(made.text)
         assert made.answer_tokens == len(made.answer)
         assert made.score(made.answer) == 1
+
+
+def test_a_chat_asks_for_as_many_rows_as_are_scored():
+    for made in fitted("extraction", is_chat=True):
+        assert "the table: 3 rows of the list above, in its order" in made.text
+        assert chat.ASKED not in made.text
 
 
 def test_the_beginning_is_the_last_line_of_the_plain_task():
