@@ -121,6 +121,7 @@ def make_inputs(
             context=settings.context,
             n=settings.windows,
             seed=settings.seed,
+            named="windows",
         ),
         own_tasks.prompts(
             tokenizer,

@@ -121,7 +121,9 @@ def inspect(
         answer's. `needle_mass` has no counterpart there.
     """
     compare_inputs.check_context(model, context)
-    rows = tasks.windows(model.tokenizer, text, context=context, n=windows, seed=seed)
+    rows = tasks.windows(
+        model.tokenizer, text, context=context, n=windows, seed=seed, named="windows"
+    )
     asked = _asked(model, text, context, prompts, seed)
     counts = [len(one.queries) for one in asked]
     nothing = np.zeros(0, np.int32)

@@ -168,13 +168,19 @@ def variable_tracking(
 
 
 def windows(
-    tokenizer: Tokenizer, text: str, *, context: int, n: int, seed: int = 0
+    tokenizer: Tokenizer,
+    text: str,
+    *,
+    context: int,
+    n: int,
+    seed: int = 0,
+    named: str = "n",
 ) -> list[list[int]]:
     """`n` windows of exactly `context` tokens of the text, disjoint, in seeded order.
 
     The windows are the same lattice for every seed; the seed picks among them. A
     tokenizer that puts tokens before every text (BOS) has them in every window; none
-    has those behind a text (EOS).
+    has those behind a text (EOS). In errors the number of windows is called `named`.
 
     Raises:
         ValueError: if the text has fewer than `n` disjoint windows.
@@ -187,9 +193,10 @@ def windows(
         raise ValueError(f"{context=} must leave room for 2 tokens after {prefix=}.")
     available = len(body) // size
     if available < n:
+        lower = f"lower {named} to {available} or " if available else ""
         raise ValueError(
-            f"{n=} windows of {context=} tokens need {n * size} tokens of text, but it "
-            f"has {len(body)}: lower n to {available} or give a longer text."
+            f"{named}={n} windows of {context=} tokens need {n * size} tokens of text, "
+            f"but it has {len(body)}: {lower}give a longer text."
         )
     picked = np.random.default_rng(seed).permutation(available)[:n]
     return [prefix + body[i * size : (i + 1) * size] for i in picked.tolist()]

@@ -270,6 +270,11 @@ def test_a_context_beyond_the_models_is_an_error():
         see(made(), context=300)
 
 
+def test_a_text_that_is_too_short_for_the_windows_is_an_error():
+    with pytest.raises(ValueError, match=r"windows=99 windows of .*: lower windows to"):
+        see(made(), windows=99)
+
+
 def test_the_figure_shows_every_number_and_three_maps(softmax, tmp_path):
     path = tmp_path / "heads.svg"
     figure = heads_figure.figure(softmax, path)

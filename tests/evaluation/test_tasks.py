@@ -250,6 +250,10 @@ def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
             lambda: tasks.windows(BYTES, "x" * 250, context=100, n=3),
             "n=3 windows of context=100 tokens need 300 .* has 250: lower n to 2",
         ),
+        (
+            lambda: tasks.windows(BYTES, "x" * 50, context=100, n=3, named="windows"),
+            "^windows=3 windows of .* has 50: give a longer text",
+        ),
         (lambda: tasks.windows(BYTES, TEXT, context=1, n=1), "context=1 must leave"),
     ],
 )
