@@ -40,7 +40,12 @@ def evaluate(
     method: MethodOption = "full",
     model: ModelOption = None,
     context: ContextOption = 512,
-    n: Annotated[int, typer.Option(help="Examples, or windows of text.")] = 20,
+    n: Annotated[
+        int | None,
+        typer.Option(
+            help="Examples, or windows of text; 20 if left out, of --tasks all lines."
+        ),
+    ] = None,
     seed: SeedOption = 0,
     new_tokens: NewTokensOption = 64,
     batch: BatchOption = 8,
@@ -56,14 +61,26 @@ def evaluate(
 
     if (task is None) == (tasks is None):
         raise ValueError("give either --task or --tasks, and only one of them.")
+    if n is not None:
+        positive(n=n)
     questions = questions_of(tasks)
+    if tasks is not None:
+        if text is not None:
+            raise ValueError("--tasks has texts of its own: leave --text out.")
+        if n is not None and n > len(questions):
+            raise ValueError(
+                f"{n=} exceeds the questions of {shown_name(tasks)}, "
+                f"{len(questions)}: lower it or leave it out."
+            )
+        questions = questions[:n]
+    n = len(questions) or n or 20
     task = task or single.OWN
     if not questions:
         single.check_task(task)
     if task in ("perplexity", "fidelity") and (chat or save_answers):
         option = "--chat" if chat else "--save-answers"
         raise ValueError(f"--task {task} answers nothing: leave {option} out.")
-    positive(n=n, context=context, batch=batch, new_tokens=new_tokens)
+    positive(context=context, batch=batch, new_tokens=new_tokens)
     parsed, full = registry.parse(method), registry.parse("full")
     answers.check_free(save_answers)
     content, text_name = given_text(text, model)
@@ -89,7 +106,7 @@ def evaluate(
         )
     arguments = {
         "context": context,
-        "n": len(questions) or n,
+        "n": n,
         "seed": seed,
         "model": language_model.name,
         "text": text_name if tasks is None else shown_name(tasks),

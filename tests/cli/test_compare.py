@@ -214,10 +214,12 @@ def test_eval_takes_questions_and_keeps_answers(run, checkpoint, questions, tmp_
         example["answer"] for example in document["examples"]
     ]
     assert kept[1]["expected"] == ["e", "E"]
-    asked = json.loads(run("eval", *options, "--json", "--chat"))
+    # The first line alone.
+    asked = json.loads(run("eval", *options, "--json", "--chat", "--n", "1"))
     plain = [example["prompt_tokens"] for example in document["examples"]]
     turned = [example["prompt_tokens"] for example in asked["examples"]]
-    assert turned == [count + len("<user>") for count in plain]
+    assert turned == [count + len("<user>") for count in plain[:1]]
+    assert asked["n"] == 1
 
 
 @pytest.mark.parametrize(
@@ -225,6 +227,12 @@ def test_eval_takes_questions_and_keeps_answers(run, checkpoint, questions, tmp_
     [
         ("eval", "give either --task or --tasks, and only one"),
         ("eval --task passkey --tasks q.jsonl", "give either --task or --tasks"),
+        (
+            "eval --tasks one.jsonl --n 2",
+            "n=2 exceeds the questions of one.jsonl, 1: lower",
+        ),
+        ("eval --tasks one.jsonl --n 0", "n=0 must be at least 1"),
+        ("eval --tasks one.jsonl --text x", "has texts of its own: leave --text out"),
         ("eval --task perplexity --chat", "answers nothing: leave --chat out"),
         (
             "eval --task fidelity --save-answers a.jsonl",
@@ -241,6 +249,7 @@ def test_eval_takes_questions_and_keeps_answers(run, checkpoint, questions, tmp_
 )
 def test_mistakes(fail, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.jsonl").write_text(QUESTIONS.splitlines()[0])
     (tmp_path / "q.jsonl").write_text(QUESTIONS.splitlines()[0] + "\n{\n")
     assert message in fail(*arguments.split())
     assert not list(tmp_path.glob("a*.jsonl"))
