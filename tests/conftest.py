@@ -11,6 +11,8 @@ os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_LOG_DIR", "disabled")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # one per pytest worker
+# What is printed does not depend on who runs the tests: workers of xdist say 80.
+os.environ.pop("COLUMNS", None)
 
 import compiling
 import jax

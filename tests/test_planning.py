@@ -68,13 +68,13 @@ def test_the_peak_is_the_worst_moment():
 def test_eight_billion_parameters_at_128k():
     """By hand, and the temporaries by what was compiled for NOTES."""
     held = 8_030_261_248 * 2
-    weights = cli.plan._weights(EIGHT_B)
+    weights = cli.plan.weights_of(EIGHT_B)
     assert weights == (held, held - 128_256 * 4096 * 2)
     plan = planning.plan(
         EIGHT_B,
         registry.parse("full"),
         weights=weights,
-        sizes=cli.plan._sizes(EIGHT_B),
+        sizes=cli.plan.sizes_of(EIGHT_B),
         context=131_072,
     )
     cache = 2 * 32 * 8 * 131_072 * 128 * 2
@@ -95,7 +95,7 @@ def test_weights_are_those_of_the_model(tied):
     )
     decoder = LlamaDecoder(config)
     params = jax.eval_shape(decoder.init)
-    weights = cli.plan._weights(decoder)
+    weights = cli.plan.weights_of(decoder)
     assert weights.held == num_bytes(params)
     unread = 0 if tied else num_bytes(params["embedding"])
     assert weights.read == weights.held - unread
