@@ -56,11 +56,14 @@ UNFINISHED: set[pathlib.Path] = set()
 
 
 @contextlib.contextmanager
-def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
+def replacing(
+    path: str | pathlib.Path, *, full: bool = False
+) -> Iterator[pathlib.Path]:
     """Gives the place to write a file or a folder at; it replaces `path` in the end.
 
-    If anything goes wrong, an interrupt too, `path` is what it was, and of what was
-    made on the way, folders above it among them, nothing is left.
+    A folder that is not empty is replaced if it may be `full`. If anything goes wrong,
+    an interrupt too, `path` is what it was, and of what was made on the way, folders
+    above it among them, nothing is left.
 
     Raises:
         OSError: naming `path`, if it cannot be written.
@@ -72,7 +75,10 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         room.mkdir(parents=True)
         yield room / path.name
-        (room / path.name).replace(path)
+        if full and path.is_dir():
+            _swap(room / path.name, path)
+        else:
+            (room / path.name).replace(path)
         shutil.rmtree(room, ignore_errors=True)
         made = []
     except OSError as error:
@@ -85,6 +91,19 @@ def replacing(path: str | pathlib.Path) -> Iterator[pathlib.Path]:
         for folder in made:
             with contextlib.suppress(OSError):
                 folder.rmdir()
+
+
+def _swap(new: pathlib.Path, path: pathlib.Path) -> None:
+    """Puts a folder in the place of another, which is beside it afterwards."""
+    old = new.with_name(f"{new.name}.old")
+    # For a moment the old one is in there: an interrupt that cannot wait leaves it.
+    UNFINISHED.discard(new.parent)
+    try:
+        path.rename(old)
+        new.rename(path)
+    finally:
+        if not path.exists():
+            old.rename(path)
 
 
 def remove(folder: pathlib.Path) -> None:

@@ -256,6 +256,7 @@ def save(
     *,
     method_name: str,
     messages: Sequence[Mapping[str, str]] | None = None,
+    replace: bool = False,
 ) -> None:
     """Writes a prefix beside `folder` first and renames it when it is complete.
 
@@ -263,13 +264,15 @@ def save(
         method_name: of the method it was read under, with all of its options, as
             :func:`kvjax.registry.canonical` spells them.
         messages: the conversation that the prompt is, if it is one; of one row.
+        replace: a folder that is there is replaced once the new one is complete.
 
     Raises:
-        FileExistsError: if `folder` exists and is not empty.
+        FileExistsError: if `folder` exists and is not empty, unless it is replaced.
         OSError: if it cannot be written; nothing is left of it then.
     """
     folder = pathlib.Path(folder).resolve()
-    check_new(folder)
+    if not replace:
+        check_new(folder)
     arrays = checkpoint.dense(_named(prefix))
     about = {
         "format": FORMAT,
@@ -286,7 +289,7 @@ def save(
     about["layout"] = _digest(about)
     checkpoint.quiet_orbax()
     try:
-        with files.replacing(folder) as partial:
+        with files.replacing(folder, full=replace) as partial:
             partial.mkdir()
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(partial / ARRAYS, arrays)

@@ -136,6 +136,46 @@ def test_what_fails_on_the_way_leaves_what_was_there(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new", "old.txt"]
 
 
+def replace_full(path, text):
+    with files.replacing(path, full=True) as new:
+        new.mkdir()
+        (new / "it").write_text(text)
+
+
+def test_a_full_folder_is_replaced_where_it_may_be(tmp_path):
+    for text in ("old", "new"):
+        replace_full(tmp_path / "folder", text)
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    assert (tmp_path / "folder" / "it").read_text() == "new"
+    assert not files.UNFINISHED
+
+
+@pytest.mark.parametrize("done", [True, False])
+@pytest.mark.parametrize("renames", [1, 2])
+def test_a_full_folder_is_there_whenever_an_interrupt_comes(
+    tmp_path, monkeypatch, renames, done
+):
+    """Before or after each of the two renames."""
+    replace_full(tmp_path / "folder", "old")
+    rename, count = pathlib.Path.rename, []
+
+    def interrupted(self, target):
+        count.append(target)
+        if len(count) != renames or done:
+            rename(self, target)
+        if len(count) == renames:
+            # What removes on another thread's behalf would take the old one along.
+            assert not files.UNFINISHED
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        replace_full(tmp_path / "folder", "new")
+    assert [p.name for p in tmp_path.iterdir()] == ["folder"]
+    found = (tmp_path / "folder" / "it").read_text()
+    assert found == ("new" if done and renames == 2 else "old")
+
+
 def test_a_folder_takes_the_place_of_an_empty_one_only(tmp_path):
     (tmp_path / "empty").mkdir()
     with files.replacing(tmp_path / "empty") as new:

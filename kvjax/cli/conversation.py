@@ -1,9 +1,7 @@
 """`kvjax generate --chat` with `--save` or `--resume`: a conversation, turn by turn."""
 
 import pathlib
-import shutil
 import sys
-import uuid
 
 from kvjax import registry
 from kvjax.cli.common import first_messages, load
@@ -51,7 +49,8 @@ def gone_on(
 ) -> Turn:
     """The next turn of the conversation in `folder`, kept in `save` if there is one."""
     prefix = library()
-    if save is not None and save.resolve() != folder.resolve():
+    replace = save is not None and save.resolve() == folder.resolve()
+    if save is not None and not replace:
         prefix.check_new(save)
     messages = _messages(folder, prefix.about(folder).get("messages"), text)
     from kvjax import conversation
@@ -73,7 +72,14 @@ def gone_on(
             file=sys.stderr,
         )
     return _turn(
-        found.model, found.name, read.prefix, messages, save, chosen, chunk_size
+        found.model,
+        found.name,
+        read.prefix,
+        messages,
+        save,
+        chosen,
+        chunk_size,
+        replace=replace,
     )
 
 
@@ -97,7 +103,9 @@ def _messages(folder, before, text):
     return before if waits else [*before, {"role": "user", "content": text}]
 
 
-def _turn(model, name, read, messages, save, options, chunk_size) -> Turn:
+def _turn(
+    model, name, read, messages, save, options, chunk_size, *, replace=False
+) -> Turn:
     from kvjax import conversation
 
     prefix, method = library(), registry.parse(name)
@@ -119,21 +127,8 @@ def _turn(model, name, read, messages, save, options, chunk_size) -> Turn:
         whole = conversation.go_on(
             model, method, kept, said, reply=False, chunk_size=chunk_size
         )
-        _save(save, model, whole.prefix, name, said)
+        names = {"method_name": name, "messages": said}
+        prefix.save(save, model, whole.prefix, replace=replace, **names)
 
     size = len(read.prompts[0])
     return Turn(model, name, size, events, options, None if kept is None else keep)
-
-
-def _save(folder, model, prefix, name, messages) -> None:
-    """Writes the conversation; what is in the folder is there until it is complete."""
-    names = {"method_name": name, "messages": messages}
-    if not folder.exists():
-        library().save(folder, model, prefix, **names)
-        return
-    mark = f".{folder.name}.{uuid.uuid4().hex[:8]}"
-    new, old = folder.with_name(mark + ".new"), folder.with_name(mark + ".old")
-    library().save(new, model, prefix, **names)
-    folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

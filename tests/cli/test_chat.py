@@ -125,6 +125,18 @@ def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path):
     run(*resume)
 
 
+def test_a_conversation_goes_on_in_its_own_folder(
+    run, checkpoint, tmp_path, monkeypatch
+):
+    folder = tmp_path / "all" / "talk"
+    turn = ["generate", "--chat", "--max-new-tokens", "2"]
+    run(*turn, "--model", checkpoint, "--prompt", "hi", "--save", folder)
+    monkeypatch.chdir(folder)
+    run(*turn, "--resume", ".", "--save", ".", "--prompt", "and now?")
+    assert len(messages_in(folder)) == 4
+    assert [p.name for p in folder.parent.iterdir()] == ["talk"]
+
+
 def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path):
     folder = tmp_path / "asked"
     options = ["--model", checkpoint, "--prompt", "hi", "--chat", "--system", "be kind"]
