@@ -269,8 +269,11 @@ def save(
     Raises:
         FileExistsError: if `folder` exists and is not empty, unless it is replaced.
         OSError: if it cannot be written; nothing is left of it then.
+        ValueError: if a message lacks the texts `role` and `content`.
     """
     folder = pathlib.Path(folder).resolve()
+    if messages is not None and not _is_conversation(messages):
+        raise ValueError(f"{messages=} must be objects with texts role and content.")
     if not replace:
         check_new(folder)
     arrays = checkpoint.dense(_named(prefix))
@@ -287,6 +290,7 @@ def save(
         "messages": messages,
     }
     about["layout"] = _digest(about)
+    about["said"] = _sha256(messages)
     checkpoint.quiet_orbax()
     try:
         with files.replacing(folder, full=replace) as partial:
@@ -336,6 +340,16 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
     if found["layout"] != _digest(found):
         raise checkpoint.DamagedError(
             f"{path} is damaged: {', '.join(_LAYOUT)} are not what was saved."
+        )
+    messages = found.get("messages")
+    # Folders of earlier versions have none of these, or no digest of them.
+    if found.get("said", _sha256(messages)) != _sha256(messages):
+        raise checkpoint.DamagedError(
+            f"{path} is damaged: messages are not what was saved."
+        )
+    if messages is not None and not _is_conversation(messages):
+        raise checkpoint.DamagedError(
+            f"{path} is damaged: messages must be objects with texts role and content."
         )
     return found
 
@@ -416,8 +430,21 @@ def _flat(states, hidden, tokens):
 
 def _digest(about: Mapping[str, Any]) -> str:
     """Of what the arrays are cut by; who may read them is compared, not trusted."""
-    text = json.dumps([about[key] for key in _LAYOUT], sort_keys=True)
+    return _sha256([about[key] for key in _LAYOUT])
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_conversation(messages: Any) -> bool:
+    return isinstance(messages, list | tuple) and all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
 
 
 def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:

@@ -216,6 +216,34 @@ def test_damage_is_found(saved, tmp_path):
         time.sleep(0.2)
 
 
+def test_what_was_said_is_what_was_saved(tmp_path):
+    full = registry.parse("full")
+    read = prefix.read(ONE_LAYER, full, PROMPTS, room=12)
+    said = [{"role": "user", "content": "hi"}]
+    lacks = [{"role": "user"}]
+    with pytest.raises(ValueError, match="texts role and content"):
+        prefix.save(
+            tmp_path / "no", ONE_LAYER, read, method_name="full", messages=lacks
+        )
+    folder = tmp_path / "talk"
+    prefix.save(folder, ONE_LAYER, read, method_name="full", messages=said)
+    path = folder / prefix.ABOUT
+    saved = json.loads(path.read_text())
+    assert prefix.about(folder)["messages"] == said
+    for messages in (None, said[:0], [said[0] | {"content": "ho"}]):
+        path.write_text(json.dumps(saved | {"messages": messages}))
+        with pytest.raises(DamagedError, match="messages are not what was saved"):
+            prefix.about(folder)
+    del saved["said"]  # as of earlier versions
+    for messages in (None, said):
+        path.write_text(json.dumps(saved | {"messages": messages}))
+        assert prefix.about(folder)["messages"] == messages
+    for messages in (lacks, ["hi"], "hi", [{"role": "user", "content": None}]):
+        path.write_text(json.dumps(saved | {"messages": messages}))
+        with pytest.raises(DamagedError, match="texts role and content"):
+            prefix.about(folder)
+
+
 @pytest.mark.parametrize("name", ["sentencepiece", "joining_bytes", "word_piece"])
 def test_texts_go_on_as_one_text(name):
     """No blank is gained, no BOS or EOS is inside, and the reply goes on with it."""
