@@ -121,18 +121,25 @@ def generate(
     _check_conversation(chat, resume, save, room, system)
     has_text = prompt is not None or prompt_file is not None
     text = read_prompt(prompt, prompt_file) if has_text or resume is None else None
+    start = time.perf_counter()
+
+    def options(language_model):
+        nonlocal start
+        start = time.perf_counter()  # the model is there, and nothing read yet
+        return {
+            "max_new_tokens": max_new_tokens,
+            "sampling": _sampling(language_model, given, chat),
+            "stop": tuple(stop or ()),
+            "seed": seed,
+        }
+
     wanted = {
         "model": model,
         "method": method,
         "dtype": dtype,
         "text": text,
         "chunk_size": chunk_size,
-        "options": lambda language_model: {
-            "max_new_tokens": max_new_tokens,
-            "sampling": _sampling(language_model, given, chat),
-            "stop": tuple(stop or ()),
-            "seed": seed,
-        },
+        "options": options,
     }
     with timing.timed() as clock:
         if resume is not None and chat:
@@ -143,7 +150,6 @@ def generate(
             turn = conversation.begun(save, system=system, room=room, **wanted)
         else:
             turn = _alone(first_messages(text, chat, system), **wanted)
-        start = time.perf_counter()
         generation = _written(turn.events, quietly=as_json)
         seconds = time.perf_counter() - start
     if not as_json:

@@ -24,6 +24,8 @@ from kvjax.cli.common import (
     tokenize,
 )
 
+ROOM = 128  # tokens behind a prompt, where nobody says
+
 SaveOption = Annotated[
     pathlib.Path, typer.Option("--save", help="Folder to make for the prefix.")
 ]
@@ -38,8 +40,12 @@ def prefill(
         pathlib.Path | None, typer.Option(help="UTF-8 file with the text; - is stdin.")
     ] = None,
     room: Annotated[
-        int, typer.Option(help="Tokens that may follow, generated or of a prompt.")
-    ] = 128,
+        int | None,
+        typer.Option(
+            help="Tokens that may follow, generated or of a prompt; 128 if left out, "
+            "with --chat 2048 or what the model's context leaves."
+        ),
+    ] = None,
     chat: ChatOption = False,
     system: SystemOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
@@ -49,24 +55,31 @@ def prefill(
     """Reads a prompt and keeps the state on disk, for `generate --resume`."""
     prefix = library()
     parsed = registry.parse(method)
-    positive(room=room, chunk_size=chunk_size)
+    positive(chunk_size=chunk_size, **({} if room is None else {"room": room}))
     text = read_prompt(prompt, prompt_file)
     messages = first_messages(text, chat, system)
     prefix.check_new(save)
     language_model = load(model, dtype)
-    tokens = tokenize(language_model, text, messages)
     start = time.perf_counter()
-    read = prefix.read(
-        language_model, parsed, [tokens], room=room, chunk_size=chunk_size
-    )
+    if messages is None:
+        tokens = tokenize(language_model, text)
+        options = {"room": ROOM if room is None else room, "chunk_size": chunk_size}
+        read = prefix.read(language_model, parsed, [tokens], **options)
+    else:
+        from kvjax import conversation
+
+        read = conversation.read(
+            language_model, parsed, messages, room=room, chunk_size=chunk_size
+        ).prefix
+    prompt_tokens = len(read.prompts[0])
     name = registry.canonical(method)
     prefix.save(save, language_model, read, method_name=name, messages=messages)
     document = {
         "folder": str(save),
         "model": language_model.name,
         "method": name,
-        "prompt_tokens": len(tokens),
-        "room": room,
+        "prompt_tokens": prompt_tokens,
+        "room": read.room,
         "bytes": sum(f.stat().st_size for f in save.rglob("*") if f.is_file()),
         "seconds": time.perf_counter() - start,
     }
@@ -74,8 +87,8 @@ def prefill(
         print(json.dumps(document, indent=2))
         return
     print(
-        f"{save}: {len(tokens):,} tokens read by {language_model.name} under {name}, "
-        f"{report.format_bytes(document['bytes'])}; room for {room:,} more"
+        f"{save}: {prompt_tokens:,} tokens read by {language_model.name} under {name}, "
+        f"{report.format_bytes(document['bytes'])}; room for {read.room:,} more"
     )
 
 

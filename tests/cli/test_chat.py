@@ -5,11 +5,13 @@ import pathlib
 import re
 import shlex
 import shutil
+import types
 
 import pytest
 
 import models
-from kvjax import cli, prefix
+from kvjax import cli, generate, prefix
+from kvjax.cli import decode
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "chat.md"
 
@@ -137,12 +139,32 @@ def test_a_conversation_goes_on_in_its_own_folder(
     assert [p.name for p in folder.parent.iterdir()] == ["talk"]
 
 
-def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path):
+def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "asked"
     options = ["--model", checkpoint, "--prompt", "hi", "--chat", "--system", "be kind"]
     run("prefill", *options, "--save", folder, "--room", "90")
     assert [m["role"] for m in messages_in(folder)] == ["system", "user"]
+    # Left out, it is that of every conversation.
+    found = json.loads(run("prefill", *options, "--save", tmp_path / "b", "--json"))
+    assert found["prompt_tokens"] + found["room"] == 512
+    now = [0.0]
+
+    def read(*arguments):
+        now[0] += 7.0
+        return prefill_chunk(*arguments)
+
+    prefill_chunk = prefix.prefill_chunk
+    monkeypatch.setattr(generate, "prefill_chunk", read)
+    monkeypatch.setattr(prefix, "prefill_chunk", read)
+    clock = types.SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(decode, "time", clock)
     alone = json.loads(run("generate", *options, "--json", "--max-new-tokens", "5"))
+    kept = run(
+        *("generate", *options, "--json", "--max-new-tokens", "5"),
+        *("--save", tmp_path / "kept"),
+    )
+    # The prompt's are in them, whoever reads it.
+    assert alone["seconds"] == json.loads(kept)["seconds"] == 7.0
     resume = ["generate", "--chat", "--resume", folder]
     found = json.loads(run(*resume, "--max-new-tokens", "5", "--json"))
     assert found["tokens"] == alone["tokens"]
