@@ -51,14 +51,18 @@ def _lse(q, k, positions, held=None):
 @pytest.mark.parametrize("how", ["none", "mean", "max"])
 @pytest.mark.parametrize("in_order", [True, False])
 def test_sum_of_the_exact_weights(monkeypatch, in_order, how):
-    """Two blocks and a rest; slots in any order, an empty one, a row that is none."""
+    """Three blocks, of which rows need two and three, and a rest; two tiles of rows.
+
+    Slots in any order, an empty one, a row that is none.
+    """
     monkeypatch.setattr(reference, "BLOCK", 4)
-    q, k, _ = _problem(2, (4, 2), 3, 10, 3)
-    positions = np.array([[-1, 4, 8], [0, 9, 3]], np.int32)
+    monkeypatch.setattr(reference, "TILE", 2)
+    q, k, _ = _problem(2, (4, 2), 3, 14, 3)
+    positions = np.array([[-1, 4, 7], [0, 9, 3]], np.int32)
     row_weights = np.array([[1.0, 0.5, 0.25], [0.0, 1.0, 2.0]])
-    held = np.arange(10, dtype=np.int32)[None, None]
+    held = np.arange(14, dtype=np.int32)[None, None]
     if not in_order:
-        held = np.random.default_rng(1).permutation(10).astype(np.int32) - 1
+        held = np.random.default_rng(1).permutation(14).astype(np.int32) - 1
         held = held[None, None]
     given = None if in_order else jnp.asarray(held)
     at = jnp.asarray(positions)
