@@ -27,10 +27,12 @@ import numpy as np
 from entries import add
 
 import models
-from kvjax import cache, registry, report
-from kvjax.evaluation import statistics, tasks
-from kvjax.generate import empty_states, generate, prefill
-from kvjax.scoring import score
+from kvjax import files, registry
+from kvjax.decoding.generate import empty_states, generate, prefill
+from kvjax.decoding.scoring import score
+from kvjax.evaluation import statistics
+from kvjax.evaluation.tasks import needles
+from kvjax.stores import buffers
 from models import embedded
 
 SEED = 30_000
@@ -54,7 +56,7 @@ def digits_right(text, answer):
 def retrieval(args):
     model, text = load(), embedded.heldout_text()
     context = 5 * args.budget
-    examples = tasks.passkey(
+    examples = needles.passkey(
         model.tokenizer, text, context=context, n=args.n, seed=SEED, depths=DEPTHS
     )
     new_tokens = max(example.answer_tokens for example in examples) + 1
@@ -101,7 +103,9 @@ def retrieval(args):
 def perplexity(args):
     model, text = load(), embedded.heldout_text()
     context = model.decoder.context
-    windows = tasks.windows(model.tokenizer, text, context=context, n=args.n, seed=SEED)
+    windows = needles.windows(
+        model.tokenizer, text, context=context, n=args.n, seed=SEED
+    )
     steps = 128
     baseline = None
     for name in args.method:
@@ -198,7 +202,7 @@ def memory(args):
                 "budget": args.budget,
                 "length": done + chunk,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "state_bytes": cache.num_bytes(states),
+                "state_bytes": buffers.num_bytes(states),
                 "seconds": round(time.perf_counter() - start, 1),
                 "cpu_seconds": round(time.process_time() - cpu, 1),
             }
@@ -228,7 +232,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.method = args.method or ["streaming_llm", "cascade"]
     for entry in PARTS[args.part](args):
-        print(json.dumps(report.json_ready(entry)), flush=True)
+        print(json.dumps(files.json_ready(entry)), flush=True)
         if args.json is not None:
             add(args.json, entry)
 

@@ -19,18 +19,20 @@ from rich.table import Table
 
 import kvjax
 import models
-from kvjax import files, report, text_tokens
-from kvjax.evaluation import chain, compare, compare_runs, forced, statistics, tasks
+from kvjax import files
+from kvjax.cli.progress import show_progress
+from kvjax.evaluation import compare, compare_runs, statistics, teacher_forced
+from kvjax.evaluation.tasks import chain, needles
 from kvjax.interface import layer_specs
-from kvjax.progress import show_progress
+from kvjax.text import encoding
 from kvjax.training.attention import by_layer, causal_attention
 from models import embedded
 
 # name, task, context in tokens, the least that is wanted
 TASKS = (
-    ("pass key", tasks.passkey, 1024, 0.98),
-    ("pass key", tasks.passkey, 4096, 0.95),
-    ("multi-key, 8 keys", functools.partial(tasks.multikey, keys=8), 4096, 0.9),
+    ("pass key", needles.passkey, 1024, 0.98),
+    ("pass key", needles.passkey, 4096, 0.95),
+    ("multi-key, 8 keys", functools.partial(needles.multikey, keys=8), 4096, 0.9),
     ("chain, 5 links", functools.partial(chain.chain_of_key, links=5), 2048, 0.8),
 )
 # Far from the small seeds that training and the commands' defaults use.
@@ -59,7 +61,7 @@ def measure(model, text, args, progress):
         )
         update = functools.partial(progress, f"{name} at {context:,}")
         if args.forced:
-            answers = forced.answers(
+            answers = teacher_forced.answers(
                 model, attention, examples, batch=args.batch, progress=update
             )
             scores = [e.score(x) for e, x in zip(examples, answers, strict=True)]
@@ -83,9 +85,9 @@ def measure(model, text, args, progress):
     start = time.perf_counter()
     context = args.bits_context
     encode = model.tokenizer.encode
-    room = context - len(text_tokens.added(encode).before)
-    available = len(text_tokens.inside(encode, text)) // room
-    windows = tasks.windows(
+    room = context - len(encoding.added(encode).before)
+    available = len(encoding.inside(encode, text)) // room
+    windows = needles.windows(
         model.tokenizer,
         text,
         context=context,
@@ -93,7 +95,7 @@ def measure(model, text, args, progress):
         seed=args.seed,
     )
     name = "bits per byte, held-out text"
-    interval = forced.bits_per_byte(
+    interval = teacher_forced.bits_per_byte(
         model,
         attention,
         windows,
@@ -149,7 +151,7 @@ def main(argv=None):
             "jax": jax.__version__,
             "device": f"{device.device_kind} ({device.platform})",
         }
-        document = report.json_ready(about | {"bars": entries})
+        document = files.json_ready(about | {"bars": entries})
         files.write_text(args.json, json.dumps(document, indent=2) + "\n")
 
 

@@ -22,10 +22,14 @@ import numpy as np
 
 import kvjax
 import models
-from kvjax import cache, dense, files, paging, report, selection, support
-from kvjax.evaluation import compare, compare_inputs, fidelity, tasks
-from kvjax.generate import prefill
-from kvjax.text_stream import continuation
+from kvjax import dense, files
+from kvjax.attention import selection
+from kvjax.decoding.generate import prefill
+from kvjax.evaluation import compare, compare_inputs, fidelity
+from kvjax.evaluation.tasks import needles
+from kvjax.stores import contiguous
+from kvjax.stores import paged as stores_paged
+from kvjax.text.stream import continuation
 from models import embedded
 from pallas_kernels.decode_attention import decode_logits
 from pallas_kernels.entmax import entmax
@@ -64,10 +68,10 @@ def best_choice(budget, page_size=1):
         padding = (0, 0), (0, 0), (0, -spec.capacity % page_size)
         paged = jnp.pad(per_list, padding).reshape(*per_list.shape[:2], -1, page_size)
         pages = top_k(paged.sum(-1), budget // page_size)[1]
-        kept = paging.tokens_of(pages, page_size, state.length)
-        seen = support.is_listed(kept, spec.capacity)
+        kept = stores_paged.tokens_of(pages, page_size, state.length)
+        seen = selection.is_listed(kept, spec.capacity)
         seen = jnp.repeat(seen, spec.group, axis=1)[:, :, None]
-        rotated, positions = cache.rotate_queries(spec, q, state.length)
+        rotated, positions = contiguous.rotate_queries(spec, q, state.length)
         logits = decode_logits(rotated, state.k, positions, sm_scale=spec.sm_scale)
         weights = entmax(logits, alpha=spec.alpha, where=seen)
         values = jnp.repeat(state.v, spec.group, axis=1)
@@ -87,12 +91,14 @@ def adapted(method, state):
 
 def whole(state):
     """Every token in one store, whatever the pages."""
-    if isinstance(state, cache.Contiguous):
+    if isinstance(state, contiguous.Contiguous):
         return state
     store = getattr(state, "store", state)
-    k, v = paging.views(store)
+    k, v = stores_paged.views(store)
     size = store.spec.capacity
-    return cache.Contiguous(store.spec, k[:, :, :size], v[:, :, :size], store.length)
+    return contiguous.Contiguous(
+        store.spec, k[:, :, :size], v[:, :, :size], store.length
+    )
 
 
 def side_by_side(model, method, states, tokens):
@@ -113,7 +119,7 @@ def side_by_side(model, method, states, tokens):
 
 def measure_windows(model, groups, args, say, save):
     """`groups`: the method that reads the prompt, and those that go on from there."""
-    windows = tasks.windows(
+    windows = needles.windows(
         model.tokenizer,
         embedded.heldout_text(),
         context=args.context,
@@ -175,7 +181,7 @@ def greedy(decoder, method, steps, params, states, hidden):
 
 def measure_keys(model, methods, args, say, save):
     """Pass keys, `batch` at a time, until `n` or out of time."""
-    examples = tasks.passkey(
+    examples = needles.passkey(
         model.tokenizer,
         embedded.heldout_text(),
         context=args.context,
@@ -248,7 +254,7 @@ def main(argv=None):
 
     def save(**parts):
         document.update(parts)
-        text = json.dumps(report.json_ready(document), indent=2) + "\n"
+        text = json.dumps(files.json_ready(document), indent=2) + "\n"
         files.write_text(args.json, text)
 
     sparse = models.load("embedded-entmax", dtype="float32")

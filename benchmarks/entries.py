@@ -5,7 +5,7 @@ import os
 
 import jax
 
-from kvjax import files, report
+from kvjax import files
 
 
 def add(path, entry):
@@ -20,5 +20,5 @@ def add(path, entry):
     }
     document = about | document
     document["entries"].append(entry)
-    text = json.dumps(report.json_ready(document), indent=2)
+    text = json.dumps(files.json_ready(document), indent=2)
     files.write_text(path, text + "\n")

@@ -34,23 +34,18 @@ from entries import add
 
 import kvjax
 import models
-from kvjax import accounting, cache, registry, report
-from kvjax.evaluation import (
-    compare,
-    compare_inputs,
-    compare_runs,
-    haystack,
-    statistics,
-    tasks,
-)
-from kvjax.evaluation.chain import chain_of_key
-from kvjax.evaluation.extraction import extraction
-from kvjax.generate import prefill
+from kvjax import accounting, files, registry
+from kvjax.decoding.generate import prefill
+from kvjax.decoding.scoring import score
+from kvjax.evaluation import compare, compare_inputs, compare_runs, statistics
+from kvjax.evaluation.tasks import haystack, needles
+from kvjax.evaluation.tasks.chain import chain_of_key
+from kvjax.evaluation.tasks.extraction import extraction
 from kvjax.interface import CacheSpec
-from kvjax.methods.refreshkv import RefreshKVState
+from kvjax.methods.refreshkv.method import RefreshKVState
 from kvjax.rope import Rope
-from kvjax.scoring import score
-from kvjax.text_stream import continuation
+from kvjax.stores import contiguous
+from kvjax.text.stream import continuation
 from models import embedded
 
 SEED = 30_000
@@ -183,7 +178,7 @@ def drift(args):
 def text_nats(args, model, method):
     """Nats a token of each window of held-out text, after a prompt."""
     text = embedded.heldout_text()
-    windows = tasks.windows(
+    windows = needles.windows(
         model.tokenizer, text, context=args.context, n=args.n, seed=SEED
     )
     asked = args.context - args.decoded
@@ -255,7 +250,7 @@ def counted(args):
     settings = compare_inputs.Settings(
         context=args.context, new_tokens=args.decoded, windows=args.n, batch=args.n
     )
-    windows = tasks.windows(
+    windows = needles.windows(
         model.tokenizer,
         embedded.heldout_text(),
         context=args.context,
@@ -290,7 +285,7 @@ def counted(args):
 def random_state(method, spec, length, key):
     """After a prompt of `length` tokens whose keys, values and query are random."""
     state = method.init(spec)
-    store = state if isinstance(state, cache.Contiguous) else state.store
+    store = state if isinstance(state, contiguous.Contiguous) else state.store
 
     def drawn(x):
         block = jax.random.normal(key, (*x.shape[:2], 1, x.shape[3]), x.dtype)
@@ -300,7 +295,7 @@ def random_state(method, spec, length, key):
     store = store._replace(
         k=drawn(store.k), v=drawn(store.v), length=jnp.full_like(store.length, length)
     )
-    if isinstance(state, cache.Contiguous):
+    if isinstance(state, contiguous.Contiguous):
         return method.finish(store)
     return method.finish(state._replace(store=store, query=drawn(state.query)))
 
@@ -396,7 +391,7 @@ def main(argv=None):
     args.method = args.method or METHODS
     args.budget = args.budget or args.context // 8
     for entry in PARTS[args.part](args):
-        print(json.dumps(report.json_ready(entry)), flush=True)
+        print(json.dumps(files.json_ready(entry)), flush=True)
         if args.json is not None:
             add(args.json, entry)
 

@@ -32,12 +32,16 @@ from entries import add
 
 import kvjax
 import models
-from kvjax import accounting, paging, registry, report, retrospection
-from kvjax.evaluation import chain, extraction, haystack, statistics, tasks
-from kvjax.evaluation.claims import driven
-from kvjax.generate import prefill
+from kvjax import accounting, files, registry
+from kvjax.decoding.generate import prefill
+from kvjax.evaluation import statistics
+from kvjax.evaluation.claims.measure import steps as measure_steps
+from kvjax.evaluation.tasks import chain, extraction, haystack
+from kvjax.evaluation.tasks import needles as tasks_needles
+from kvjax.evaluation.tasks.words import WORDS
+from kvjax.methods.retro import history
 from kvjax.rope import Rope
-from kvjax.words import WORDS
+from kvjax.stores import paged
 from models import embedded
 
 SEED = 60_000
@@ -82,9 +86,9 @@ def forced(decoder, method, params, states, recent, tokens, targets):
 
 def told(before, after):
     length = after.store.length
-    moved = retrospection.revision(before.window, after.window, length, PAGE)
+    moved = history.revision(before.window, after.window, length, PAGE)
     return {
-        "seen": retrospection.num_seen(after.window, length, PAGE),
+        "seen": history.num_seen(after.window, length, PAGE),
         "correction": moved.correction.mean(1),
         "new_pages": moved.new_pages.mean(1),
     }
@@ -92,7 +96,7 @@ def told(before, after):
 
 def text(args):
     model = models.load("embedded-softmax", dtype="float32")
-    windows = tasks.windows(
+    windows = tasks_needles.windows(
         model.tokenizer,
         embedded.heldout_text(),
         context=args.context,
@@ -145,9 +149,9 @@ def text(args):
         if method.rows > 1:
             seen = found["seen"]  # steps, layers, B, lists, rows
             entry |= {
-                "exposure": retrospection.exposure(seen).tolist(),
+                "exposure": history.exposure(seen).tolist(),
                 "exposure_of_last_by_layer": [
-                    float(retrospection.exposure(seen[:, layer])[-1])
+                    float(history.exposure(seen[:, layer])[-1])
                     for layer in range(seen.shape[1])
                 ],
                 # Of the token that was decoded one step before.
@@ -200,7 +204,7 @@ def key_errors(method, states, truth, finished):
     for state, expected in zip(states, truth, strict=True):
         if method.rows > 1:
             state = state.store
-        keys = paging.views(state)[0] if hasattr(state, "pages") else state.k
+        keys = paged.views(state)[0] if hasattr(state, "pages") else state.k
         kept, true = np.asarray(keys)[:, :, finished], expected[:, :, finished]
         gap = np.linalg.norm(kept - true, axis=-1) / np.linalg.norm(true, axis=-1)
         errors.append(float(gap.mean()))
@@ -243,7 +247,7 @@ def questions(args):
     model = models.load(args.model, dtype="float32")
     asked = [several_questions(model.tokenizer, args, i) for i in range(args.n)]
     steps = max(len(example.after) for example in asked)
-    shape = driven.Shape(args.batch, args.context, steps, BUCKET)
+    shape = measure_steps.Shape(args.batch, args.context, steps, BUCKET)
     # The questions are fed and their answers decoded; a row that has ended goes on.
     given = [
         [
@@ -256,7 +260,7 @@ def questions(args):
 
     def scores(method):
         prompts = [example.prompt for example in asked]
-        said = driven.drive(model, method, shape, prompts, given, steps).tokens
+        said = measure_steps.drive(model, method, shape, prompts, given, steps).tokens
         return [share_right(*pair) for pair in zip(asked, said.tolist(), strict=True)]
 
     yield from against_quest(args, "questions", scores, {"keys": args.keys})
@@ -491,7 +495,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     for entry in PARTS[args.part](args):
         entry |= {"budget": args.budget, "ratio": args.ratio}
-        print(json.dumps(report.json_ready(entry)), flush=True)
+        print(json.dumps(files.json_ready(entry)), flush=True)
         if args.json is not None:
             add(args.json, entry)
 

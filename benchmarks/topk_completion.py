@@ -31,11 +31,14 @@ import numpy as np
 from entries import add
 
 import models
-from kvjax import cache, completion, dense, registry, report
-from kvjax.evaluation import haystack, statistics, tasks
-from kvjax.generate import prefill
+from kvjax import dense, files, registry
+from kvjax.decoding.generate import prefill
+from kvjax.evaluation import statistics
+from kvjax.evaluation.tasks import haystack, needles
 from kvjax.interface import CacheSpec, Method
+from kvjax.methods.topk_completion import linear_attention
 from kvjax.rope import Rope
+from kvjax.stores import contiguous
 from models import embedded
 
 SEED = 40_000
@@ -57,7 +60,7 @@ SINKS, TAIL = 4, 16
 class Recorded(NamedTuple):
     """Full attention's state, and what its decode steps saw and said."""
 
-    store: cache.Contiguous
+    store: contiguous.Contiguous
     k: jax.Array  # (B, Hkv, steps, D), un-rotated
     v: jax.Array
     q: jax.Array  # (B, Hq, steps, D)
@@ -217,7 +220,7 @@ def methods_of(feature_map, spec):
     """Those that fit: the smallest budget may not hold a map's networks."""
     found = {}
     for share, (name, options) in itertools.product(SHARES, FEATURES.items()):
-        budget = completion.budget_tokens(CONTEXT, share)
+        budget = linear_attention.budget_tokens(CONTEXT, share)
         options = options.format(map=feature_map)
         method = registry.parse(f"topk_completion:budget={budget},{options}")
         try:
@@ -244,7 +247,7 @@ def quality(args):
     methods = methods_of(args.map, spec)
     errors = {key: [] for key in methods}
     entropies, nats = [], {key: [] for key in (None, *methods)}
-    windows = tasks.windows(
+    windows = needles.windows(
         model.tokenizer, text, context=CONTEXT, n=args.windows, seed=SEED
     )
     for first in range(0, args.windows, args.batch):
@@ -266,7 +269,7 @@ def quality(args):
     entropy = np.concatenate(entropies, axis=1).mean(1) / args.steps  # (L, Hq)
 
     scores = {key: {} for key in nats}
-    for task in (tasks.passkey, tasks.multikey) if args.n else ():
+    for task in (needles.passkey, needles.multikey) if args.n else ():
         room = CONTEXT - args.steps
         examples = task(model.tokenizer, text, context=room, n=args.n, seed=SEED)
         for first in range(0, args.n, args.batch):
@@ -305,7 +308,7 @@ def quality(args):
             alone = np.concatenate(errors[key[0], "selection"], axis=1).mean((0, 2))
             about |= {
                 "share": key[0],
-                "budget": completion.budget_tokens(CONTEXT, key[0]),
+                "budget": linear_attention.budget_tokens(CONTEXT, key[0]),
                 "name": key[1],
                 "error": statistics.amount_interval(by_window)._asdict(),
                 "error_saved": statistics.mean_interval(alone - by_window)._asdict(),
@@ -336,7 +339,7 @@ def log(what, start):
 def overhead(args):
     """Seconds of a layer's decode step, the methods in turns."""
     length, steps = args.length, 64
-    retrieved = completion.budget_tokens(length, 0.01)
+    retrieved = linear_attention.budget_tokens(length, 0.01)
     rng = np.random.default_rng(0)
     for selector in ("oracle", "pages"):
         runs = {}
@@ -462,7 +465,7 @@ def main(argv=None):
     parser.add_argument("--out", type=pathlib.Path, help="file of the figure")
     args = parser.parse_args(argv)
     for entry in PARTS[args.part](args):
-        print(json.dumps(report.json_ready(entry)), flush=True)
+        print(json.dumps(files.json_ready(entry)), flush=True)
         if args.json is not None and args.part != "figure":
             add(args.json, entry)
 

@@ -1,8 +1,9 @@
 """Decode speed against the transformers library: same weights, same prompt, greedy.
 
-One random Llama a size goes through both, in float32 on the CPU: `kvjax.generate` under
-the `full` method, and `model.generate` with a static cache and SDPA. Runs alternate, so
-that a busy machine slows both; the time of the prompt is measured alone and subtracted.
+One random Llama a size goes through both, in float32 on the CPU:
+`kvjax.decoding.generate` under the `full` method, and `model.generate` with a static
+cache and SDPA. Runs alternate, so that a busy machine slows both; the time of the
+prompt is measured alone and subtracted.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 import transformers
 
-from kvjax.generate import generate
+from kvjax.decoding.generate import generate
 from kvjax.interface import LanguageModel
 from kvjax.methods.full import full
 from kvjax.rope import Rope

@@ -35,7 +35,7 @@ sheet
 # %%
 import models
 from kvjax import dense
-from kvjax.generate import prefill
+from kvjax.decoding.generate import prefill
 from models import embedded
 
 text = embedded.heldout_text()

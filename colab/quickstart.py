@@ -8,7 +8,7 @@
 
 # %%
 import models
-from kvjax.generate import generate
+from kvjax.decoding.generate import generate
 from models import embedded, published
 
 NAME = "smollm2"
@@ -34,14 +34,15 @@ for result in results:
 # are cached, metadata included: one accounting for all methods, from shapes alone.
 
 # %%
-from kvjax import accounting, registry, report
+from kvjax import accounting, registry
+from kvjax.report import table
 
 print(f"{'method':<15}{'read per token':>16}{'held':>12}")
 for name in registry.names(alpha=model.decoder.alpha):
     costs = kvjax.parse(name, budget=256)
     read = accounting.bytes_read(costs, model.decoder, 8192)
     held = accounting.bytes_held(costs, model.decoder, 8192, 0)
-    print(f"{name:<15}{report.format_bytes(read):>16}{report.format_bytes(held):>12}")
+    print(f"{name:<15}{table.format_bytes(read):>16}{table.format_bytes(held):>12}")
 
 # %% [markdown]
 # ## What each method keeps
@@ -53,10 +54,10 @@ for name in registry.names(alpha=model.decoder.alpha):
 # in seconds.
 
 # %%
-from kvjax.evaluation import kept_figure
+from kvjax.report.figures import kept
 
 small = models.load(embedded.DEFAULT)
-kept_figure.of_methods(
+kept.of_methods(
     small,
     {
         "streaming_llm": kvjax.streaming_llm(budget=64),
@@ -76,15 +77,15 @@ kept_figure.of_methods(
 # %%
 import tempfile
 
-from kvjax import prefix
+from kvjax.decoding import saved_prompt
 
 name = registry.canonical("quest:budget=128,page_size=16")
 with tempfile.TemporaryDirectory() as folder:
-    read = prefix.read(model, method, prompts, room=32)
-    prefix.save(f"{folder}/read", model, read, method_name=name)
-    again = prefix.restore(f"{folder}/read", model, method, method_name=name)
+    read = saved_prompt.read(model, method, prompts, room=32)
+    saved_prompt.save(f"{folder}/read", model, read, method_name=name)
+    again = saved_prompt.restore(f"{folder}/read", model, method, method_name=name)
 
-assert prefix.generate(model, method, again) == results
+assert saved_prompt.generate(model, method, again) == results
 print("the same", sum(len(result.tokens) for result in results), "tokens")
 
 # %% [markdown]

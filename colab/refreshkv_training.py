@@ -13,7 +13,7 @@ import json
 import tempfile
 
 import models
-from kvjax.evaluation import single
+from kvjax.evaluation import one_task
 from models import embedded
 
 on_accelerator = jax.default_backend() != "cpu"
@@ -62,7 +62,7 @@ method = kvjax.refreshkv(
     budget=BUDGET, stride=STRIDE, schedule="fixed", group_reduce="mean"
 )
 for name in ("embedded-softmax", out / "model"):
-    found = single.run(
+    found = one_task.run(
         "perplexity",
         models.load(name, dtype="float32"),
         method,

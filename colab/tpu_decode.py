@@ -106,14 +106,14 @@ for name, run in checks.items():
 # time of the bytes at the speed of a copy, measured in the same run.
 
 # %%
-from kvjax import bench
+from kvjax.cost import bench_kernels
 
-sizes = bench.Sizes(CONTEXT, BUDGET, page, dtype=jnp.dtype(dtype).name)
+sizes = bench_kernels.Sizes(CONTEXT, BUDGET, page, dtype=jnp.dtype(dtype).name)
 if not on_accelerator:
     sizes = sizes._replace(num_kv_heads=1, group=2, head_dim=32)
 wanted = ("copy", "full", "page_bounds", "top_k", "page_attention", "sparse")
-operations = {n: o for n, o in bench.operations(sizes).items() if n in wanted}
-seconds = {n: np.median(s) for n, s in bench.measure(operations, 3).items()}
+operations = {n: o for n, o in bench_kernels.operations(sizes).items() if n in wanted}
+seconds = {n: np.median(s) for n, s in bench_kernels.measure(operations, 3).items()}
 bandwidth = operations["copy"].num_bytes / seconds["copy"]
 print(f"copy: {bandwidth / 1e9:.0f} GB/s; one layer at {CONTEXT:,} tokens")
 for name, operation in operations.items():
@@ -127,7 +127,7 @@ for name, operation in operations.items():
 # and the share of them that the bytes of a step take at the speed of a copy.
 
 # %%
-from kvjax import bench_decode
+from kvjax.cost import bench_decode
 
 model = models.load(NAME, dtype=DTYPE)
 text = model.tokenizer.encode(embedded.heldout_text())

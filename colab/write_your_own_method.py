@@ -9,9 +9,10 @@
 # %%
 import jax.numpy as jnp
 
-from kvjax import cache, dense
+from kvjax import dense
+from kvjax.attention.partials import softmax_only
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only
+from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.decode_attention import decode_attention
 
 
@@ -32,18 +33,18 @@ def landmarks(*, budget: int = 128) -> Method:
         return jnp.repeat(kept[:, None], heads, axis=1)  # a list a KV head
 
     def inspect_step(state, q):
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length)
+        rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
         kept = chosen(state.length, state.spec.num_kv_heads)
-        k, v = cache.gather(state.k, kept), cache.gather(state.v, kept)
+        k, v = buffers.gather(state.k, kept), buffers.gather(state.v, kept)
         out, lse = decode_attention(
             rotated, k, v, positions, kept, sm_scale=state.spec.sm_scale
         )
-        exact = cache.holds_all(kept, state.length, q.shape[1])
+        exact = kept_slots.holds_all(kept, state.length, q.shape[1])
         diagnostics = Diagnostics(kept, lse, state.length <= budget, exact)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
-        return Traffic(kv=cache.kv_bytes(spec, min(budget, length)), metadata=0)
+        return Traffic(kv=buffers.kv_bytes(spec, min(budget, length)), metadata=0)
 
     # Everything else is that of attention to all tokens: one store, filled in order.
     return dense.method()._replace(inspect_step=inspect_step, traffic=traffic)
@@ -118,8 +119,9 @@ if TESTS.is_dir():
 
 # %%
 import models
-from kvjax import accounting, report
-from kvjax.evaluation import single
+from kvjax import accounting
+from kvjax.evaluation import one_task
+from kvjax.report import table
 from models import embedded
 
 model = models.load("embedded-softmax", dtype="float32")
@@ -130,10 +132,10 @@ methods = {
 }
 print(f"{'method':<12}{'cache read per token':>22}{'pass key':>10}")
 for name, method in methods.items():
-    found = single.run(
+    found = one_task.run(
         "passkey", model, method, kvjax.full(), text, context=256, n=5, batch=5
     )
-    read = report.format_bytes(accounting.bytes_read(method, model.decoder, 256))
+    read = table.format_bytes(accounting.bytes_read(method, model.decoder, 256))
     print(f"{name:<12}{read:>22}{found['accuracy']['mean']:>10.0%}")
 
 # %% [markdown]

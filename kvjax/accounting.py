@@ -5,7 +5,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kvjax.cache import num_bytes
 from kvjax.interface import (
     CacheSpec,
     DecoderLM,
@@ -14,6 +13,7 @@ from kvjax.interface import (
     Traffic,
     layer_specs,
 )
+from kvjax.stores.buffers import num_bytes
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache
 from kvjax.interface import CacheSpec, Diagnostics, Method, State, Traffic
+from kvjax.stores import buffers, contiguous
 from pallas_kernels.decode_attention import decode_logits
 from pallas_kernels.entmax import entmax
 
@@ -16,13 +16,13 @@ def method() -> Method:
     """Keeps every key and value, and attends to all of them.
 
     Returns:
-        A :class:`kvjax.Method` over :class:`kvjax.cache.Contiguous`.
+        A :class:`kvjax.Method` over :class:`kvjax.stores.contiguous.Contiguous`.
     """
     return Method(
         init=_init,
         prefill=_prefill,
         finish=_finish,
-        append=cache.extend,
+        append=contiguous.extend,
         inspect_step=_inspect_step,
         traffic=_traffic,
         rewind=_rewind,
@@ -30,24 +30,24 @@ def method() -> Method:
     )
 
 
-def _finish(state: cache.Contiguous) -> cache.Contiguous:
+def _finish(state: contiguous.Contiguous) -> contiguous.Contiguous:
     return state
 
 
-def _init(spec: CacheSpec, weights=None) -> cache.Contiguous:
+def _init(spec: CacheSpec, weights=None) -> contiguous.Contiguous:
     del weights
-    return cache.contiguous(spec)
+    return contiguous.contiguous(spec)
 
 
 def _prefill(state, q, k, v, lengths) -> tuple[State, Array]:
-    state = cache.extend(state, k, v, lengths)
-    rotated, positions = cache.rotate_queries(state.spec, q, state.length, lengths)
-    return state, cache.attend(state, rotated, positions).out.astype(q.dtype)
+    state = contiguous.extend(state, k, v, lengths)
+    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length, lengths)
+    return state, contiguous.attend(state, rotated, positions).out.astype(q.dtype)
 
 
 def _inspect_step(state, q) -> tuple[State, Array, Diagnostics]:
-    rotated, positions = cache.rotate_queries(state.spec, q, state.length)
-    out, lse = cache.attend(state, rotated, positions)
+    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
+    out, lse = contiguous.attend(state, rotated, positions)
     slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
     attended = jnp.where(slots < state.length[:, None, None], slots, -1)
     attended = jnp.broadcast_to(attended, state.k.shape[:3])
@@ -56,7 +56,7 @@ def _inspect_step(state, q) -> tuple[State, Array, Diagnostics]:
     return state, out.astype(q.dtype), Diagnostics(attended, lse, refreshed, exact)
 
 
-def _rewind(state, count, most) -> cache.Contiguous:
+def _rewind(state, count, most) -> contiguous.Contiguous:
     del most
     return state._replace(length=state.length - count)
 
@@ -64,7 +64,7 @@ def _rewind(state, count, most) -> cache.Contiguous:
 class Windowed(NamedTuple):
     """State of :func:`windowed`, one layer."""
 
-    store: cache.Contiguous  # of the method
+    store: contiguous.Contiguous  # of the method
     start: Int[Array, "B"]  # the first position that a step decoded
 
 
@@ -91,12 +91,12 @@ def windowed(method: Method, rows: int) -> Method:
 
     def init(spec, weights=None):
         store = method.init(spec, weights)
-        if not isinstance(store, cache.Contiguous):
+        if not isinstance(store, contiguous.Contiguous):
             raise ValueError(
                 f"a method with state {type(store).__name__} does not keep every token "
                 f"in one store, so it cannot revise its last {rows} rows: use full."
             )
-        return Windowed(store, cache.lengths(spec))
+        return Windowed(store, buffers.lengths(spec))
 
     def prefill(state, q, k, v, lengths):
         store, out = method.prefill(state.store, q, k, v, lengths)
@@ -107,7 +107,7 @@ def windowed(method: Method, rows: int) -> Method:
 
     def append(state, k, v):
         count = jnp.minimum(state.store.length - state.start + 1, rows)
-        return state._replace(store=cache.revise(state.store, k, v, count))
+        return state._replace(store=contiguous.revise(state.store, k, v, count))
 
     def inspect_step(state, q):
         store, out, diagnostics = method.inspect_step(state.store, q)
@@ -131,14 +131,14 @@ def windowed(method: Method, rows: int) -> Method:
 
 
 def weights(
-    state: cache.Contiguous, q: Float[Array, "B Hq T D"]
+    state: contiguous.Contiguous, q: Float[Array, "B Hq T D"]
 ) -> Float[Array, "B Hq T S"]:
     """What a step gives each token: the weights behind its output, float32.
 
     Reads every key, and holds all weights at once.
     """
     spec = state.spec
-    rotated, positions = cache.rotate_queries(spec, q, state.length)
+    rotated, positions = contiguous.rotate_queries(spec, q, state.length)
     logits = decode_logits(rotated, state.k, positions, sm_scale=spec.sm_scale)
     if spec.alpha == 1:
         return jax.nn.softmax(logits, axis=-1)
@@ -146,4 +146,4 @@ def weights(
 
 
 def _traffic(spec: CacheSpec, length: int) -> Traffic:
-    return Traffic(kv=cache.kv_bytes(spec, length), metadata=0)
+    return Traffic(kv=buffers.kv_bytes(spec, length), metadata=0)

@@ -5,10 +5,12 @@ folder whose name ends in `.partial`, which nothing reads.
 """
 
 import contextlib
+import math
 import os
 import pathlib
 import re
 import shutil
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping
@@ -185,3 +187,39 @@ def reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]
+
+
+def json_ready(value):
+    """JSON knows no infinity and no NaN: they become null. Tuples become lists."""
+    if isinstance(value, Mapping):
+        return {key: json_ready(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def check_writable(folder: pathlib.Path, option: str = "--out") -> None:
+    """Makes `folder` and tries it, before hours of work.
+
+    Args:
+        folder: that is to be written to.
+        option: by which it was given, for messages.
+
+    Raises:
+        PermissionError, NotADirectoryError: if nothing can be written there.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (FileExistsError, NotADirectoryError) as error:
+        raise NotADirectoryError(
+            f"{folder} is not a folder: give {option} another one."
+        ) from error
+    except OSError as error:
+        raise PermissionError(
+            f"{folder} cannot be written ({error.strerror}): give {option} another "
+            "folder."
+        ) from error

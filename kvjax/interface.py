@@ -154,9 +154,9 @@ class Method(NamedTuple):
         rows: query rows per decode step: the newest token last, and before it the
             tokens that the step revises.
         select: `select(state, q) -> page_ids (B, H, K)`, of methods whose state is a
-            :class:`kvjax.paging.Paged` and whose step attends to listed pages: those
-            that a rotated query `(B, Hq, 1, D)` of the newest token reads, -1 = none.
-            Transforms of such methods choose by it; None elsewhere.
+            :class:`kvjax.stores.paged.Paged` and whose step attends to listed pages:
+            those that a rotated query `(B, Hq, 1, D)` of the newest token reads, -1 =
+            none. Transforms of such methods choose by it; None elsewhere.
         rewind: `rewind(state, count, most) -> state` after `finish`: without the newest
             `count (B,)` tokens, at most `most`, as if they had not come; of some
             methods that keep every token and take more of a prompt at any time.

@@ -11,17 +11,17 @@ import types
 import typing
 from collections.abc import Callable
 
-from kvjax import methods
+from kvjax import built_in
+from kvjax.attention.partials import suits
 from kvjax.interface import Method, remember_spec
-from kvjax.partials import suits
 
 _FACTORIES = {
-    name: value for name, value in vars(methods).items() if inspect.isfunction(value)
+    name: value for name, value in vars(built_in).items() if inspect.isfunction(value)
 }
 
 
 # Made by every call alike, and by name.
-remember_spec(methods.full(), "full")
+remember_spec(built_in.full(), "full")
 
 
 def names(alpha: float | None = None) -> tuple[str, ...]:
@@ -92,9 +92,28 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
                 f"{', '.join(transforms())}."
             )
         parameters = inspect.signature(get(name)).parameters
-        wrapped = [method] + [methods.full()] * ("dense" in parameters)
+        wrapped = [method] + [built_in.full()] * ("dense" in parameters)
         method = get(name)(*wrapped, **given)
     remember_spec(method, "+".join([*outer, written]))
+    return method
+
+
+def as_method(method: Method | str) -> Method:
+    """Returns the method that a spec string such as `quest:budget=128` describes.
+
+    The same string gives the same object, so that compiled code is kept per string.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: as :func:`kvjax.registry.parse`.
+    """
+    if isinstance(method, str):
+        return parse(method)
+    if not isinstance(method, Method):
+        raise TypeError(
+            f"method={method!r} must be a kvjax.Method, or text such as "
+            "'quest:budget=128'."
+        )
     return method
 
 

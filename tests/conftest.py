@@ -35,13 +35,13 @@ jaxtyping.install_import_hook(
     ["kvjax", "pallas_kernels"], "beartype.beartype"
 ).__enter__()
 
-from kvjax import cache  # noqa: E402
+from kvjax.stores import buffers  # noqa: E402
 
 # Traced programs are millions of objects that live long: looking through them again and
 # again for garbage takes longer than the tests that made them.
 gc.set_threshold(100_000, 20, 100)
 
-# Finite (see `cache.fill_value`), and so large that the smallest weight on it shows.
+# Finite (see `buffers.fill_value`), and so large that the smallest weight on it shows.
 POISON = 1e30
 
 
@@ -66,7 +66,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
     """Every slot that was never written holds a huge number."""
-    monkeypatch.setattr(cache, "fill_value", POISON)
+    monkeypatch.setattr(buffers, "fill_value", POISON)
 
 
 @pytest.fixture

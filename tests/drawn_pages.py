@@ -5,7 +5,8 @@ import functools
 import jax
 import numpy as np
 
-from kvjax import reading, support, thresholds
+from kvjax.methods.entmaxkv import attention, page_bounds, threshold
+from kvjax.stores import page_statistics
 
 B, HKV, G, D, P, NP = 2, 2, 2, 8, 4, 8
 LENGTH = np.array([8 * P, 6 * P + 1], np.int32)  # a full newest page; one of one token
@@ -30,38 +31,40 @@ def lists(*pages):
 @functools.partial(jax.jit, static_argnames=("alpha", "tau_mode", "steps"))
 def attend(q, pages, ids, length, tau_hat=None, *, alpha, tau_mode="exact", steps=3):
     options = {"sm_scale": SCALE, "tau_mode": tau_mode, "tau_hat": tau_hat}
-    return reading.attend_pages(
+    return attention.attend_pages(
         q, pages, ids, length, alpha=alpha, steps=steps, **options
     )
 
 
 @functools.partial(jax.jit, static_argnames="alpha")
 def attend_certified(q, pages, bounds, first, length, *, alpha):
-    return reading.attend_certified(
+    return attention.attend_certified(
         q, pages, bounds, first, length, sm_scale=SCALE, alpha=alpha
     )
 
 
 @jax.jit
 def statistics_of(keys):
-    return support.page_statistics(keys)
+    return page_statistics.page_statistics(keys)
 
 
 @jax.jit
 def bounds_of(q, low, high, slopes=None, length=None):
     more = {} if slopes is None else {"slopes": slopes, "length": length}
-    return support.page_bounds(q, low, high, sm_scale=SCALE, page_size=P, **more)
+    return page_bounds.page_bounds(q, low, high, sm_scale=SCALE, page_size=P, **more)
 
 
 @jax.jit
 def moments_of(q, mean, variance, slopes=None, length=None):
     more = {} if slopes is None else {"slopes": slopes, "length": length}
-    return support.page_moments(q, mean, variance, sm_scale=SCALE, page_size=P, **more)
+    return page_bounds.page_moments(
+        q, mean, variance, sm_scale=SCALE, page_size=P, **more
+    )
 
 
 @functools.partial(jax.jit, static_argnames="alpha")
 def estimate(mean, deviation, count, *, alpha):
-    return thresholds.estimate_threshold(mean, deviation, count, alpha=alpha)
+    return threshold.estimate_threshold(mean, deviation, count, alpha=alpha)
 
 
 def rows(q, pages, ids):

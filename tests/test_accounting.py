@@ -6,10 +6,10 @@ import pytest
 from tiny import tiny_model
 
 from kvjax import accounting, registry
-from kvjax.cache import kv_bytes
-from kvjax.evaluation import compare, compare_inputs, fidelity, single
+from kvjax.evaluation import compare, compare_inputs, fidelity, one_task
 from kvjax.interface import CacheSpec, Traffic
 from kvjax.rope import Rope
+from kvjax.stores.buffers import kv_bytes
 
 # --- by hand: 2 rows, 8 query heads on 4 KV heads of 16, two bytes an element
 
@@ -214,7 +214,7 @@ def test_lists_of_no_ones_heads_are_refused(lists):
     with pytest.raises(ValueError, match=message):
         compare.compare(model, {"full": full, "x": wrong}, nothing, settings)
     with pytest.raises(ValueError, match=message):
-        single.run("passkey", model, wrong, full, "text", context=64)
+        one_task.run("passkey", model, wrong, full, "text", context=64)
     both = fidelity.side_by_side(full, wrong)
     spec = model.decoder.cache_spec(1, 4096)
     q, kv = (jnp.zeros((1, heads, 1, spec.head_dim)) for heads in (4, 2))

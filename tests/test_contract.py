@@ -16,9 +16,11 @@ import oracles
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kvjax import accounting, cache, partials, registry
+from kvjax import accounting, registry
+from kvjax.attention import partials
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.rope import Rope
+from kvjax.stores import buffers
 
 # Small legal values, by the name of the option. An option with a large default that is
 # missing here fails `test_has_small_options`, so that no method is tested idle.
@@ -154,7 +156,7 @@ def test_arguments_have_the_same_names_everywhere(case):
     }
     for field, names in expected.items():
         parameters = list(inspect.signature(getattr(case.method, field)).parameters)
-        if field == "append":  # `cache.extend` also serves prefill
+        if field == "append":  # `contiguous.extend` also serves prefill
             parameters = parameters[1:3]
             names = names[1:]
         if field == "finish":
@@ -413,4 +415,4 @@ def test_a_spec_is_static_and_a_state_is_arrays_only(case):
     state = case.method.init(case.spec)
     assert all(isinstance(leaf, jax.Array) for leaf in jax.tree.leaves(state))
     assert hash(dataclasses.replace(case.spec)) == hash(case.spec)
-    assert cache.num_bytes(state) == accounting.prompt_bytes(case.method, case.spec)
+    assert buffers.num_bytes(state) == accounting.prompt_bytes(case.method, case.spec)

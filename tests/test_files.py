@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from kvjax import files, map_files, stream
-from kvjax.feature_maps import Learned, Mlp
+from kvjax import files
+from kvjax.decoding import endless
+from kvjax.methods.topk_completion import map_files
+from kvjax.methods.topk_completion.feature_maps import Learned, Mlp
 
 ROOT = pathlib.Path(__file__).parents[1]
 GRID = np.arange(24, dtype=np.float32).reshape(4, 6)
@@ -96,7 +98,7 @@ def test_a_text_is_read_without_its_mark_and_with_its_line_ends(tmp_path, mark):
     path.write_bytes(mark + "grün\r\nrot\n".encode())
     assert files.read_text(path) == "grün\r\nrot\n"
     blocks = [bytes([byte]) for byte in path.read_bytes()]
-    assert "".join(stream.pieces(blocks)) == "grün\r\nrot\n"
+    assert "".join(endless.pieces(blocks)) == "grün\r\nrot\n"
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
@@ -107,7 +109,7 @@ def test_the_byte_that_is_not_utf8_is_named_by_its_place_in_the_file(tmp_path, m
     with pytest.raises(ValueError, match=message):
         files.read_text(path)
     with path.open("rb") as file, pytest.raises(ValueError, match=message):
-        list(stream.pieces(iter(lambda: file.read(2), b""), name="text.txt"))
+        list(endless.pieces(iter(lambda: file.read(2), b""), name="text.txt"))
 
 
 # --- whole or not at all

@@ -21,9 +21,9 @@ from tiny import SMALL, tiny_model
 
 import models
 from kvjax import accounting, registry
-from kvjax import generate as decoding
+from kvjax.decoding import generate
+from kvjax.decoding.sampling import Sampling
 from kvjax.interface import Method
-from kvjax.sampling import Sampling
 from models.gguf import header
 from models.gguf import tokenizer as gguf_tokenizer
 from models.llama import LlamaDecoder, from_hf, notes, to_hf
@@ -293,4 +293,4 @@ OPTIONS = {
 def test_prompts_and_options(method, prompts, options):
     if isinstance(prompts, str):
         return  # a TypeError by design
-    works_or_says(lambda: decoding.stream(MODEL, method, prompts, **options))
+    works_or_says(lambda: generate.stream(MODEL, method, prompts, **options))

@@ -6,15 +6,8 @@ import pytest
 from tiny import tiny_model
 
 import kvjax
-from kvjax import (
-    generate,
-    named,
-    prefix,
-    registry,
-    scoring,
-    stream,
-    timing,
-)
+from kvjax import registry
+from kvjax.decoding import endless, generate, saved_prompt, scoring, timing
 
 MODEL = tiny_model(num_layers=1)
 PROMPT = list(range(60))
@@ -24,8 +17,8 @@ OPTIONS = {"max_new_tokens": 5, "eos_ids": ()}
 
 def test_a_spec_is_the_method_it_describes():
     method = registry.parse(SPEC)
-    assert named.as_method(SPEC) is method
-    assert named.as_method(method) is method
+    assert registry.as_method(SPEC) is method
+    assert registry.as_method(method) is method
     expected = generate.generate(MODEL, method, [PROMPT], **OPTIONS)
     assert generate.generate(MODEL, SPEC, [PROMPT], **OPTIONS) == expected
     pieces = generate.stream(MODEL, SPEC, [PROMPT], **OPTIONS)
@@ -40,15 +33,15 @@ def test_a_spec_is_the_method_it_describes():
 
     read = generate.prefill(MODEL, SPEC, [PROMPT], max_new_tokens=5)
     assert rest(generate.continued(MODEL, SPEC, read, **OPTIONS)) == expected
-    kept = prefix.read(MODEL, SPEC, [PROMPT[:50]], room=15)
-    kept = prefix.extend(MODEL, SPEC, kept, [PROMPT[50:]])
-    assert prefix.generate(MODEL, SPEC, kept, **OPTIONS) == expected
+    kept = saved_prompt.read(MODEL, SPEC, [PROMPT[:50]], room=15)
+    kept = saved_prompt.extend(MODEL, SPEC, kept, [PROMPT[50:]])
+    assert saved_prompt.generate(MODEL, SPEC, kept, **OPTIONS) == expected
     np.testing.assert_array_equal(
         scoring.score(MODEL, SPEC, [PROMPT], prefill=40).log_probs,
         scoring.score(MODEL, method, [PROMPT], prefill=40).log_probs,
     )
     with pytest.raises(ValueError, match="text is empty"):
-        list(stream.read(MODEL, SPEC, [""]))
+        list(endless.read(MODEL, SPEC, [""]))
 
 
 def test_the_same_spec_compiles_once():

@@ -17,9 +17,10 @@ import textwrap
 import pytest
 from tiny import keep_layers
 
-from kvjax import registry, report
+from kvjax import registry
 from kvjax.describe import describe
-from kvjax.evaluation import compare_figures
+from kvjax.report import table
+from kvjax.report.figures import compare
 from models import embedded
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -73,20 +74,20 @@ def comparison_table(name: str) -> str:
     """The tables of a comparison and of its sections, and what is in neither."""
     results = comparison(name)
     parts = [one_table(one) for one in (results, *results.get("sections", ()))]
-    left_out = textwrap.fill(report.left_out(results), 88)
+    left_out = textwrap.fill(table.left_out(results), 88)
     return "\n\n".join([*parts, left_out] if left_out else parts)
 
 
 def one_table(results: dict) -> str:
     """The columns of the terminal's table that tell most, and how it was measured."""
     assert results["complete"]
-    places = [report.HEADINGS.index(heading) for heading in HEADINGS]
+    places = [table.HEADINGS.index(heading) for heading in HEADINGS]
     rows = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|--:" * 7 + "|"]
-    for cells in report.table_rows(results):
+    for cells in table.table_rows(results):
         chosen = [cells[place] for place in places]
         rows.append(f"| `{chosen[0]}` | " + " | ".join(chosen[1:]) + " |")
     # Speeds are of a machine that did other work too.
-    caption, _, _ = report.caption(results).partition(" Speed:")
+    caption, _, _ = table.caption(results).partition(" Speed:")
     caption += " KL is per token, against the first row."
     caption = textwrap.fill(caption, 88)
     return "\n".join([*rows, "", caption])
@@ -186,4 +187,4 @@ if __name__ == "__main__":
         start, end = between(text, name).span(1)
         text = text[:start] + generate() + "\n" + text[end:]
     README.write_text(text, "utf-8")
-    compare_figures.scatter(comparison("smollm2")).savefig(FIGURE, dpi=110)
+    compare.scatter(comparison("smollm2")).savefig(FIGURE, dpi=110)

@@ -41,7 +41,9 @@ def test_every_page_is_there_and_says_something(site):
     # A section that only our docstrings have; one of every docstring; a plain star.
     assert "Reads per step and layer: 2*NP*D*Hkv elements of summaries" in reference
     assert "Raises ValueError" in reference
-    assert "kvjax.prefix.restore" in (site / "api.html").read_text("utf-8")
+    assert "kvjax.decoding.saved_prompt.restore" in (site / "api.html").read_text(
+        "utf-8"
+    )
     assert "The certificate" in words(site, "notebooks/entmax")
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from tiny import SMALL, TEXT, tiny_model
 
-from kvjax import generate, prefix, registry, scoring, speculation, stream
+from kvjax import registry
+from kvjax.decoding import endless, generate, saved_prompt, scoring, speculative
+from kvjax.decoding.sampling import Sampling
 from kvjax.evaluation import heads
-from kvjax.sampling import Sampling
 
 MODEL = tiny_model(num_layers=1)
 ENTMAX = tiny_model(num_layers=1, attention_alpha=1.5)
@@ -53,10 +54,10 @@ def test_scores_and_prefixes_and_endless_text():
 
     def run():
         scores = scoring.score(MODEL, method, [tokens], prefill=50, return_logits=True)
-        one = prefix.read(MODEL, FULL, [tokens[:40]], room=16)
-        one = prefix.extend(MODEL, FULL, one, [tokens[40:50]])
-        (said,) = prefix.generate(MODEL, FULL, one, max_new_tokens=4, eos_ids=())
-        reader = stream.read(MODEL, method, [TEXT[:50], TEXT[50:90]], chunk_size=16)
+        one = saved_prompt.read(MODEL, FULL, [tokens[:40]], room=16)
+        one = saved_prompt.extend(MODEL, FULL, one, [tokens[40:50]])
+        (said,) = saved_prompt.generate(MODEL, FULL, one, max_new_tokens=4, eos_ids=())
+        reader = endless.read(MODEL, method, [TEXT[:50], TEXT[50:90]], chunk_size=16)
         nats = [progress.nats for progress in reader]
         return scores.log_probs[0], scores.logits, said.tokens, nats
 
@@ -69,7 +70,7 @@ def test_drafts():
 
     def run():
         read = generate.prefill(MODEL, FULL, [[1, 2, 3]], max_new_tokens=8)
-        found = speculation.verify(
+        found = speculative.verify(
             MODEL.decoder, FULL, MODEL.params, read.states, tokens
         )
         return found.accepted.tolist(), found.next_token.tolist()

@@ -31,7 +31,7 @@ from kvjax.cli import (
     stream,
     train,
 )
-from kvjax.cli.common import arguments_given, checks_text, shown, with_yes
+from kvjax.cli.options import arguments_given, checks_text, shown, with_yes
 
 app = typer.Typer(
     name="kvjax",

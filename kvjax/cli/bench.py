@@ -7,8 +7,8 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import report, tables
-from kvjax.cli.common import (
+from kvjax import files
+from kvjax.cli.options import (
     METHOD_HELP,
     MODEL_HELP,
     DtypeOption,
@@ -18,7 +18,8 @@ from kvjax.cli.common import (
     positive,
     whole_numbers,
 )
-from kvjax.progress import show_progress
+from kvjax.cli.progress import show_progress
+from kvjax.report import documents, table, terminal
 
 SUBJECTS = ("kernels", "decode")
 OF_KERNELS = ("page_size", "kv_heads", "group", "head_dim")
@@ -66,7 +67,7 @@ def bench(
     kernels times the operations of one attention layer; decode the steps of a model
     under its methods.
     """
-    from kvjax import bench as benchmark
+    from kvjax.cost import bench_kernels
 
     if subject not in SUBJECTS:
         raise ValueError(f"{subject=} must be one of {', '.join(SUBJECTS)}.")
@@ -95,30 +96,30 @@ def bench(
     positive(budget=budget, page_size=page_size, batch=batch, kv_heads=kv_heads)
     positive(group=group, head_dim=head_dim, repeats=repeats)
     runs = [
-        benchmark.Sizes(
+        bench_kernels.Sizes(
             tokens, budget, page_size, batch, kv_heads, group, head_dim, dtype
         )
         for tokens in contexts
     ]
     for sizes in runs:
-        benchmark.operations(sizes, like=True)  # mistakes first
+        bench_kernels.operations(sizes, like=True)  # mistakes first
     timings = []
     with show_progress(len(runs)) as progress:
         for sizes in runs:
-            timings += benchmark.kernels(
+            timings += bench_kernels.kernels(
                 sizes,
                 repeats,
                 lambda done, sizes=sizes: progress(f"{sizes.context:,} tokens", done),
             )
     settings = runs[0]._asdict() | {"context": contexts, "repeats": repeats}
-    manifest = report.manifest(
+    manifest = documents.manifest(
         version=kvjax.__version__,
         model="one layer",
         arguments=arguments_given.get(),
         settings=settings,
     )
     rows = [timing._asdict() for timing in timings]
-    document = report.json_ready({"manifest": manifest, "rows": rows})
+    document = files.json_ready({"manifest": manifest, "rows": rows})
     if as_json:
         print(json.dumps(document, indent=2))
     else:
@@ -142,7 +143,7 @@ def _print(document) -> None:
         [
             row["name"],
             f"{row['context']:,}",
-            report.format_bytes(row["num_bytes"]),
+            table.format_bytes(row["num_bytes"]),
             f"{1e3 * row['floor']:.3f}",
             f"{1e3 * row['median']:.3f}",
             f"{1e3 * row['low']:.3f}-{1e3 * row['high']:.3f}",
@@ -152,11 +153,11 @@ def _print(document) -> None:
         ]
         for row in document["rows"]
     ]
-    tables.show((*headings, "of floor", "x full"), rows)
+    terminal.show((*headings, "of floor", "x full"), rows)
     print()
     about = document["manifest"]
     settings = about["settings"]
-    tables.say(
+    terminal.say(
         f"One layer on {about['device']} ({about['backend']}), jax {about['jax']}: "
         f"{settings['num_kv_heads']} KV heads x {settings['group']}, head size "
         f"{settings['head_dim']}, {settings['dtype']}, {settings['batch']} rows, pages "

@@ -5,9 +5,11 @@ import json
 import jax
 
 import kvjax
-from kvjax import bench_decode, registry, report, tables
-from kvjax.cli.common import arguments_given, held_out_text, load, with_budget
-from kvjax.progress import show_progress
+from kvjax import files, registry
+from kvjax.cli.options import arguments_given, held_out_text, load, with_budget
+from kvjax.cli.progress import show_progress
+from kvjax.cost import bench_decode
+from kvjax.report import documents, table, terminal
 
 METHODS = ("full", "quest", "snapkv", "streaming_llm")
 ENTMAX_METHODS = ("entmax_full", "entmaxkv")
@@ -50,7 +52,7 @@ def decode(
     settings = {"context": contexts, "budget": budget, "steps": steps}
     settings |= {"repeats": repeats, "batch": batch}
     settings |= {"dtype": jax.numpy.dtype(loaded.decoder.cache_spec(1, 1).dtype).name}
-    manifest = report.manifest(
+    manifest = documents.manifest(
         version=kvjax.__version__,
         model=loaded.name,
         arguments=arguments_given.get(),
@@ -59,7 +61,7 @@ def decode(
     weights = bench_decode.weight_bytes(loaded)
     document = {"manifest": manifest, "weights_read": weights}
     document |= {"rows": [row._asdict() for row in rows]}
-    document = report.json_ready(document)
+    document = files.json_ready(document)
     if as_json:
         print(json.dumps(document, indent=2))
     else:
@@ -73,8 +75,8 @@ def _print(document) -> None:
         [
             row["method"],
             f"{row['context']:,}",
-            report.format_bytes(row["cache_bytes"]),
-            report.format_bytes(row["num_bytes"]),
+            table.format_bytes(row["cache_bytes"]),
+            table.format_bytes(row["num_bytes"]),
             f"{1e3 * row['floor']:.3f}",
             f"{1e3 * row['median']:.3f}",
             f"{1e3 * row['low']:.3f}-{1e3 * row['high']:.3f}",
@@ -85,14 +87,14 @@ def _print(document) -> None:
         ]
         for row in document["rows"]
     ]
-    tables.show(headings, rows)
+    terminal.show(headings, rows)
     print()
     about = document["manifest"]
     settings = about["settings"]
-    tables.say(
+    terminal.say(
         f"{about['model']} on {about['device']} ({about['backend']}), jax "
         f"{about['jax']}, {settings['dtype']}, {settings['batch']} rows; "
-        f"{report.format_bytes(document['weights_read'])} of weights are read a step. "
+        f"{table.format_bytes(document['weights_read'])} of weights are read a step. "
         f"{settings['repeats']} samples of {settings['steps']} steps, greedy, the last "
         "at the context. Floor: the bytes at the speed of a copy, timed in the same "
         "run; arithmetic is not counted."

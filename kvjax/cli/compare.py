@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 import kvjax
-from kvjax import earlier, registry, report
-from kvjax.cli.common import (
+from kvjax import files, registry
+from kvjax.cli.options import (
     METHOD_HELP,
     AnswersOption,
     AskChatOption,
@@ -33,7 +33,8 @@ from kvjax.cli.common import (
     with_budget,
 )
 from kvjax.cli.plan import sizes_of, weights_of
-from kvjax.progress import show_progress
+from kvjax.cli.progress import show_progress
+from kvjax.report import documents, earlier, html_page, table
 
 if TYPE_CHECKING:
     from kvjax.evaluation.compare_inputs import Inputs, Settings
@@ -100,7 +101,7 @@ def compare(
     )
     _methods(method or [], context, budget)  # mistakes first
     questions = questions_of(tasks)
-    report.check_writable(out)
+    files.check_writable(out)
     earlier.check_free(out, overwrite=overwrite, go_on=go_on)
     found = earlier.read(out) if go_on else []
     # Without a report that says which answers are whole, none could be kept.
@@ -114,7 +115,7 @@ def compare(
         before = found[place] if place < len(found) else None
         fixed, room = _fitted(decoder, methods, settings, batch, before)
         language_model = load(name, dtype)
-        about = report.manifest(
+        about = documents.manifest(
             version=kvjax.__version__,
             model=language_model.name,
             arguments=arguments_given.get(),
@@ -149,14 +150,14 @@ def compare(
     def document(kept: Iterable[list] = (), complete: bool = False) -> dict[str, Any]:
         pictures = [*kept, *([] for _ in parts)]
         found = [
-            report.results(one.in_order(), one.about, held, complete=complete)
+            documents.results(one.in_order(), one.about, held, complete=complete)
             for one, held in zip(parts, pictures, strict=False)
         ]
         specs = [name for one in parts for name in (*one.methods, *one.rows)]
         left_out = {} if method else _left_out(specs)
         return found[0] | {"sections": [*found[1:], *others], "left_out": left_out}
 
-    report.begin(out, document())
+    html_page.begin(out, document())
     if save_answers is not None and save_answers.exists():
         known = {(one.model.name, name) for one in parts for name in one.rows}
         known |= {
@@ -170,7 +171,7 @@ def compare(
 
             def keep(row, one=one):
                 one.rows[row.method] = row
-                report.write_data(out, document())
+                documents.write_data(out, document())
 
             def at(name, fraction, one=one):
                 # Both have a `full`.
@@ -189,11 +190,11 @@ def compare(
                 progress=at,
             )
     results = document([_kept(one) for one in parts], complete=True)
-    page, data = report.write(out, results)
+    page, data = html_page.write(out, results)
     if as_json:
         print(data.read_text(encoding="utf-8"), end="")
     else:
-        report.print_table(results)
+        table.print_table(results)
     print(f"wrote {page} and {data}", file=sys.stderr)
 
 
@@ -253,25 +254,25 @@ def _fitted(
         free=free,
     )
     takes = ", ".join(
-        f"{name} {report.format_bytes(count)}"
+        f"{name} {table.format_bytes(count)}"
         for name, count in found.need._asdict().items()
     )
     if free is not None and found.need.weights + found.need.states > free:
         raise ValueError(
             f"comparing at context={settings.context} takes more than this machine "
-            f"has: {takes} for one row; {report.format_bytes(free)} are free: lower "
+            f"has: {takes} for one row; {table.format_bytes(free)} are free: lower "
             "--context, or use a machine with more memory."
         )
     if free is not None and found.need.total > free:
         print(
             f"kvjax: one row at a time may take more than the "
-            f"{report.format_bytes(free)} that are free: {takes}",
+            f"{table.format_bytes(free)} that are free: {takes}",
             file=sys.stderr,
         )
     if found.batch < wanted and had is None:
         print(
             f"kvjax: {found.batch} rows together instead of {wanted}, to fit the "
-            f"{report.format_bytes(free or 0)} that are free: {takes}",
+            f"{table.format_bytes(free or 0)} that are free: {takes}",
             file=sys.stderr,
         )
     return dataclasses.replace(settings, batch=had or found.batch), found.room
@@ -311,13 +312,13 @@ def _room() -> int:
 def _kept(part: _Part) -> list:
     """Returns what methods of constant memory hold of a text, for the picture."""
     from kvjax import accounting
-    from kvjax.evaluation import kept_figure
+    from kvjax.evaluation import kept_tokens
 
     tokens = part.inputs.windows[0]
     every = max(len(tokens) // 16, 1)
     methods = {name: registry.parse(name) for name in part.rows}
     return [
-        kept_figure.kept(part.model, method, tokens, every=every, name=name)
+        kept_tokens.kept(part.model, method, tokens, every=every, name=name)
         for name, method in methods.items()
         if accounting.is_constant(method, part.model.decoder)
     ]

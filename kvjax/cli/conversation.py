@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 from kvjax import registry
-from kvjax.cli.common import first_messages, load
+from kvjax.cli.options import first_messages, load
 from kvjax.cli.prefix import Options, Turn, library, restored
 
 
@@ -22,7 +22,7 @@ def begun(
 ) -> Turn:
     """The first turn of a conversation, which is kept in the folder `save`."""
     library().check_new(save)
-    from kvjax import conversation
+    from kvjax.decoding import conversation
 
     name = registry.canonical(method or "full")
     parsed = registry.parse(name)
@@ -53,7 +53,7 @@ def gone_on(
     if save is not None and not replace:
         prefix.check_new(save)
     messages = _messages(folder, prefix.about(folder).get("messages"), text)
-    from kvjax import conversation
+    from kvjax.decoding import conversation
 
     found = restored(folder, model, method, dtype)
     chosen = options(found.model)
@@ -106,7 +106,7 @@ def _messages(folder, before, text):
 def _turn(
     model, name, read, messages, save, options, chunk_size, *, replace=False
 ) -> Turn:
-    from kvjax import conversation
+    from kvjax.decoding import conversation
 
     prefix, method = library(), registry.parse(name)
     closing = conversation.closing(model.tokenizer, messages) if save else 0

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvjax import report
-from kvjax.cli.common import JsonOption, print_notes
+from kvjax.cli.options import JsonOption, print_notes
+from kvjax.report import table
 
 
 def convert(
@@ -44,5 +44,5 @@ def convert(
         return
     print(
         f"{folder}: {model.name} in the Hugging Face layout, {document['dtype']}, "
-        f"{report.format_bytes(document['bytes'])}"
+        f"{table.format_bytes(document['bytes'])}"
     )

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from kvjax import registry, report
+from kvjax import files, registry
 from kvjax.cli import conversation
-from kvjax.cli.common import (
+from kvjax.cli.options import (
     METHOD_HELP,
     DtypeOption,
     JsonOption,
@@ -104,8 +104,8 @@ def generate(
     as_json: JsonOption = False,
 ) -> None:
     """Continues a prompt under a method, streaming the text to stdout."""
-    from kvjax import timing
-    from kvjax.sampling import Sampling, validate
+    from kvjax.decoding import timing
+    from kvjax.decoding.sampling import Sampling, validate
 
     given = {
         "temperature": temperature,
@@ -175,7 +175,7 @@ def generate(
 
 def _alone(messages, *, model, method, dtype, text, chunk_size, options) -> Turn:
     """A prompt of which nothing is kept."""
-    from kvjax.generate import stream
+    from kvjax.decoding.generate import stream
 
     method = method or "full"
     parsed = registry.parse(method)
@@ -202,8 +202,8 @@ def _check_conversation(chat, resume, save, room, system) -> None:
 
 def _sampling(model, given, chat):
     """What is given; in a chat, the rest as the `generation_config.json` says."""
-    from kvjax import generation_config
-    from kvjax.sampling import Sampling
+    from kvjax.decoding import generation_config
+    from kvjax.decoding.sampling import Sampling
 
     written = (chat and model.generation) or {}
     wanted = generation_config.read(written)
@@ -253,7 +253,7 @@ def score(
     """Perplexity of a text: the prompt, then what the decode path predicts."""
     import numpy as np
 
-    from kvjax.scoring import score as run_score
+    from kvjax.decoding.scoring import score as run_score
 
     parsed = registry.parse(method)
     content = read_text(text)
@@ -287,7 +287,7 @@ def score(
     }
     if as_json:
         listed = {"token_ids": tokens, "log_probs": log_probs.tolist()}
-        print(json.dumps(report.json_ready(summary | listed), indent=2))
+        print(json.dumps(files.json_ready(summary | listed), indent=2))
         return
     print(
         f"perplexity {summary['perplexity']:.4f} over {len(decoded)} tokens decoded "

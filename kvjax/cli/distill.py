@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import typer
 
-from kvjax import interrupts, report
-from kvjax.cli.common import JsonOption, ModelOption, SeedOption, load, read_text
+from kvjax import files as kvjax_files
+from kvjax import interrupts
+from kvjax.cli.options import JsonOption, ModelOption, SeedOption, load, read_text
 
 AT_BUDGET = "topk_completion:budget={},charge=none"
 FILE = "map.safetensors"
@@ -58,22 +59,24 @@ def distill(
 ) -> int:
     """Trains a feature map for topk_completion, and says which heads it helps."""
     try:
-        from kvjax.training import checkpoint, run_folder
-        from kvjax.training import distill as training
+        from kvjax import array_files
+        from kvjax.training import run_folder
+        from kvjax.training.feature_maps import distill as feature_maps_distill
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] not in ("optax", "orbax"):
             raise
         raise ImportError(
             f"training needs {error.name.split('.')[0]}: pip install 'kvjax[train]'."
         ) from error
-    from kvjax import completion, feature_maps, map_files, registry
+    from kvjax import registry
+    from kvjax.methods.topk_completion import feature_maps, linear_attention, map_files
 
     known = (LEARNED, "moment", *feature_maps.NAMES)
     if feature_map not in known:
         raise ValueError(f"--map {feature_map!r} must be one of {', '.join(known)}.")
     if windows < 1:
         raise ValueError(f"{windows=} must be at least 1.")
-    settings = training.Settings(
+    settings = feature_maps_distill.Settings(
         steps=steps,
         lengths=_lengths(lengths),
         features=features,
@@ -84,7 +87,7 @@ def distill(
     )
     longest = max(settings.lengths)
     if budget is None:
-        budget = completion.budget_tokens(longest, 0.02)
+        budget = linear_attention.budget_tokens(longest, 0.02)
     try:
         # What the map is calibrated at, once it is trained.
         registry.parse(f"{AT_BUDGET.format(budget)},lam=0")
@@ -92,15 +95,17 @@ def distill(
         raise ValueError(f"--budget {budget} of --lengths {lengths}: {error}") from None
     if feature_map == LEARNED:
         run_folder.check(out, resume=resume)
-    report.check_writable(out.parent)
+    kvjax_files.check_writable(out.parent)
     language_model = load(model, None)
-    tokens, held_out = training.split(_tokens(language_model, text, seed))
+    tokens, held_out = feature_maps_distill.split(_tokens(language_model, text, seed))
     file = map_files.MapFile(feature_map, longest, None, None, {})
     if feature_map == LEARNED:
-        result = training.train(language_model, tokens, settings, out, resume=resume)
+        result = feature_maps_distill.train(
+            language_model, tokens, settings, out, resume=resume
+        )
         if not result.finished:
             return 1
-        file = training.as_file(result, language_model, settings)
+        file = feature_maps_distill.as_file(result, language_model, settings)
     out.mkdir(parents=True, exist_ok=True)
     path = out / FILE
     # A map that no head can abstain from must not pass for one that is finished, nor
@@ -122,7 +127,7 @@ def distill(
         draft.unlink(missing_ok=True)
     about = file.about | {
         "model": language_model.name,
-        "weights": checkpoint.digest(language_model.params),
+        "weights": array_files.digest(language_model.params),
         "calibrated_at": budget,
     }
     map_files.save(path, file._replace(gain=found.gain, about=about), dtype)
@@ -155,7 +160,7 @@ def _tokens(model: Any, text: pathlib.Path | None, seed: int) -> np.ndarray:
 
 def _calibrated(model, path, held_out, longest, budget, windows, seed):
     from kvjax import registry
-    from kvjax.evaluation import abstention
+    from kvjax.evaluation import head_gains
 
     new_tokens = 32
     size = longest + new_tokens
@@ -168,7 +173,7 @@ def _calibrated(model, path, held_out, longest, budget, windows, seed):
     with warnings.catch_warnings():
         # Room is made in whole chunks, which the longest prompt does not fill.
         warnings.filterwarnings("ignore", "the feature map was trained for prompts")
-        return abstention.calibrate(
+        return head_gains.calibrate(
             model,
             registry.parse("full"),
             registry.parse(f"{method},lam=0"),
@@ -179,12 +184,12 @@ def _calibrated(model, path, held_out, longest, budget, windows, seed):
 
 
 def _print(found, path, budget, as_json) -> None:
-    from kvjax.evaluation import abstention
+    from kvjax.evaluation import head_gains
 
     if as_json:
         by_head = {"gain": found.gain, **found._asdict()}
         document = {"file": str(path), "budget": budget}
         document |= {name: x.tolist() for name, x in by_head.items()}
-        print(json.dumps(report.json_ready(document), indent=2))
+        print(json.dumps(kvjax_files.json_ready(document), indent=2))
         return
-    print("\n".join([*abstention.summary(found), f"wrote {path}"]))
+    print("\n".join([*head_gains.summary(found), f"wrote {path}"]))

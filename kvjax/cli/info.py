@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import citations, registry, tables
-from kvjax.cli.common import JsonOption
+from kvjax import citations, registry
+from kvjax.cli.options import JsonOption
 from kvjax.describe import describe
+from kvjax.report import terminal
 
 
 def methods(as_json: JsonOption = False) -> None:
@@ -24,7 +25,7 @@ def methods(as_json: JsonOption = False) -> None:
         said = [entry.summary, f"options: {', '.join(options) or 'none'}"]
         said.append(f"reads per step and layer: {entry.reads}")
         for begin, text in zip((entry.name, "", ""), said, strict=True):
-            tables.say(f"{begin:<{wide}}{text}", later=" " * wide)
+            terminal.say(f"{begin:<{wide}}{text}", later=" " * wide)
 
 
 def cite(
@@ -63,4 +64,4 @@ def cite(
 
 def _comment(text: str) -> str:
     # BibTeX skips what is outside of entries, and takes an @ for the next one's start.
-    return tables.wrapped("% " + text.replace("@", " at "), 79, later="% ")
+    return terminal.wrapped("% " + text.replace("@", " at "), 79, later="% ")

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvjax import planning, registry, tables
-from kvjax.cli.common import (
+from kvjax import registry
+from kvjax.cli.options import (
     METHOD_HELP,
     MODEL_HELP,
     DtypeOption,
@@ -18,6 +18,8 @@ from kvjax.cli.common import (
     whole_numbers,
     with_budget,
 )
+from kvjax.cost import planning
+from kvjax.report import terminal
 
 
 def plan(
@@ -107,7 +109,7 @@ def plan(
 
 def weights_of(decoder):
     """Returns the bytes of a model's weights, from its sizes alone."""
-    from kvjax.cache import num_bytes
+    from kvjax.stores.buffers import num_bytes
     from models import llama
 
     # Layers are alike: two models of one and two of them say it all, in a tenth of
@@ -166,7 +168,7 @@ def _print(document) -> None:
     headings += ["peak\nGB", "read\nGB"]
     for name, device in document["devices"].items():
         headings.append(f"{name}\n{device['memory'] / 1e9:.1f}")
-    specs, shared = tables.shared_options([row["method"] for row in document["rows"]])
+    specs, shared = terminal.shared_options([row["method"] for row in document["rows"]])
     cells = []
     for spec, row in zip(specs, document["rows"], strict=True):
         temporaries = (
@@ -188,12 +190,12 @@ def _print(document) -> None:
             ]
         )
     if shared:
-        tables.say(shared)
+        terminal.say(shared)
         print()
-    tables.show(headings, cells)
+    terminal.show(headings, cells)
     print()
     for line in _said(document):
-        tables.say(line)
+        terminal.say(line)
 
 
 def _said(document) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import kvjax
-from kvjax import registry, report, text_tokens
-from kvjax.cli.common import (
+from kvjax import registry
+from kvjax.cli.options import (
     ChatOption,
     DtypeOption,
     JsonOption,
@@ -23,6 +23,8 @@ from kvjax.cli.common import (
     read_prompt,
     tokenize,
 )
+from kvjax.report import table
+from kvjax.text import encoding
 
 ROOM = 128  # tokens behind a prompt, where nobody says
 
@@ -66,7 +68,7 @@ def prefill(
         options = {"room": ROOM if room is None else room, "chunk_size": chunk_size}
         read = prefix.read(language_model, parsed, [tokens], **options)
     else:
-        from kvjax import conversation
+        from kvjax.decoding import conversation
 
         read = conversation.read(
             language_model, parsed, messages, room=room, chunk_size=chunk_size
@@ -88,7 +90,7 @@ def prefill(
         return
     print(
         f"{save}: {prompt_tokens:,} tokens read by {language_model.name} under {name}, "
-        f"{report.format_bytes(document['bytes'])}; room for {read.room:,} more"
+        f"{table.format_bytes(document['bytes'])}; room for {read.room:,} more"
     )
 
 
@@ -107,7 +109,7 @@ class Turn(NamedTuple):
     model: kvjax.LanguageModel
     method: str
     prompt_tokens: int  # in the caches
-    events: Generator  # as those of `kvjax.generate.stream`
+    events: Generator  # as those of `kvjax.decoding.generate.stream`
     options: dict[str, Any]  # of the generation
     keep: Callable[[Any], None] | None = None  # writes the state with the reply in it
 
@@ -130,7 +132,7 @@ def restored(
     if len(saved["prompt_tokens"]) != 1:
         raise ValueError(
             f"{folder} holds {len(saved['prompt_tokens'])} prompts and the command "
-            "line goes on with one: use kvjax.prefix.generate."
+            "line goes on with one: use kvjax.decoding.saved_prompt.generate."
         )
     dtype = saved["dtype"] if dtype is None else dtype
     language_model = (
@@ -160,7 +162,7 @@ def resumed(
     language_model, name, parsed, found = restored(folder, model, method, dtype)
     chosen = options(language_model)
     if text is not None:
-        tokens = text_tokens.following_tokens(
+        tokens = encoding.following_tokens(
             language_model.tokenizer, text, after=found.prompts[0]
         )
         # Before they are read.
@@ -187,17 +189,17 @@ def _model_of(folder, saved, dtype) -> kvjax.LanguageModel:
 
 
 def library():
-    """Returns `kvjax.prefix`.
+    """Returns `kvjax.decoding.saved_prompt`.
 
     Raises:
         ImportError: saying what to install, without orbax.
     """
     try:
-        from kvjax import prefix
+        from kvjax.decoding import saved_prompt
     except ModuleNotFoundError as error:
         if error.name is None or error.name.split(".")[0] != "orbax":
             raise
         raise ImportError(
             "a prefix on disk needs orbax: pip install 'kvjax[train]'."
         ) from error
-    return prefix
+    return saved_prompt

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import registry, report, tables
-from kvjax.cli.common import JsonOption, arguments_given, held_out_text, load
-from kvjax.progress import show_progress
+from kvjax import files, registry
+from kvjax.cli.options import JsonOption, arguments_given, held_out_text, load
+from kvjax.cli.progress import show_progress
+from kvjax.report import documents, terminal
 
 
 def reproduce(
@@ -37,7 +38,8 @@ def reproduce(
 ) -> None:
     """Measures the papers' claims on the embedded models, a verdict for each."""
     from kvjax.evaluation import claims
-    from kvjax.evaluation.claims import page, runner, session
+    from kvjax.evaluation.claims import runner, session
+    from kvjax.report import claims_page
 
     chosen = claims.named(claim or ())
     if as_list:
@@ -45,7 +47,7 @@ def reproduce(
         return
     if results is not None and not results.is_dir():
         raise ValueError(f"--results {results} is not a folder.")
-    report.check_writable(out)
+    files.check_writable(out)
     shared = session.session(
         lambda name: load(name, "float32"),
         registry.parse,
@@ -53,7 +55,7 @@ def reproduce(
         quick=quick,
         results=results,
     )
-    about = report.manifest(
+    about = documents.manifest(
         version=kvjax.__version__,
         model=", ".join((session.SOFTMAX, session.ENTMAX, session.REFRESHED)),
         arguments=arguments_given.get(),
@@ -61,13 +63,13 @@ def reproduce(
     )
 
     def found(rows):
-        return page.document(rows, about, quick=quick, asked=len(chosen))
+        return claims_page.document(rows, about, quick=quick, asked=len(chosen))
 
     with show_progress(len(chosen)) as progress:
 
         def finished(rows):
             # Row by row: what is interrupted keeps what it has.
-            page.write_results(out, found(rows))
+            claims_page.write_results(out, found(rows))
             progress(rows[-1].claim.name, 1.0)
 
         rows = runner.run(
@@ -78,11 +80,14 @@ def reproduce(
             finished=finished,
         )
     document = found(rows)
-    written = page.write_page(out, document), page.write_results(out, document)
+    written = (
+        claims_page.write_page(out, document),
+        claims_page.write_results(out, document),
+    )
     if as_json:
         print(json.dumps(document, indent=2))
     else:
-        page.print_table(document)
+        claims_page.print_table(document)
     print("wrote {} and {}".format(*written), file=sys.stderr)
 
 
@@ -95,4 +100,4 @@ def _print_list(chosen, as_json: bool) -> None:
     width = max(len(one.name) for one in chosen)
     for one in chosen:
         line = f"{one.name:<{width}}  {one.sentence} ({one.source})"
-        tables.say(line, later=" " * (width + 2))
+        terminal.say(line, later=" " * (width + 2))

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from kvjax import registry
-from kvjax.cli.common import (
+from kvjax.cli.options import (
     METHOD_HELP,
     DtypeOption,
     ModelOption,
@@ -53,9 +53,9 @@ def stream(
     perplexity. With --new-tokens these lines go to stderr, and what the model goes on
     with to stdout.
     """
-    from kvjax import stream as streaming
-    from kvjax.finite import NotFiniteError
-    from kvjax.sampling import Sampling, validate
+    from kvjax.decoding import endless
+    from kvjax.decoding.finite import NotFiniteError
+    from kvjax.decoding.sampling import Sampling, validate
 
     parsed = registry.parse(method)
     positive(every=every, chunk_size=chunk_size)
@@ -66,16 +66,16 @@ def stream(
     blocks = _blocks(text)
     first = next(blocks, b"")  # a file that is not there is known before the model
     language_model = load(model, dtype)
-    streaming.check_method(language_model, parsed, method)
+    endless.check_method(language_model, parsed, method)
 
     def all_blocks():
         yield first
         yield from blocks
 
-    found = streaming.read(
+    found = endless.read(
         language_model,
         parsed,
-        streaming.pieces(all_blocks(), name=str(text)),
+        endless.pieces(all_blocks(), name=str(text)),
         chunk_size=chunk_size,
     )
     to = sys.stdout if as_json or not new_tokens else sys.stderr
@@ -96,7 +96,7 @@ def stream(
         _show(latest, shown, start, to, as_json)
     if not new_tokens:
         return
-    events = streaming.extend(
+    events = endless.extend(
         language_model,
         parsed,
         read,

@@ -11,8 +11,8 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from kvjax import files
-from kvjax.evaluation.haystack import Prompted
-from kvjax.report import check_writable
+from kvjax.evaluation.tasks.haystack import Prompted
+from kvjax.files import check_writable
 
 SHOWN = 120  # characters of a prompt's end
 

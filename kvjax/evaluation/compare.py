@@ -13,14 +13,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvjax import accounting, cache
+from kvjax import accounting
+from kvjax.decoding.finite import NotFiniteError
 from kvjax.evaluation import answers, compare_runs, fidelity, statistics
 from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
 from kvjax.evaluation.statistics import Interval
-from kvjax.evaluation.tasks import Example
-from kvjax.finite import NotFiniteError
+from kvjax.evaluation.tasks.needles import Example
 from kvjax.interface import DecoderLM, LanguageModel, Method
+from kvjax.stores import buffers
 
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
@@ -277,7 +278,7 @@ def measured_bytes(
     """
     decoder = model.decoder
     spec = decoder.cache_spec(1, 1)
-    token = cache.kv_bytes(spec, 1) / spec.num_kv_heads
+    token = buffers.kv_bytes(spec, 1) / spec.num_kv_heads
     context, new_tokens = settings.context, settings.new_tokens
     chosen = accounting.traffic(method, decoder, context, new_tokens).metadata
     return float(layers.read.mean(1).sum() * token) + chosen

@@ -5,12 +5,13 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from kvjax.evaluation import chain, chat, own_tasks, tasks
-from kvjax.evaluation.chain import Chain
-from kvjax.evaluation.haystack import Prompted
-from kvjax.evaluation.own_tasks import Own, Question
-from kvjax.evaluation.tasks import Example
-from kvjax.inputs import check_counts, check_seed
+from kvjax.decoding.checks import check_counts, check_seed
+from kvjax.evaluation.tasks import chain, chat, needles
+from kvjax.evaluation.tasks import own as tasks_own
+from kvjax.evaluation.tasks.chain import Chain
+from kvjax.evaluation.tasks.haystack import Prompted
+from kvjax.evaluation.tasks.needles import Example
+from kvjax.evaluation.tasks.own import Own, Question
 from kvjax.interface import LanguageModel
 
 
@@ -36,7 +37,7 @@ class Settings:
     links: int = chain.LINKS
     windows: int = 8
     batch: int = 8
-    depths: tuple[float, ...] = tasks.DEPTHS
+    depths: tuple[float, ...] = needles.DEPTHS
     seed: int = 0
     chunk_size: int = 1024
 
@@ -112,10 +113,10 @@ def make_inputs(
         return made
 
     return Inputs(
-        examples(tasks.passkey),
-        examples(tasks.multikey),
+        examples(needles.passkey),
+        examples(needles.multikey),
         _chains(tokenizer, text, room, settings, is_chat),
-        tasks.windows(
+        needles.windows(
             tokenizer,
             text,
             context=settings.context,
@@ -123,7 +124,7 @@ def make_inputs(
             seed=settings.seed,
             named="windows",
         ),
-        own_tasks.prompts(
+        tasks_own.prompts(
             tokenizer,
             questions,
             context=settings.context,

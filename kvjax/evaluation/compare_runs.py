@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from kvjax import generate, scoring
+from kvjax.decoding import generate, scoring
+from kvjax.decoding.finite import NotFiniteError
+from kvjax.decoding.generate import Prefilled, continued, prefill
+from kvjax.decoding.scoring import continue_scores
 from kvjax.evaluation import fidelity, together
-from kvjax.evaluation.haystack import Prompted
-from kvjax.finite import NotFiniteError
-from kvjax.generate import Prefilled, continued, prefill
+from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.interface import LanguageModel, Method, with_layer
-from kvjax.scoring import continue_scores
-from kvjax.text_stream import continuation
+from kvjax.text.stream import continuation
 
 TIMED = 2  # batches whose decoding is timed
 
@@ -78,14 +78,14 @@ def retrieve(
     Args:
         methods: which read together; several must all have exact prompts.
         longest: tokens of a prompt to make room for, where none is so long; see
-            :func:`kvjax.generate.prefill`.
+            :func:`kvjax.decoding.generate.prefill`.
         on_answers: called with a method's place, the number of a batch's first example,
             and what was answered, batch by batch.
         timed: the last `TIMED` batches generate exactly `new_tokens`, and are timed;
             never the first one, which compiles: if it is the only one, it runs again.
 
     Raises:
-        ValueError: as :func:`kvjax.generate.generate`.
+        ValueError: as :func:`kvjax.decoding.generate.generate`.
     """
     clocked, decode = model._replace(tokenizer=_Ticks()), model.tokenizer.decode
     answers: list[list[str]] = [[] for _ in methods]
@@ -212,7 +212,7 @@ def predict(
     is ``new_tokens - 1``.
 
     Raises:
-        ValueError: as :func:`kvjax.generate.prefill`.
+        ValueError: as :func:`kvjax.decoding.generate.prefill`.
     """
     parts = []
     groups = list(_batches(windows, batch))
@@ -239,7 +239,7 @@ def layer_fidelity(
     """What attention loses in each layer over the windows' last tokens.
 
     Raises:
-        ValueError: as :func:`kvjax.generate.prefill` and
+        ValueError: as :func:`kvjax.decoding.generate.prefill` and
             :func:`kvjax.evaluation.fidelity.side_by_side`.
     """
     leader = fidelity.in_steps_of(reference, candidate.rows)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import accounting, cache, dense
+from kvjax import accounting, dense
+from kvjax.attention.selection import is_listed
 from kvjax.interface import DecoderLM, Method, Params, State
-from kvjax.support import is_listed
+from kvjax.stores import contiguous
 
 
 class Agreement(NamedTuple):
@@ -133,7 +134,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
 
     def init(spec, weights=None):
         first = reference.init(spec)
-        if not isinstance(_store(first), cache.Contiguous):
+        if not isinstance(_store(first), contiguous.Contiguous):
             raise ValueError(
                 f"a reference with state {type(first).__name__} does not keep every "
                 "token in one store, whose weights are the truth: use full."

@@ -1,7 +1,7 @@
 """What each attention head of a model does: sinks, spread, what it copies from where.
 
 Seen in the model's training form over a text and over pass keys: no method, no
-cache. :mod:`kvjax.evaluation.heads_figure` draws it.
+cache. :mod:`kvjax.report.figures.heads` draws it.
 
     L   layers    A   tokens asked for    R   queries looked at
 """
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax.evaluation import compare_inputs, haystack, tasks
-from kvjax.finite import not_finite
+from kvjax.decoding.finite import not_finite
+from kvjax.evaluation import compare_inputs
+from kvjax.evaluation.tasks import haystack, needles
 from kvjax.interface import LanguageModel
 from pallas_kernels.entmax import entmax
 
@@ -121,7 +122,7 @@ def inspect(
         answer's. `needle_mass` has no counterpart there.
     """
     compare_inputs.check_context(model, context)
-    rows = tasks.windows(
+    rows = needles.windows(
         model.tokenizer, text, context=context, n=windows, seed=seed, named="windows"
     )
     asked = _asked(model, text, context, prompts, seed)
@@ -205,7 +206,7 @@ def summary(result: Heads) -> list[str]:
 
 def _asked(model, text, context, prompts, seed) -> list[_Asked]:
     tokenizer, found = model.tokenizer, []
-    for example in tasks.passkey(
+    for example in needles.passkey(
         tokenizer, text, context=context, n=prompts, seed=seed
     ):
         whole = haystack.whole(tokenizer, example)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import jax
 
-from kvjax import planning
+from kvjax.cost import planning
 from kvjax.evaluation import compare
 from kvjax.evaluation.compare_inputs import Settings
 from kvjax.interface import DecoderLM, Method

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.generate import Prefilled, prefill, recent
+from kvjax.decoding.generate import Prefilled, prefill, recent
 from kvjax.interface import LanguageModel, Method
 
 
@@ -63,7 +63,7 @@ def read(
     """Reads the prompts for all methods; one :class:`Prefilled` a method, in order.
 
     Raises:
-        ValueError: as :func:`kvjax.generate.prefill`.
+        ValueError: as :func:`kvjax.decoding.generate.prefill`.
     """
     both = reader(tuple(methods))
     read = prefill(

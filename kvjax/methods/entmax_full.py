@@ -18,7 +18,7 @@ def entmax_full(*, alpha: float | None = None) -> Method:
         alpha: above 1; None is the model's, which must then be an entmax model.
 
     Returns:
-        A :class:`kvjax.Method` over :class:`kvjax.cache.Contiguous`.
+        A :class:`kvjax.Method` over :class:`kvjax.stores.contiguous.Contiguous`.
 
     State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32.
     Reads per step and layer: 2*length*D*Hkv elements of KV, per row.
@@ -56,5 +56,5 @@ def entmax_full(*, alpha: float | None = None) -> Method:
     return plain._replace(init=init, exact_prompt=alpha is None)
 
 
-# What it takes without options; see `kvjax.partials.suits`.
+# What it takes without options; see `kvjax.attention.partials.suits`.
 entmax_full.attention = "entmax"

@@ -10,7 +10,7 @@ def full() -> Method:
     By the model's own normaliser: softmax, or entmax of any alpha.
 
     Returns:
-        A :class:`kvjax.Method` over :class:`kvjax.cache.Contiguous`.
+        A :class:`kvjax.Method` over :class:`kvjax.stores.contiguous.Contiguous`.
 
     State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32.
     Reads per step and layer: 2*length*D*Hkv elements of KV, per row.

@@ -5,23 +5,24 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax import cache, selection
+from kvjax.attention import selection
+from kvjax.attention.partials import softmax_only, weighted_attention
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only, weighted_attention
+from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.received_attention import received_attention
 
 
 class H2OPrompt(NamedTuple):
     """State of :func:`h2o` until the prompt ends, one layer."""
 
-    store: cache.Contiguous
+    store: contiguous.Contiguous
     scores: Float[Array, "B Hkv S"]  # attention each token has received so far
 
 
 class H2OState(NamedTuple):
     """State of :func:`h2o` while decoding, one layer."""
 
-    kept: cache.Kept
+    kept: kept_slots.Kept
     scores: Float[Array, "B Hkv N"]
 
 
@@ -79,13 +80,13 @@ def h2o(
     def init(spec, weights=None):
         del weights
         shape = (spec.batch, spec.num_kv_heads, spec.capacity)
-        return H2OPrompt(cache.contiguous(spec), jnp.zeros(shape, jnp.float32))
+        return H2OPrompt(contiguous.contiguous(spec), jnp.zeros(shape, jnp.float32))
 
     def prefill(state, q, k, v, lengths):
-        store = cache.extend(state.store, k, v, lengths)
+        store = contiguous.extend(state.store, k, v, lengths)
         spec = store.spec
-        rotated, positions = cache.rotate_queries(spec, q, store.length, lengths)
-        out, lse = cache.attend(store, rotated, positions)
+        rotated, positions = contiguous.rotate_queries(spec, q, store.length, lengths)
+        out, lse = contiguous.attend(store, rotated, positions)
         voters = jnp.where(positions < store.length[:, None], positions, -1)
         mass = received_attention(
             rotated,
@@ -110,7 +111,7 @@ def h2o(
         # No more than there is room for: empty slots are the last.
         positions = selection.in_order(positions)[..., : store.spec.capacity]
         scores = jnp.take_along_axis(state.scores, jnp.maximum(positions, 0), axis=-1)
-        return H2OState(cache.keep(store, positions), scores)
+        return H2OState(kept_slots.keep(store, positions), scores)
 
     def append(state, k, v):
         kept = state.kept
@@ -118,25 +119,25 @@ def h2o(
         oldest_recent = (kept.length - recent + 1)[:, None, None]
         may_go = (kept.positions >= 0) & (kept.positions < oldest_recent)
         victim = selection.lowest(state.scores, kept.positions, may_go)
-        used = cache.num_kept(kept)[:, None]
+        used = kept_slots.num_kept(kept)[:, None]
         slots = jnp.where(used < kept.positions.shape[-1], used, victim)
         fresh = jnp.zeros((*slots.shape, 1), jnp.float32)
-        scores = cache.write(
+        scores = buffers.write(
             state.scores, fresh, slots[..., None], jnp.ones_like(fresh, bool)
         )
-        return H2OState(cache.put(kept, slots, k, v), scores)
+        return H2OState(kept_slots.put(kept, slots, k, v), scores)
 
     def inspect_step(state, q):
         kept, spec = state.kept, state.kept.spec
-        rotated, positions = cache.rotate_queries(spec, q, kept.length)
+        rotated, positions = contiguous.rotate_queries(spec, q, kept.length)
         (out, lse), weights = weighted_attention(
             rotated, kept.k, kept.v, positions, kept.positions, sm_scale=spec.sm_scale
         )
         given = selection.reduce_group(
             weights[:, :, 0], spec.num_kv_heads, group_reduce
         )
-        refreshed = cache.num_kept(kept) == kept.length
-        exact = cache.holds_all(kept.positions, kept.length, spec.num_q_heads)
+        refreshed = kept_slots.num_kept(kept) == kept.length
+        exact = kept_slots.holds_all(kept.positions, kept.length, spec.num_q_heads)
         diagnostics = Diagnostics(kept.positions, lse, refreshed, exact)
         return H2OState(kept, state.scores + given), out.astype(q.dtype), diagnostics
 
@@ -144,7 +145,7 @@ def h2o(
         held = min(budget, length)
         per_token = jnp.dtype(jnp.float32).itemsize + jnp.dtype(jnp.int32).itemsize
         metadata = spec.batch * spec.num_kv_heads * held * per_token
-        return Traffic(kv=cache.kv_bytes(spec, held), metadata=metadata)
+        return Traffic(kv=buffers.kv_bytes(spec, held), metadata=metadata)
 
     return Method(
         init=init,

@@ -5,9 +5,10 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from kvjax import cache, selection
+from kvjax.attention import selection
+from kvjax.attention.partials import softmax_only
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only
+from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.decode_attention import decode_logits
 
 
@@ -25,7 +26,7 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
             the group, or one per `query` head.
 
     Returns:
-        A :class:`kvjax.Method` over :class:`kvjax.cache.Contiguous`.
+        A :class:`kvjax.Method` over :class:`kvjax.stores.contiguous.Contiguous`.
 
     State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32.
     Reads per step and layer: length*D*Hkv elements of keys to choose, and budget*D
@@ -52,16 +53,18 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
 
     def init(spec, weights=None):
         del weights
-        return cache.contiguous(spec)
+        return contiguous.contiguous(spec)
 
     def prefill(state, q, k, v, lengths):
-        state = cache.extend(state, k, v, lengths)
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length, lengths)
-        return state, cache.attend(state, rotated, positions).out.astype(q.dtype)
+        state = contiguous.extend(state, k, v, lengths)
+        rotated, positions = contiguous.rotate_queries(
+            state.spec, q, state.length, lengths
+        )
+        return state, contiguous.attend(state, rotated, positions).out.astype(q.dtype)
 
     def inspect_step(state, q):
         spec = state.spec
-        rotated, positions = cache.rotate_queries(spec, q, state.length)
+        rotated, positions = contiguous.rotate_queries(spec, q, state.length)
         logits = decode_logits(rotated, state.k, positions, sm_scale=spec.sm_scale)
         logits = logits[:, :, 0]  # (B, Hq, S)
         mass = jax.nn.softmax(logits, axis=-1)
@@ -79,7 +82,7 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
         lse = jax.nn.logsumexp(kept, axis=-1)
         weights = jnp.exp(kept - lse[..., None]).astype(state.v.dtype)
         per_head = chosen.reshape(spec.batch, spec.num_kv_heads, -1)
-        values = cache.gather(state.v, per_head)
+        values = buffers.gather(state.v, per_head)
         if per == "kv":
             equation = "bkgn,bknd->bkgd"
         else:
@@ -90,20 +93,20 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
             attended=chosen,
             lse=lse.reshape(spec.batch, spec.num_q_heads, 1),
             refreshed=jnp.ones_like(state.length, bool),
-            exact=cache.holds_all(chosen, state.length, q.shape[1]),
+            exact=kept_slots.holds_all(chosen, state.length, q.shape[1]),
         )
         return state, out.reshape(q.shape).astype(q.dtype), diagnostics
 
     def traffic(spec, length):
         lists = spec.group if per == "query" else 1
-        values = lists * cache.kv_bytes(spec, min(budget, length)) // 2
-        return Traffic(kv=values, metadata=cache.kv_bytes(spec, length) // 2)
+        values = lists * buffers.kv_bytes(spec, min(budget, length)) // 2
+        return Traffic(kv=values, metadata=buffers.kv_bytes(spec, length) // 2)
 
     return Method(
         init=init,
         prefill=prefill,
         finish=lambda state: state,
-        append=cache.extend,
+        append=contiguous.extend,
         inspect_step=inspect_step,
         traffic=traffic,
         exact_prompt=True,

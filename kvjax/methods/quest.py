@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvjax import cache, paging, selection
+from kvjax.attention import selection
+from kvjax.attention.partials import softmax_only
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only
+from kvjax.stores import buffers, contiguous, kept_slots, paged
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds
 
@@ -42,7 +43,7 @@ def quest(
             more than `budget`. RetroAttention: 0.15, with a budget of 256.
 
     Returns:
-        A :class:`kvjax.Method` over :class:`kvjax.paging.Paged`.
+        A :class:`kvjax.Method` over :class:`kvjax.stores.paged.Paged`.
 
     State: pages `(B, Hkv, NP, P, 2*D)`; page_min, page_max `(B, Hkv, NP, D)`; all in
         the cache dtype.
@@ -98,7 +99,7 @@ def quest(
         page = jnp.arange(scores.shape[-1], dtype=jnp.int32)
         current = ((state.length - 1) // page_size)[:, None, None]
         scores = jnp.where(page > current - recent, jnp.inf, scores)
-        available = paging.is_available(state)[:, None]
+        available = paged.is_available(state)[:, None]
         if budget_ratio is None:
             return selection.top_k(scores, budget // page_size, available)
         most = int(pages_read(state.spec.capacity))
@@ -107,22 +108,24 @@ def quest(
         return jnp.where(rank < pages_read(state.length)[:, None, None], chosen, -1)
 
     def prefill(state, q, k, v, lengths):
-        state = paging.extend(state, k, v, lengths)
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length, lengths)
-        return state, paging.attend_all(state, rotated, positions).out.astype(q.dtype)
+        state = paged.extend(state, k, v, lengths)
+        rotated, positions = contiguous.rotate_queries(
+            state.spec, q, state.length, lengths
+        )
+        return state, paged.attend_all(state, rotated, positions).out.astype(q.dtype)
 
     def init(spec, weights=None):
         del weights
-        return paging.paged(spec, page_size)
+        return paged.paged(spec, page_size)
 
     def inspect_step(state, q):
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length)
+        rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
         chosen = select(state, rotated)
         out, lse = page_attention(
             rotated, state.pages, chosen, positions, sm_scale=state.spec.sm_scale
         )
-        attended = paging.tokens_of(chosen, page_size, state.length)
-        exact = cache.holds_all(attended, state.length, q.shape[1])
+        attended = paged.tokens_of(chosen, page_size, state.length)
+        exact = kept_slots.holds_all(attended, state.length, q.shape[1])
         diagnostics = Diagnostics(attended, lse, exact.all(-1), exact)
         return state, out.astype(q.dtype), diagnostics
 
@@ -134,18 +137,20 @@ def quest(
         read = min(most, num_pages) * page_size
         lists = spec.group if per == "query" else 1
         return Traffic(
-            kv=lists * cache.kv_bytes(spec, read),
-            metadata=cache.kv_bytes(spec, num_pages),  # a minimum and a maximum a page
+            kv=lists * buffers.kv_bytes(spec, read),
+            metadata=buffers.kv_bytes(
+                spec, num_pages
+            ),  # a minimum and a maximum a page
         )
 
     return Method(
         init=init,
         prefill=prefill,
         finish=lambda state: state,
-        append=paging.extend,
+        append=paged.extend,
         inspect_step=inspect_step,
         traffic=traffic,
         select=select,
-        rewind=paging.rewind,
+        rewind=paged.rewind,
         exact_prompt=True,
     )

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax import cache, selection
+from kvjax.attention import selection
+from kvjax.attention.partials import softmax_only
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only
+from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.received_attention import received_attention
 
@@ -15,7 +16,7 @@ from pallas_kernels.received_attention import received_attention
 class SnapKVPrompt(NamedTuple):
     """State of :func:`snapkv` until the prompt ends, one layer."""
 
-    store: cache.Contiguous
+    store: contiguous.Contiguous
     queries: Float[Array, "B Hq W D"]  # the newest W = window, rotated, a ring
 
 
@@ -42,7 +43,8 @@ def snapkv(
         group_reduce: `max` or `mean` over the query heads that share a KV head.
 
     Returns:
-        A :class:`kvjax.Method`; its state is :class:`kvjax.cache.Kept` after `finish`.
+        A :class:`kvjax.Method`; its state is :class:`kvjax.stores.kept_slots.Kept`
+        after `finish`.
 
     State: k, v `(B, Hkv, budget + max_new_tokens, D)` cache dtype; positions int32.
         While the prompt runs: the whole cache and `window` queries.
@@ -76,16 +78,20 @@ def snapkv(
     def init(spec, weights=None):
         del weights
         shape = (spec.batch, spec.num_q_heads, window, spec.head_dim)
-        return SnapKVPrompt(cache.contiguous(spec), cache.allocate(shape, spec.dtype))
+        return SnapKVPrompt(
+            contiguous.contiguous(spec), buffers.allocate(shape, spec.dtype)
+        )
 
     def prefill(state, q, k, v, lengths):
-        store = cache.extend(state.store, k, v, lengths)
-        rotated, positions = cache.rotate_queries(store.spec, q, store.length, lengths)
-        out = cache.attend(store, rotated, positions).out
+        store = contiguous.extend(state.store, k, v, lengths)
+        rotated, positions = contiguous.rotate_queries(
+            store.spec, q, store.length, lengths
+        )
+        out = contiguous.attend(store, rotated, positions).out
         # The ring holds each slot's newest query: older ones must not overwrite it.
         length = store.length[:, None]
         is_newest = (positions < length) & (positions >= length - window)
-        queries = cache.write(state.queries, rotated, positions % window, is_newest)
+        queries = buffers.write(state.queries, rotated, positions % window, is_newest)
         return SnapKVPrompt(store, queries), out.astype(q.dtype)
 
     def finish(state):
@@ -109,15 +115,15 @@ def snapkv(
         newest = jnp.where(voters >= 0, voters, -1)[:, None, :]
         newest = jnp.broadcast_to(newest, (*chosen.shape[:2], window))
         kept = selection.in_order(jnp.concatenate([chosen, newest], axis=-1))
-        return cache.keep(store, kept, spare=spec.max_new_tokens)
+        return kept_slots.keep(store, kept, spare=spec.max_new_tokens)
 
     def append(state, k, v):
-        slot = cache.num_kept(state)[:, None]
+        slot = kept_slots.num_kept(state)[:, None]
         slots = jnp.broadcast_to(slot, (slot.shape[0], state.positions.shape[1]))
-        return cache.put(state, slots, k, v)
+        return kept_slots.put(state, slots, k, v)
 
     def inspect_step(state, q):
-        rotated, positions = cache.rotate_queries(state.spec, q, state.length)
+        rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
         out, lse = decode_attention(
             rotated,
             state.k,
@@ -126,8 +132,8 @@ def snapkv(
             state.positions,
             sm_scale=state.spec.sm_scale,
         )
-        refreshed = cache.num_kept(state) == state.length
-        exact = cache.holds_all(state.positions, state.length, q.shape[1])
+        refreshed = kept_slots.num_kept(state) == state.length
+        exact = kept_slots.holds_all(state.positions, state.length, q.shape[1])
         diagnostics = Diagnostics(state.positions, lse, refreshed, exact)
         return state, out.astype(q.dtype), diagnostics
 
@@ -136,7 +142,7 @@ def snapkv(
         kept = min(length, budget + spec.max_new_tokens)
         positions = spec.batch * spec.num_kv_heads * kept
         metadata = positions * jnp.dtype(jnp.int32).itemsize
-        return Traffic(kv=cache.kv_bytes(spec, kept), metadata=metadata)
+        return Traffic(kv=buffers.kv_bytes(spec, kept), metadata=metadata)
 
     return Method(
         init=init,

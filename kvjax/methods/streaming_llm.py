@@ -5,9 +5,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache
+from kvjax.attention.partials import Partial, merge, softmax_only
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.partials import Partial, merge, softmax_only
+from kvjax.stores import buffers, kept_slots
 from pallas_kernels.decode_attention import decode_attention
 
 
@@ -75,7 +75,7 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         return jnp.where(newest >= num_sinks, newest, -1)[:, None, :]
 
     def write(state, k, v, lengths):
-        positions, valid = cache.chunk_positions(state.length, lengths, k.shape[2])
+        positions, valid = buffers.chunk_positions(state.length, lengths, k.shape[2])
         length = state.length + valid.sum(-1, dtype=jnp.int32)
         is_sink = positions < num_sinks
         # Of the tokens that share a slot only the newest may be written.
@@ -83,14 +83,14 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         slots = (positions - num_sinks) % ring
         k = state.spec.rope(k, positions)
         state = state._replace(
-            k=cache.write(state.k, k, slots, valid & ~is_sink & is_newest),
-            v=cache.write(state.v, v, slots, valid & ~is_sink & is_newest),
+            k=buffers.write(state.k, k, slots, valid & ~is_sink & is_newest),
+            v=buffers.write(state.v, v, slots, valid & ~is_sink & is_newest),
             length=length,
         )
         if num_sinks:
             state = state._replace(
-                sink_k=cache.write(state.sink_k, k, positions, valid & is_sink),
-                sink_v=cache.write(state.sink_v, v, positions, valid & is_sink),
+                sink_k=buffers.write(state.sink_k, k, positions, valid & is_sink),
+                sink_v=buffers.write(state.sink_v, v, positions, valid & is_sink),
             )
         return state, k, jnp.where(valid, positions, -1)
 
@@ -124,7 +124,7 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
 
         def buffer(slots):
             shape = (spec.batch, spec.num_kv_heads, slots, spec.head_dim)
-            return cache.allocate(shape, spec.dtype)
+            return buffers.allocate(shape, spec.dtype)
 
         return StreamingState(
             spec,
@@ -132,7 +132,7 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
             buffer(num_sinks),
             buffer(ring),
             buffer(ring),
-            cache.lengths(spec),
+            buffers.lengths(spec),
         )
 
     def prefill(state, q, k, v, lengths):
@@ -164,13 +164,13 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         attended = jnp.broadcast_to(
             attended, (attended.shape[0], state.k.shape[1], budget)
         )
-        exact = cache.holds_all(attended, state.length, q.shape[1])
-        alike = cache.turns_alike(state.spec, state.length)
+        exact = kept_slots.holds_all(attended, state.length, q.shape[1])
+        alike = kept_slots.turns_alike(state.spec, state.length)
         diagnostics = Diagnostics(attended, lse, state.length <= budget, exact & alike)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
-        return Traffic(kv=cache.kv_bytes(spec, min(budget, length)), metadata=0)
+        return Traffic(kv=buffers.kv_bytes(spec, min(budget, length)), metadata=0)
 
     return Method(
         init=init,

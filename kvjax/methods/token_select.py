@@ -7,9 +7,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from kvjax import cache, selection
+from kvjax.attention import selection
+from kvjax.attention.partials import softmax_only
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only
+from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.decode_attention import decode_attention, decode_logits
 
 PAPER = {"num_sinks": 128, "window": 512, "budget": 2688}
@@ -107,28 +108,28 @@ def token_select(
         _, most, _ = room(spec)
         return TokenSelectState(
             spec,
-            k=cache.allocate(shape, spec.dtype),
-            v=cache.allocate(shape, spec.dtype),
-            query=cache.allocate(
+            k=buffers.allocate(shape, spec.dtype),
+            v=buffers.allocate(shape, spec.dtype),
+            query=buffers.allocate(
                 (spec.batch, spec.num_q_heads, spec.head_dim), spec.dtype, fill=0.0
             ),
             chosen=jnp.full((spec.batch, 1, most), -1, jnp.int32),
-            length=cache.lengths(spec),
+            length=buffers.lengths(spec),
         )
 
     def extend(state, k, v, lengths=None):
-        _, valid = cache.chunk_positions(state.length, lengths, k.shape[2])
+        _, valid = buffers.chunk_positions(state.length, lengths, k.shape[2])
         count = valid.sum(-1, dtype=jnp.int32)
         return state._replace(
-            k=cache.write_run(state.k, k, state.length, count),
-            v=cache.write_run(state.v, v, state.length, count),
+            k=buffers.write_run(state.k, k, state.length, count),
+            v=buffers.write_run(state.v, v, state.length, count),
             length=state.length + count,
         )
 
     def prefill(state, q, k, v, lengths):
         state = extend(state, k, v, lengths)
         spec = state.spec
-        rotated, positions = cache.rotate_queries(spec, q, state.length, lengths)
+        rotated, positions = contiguous.rotate_queries(spec, q, state.length, lengths)
         places = jnp.arange(spec.capacity, dtype=jnp.int32)
         places = jnp.broadcast_to(places, (spec.batch, spec.capacity))
         keys = spec.rope(state.k, places, state.length)
@@ -190,26 +191,26 @@ def token_select(
         place = jnp.where(is_listed, jnp.cumsum(is_listed, -1, dtype=jnp.int32) - 1, -1)
         count = is_listed[:, 0].sum(-1, dtype=jnp.int32)
         keys = spec.rope(
-            cache.gather(state.k, attended), jnp.maximum(place[:, 0], 0), count
+            buffers.gather(state.k, attended), jnp.maximum(place[:, 0], 0), count
         )
-        rotated, positions = cache.rotate_queries(spec, q, count)
+        rotated, positions = contiguous.rotate_queries(spec, q, count)
         out, lse = decode_attention(
             rotated,
             keys,
-            cache.gather(state.v, attended),
+            buffers.gather(state.v, attended),
             positions,
             place,
             sm_scale=spec.sm_scale,
         )
         attended = jnp.broadcast_to(attended, (*keys.shape[:2], attended.shape[-1]))
-        exact = cache.holds_all(attended, state.length, spec.num_q_heads)
-        alike = cache.turns_alike(spec, state.length)
+        exact = kept_slots.holds_all(attended, state.length, spec.num_q_heads)
+        alike = kept_slots.turns_alike(spec, state.length)
         diagnostics = Diagnostics(attended, lse, is_due | exact.all(-1), exact & alike)
         return state, out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
-        keys = cache.kv_bytes(spec, length) // 2 if length > budget else 0
-        return Traffic(kv=cache.kv_bytes(spec, min(budget, length)), metadata=keys)
+        keys = buffers.kv_bytes(spec, length) // 2 if length > budget else 0
+        return Traffic(kv=buffers.kv_bytes(spec, min(budget, length)), metadata=keys)
 
     return Method(
         init=init,

@@ -6,23 +6,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kvjax import cache, selection
+from kvjax.attention import selection
+from kvjax.attention.partials import softmax_only, weighted_attention
 from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.partials import softmax_only, weighted_attention
+from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.decode_attention import decode_logits
 
 
 class TovaPrompt(NamedTuple):
     """State of :func:`tova` until the prompt ends, one layer."""
 
-    store: cache.Contiguous
+    store: contiguous.Contiguous
     query: Float[Array, "B Hq 1 D"]  # of the newest token, rotated
 
 
 class TovaState(NamedTuple):
     """State of :func:`tova` while decoding, one layer."""
 
-    kept: cache.Kept  # positions (B, 1, N): one set for all heads
+    kept: kept_slots.Kept  # positions (B, 1, N): one set for all heads
     weights: Float[Array, "B 1 N"]  # the newest query's, averaged over the heads
 
 
@@ -70,14 +71,18 @@ def tova(*, budget: int = 1024) -> Method:
     def init(spec, weights=None):
         del weights
         shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
-        return TovaPrompt(cache.contiguous(spec), cache.allocate(shape, spec.dtype))
+        return TovaPrompt(
+            contiguous.contiguous(spec), buffers.allocate(shape, spec.dtype)
+        )
 
     def prefill(state, q, k, v, lengths):
-        store = cache.extend(state.store, k, v, lengths)
-        rotated, positions = cache.rotate_queries(store.spec, q, store.length, lengths)
-        out = cache.attend(store, rotated, positions).out
+        store = contiguous.extend(state.store, k, v, lengths)
+        rotated, positions = contiguous.rotate_queries(
+            store.spec, q, store.length, lengths
+        )
+        out = contiguous.attend(store, rotated, positions).out
         is_last = positions == store.length[:, None] - 1
-        query = cache.write(state.query, rotated, jnp.zeros_like(positions), is_last)
+        query = buffers.write(state.query, rotated, jnp.zeros_like(positions), is_last)
         return TovaPrompt(store, query), out.astype(q.dtype)
 
     def finish(state):
@@ -93,32 +98,32 @@ def tova(*, budget: int = 1024) -> Method:
         is_held = slots < store.length[:, None, None]
         positions = selection.in_order(selection.top_k(weights, budget, is_held))
         weights = jnp.take_along_axis(weights, jnp.maximum(positions, 0), axis=-1)
-        return TovaState(cache.keep(store, positions), weights)
+        return TovaState(kept_slots.keep(store, positions), weights)
 
     def append(state, k, v):
         kept = state.kept
         victim = selection.lowest(state.weights, kept.positions, kept.positions >= 0)
-        used = cache.num_kept(kept)[:, None]
+        used = kept_slots.num_kept(kept)[:, None]
         slots = jnp.where(used < kept.positions.shape[-1], used, victim)
-        return TovaState(cache.put(kept, slots, k, v), state.weights)
+        return TovaState(kept_slots.put(kept, slots, k, v), state.weights)
 
     def inspect_step(state, q):
         kept, spec = state.kept, state.kept.spec
-        rotated, positions = cache.rotate_queries(spec, q, kept.length)
+        rotated, positions = contiguous.rotate_queries(spec, q, kept.length)
         (out, lse), weights = weighted_attention(
             rotated, kept.k, kept.v, positions, kept.positions, sm_scale=spec.sm_scale
         )
         shape = (spec.batch, spec.num_kv_heads, kept.positions.shape[-1])
         attended = jnp.broadcast_to(kept.positions, shape)
-        refreshed = cache.num_kept(kept) == kept.length
-        exact = cache.holds_all(attended, kept.length, spec.num_q_heads)
+        refreshed = kept_slots.num_kept(kept) == kept.length
+        exact = kept_slots.holds_all(attended, kept.length, spec.num_q_heads)
         diagnostics = Diagnostics(attended, lse, refreshed, exact)
         return TovaState(kept, head_mean(weights)), out.astype(q.dtype), diagnostics
 
     def traffic(spec, length):
         held = min(budget, length)
         per_token = jnp.dtype(jnp.float32).itemsize + jnp.dtype(jnp.int32).itemsize
-        kv = cache.kv_bytes(spec, held)
+        kv = buffers.kv_bytes(spec, held)
         return Traffic(kv=kv, metadata=spec.batch * held * per_token)
 
     return Method(

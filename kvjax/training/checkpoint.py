@@ -6,34 +6,26 @@ what comes back is bit for bit what was saved, or an error.
 
 import contextlib
 import dataclasses
-import hashlib
 import json
-import logging
 import pathlib
 import shutil
-import sys
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 
-from kvjax import files
+from kvjax import array_files, files
 
 FOLDER = "checkpoints"
+
+
 DAMAGED = "damaged"  # where checkpoints that cannot be read are put aside
+
 
 # On a file that is missing, cut or not its own, orbax raises what comes, `Exception`
 # itself among it; on a write that fails, these.
 _READ = Exception
-WRITE = (OSError, ValueError, RuntimeError)
-
-
-class DamagedError(ValueError):
-    """A checkpoint that is not what was saved."""
 
 
 class NotFiniteError(ValueError):
@@ -93,12 +85,14 @@ class Checkpoints(NamedTuple):
         Raises:
             OSError: if this save, or an earlier one, failed; the older ones survive.
         """
-        state = dense(state)
+        state = array_files.dense(state)
         about = {
             "about": dict(about),
             "metric": metric,
-            "leaves": describe(state),
-            "fingerprints": [int(f) for f in jax.device_get(fingerprints(state))],
+            "leaves": array_files.describe(state),
+            "fingerprints": [
+                int(f) for f in jax.device_get(array_files.fingerprints(state))
+            ],
         }
         if metric is not None:
             self.metrics[step] = metric
@@ -110,7 +104,7 @@ class Checkpoints(NamedTuple):
                     about=ocp.args.JsonSave(about),
                 ),
             )
-        except WRITE as error:
+        except array_files.WRITE as error:
             raise self._failed(error) from error
 
     def not_finite(self, step: int, dtype: str, what: str, fix: str) -> NotFiniteError:
@@ -132,14 +126,14 @@ class Checkpoints(NamedTuple):
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
-        except WRITE as error:
+        except array_files.WRITE as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
         """Waits and frees what the manager holds. Raises as :meth:`save`."""
         try:
             self.manager.close()
-        except WRITE as error:
+        except array_files.WRITE as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> OSError:
@@ -159,7 +153,7 @@ def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Chec
         keep: newest ones kept; of those saved with a metric, the best one is too.
         best_mode: whether the least or greatest metric is best, "min" or "max".
     """
-    quiet_orbax()
+    array_files.quiet_orbax()
     folder = (out / FOLDER).resolve()
     _remove_partial(folder)
     metrics = {}
@@ -179,35 +173,6 @@ def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Chec
 def _remove_partial(folder: pathlib.Path) -> None:
     for partial in folder.glob("*.orbax-checkpoint-tmp*"):
         files.remove(partial)
-
-
-def quiet_orbax() -> None:
-    """Keeps orbax from printing a dozen tracebacks for an error that it raises too."""
-    logging.getLogger("absl").addFilter(_is_not_of_orbax)
-    # The other writes at that time say the same in three ways of their own.
-    logging.getLogger("asyncio").addFilter(_is_no_lost_write)
-    warnings.filterwarnings("ignore", "coroutine .*serialize.* was never awaited")
-    if not isinstance(sys.unraisablehook, _Hook):
-        sys.unraisablehook = _Hook(sys.unraisablehook)
-
-
-class _Hook(NamedTuple):
-    """Passes on all but the errors of writes that end after the first that failed."""
-
-    before: Callable[[Any], object]
-
-    def __call__(self, unraisable: Any) -> None:
-        error = unraisable.exc_value
-        if type(error) is not RuntimeError or str(error) != "Event loop is closed":
-            self.before(unraisable)
-
-
-def _is_not_of_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in pathlib.Path(record.pathname).parts
-
-
-def _is_no_lost_write(record: logging.LogRecord) -> bool:
-    return "exception was never retrieved" not in str(record.msg)
 
 
 def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
@@ -232,7 +197,7 @@ def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
         )
     except _READ as error:
         raise _damaged(where, error) from error
-    wanted = describe(like)
+    wanted = array_files.describe(like)
     if leaves != wanted:
         raise ValueError(
             f"{where} is of another model or optimizer: {_differ(leaves, wanted)}"
@@ -243,10 +208,10 @@ def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
         )["state"]
     except _READ as error:
         raise _damaged(where, error) from error
-    found = [int(f) for f in jax.device_get(fingerprints(state))]
+    found = [int(f) for f in jax.device_get(array_files.fingerprints(state))]
     if found != expected:
         wrong = [n for n, a, b in zip(wanted, found, expected, strict=True) if a != b]
-        raise DamagedError(
+        raise array_files.DamagedError(
             f"{where} is damaged: {len(wrong)} arrays are not what was saved, first "
             f"{wrong[0]}."
         )
@@ -271,7 +236,7 @@ def newest(
     for step in reversed(checkpoints.steps()):
         try:
             found = restore(checkpoints, step, like)
-        except DamagedError as error:
+        except array_files.DamagedError as error:
             damaged.append((step, error))
             continue
         for bad, error in damaged:
@@ -288,27 +253,12 @@ def newest(
     return None
 
 
-def _damaged(where: pathlib.Path, error: Exception) -> DamagedError:
+def _damaged(where: pathlib.Path, error: Exception) -> array_files.DamagedError:
     reason = " ".join(str(error).split())[:200]
-    return DamagedError(
+    return array_files.DamagedError(
         f"{where} is damaged, or no checkpoint of kvjax train "
         f"({type(error).__name__}: {reason})."
     )
-
-
-def dense(state: Any) -> Any:
-    """Makes arrays of the host dense; orbax copies those of devices by their values."""
-    return jax.tree.map(
-        lambda x: x if isinstance(x, jax.Array) else files.dense(x), state
-    )
-
-
-def describe(state: Any) -> dict[str, list]:
-    """{path of a leaf: [shape, dtype]}, as JSON has it."""
-    return {
-        jax.tree_util.keystr(path): [list(leaf.shape), jnp.dtype(leaf.dtype).name]
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
 
 
 def _differ(saved: Mapping[str, list], wanted: Mapping[str, list]) -> str:
@@ -322,34 +272,3 @@ def _differ(saved: Mapping[str, list], wanted: Mapping[str, list]) -> str:
         f"{name} is {show(saved.get(name))} there and {show(wanted.get(name))} in this "
         f"config{more}."
     )
-
-
-def digest(state: Any) -> str:
-    """Sixteen hexadecimal digits that tell one set of arrays from another."""
-    found = hashlib.sha256()
-    for fingerprint in jax.device_get(fingerprints(state)):
-        found.update(np.uint32(fingerprint).tobytes())
-    return found.hexdigest()[:16]
-
-
-@jax.jit
-def fingerprints(state: Any) -> list[jax.Array]:
-    """A uint32 per leaf, of every bit and its place, whatever the sharding."""
-
-    def one(leaf):
-        if leaf.dtype == jnp.bool_:
-            bits = leaf.astype(jnp.uint32)
-        else:
-            width = np.dtype(leaf.dtype).itemsize * 8
-            bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        stride = 1
-        for axis in reversed(range(leaf.ndim)):
-            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            place = place + index * jnp.uint32(stride % 2**32)
-            stride *= leaf.shape[axis]
-        # Odd factors, so that no changed bit vanishes; sums of integers have no order.
-        factor = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
-        return jnp.sum(bits * factor, dtype=jnp.uint32)
-
-    return [one(leaf) for leaf in jax.tree.leaves(state)]

@@ -202,7 +202,7 @@ class RefreshKV(Section):
     Attributes:
         decoded: last targets of a row, which attend so; those before are its prompt.
         budget, stride, schedule, threshold, kernel, group_reduce, max_gap, self_mode,
-            qc_rope, eviction: of :func:`kvjax.training.refresh.refresh_attention`.
+            qc_rope, eviction: of :func:`kvjax.training.refreshkv.refresh_attention`.
     """
 
     decoded: Count = 50

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from kvjax import files, report
+from kvjax import files
 from kvjax.interface import Params
 
 CONFIG, METRICS, EVENTS, MODEL = "config.yaml", "metrics.jsonl", "tensorboard", "model"
@@ -125,7 +125,7 @@ class Metrics:
 
     def write(self, record: Mapping[str, Any]) -> None:
         """`record` has `step` and further numbers."""
-        line = json.dumps(report.json_ready(record), allow_nan=False)
+        line = json.dumps(files.json_ready(record), allow_nan=False)
         try:
             self._file.write(line + "\n")
             self._file.flush()

@@ -19,7 +19,7 @@ from kvjax.training import sharding
 from kvjax.training.attention import by_layer, causal_attention
 from kvjax.training.batch import Batch
 from kvjax.training.config import Config, RefreshKV
-from kvjax.training.refresh import refresh_attention
+from kvjax.training.refreshkv import refresh_attention
 
 # Logits held at once, elements per device; beyond that the loss is computed in chunks.
 MAX_LOGITS = 2**27

@@ -20,7 +20,7 @@ from tokenizers import (
 )
 
 from kvjax import files
-from kvjax.words import WORDS
+from kvjax.evaluation.tasks.words import WORDS
 
 SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|pad|>")
 BOS, EOS, PAD = range(3)

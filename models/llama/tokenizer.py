@@ -7,8 +7,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kvjax import files, text_tokens
-from kvjax.text_stream import TextStream, taking_back
+from kvjax import files
+from kvjax.text import encoding
+from kvjax.text.stream import TextStream, taking_back
 from models.llama import chat_template as chat_template_of_llama
 from models.llama import git_lfs
 
@@ -63,7 +64,7 @@ class HFTokenizer:
         What ends it there (EOS) is left out: what is read here is gone on with.
         """
         if add_special_tokens and self._ends_texts():
-            return text_tokens.begin(self._whole, text)
+            return encoding.begin(self._whole, text)
         return self.backend.encode(text, add_special_tokens=add_special_tokens).ids
 
     def _whole(self, text: str) -> list[int]:

@@ -17,10 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper
 from pallas_kernels.decode_attention.reference import visible_keys
-from pallas_kernels.hopper import BLOCK, ROWS, plgpu
-from pallas_kernels.splits import merge
+from pallas_kernels.shared import hopper
+from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
+from pallas_kernels.shared.split_k import merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
 

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper
 from pallas_kernels.entmax import equations
-from pallas_kernels.hopper import plgpu
+from pallas_kernels.shared import hopper
+from pallas_kernels.shared.hopper import plgpu
 
 FEWEST = 1024  # scores of a step
 MOST = 4096  # 16 KB on their way at once,

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import rows
 from pallas_kernels.entmax import equations
-from pallas_kernels.rows import LANES, SUBLANES, VMEM_BYTES
+from pallas_kernels.shared import tpu_rows
+from pallas_kernels.shared.tpu_rows import LANES, SUBLANES, VMEM_BYTES
 
 COPIES = 2  # of a score in VMEM, for the pipeline
 
@@ -24,16 +24,16 @@ COPIES = 2  # of a score in VMEM, for the pipeline
 def unsupported(scores, *, alpha) -> str | None:
     """Why the kernel cannot run on such scores, or None."""
     del alpha
-    return rows.unsupported(scores, COPIES)
+    return tpu_rows.unsupported(scores, COPIES)
 
 
 def solve(scores, *, alpha, interpret=False):
     """See :func:`pallas_kernels.entmax.solve`."""
     batch = scores.shape[:-1]
-    tiles = rows.tiles(scores.shape[-1], COPIES)
-    lines = rows.pad(scores, tiles)
+    tiles = tpu_rows.tiles(scores.shape[-1], COPIES)
+    lines = tpu_rows.pad(scores, tiles)
     spread = jax.ShapeDtypeStruct((len(lines), SUBLANES, LANES), jnp.float32)
-    index = pl.BlockSpec(rows.spread(tiles), lambda i: (i, 0, 0))
+    index = pl.BlockSpec(tpu_rows.spread(tiles), lambda i: (i, 0, 0))
     found = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, alpha=alpha),
         out_shape=(spread, spread),
@@ -60,10 +60,10 @@ def _kernel(
     top_ref,  # (rows, 8, 128) float32
     tau_ref,  # (rows, 8, 128) float32
     *,
-    tiles: rows.Tiles,
+    tiles: tpu_rows.Tiles,
     alpha: float,
 ):
-    top = rows.most(scores_ref, tiles)
+    top = tpu_rows.most(scores_ref, tiles)
     top = jnp.where(top == -jnp.inf, 0.0, top)
     top_ref[...] = top
     line = top[:, :1]  # one of 8 equal lines stands for the row
@@ -73,7 +73,7 @@ def _kernel(
             z = equations.shifted(scores, line, alpha)
             return equations.powers(jnp.maximum(z - tau[:, :1], 0.0), alpha)
 
-        return rows.sums(scores_ref, tiles, terms)
+        return tpu_rows.sums(scores_ref, tiles, terms)
 
     start = jnp.full_like(top, -1.0)
     tau_ref[...] = equations.find_tau(sums, start, tiles.length, alpha)

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import triton_call
 from pallas_kernels.entmax import equations
+from pallas_kernels.shared import triton_call
 
 RESIDENT = 1 << 14  # scores of a row in registers: 32 in each of 512 threads
 CHUNK = 1 << 13  # scores of a longer row read together

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import triton_call
 from pallas_kernels.entmax import equations
 from pallas_kernels.entmax import triton as solver
 from pallas_kernels.entmax.triton import excess_of, powers
@@ -28,6 +27,7 @@ from pallas_kernels.page_attention.triton_blocks import (
     tokens_of,
     vectors,
 )
+from pallas_kernels.shared import triton_call
 
 SCORE_BYTES = 256 << 20  # more are a prompt's, which XLA takes a few rows at a time
 

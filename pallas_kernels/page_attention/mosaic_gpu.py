@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels import hopper
-from pallas_kernels.hopper import BLOCK, ROWS, plgpu
 from pallas_kernels.page_attention.lists import sort_keys
-from pallas_kernels.splits import joined, merge
+from pallas_kernels.shared import hopper
+from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
+from pallas_kernels.shared.split_k import joined, merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
 NOWHERE = 1 << 30  # a position behind every query

@@ -6,7 +6,7 @@ from jax import lax
 
 from pallas_kernels.decode_attention.reference import decode_attention
 from pallas_kernels.entmax.reference import entmax_attention
-from pallas_kernels.splits import joined
+from pallas_kernels.shared.split_k import joined
 
 
 def page_attention(

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import triton_call
 from pallas_kernels.page_attention import entmax_triton, triton_blocks
 from pallas_kernels.page_attention.triton_blocks import (
     head_of,
@@ -23,7 +22,8 @@ from pallas_kernels.page_attention.triton_blocks import (
     tokens_of,
     vectors,
 )
-from pallas_kernels.splits import joined, merge
+from pallas_kernels.shared import triton_call
+from pallas_kernels.shared.split_k import joined, merge
 
 MAX_FEATURES = 64  # of a surrogate
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import triton_call
+from pallas_kernels.shared import triton_call
 
 BLOCK_BYTES = 16 << 10  # of the keys of a block: two stages fit twice into 100 KB
 MAX_ROWS = 64  # query rows of a program

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels import triton_call
 from pallas_kernels.page_scores.reference import squares
+from pallas_kernels.shared import triton_call
 
 BLOCK_BYTES = 16 << 10  # of each of the two statistics
 MAX_GROUP = 64  # query heads of a program

@@ -19,8 +19,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import rows
-from pallas_kernels.rows import LANES, VMEM_BYTES
+from pallas_kernels.shared import tpu_rows
+from pallas_kernels.shared.tpu_rows import LANES, VMEM_BYTES
 
 NOTHING = -(2**31)  # the key of what is never chosen
 COPIES = 3  # of a score in VMEM: two for the pipeline, and its key
@@ -29,15 +29,15 @@ COPIES = 3  # of a score in VMEM: two for the pipeline, and its key
 def unsupported(scores, count, *, k, order) -> str | None:
     """Why the kernel cannot run on such arrays, or None."""
     del count, order
-    return rows.unsupported(scores, COPIES, 2 * 4 * (k + LANES))
+    return tpu_rows.unsupported(scores, COPIES, 2 * 4 * (k + LANES))
 
 
 def top_k(scores, count, *, k, order, interpret=False):
     """See :func:`pallas_kernels.topk.top_k`."""
     batch = scores.shape[:-1]
-    tiles = rows.tiles(scores.shape[-1], COPIES)
+    tiles = tpu_rows.tiles(scores.shape[-1], COPIES)
     num_rows = math.prod(batch)
-    lines = rows.pad(scores, tiles)
+    lines = tpu_rows.pad(scores, tiles)
     if count is None:
         count = jnp.full(batch, k, jnp.int32)
     wanted = jnp.clip(count.astype(jnp.int32), 0, k).reshape(-1)
@@ -53,8 +53,8 @@ def top_k(scores, count, *, k, order, interpret=False):
             out_specs=pl.BlockSpec((tiles.rows, blocks, LANES), lambda i, _: (i, 0, 0)),
             scratch_shapes=[
                 pltpu.VMEM(tiles.block, jnp.int32),
-                pltpu.VMEM(rows.spread(tiles), jnp.int32),
-                pltpu.VMEM(rows.spread(tiles), jnp.float32),
+                pltpu.VMEM(tpu_rows.spread(tiles), jnp.int32),
+                pltpu.VMEM(tpu_rows.spread(tiles), jnp.float32),
                 pltpu.SMEM((2,), jnp.int32),
             ],
         ),
@@ -100,10 +100,10 @@ def _kernel(
     equals_ref,  # (rows, 8, 128) float32
     carried_ref,  # SMEM (2,): equals seen, indices written
     *,
-    tiles: rows.Tiles,
+    tiles: tpu_rows.Tiles,
 ):
     first = pl.program_id(0) * tiles.rows
-    shape = rows.spread(tiles)
+    shape = tpu_rows.spread(tiles)
 
     def to_keys(i, _):
         keys_ref[:, tiles.at(i)] = _keys(scores_ref[:, tiles.at(i)])
@@ -111,7 +111,9 @@ def _kernel(
     lax.fori_loop(0, tiles.num_tiles, to_keys, None)
 
     def number_of(is_counted):
-        (counts,) = rows.sums(keys_ref, tiles, lambda keys: (_ones(is_counted(keys)),))
+        (counts,) = tpu_rows.sums(
+            keys_ref, tiles, lambda keys: (_ones(is_counted(keys)),)
+        )
         return counts
 
     def spread(keys):

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from jax import lax
 
-from pallas_kernels import triton_call
+from pallas_kernels.shared import triton_call
 
 RESIDENT = 1 << 14  # scores of a row in registers: 32 in each of 512 threads
 PART = 1 << 13  # scores of a longer row that a program takes; both below 2**15

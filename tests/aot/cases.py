@@ -10,12 +10,12 @@ from aot import shapes
 from aot.shapes import GROUP, HEAD_DIM, KV_HEADS, LONG, SHORT
 from aot.shapes import array as _array
 
-from pallas_kernels import rows
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.received_attention import received_attention
+from pallas_kernels.shared import tpu_rows
 from pallas_kernels.topk import top_k
 
 
@@ -113,8 +113,8 @@ def _entmax(num_scores, **more):
 
 
 def _over_rows(kernel, arguments, name, loop, num_scores, copies, **more):
-    tiles = rows.tiles(num_scores, copies)
-    block_bytes = tiles.rows * tiles.lines * rows.LANES * 4
+    tiles = tpu_rows.tiles(num_scores, copies)
+    block_bytes = tiles.rows * tiles.lines * tpu_rows.LANES * 4
     return Case(kernel, arguments, name, loop, block_bytes, **more)
 
 

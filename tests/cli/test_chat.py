@@ -10,14 +10,15 @@ import types
 import pytest
 
 import models
-from kvjax import cli, generate, prefix
+from kvjax import cli
 from kvjax.cli import decode
+from kvjax.decoding import generate, saved_prompt
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "chat.md"
 
 
 def messages_in(folder):
-    return json.loads((folder / prefix.ABOUT).read_text("utf-8"))["messages"]
+    return json.loads((folder / saved_prompt.ABOUT).read_text("utf-8"))["messages"]
 
 
 @pytest.fixture
@@ -153,9 +154,9 @@ def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path, monkey
         now[0] += 7.0
         return prefill_chunk(*arguments)
 
-    prefill_chunk = prefix.prefill_chunk
+    prefill_chunk = saved_prompt.prefill_chunk
     monkeypatch.setattr(generate, "prefill_chunk", read)
-    monkeypatch.setattr(prefix, "prefill_chunk", read)
+    monkeypatch.setattr(saved_prompt, "prefill_chunk", read)
     clock = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(decode, "time", clock)
     alone = json.loads(run("generate", *options, "--json", "--max-new-tokens", "5"))

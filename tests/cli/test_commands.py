@@ -14,9 +14,9 @@ from tiny import TEXT
 import kvjax
 import models
 from kvjax import cli, registry
+from kvjax.decoding.generate import generate
+from kvjax.decoding.scoring import score
 from kvjax.evaluation import compare as comparison
-from kvjax.generate import generate
-from kvjax.scoring import score
 
 # What takes no model.
 

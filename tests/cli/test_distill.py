@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 import models
-from kvjax import cli, map_files, registry
-from kvjax.evaluation import abstention
-from kvjax.training import checkpoint as checkpoints
+from kvjax import array_files, cli, registry
+from kvjax.evaluation import head_gains
+from kvjax.methods.topk_completion import map_files
 from kvjax.training import run_folder
 
 STEPS = 2
@@ -57,7 +57,7 @@ def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path, caps
 
     model = models.load(checkpoint)
     assert (file.kind, file.trained_length, file.num_layers) == ("learned", 40, 1)
-    assert file.about["weights"] == checkpoints.digest(model.params)
+    assert file.about["weights"] == array_files.digest(model.params)
     assert (file.about["features"], file.about["calibrated_at"]) == (2, 30)
     alone, completed = (np.array(printed[key]) for key in ("alone", "completed"))
     np.testing.assert_array_equal(file.gain, completed < alone)
@@ -79,7 +79,7 @@ def test_a_map_that_is_not_calibrated_is_not_there(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(abstention, "calibrate", interrupted)
+        patch.setattr(head_gains, "calibrate", interrupted)
         assert cli.run([str(x) for x in (*command, "--out", out)]) == 130
     assert "not calibrated: run the same command with --resume" in (
         capsys.readouterr().err

@@ -9,7 +9,8 @@ from text_families import FAMILIES
 from tiny import TEXT, tiny_model
 
 import models
-from kvjax import prefix, registry
+from kvjax import registry
+from kvjax.decoding import saved_prompt
 
 LONG = "quest:budget=16,page_size=4"
 
@@ -59,7 +60,7 @@ def test_a_resumed_text_is_the_uninterrupted_one(run, fail, checkpoint, folder):
 
 def test_an_option_added_later_changes_no_older_prefix(run, folder):
     """The spec in the folder may lack it: both are spelled by the version that runs."""
-    path = folder / prefix.ABOUT
+    path = folder / saved_prompt.ABOUT
     document = json.loads(path.read_text())
     path.write_text(json.dumps(document | {"method": LONG}))
     assert run("generate", "--resume", folder, "--method", LONG + ",recent=1")
@@ -67,8 +68,8 @@ def test_an_option_added_later_changes_no_older_prefix(run, folder):
 
 def test_several_prompts_are_for_python(fail, checkpoint, tmp_path):
     model, full = models.load(checkpoint), registry.parse("full")
-    read = prefix.read(model, full, [[1, 2], [3]])
-    prefix.save(tmp_path / "two", model, read, method_name="full")
+    read = saved_prompt.read(model, full, [[1, 2], [3]])
+    saved_prompt.save(tmp_path / "two", model, read, method_name="full")
     assert "holds 2 prompts" in fail("generate", "--resume", tmp_path / "two")
     assert "holds no prefix" in fail("generate", "--resume", tmp_path)
 
@@ -141,10 +142,10 @@ def test_a_prefix_goes_on_from_another_folder(
     run("prefill", *read)
     monkeypatch.chdir(tmp_path)
     assert run("generate", "--resume", save, "--max-new-tokens", 2)
-    assert prefix.about(save)["model"] == str(checkpoint)
+    assert saved_prompt.about(save)["model"] == str(checkpoint)
 
     # A model that is gone is asked for, by the one line there is.
-    path = save / prefix.ABOUT
+    path = save / saved_prompt.ABOUT
     for name in (str(tmp_path / "gone"), "gone/or/relative"):
         path.write_text(json.dumps(json.loads(path.read_text()) | {"model": name}))
         line = fail("generate", "--resume", save)

@@ -11,8 +11,8 @@ from tiny import TEXT
 
 import models
 from kvjax import registry
-from kvjax.generate import generate
-from kvjax.scoring import score
+from kvjax.decoding.generate import generate
+from kvjax.decoding.scoring import score
 
 METHOD = "streaming_llm:budget=24,num_sinks=2"
 

@@ -5,9 +5,10 @@ import json
 
 import pytest
 
-from kvjax.evaluation import answers, own_tasks, tasks
+from kvjax.evaluation import answers
+from kvjax.evaluation.tasks import needles, own
 
-EXAMPLE = tasks.Example("x" * 200 + "The pass key is ", [1, 2, 3], "12345", 5, 0.5)
+EXAMPLE = needles.Example("x" * 200 + "The pass key is ", [1, 2, 3], "12345", 5, 0.5)
 
 
 def read(path):
@@ -31,7 +32,7 @@ def test_an_answer_is_a_line(tmp_path):
         "generated": "12345\n",
         "score": 1,
     }
-    several = own_tasks.Own("Q", [1], "a", ("a", "b"), 4, False)
+    several = own.Own("Q", [1], "a", ("a", "b"), 4, False)
     keep("full", "own", 0, several, "c\u2028\ufffd")
     assert read(path)[1]["expected"] == ["a", "b"]
     assert read(path)[1]["score"] == 0

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tiny import ByteTokenizer, PairTokenizer
 
-from kvjax.evaluation import chain
-from kvjax.words import WORDS
+from kvjax.evaluation.tasks import chain
+from kvjax.evaluation.tasks.words import WORDS
 
 BYTES = ByteTokenizer()
 TEXT = "".join(f"line {i} of a text, well-worn\n" for i in range(200))

@@ -4,14 +4,14 @@ import pytest
 from tiny import TEXT, ByteTokenizer, byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from kvjax.evaluation import chain, chat, extraction, tasks
+from kvjax.evaluation.tasks import chain, chat, extraction, needles
 from models.llama.tokenizer import HFTokenizer
 
 TOKENIZER = byte_tokenizer()
 MAKERS = {
-    "passkey": tasks.passkey,
-    "multikey": tasks.multikey,
-    "variables": tasks.variable_tracking,
+    "passkey": needles.passkey,
+    "multikey": needles.multikey,
+    "variables": needles.variable_tracking,
     "chain": chain.chain_of_key,
     "extraction": extraction.extraction,
 }
@@ -66,7 +66,7 @@ def test_a_blank_that_joins_what_follows_is_the_answers():
     backend.decoder = decoders.Metaspace(prepend_scheme="never")
     template = "{{ messages[0].content }}"
     tokenizer = HFTokenizer(backend, {}, {"default": template})
-    example = tasks.Example("is\nis ", [0], "12345", 1, 0.0)
+    example = needles.Example("is\nis ", [0], "12345", 1, 0.0)
     (made,) = chat.fitted(tokenizer, lambda room: [example], 99, is_chat=True)
     whole = tokenizer.encode(made.text + made.answer)
     assert (made.answer_tokens, made.answer) == (1, " 12345")

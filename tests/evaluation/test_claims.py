@@ -12,18 +12,7 @@ import pytest
 import kvjax
 from kvjax import cli, registry
 from kvjax.evaluation import claims
-from kvjax.evaluation.claims import (
-    cascade,
-    driven,
-    entmaxkv,
-    figures,
-    page,
-    refreshkv,
-    retro,
-    runner,
-    session,
-    topk_completion,
-)
+from kvjax.evaluation.claims import runner, session
 from kvjax.evaluation.claims.claim import (
     Claim,
     Effect,
@@ -36,6 +25,16 @@ from kvjax.evaluation.claims.claim import (
     judge,
     without_spread,
 )
+from kvjax.evaluation.claims.measure import steps
+from kvjax.evaluation.claims.papers import (
+    cascade,
+    entmaxkv,
+    refreshkv,
+    retro,
+    topk_completion,
+)
+from kvjax.report import claims_page
+from kvjax.report.figures import claims as figures_claims
 
 inf = math.inf
 
@@ -184,7 +183,7 @@ def test_quick_runs_compile_with_few_optimisations_but_for_what_is_timed():
     seen = []
 
     def looks(session):
-        with driven.optimised():
+        with steps.optimised():
             seen.append(jax.config.read(name))
         seen.append(jax.config.read(name))
         return from_shapes(1.0)
@@ -200,21 +199,23 @@ def test_what_a_formula_gives_is_told_from_what_was_measured():
         return from_shapes(1.0, note="of 4 layers")
 
     rows = runner.run([a_claim(), a_claim(name="bytes", measure=formula)], reading())
-    found = page.document(rows, {}, quick=False, asked=2)
+    found = claims_page.document(rows, {}, quick=False, asked=2)
     measured, counted = (row["measured"] for row in found["rows"])
     assert (measured, counted) == ("now", "never: counted")
-    assert page.summary(found).endswith("0 not measured. By formulas, not by a run: 1.")
+    assert claims_page.summary(found).endswith(
+        "0 not measured. By formulas, not by a run: 1."
+    )
     assert rows[1].reason.endswith(" Of 4 layers.")
-    only = page.document(rows[:1], {}, quick=False, asked=2)
-    assert page.summary(only).endswith("0 not measured.")
+    only = claims_page.document(rows[:1], {}, quick=False, asked=2)
+    assert claims_page.summary(only).endswith("0 not measured.")
 
 
 def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
     without = a_claim(name="alone", measure=lambda s: without_spread(1.5, 3))
     rows = runner.run([a_claim(), without], reading())
-    found = page.document(rows, {"date": "today"}, quick=True, asked=3)
-    page.write_results(tmp_path, found)
-    page.write_page(tmp_path, found)
+    found = claims_page.document(rows, {"date": "today"}, quick=True, asked=3)
+    claims_page.write_results(tmp_path, found)
+    claims_page.write_page(tmp_path, found)
     read = json.loads((tmp_path / "results.json").read_text())
     assert not read["finished"]
     assert read["verdicts"]["reproduced"] == read["verdicts"]["direction only"] == 1
@@ -228,7 +229,7 @@ def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
     assert "0.2 [0.1, 0.3]" in html
     assert 'class="verdict direction-only"' in html
     assert html.count("<svg") == 1
-    text = page.markdown(read)
+    text = claims_page.markdown(read)
     assert "| `toy`: It helps (arXiv:0000.00000, Table 1) |" in text
 
 
@@ -236,12 +237,12 @@ def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
 def test_the_table_is_whole_at_any_width(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
     _, document = last_run()
-    page.print_table(document)
+    claims_page.print_table(document)
     out = capsys.readouterr().out
     assert max(map(len, out.splitlines())) <= columns
     printed = set(out.split())
     for row in document["rows"]:
-        for cell in page.cells(row):
+        for cell in claims_page.cells(row):
             assert set(cell.split()) <= printed
 
 
@@ -249,12 +250,12 @@ def test_a_picture_has_no_effect_at_0_and_the_claims_side_to_the_right():
     row = as_dict(
         judge(a_claim(bar=Effect(1.0, 0.5, "lower")), measured(0.6, 0.5, 1.1))
     )
-    value, low, high = figures.position(row)
+    value, low, high = figures_claims.position(row)
     assert (value, low, high) == pytest.approx((0.8, -0.2, 1.0))
     alone = as_dict(judge(a_claim(), without_spread(0.3, 1)))
-    assert figures.position(report_ready(alone)) == (figures.SIDE,) * 3
+    assert figures_claims.position(report_ready(alone)) == (figures_claims.SIDE,) * 3
     against = as_dict(judge(a_claim(), in_whole(-0.3, 1)))
-    assert figures.position(against) == (-figures.SIDE,) * 3
+    assert figures_claims.position(against) == (-figures_claims.SIDE,) * 3
 
 
 def report_ready(row):
@@ -272,7 +273,7 @@ def test_a_picture_tells_verdicts_and_missing_intervals_apart():
     rows += [as_dict(judge(a_claim(), in_whole(0.2, 9)))]
     rows += [report_ready(as_dict(judge(a_claim(), without_spread(0.2, 1))))]
     assert [row["verdict"] for row in rows[3:]] == ["reproduced", "direction only"]
-    figure = figures.intervals(rows)
+    figure = figures_claims.intervals(rows)
     (axis,) = figure.axes
     assert len(axis.collections) == 3  # lines are of intervals
     marks = {round(float(line.get_ydata()[0])): line for line in axis.lines[:-1]}
@@ -285,7 +286,9 @@ def test_a_picture_tells_verdicts_and_missing_intervals_apart():
     assert full[2] != "white" == part[2] == looks[4][2]
     # What has no interval stands at no distance, and is no row with one.
     assert [marks[y].get_marker() for y in (3, 4)] == [">", ">"]
-    assert max(float(marks[y].get_xdata()[0]) for y in (3, 4)) == figures.SIDE < 1
+    assert (
+        max(float(marks[y].get_xdata()[0]) for y in (3, 4)) == figures_claims.SIDE < 1
+    )
     labels = [text.get_text() for text in axis.get_xticklabels()]
     assert "as claimed" not in " ".join(labels)
     (key,) = figure.legends
@@ -311,7 +314,7 @@ def table() -> str:
     said = f"{about['date'][:10]}, {about['cpu_count']} cores, jax {about['jax']}"
     if "note" in about:
         said = f"{said}; {about['note']}"
-    return f"`benchmarks/results/{name}`, {said}.\n\n{page.markdown(document)}\n"
+    return f"`benchmarks/results/{name}`, {said}.\n\n{claims_page.markdown(document)}\n"
 
 
 def test_the_page_shows_the_last_full_run():

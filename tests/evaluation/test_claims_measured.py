@@ -7,19 +7,15 @@ from tiny import TEXT, tiny_model
 
 import kvjax
 from kvjax import accounting
-from kvjax.evaluation import claims, fidelity, tasks
-from kvjax.evaluation.claims import (
-    driven,
-    layers,
-    refreshkv,
-    runner,
-    session,
-    texts,
-    topk_completion,
-)
-from kvjax.generate import generate, prefill
+from kvjax.decoding.generate import generate, prefill
+from kvjax.decoding.scoring import score
+from kvjax.evaluation import claims, fidelity
+from kvjax.evaluation.claims import runner, session
+from kvjax.evaluation.claims.measure import layers, texts
+from kvjax.evaluation.claims.measure import steps as measure_steps
+from kvjax.evaluation.claims.papers import refreshkv, topk_completion
+from kvjax.evaluation.tasks import needles
 from kvjax.interface import Diagnostics
-from kvjax.scoring import score
 
 MODEL = tiny_model(num_layers=2)
 ONE_LAYER = tiny_model(num_layers=1)
@@ -53,7 +49,7 @@ def test_layers_alone_lose_what_side_by_side_says_they_lose(shared):
     method = kvjax.quest(budget=16, page_size=4)
     found = layers.run(shared, "tiny", "quest:budget=16,page_size=4").found
     both = fidelity.side_by_side(kvjax.full(), method)
-    windows = tasks.windows(
+    windows = needles.windows(
         MODEL.tokenizer, LONG_TEXT, context=96, n=2, seed=session.SEED
     )
     before = [row[:-4] for row in windows]
@@ -99,7 +95,7 @@ def test_a_model_driven_by_given_tokens_says_what_scoring_says(shared):
         found.log_probs, expected.log_probs[:, 63:], rtol=1e-4, atol=1e-4
     )
     # Scored on the way through the prompt, in chunks.
-    read = driven.read(
+    read = measure_steps.read(
         ONE_LAYER,
         shared.method("streaming_llm:budget=16"),
         texts.shape(shared),
@@ -118,7 +114,9 @@ def test_a_model_driven_greedily_says_what_generation_says(shared):
         row[: 50 + i] for i, row in enumerate(texts.windows(shared, "one layer"))
     ]
     prompts.append(prompts[0][:40])  # a batch that is not full
-    found = driven.drive(ONE_LAYER, method, texts.shape(shared), prompts, None, 8)
+    found = measure_steps.drive(
+        ONE_LAYER, method, texts.shape(shared), prompts, None, 8
+    )
     expected = generate(ONE_LAYER, method, prompts, max_new_tokens=8, eos_ids=())
     assert found.tokens.tolist() == [one.tokens for one in expected]
 
@@ -126,9 +124,11 @@ def test_a_model_driven_greedily_says_what_generation_says(shared):
 def test_a_prompt_beyond_the_shape_is_refused(shared):
     shape = texts.shape(shared)
     with pytest.raises(ValueError, match="exceed"):
-        driven.drive(ONE_LAYER, shared.method("full"), shape, [[1] * 65], None, 4)
+        measure_steps.drive(
+            ONE_LAYER, shared.method("full"), shape, [[1] * 65], None, 4
+        )
     with pytest.raises(ValueError, match="exceed"):
-        driven.drive(ONE_LAYER, shared.method("full"), shape, [[1] * 9], None, 9)
+        measure_steps.drive(ONE_LAYER, shared.method("full"), shape, [[1] * 9], None, 9)
 
 
 def test_planted_results_flip_the_verdict():

@@ -7,8 +7,9 @@ import pytest
 
 import kvjax
 from kvjax.evaluation import claims
-from kvjax.evaluation.claims import entmaxkv, recorded, runner, session
+from kvjax.evaluation.claims import recorded, runner, session
 from kvjax.evaluation.claims.claim import NotMeasuredError
+from kvjax.evaluation.claims.papers import entmaxkv
 
 
 @pytest.fixture

@@ -7,10 +7,12 @@ import pytest
 from tiny import tiny_model
 
 import kvjax
-from kvjax import accounting, report
-from kvjax.evaluation import chain, compare, compare_inputs, compare_runs, single, tasks
-from kvjax.generate import Generation
-from kvjax.scoring import score
+from kvjax import accounting
+from kvjax.decoding.generate import Generation
+from kvjax.decoding.scoring import score
+from kvjax.evaluation import compare, compare_inputs, compare_runs, one_task
+from kvjax.evaluation.tasks import chain, needles
+from kvjax.report import table
 
 MODEL = tiny_model(num_layers=1)
 TEXT = "".join(
@@ -145,7 +147,7 @@ def answering(monkeypatch, reply):
 
 
 def test_retrieval_counts_right_answers_in_their_places(monkeypatch):
-    examples = tasks.passkey(MODEL.tokenizer, TEXT, context=200, n=5)
+    examples = needles.passkey(MODEL.tokenizer, TEXT, context=200, n=5)
     answers = {example.text: example.answer for example in examples}
     right = [example.text for example in examples[::2]]
     calls = answering(
@@ -168,7 +170,7 @@ def test_decoding_is_timed_from_the_first_token_on(monkeypatch):
     own = types.SimpleNamespace(perf_counter=lambda: next(clock))
     monkeypatch.setattr(compare_runs, "time", own)  # others look at theirs
     answering(monkeypatch, lambda text: "x" * 8)
-    examples = tasks.passkey(MODEL.tokenizer, TEXT, context=200, n=2)
+    examples = needles.passkey(MODEL.tokenizer, TEXT, context=200, n=2)
     (found,) = compare_runs.retrieve(
         MODEL, [METHODS["full"]], examples, new_tokens=8, batch=2, timed=True
     )
@@ -201,7 +203,7 @@ def test_links_are_counted_up_to_the_first_mistake(monkeypatch):
         return ", ".join(links)
 
     answering(monkeypatch, reply)
-    result = single.run(
+    result = one_task.run(
         "chain",
         MODEL,
         METHODS["full"],
@@ -244,9 +246,9 @@ def test_a_chain_has_as_many_links_as_new_tokens_can_hold():
         assert max(example.answer_tokens for example in made) <= new_tokens
 
 
-@pytest.mark.parametrize("task", single.TASKS)
+@pytest.mark.parametrize("task", one_task.TASKS)
 def test_a_task_alone(task):
-    result = single.run(
+    result = one_task.run(
         task,
         MODEL,
         METHODS["streaming"],
@@ -263,7 +265,7 @@ def test_a_task_alone(task):
     elif task == "extraction":
         assert result["f1"]["n"] == len(result["examples"]) == 3
         assert result["rows"] == 12
-    elif task in single.RETRIEVAL:
+    elif task in one_task.RETRIEVAL:
         assert result["accuracy"]["n"] == 3
         assert len(result["examples"]) == 3
         assert sum(cell["asked"] for cell in result["by_depth"]) == 3
@@ -286,7 +288,7 @@ def test_a_task_alone(task):
 
 
 def test_an_entmax_models_layers_say_what_was_lost(capsys):
-    result = single.run(
+    result = one_task.run(
         "fidelity",
         tiny_model(num_layers=1, attention_alpha=1.5),
         kvjax.parse("entmaxkv:budget=8,page_size=4"),
@@ -301,7 +303,7 @@ def test_an_entmax_models_layers_say_what_was_lost(capsys):
     assert 0 < layer["dropped"]["mean"] < 1
     assert 0 < layer["support"]["mean"] < 1
     names = {"task": "fidelity", "method": "m", "context": 64, "n": 2}
-    report.print_task(names | result)
+    table.print_task(names | result)
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.split() == [
         "0",
@@ -314,7 +316,7 @@ def test_an_entmax_models_layers_say_what_was_lost(capsys):
 
 
 def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):
-    result = single.run(
+    result = one_task.run(
         "fidelity",
         MODEL,
         METHODS["streaming"],
@@ -360,7 +362,7 @@ def test_the_numbers_of_a_task_alone_are_the_comparisons(rows, inputs):
             ),
             "new_tokens=4 cannot hold an answer of 5 tokens",
         ),
-        (lambda: single.check_task("needle"), "unknown task='needle': choose one of"),
+        (lambda: one_task.check_task("needle"), "unknown task='needle': choose one of"),
     ],
 )
 def test_errors_name_the_values_and_the_fix(call, message):

@@ -5,7 +5,7 @@ import re
 import pytest
 from tiny import ByteTokenizer
 
-from kvjax.evaluation import extraction
+from kvjax.evaluation.tasks import extraction
 
 BYTES = ByteTokenizer()
 TEXT = "".join(f"line {i} of a page\n" for i in range(200))

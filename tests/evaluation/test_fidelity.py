@@ -11,8 +11,8 @@ from tiny import tiny_model
 
 import kvjax
 from kvjax import dense
+from kvjax.decoding.generate import prefill
 from kvjax.evaluation import fidelity
-from kvjax.generate import prefill
 
 PROMPTS, STEPS = (21, 9), 5
 

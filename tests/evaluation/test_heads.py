@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from tiny import ByteTokenizer, PairTokenizer, dense, tiny_model
 
-from kvjax.evaluation import heads, heads_figure
+from kvjax.evaluation import heads
 from kvjax.interface import CacheSpec, LanguageModel
+from kvjax.report.figures import heads as figures_heads
 from kvjax.rope import Rope
 
 # No digit, so that a pair of digits is the needle's or the answer's.
@@ -277,7 +278,7 @@ def test_a_text_that_is_too_short_for_the_windows_is_an_error():
 
 def test_the_figure_shows_every_number_and_three_maps(softmax, tmp_path):
     path = tmp_path / "heads.svg"
-    figure = heads_figure.figure(softmax, path)
+    figure = figures_heads.figure(softmax, path)
     top, bottom = figure.subfigs
     shown = (
         softmax.sink,
@@ -310,14 +311,14 @@ def test_a_figure_of_many_heads_leaves_the_numbers_out(softmax, tmp_path):
         if isinstance(value, np.ndarray)
     }
     path = tmp_path / "many.png"
-    figure = heads_figure.figure(softmax._replace(**many), path)
+    figure = figures_heads.figure(softmax._replace(**many), path)
     axis = figure.subfigs[0].axes[0]
     assert not axis.texts
-    assert len(axis.get_xticklabels()) <= heads_figure.MOST_LABELLED
+    assert len(axis.get_xticklabels()) <= figures_heads.MOST_LABELLED
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_figure_of_an_entmax_model_says_so(softmax):
-    figure = heads_figure.figure(softmax._replace(alpha=1.5))
+    figure = figures_heads.figure(softmax._replace(alpha=1.5))
     assert "entmax, alpha = 1.5" in figure.get_suptitle()
     assert "non-zero" in figure.subfigs[0].axes[2].get_title()

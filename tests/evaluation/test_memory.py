@@ -6,9 +6,10 @@ import pytest
 from tiny import tiny_model
 
 import kvjax
-from kvjax import accounting, planning
-from kvjax.cache import num_bytes
+from kvjax import accounting
+from kvjax.cost import planning
 from kvjax.evaluation import compare, compare_inputs, memory
+from kvjax.stores.buffers import num_bytes
 
 MODEL = tiny_model()
 SETTINGS = compare_inputs.Settings(context=512, new_tokens=64, windows=8, batch=8)

@@ -6,7 +6,8 @@ import pytest
 from tiny import ByteTokenizer, byte_tokenizer, tiny_model
 
 import kvjax
-from kvjax.evaluation import own_tasks, single
+from kvjax.evaluation import one_task
+from kvjax.evaluation.tasks import own as tasks_own
 
 
 def lines(*objects):
@@ -25,7 +26,7 @@ def test_a_line_is_a_question():
         {"question": "2 + 2 =", "answer": ["4", "four"]},
         WHERE | {"context": "one\u2028line\r"},
     )
-    first, second, third = own_tasks.parse(given, "tasks.jsonl")
+    first, second, third = tasks_own.parse(given, "tasks.jsonl")
     assert first.text == "The key is under the mat.\n\nWhere?"
     assert first.answers == ("mat",)
     assert (second.text, second.answers) == ("2 + 2 =", ("4", "four"))
@@ -61,11 +62,11 @@ def test_a_line_is_a_question():
 )
 def test_a_line_that_is_none_is_named(text, message):
     with pytest.raises(ValueError, match=message):
-        own_tasks.parse(text, "t")
+        tasks_own.parse(text, "t")
 
 
 def own(*answers, is_chat=False):
-    return own_tasks.Own("", [], answers[0], answers, 9, is_chat)
+    return tasks_own.Own("", [], answers[0], answers, 9, is_chat)
 
 
 @pytest.mark.parametrize(
@@ -115,18 +116,18 @@ def test_in_a_chat_the_whole_turn_is_the_reply():
 
 
 def test_prompts_are_the_tokens_of_the_text_or_of_the_template():
-    questions = own_tasks.parse(lines(WHERE), "t")
+    questions = tasks_own.parse(lines(WHERE), "t")
     sizes = {"context": 100, "new_tokens": 9}
-    (plain,) = own_tasks.prompts(ByteTokenizer(), questions, **sizes)
+    (plain,) = tasks_own.prompts(ByteTokenizer(), questions, **sizes)
     assert bytes(plain.prompt).decode() == plain.text == questions[0].text
     tokenizer = byte_tokenizer()
-    (asked,) = own_tasks.prompts(tokenizer, questions, **sizes, is_chat=True)
+    (asked,) = tasks_own.prompts(tokenizer, questions, **sizes, is_chat=True)
     assert asked.text == f"<user>{questions[0].text}"
     assert asked.prompt == tokenizer.apply_chat_template(
         [{"role": "user", "content": questions[0].text}]
     )
     with pytest.raises(ValueError, match="no chat template: leave chat out"):
-        own_tasks.prompts(ByteTokenizer(), questions, **sizes, is_chat=True)
+        tasks_own.prompts(ByteTokenizer(), questions, **sizes, is_chat=True)
 
 
 @pytest.mark.parametrize(
@@ -138,18 +139,18 @@ def test_prompts_are_the_tokens_of_the_text_or_of_the_template():
 )
 def test_a_line_that_does_not_fit_is_named(sizes, message):
     short = {"question": "a", "answer": "b"}
-    questions = own_tasks.parse(lines(short, WHERE), "t")
+    questions = tasks_own.parse(lines(short, WHERE), "t")
     with pytest.raises(ValueError, match=message):
-        own_tasks.prompts(
+        tasks_own.prompts(
             ByteTokenizer(), questions, context=sizes[0], new_tokens=sizes[1]
         )
 
 
 def test_questions_are_a_task():
     model = tiny_model(num_layers=1)
-    questions = own_tasks.parse(lines(WHERE, {"question": "a", "answer": "b"}), "t")
+    questions = tasks_own.parse(lines(WHERE, {"question": "a", "answer": "b"}), "t")
     kept = []
-    result = single.run(
+    result = one_task.run(
         "own",
         model,
         kvjax.full(),
@@ -165,7 +166,7 @@ def test_questions_are_a_task():
     assert [(index, said) for index, _, said in kept] == list(enumerate(replies))
     assert [example.answer for _, example, _ in kept] == ["mat", "b"]
     # What greedy decoding says after each prompt.
-    from kvjax.generate import generate
+    from kvjax.decoding.generate import generate
 
     prompts = [question.text for question in questions]
     said = generate(model, kvjax.full(), prompts, max_new_tokens=6)

@@ -7,8 +7,9 @@ import pytest
 from text_families import joining_bytes, sentencepiece, word_piece
 from tiny import ByteTokenizer, PairTokenizer
 
-from kvjax.evaluation import chain, extraction, haystack, tasks
-from kvjax.text_stream import continuation
+from kvjax.evaluation.tasks import chain, extraction, haystack
+from kvjax.evaluation.tasks import needles as tasks_needles
+from kvjax.text.stream import continuation
 
 RNG = np.random.default_rng(0)
 LINES = [
@@ -26,8 +27,8 @@ class Bos(ByteTokenizer):
         return [256, *super().encode(text)]
 
 
-SAID_AS_ASKED = {"passkey": tasks.passkey, "multikey": tasks.multikey}
-MAKERS = SAID_AS_ASKED | {"variables": tasks.variable_tracking}
+SAID_AS_ASKED = {"passkey": tasks_needles.passkey, "multikey": tasks_needles.multikey}
+MAKERS = SAID_AS_ASKED | {"variables": tasks_needles.variable_tracking}
 
 
 @pytest.fixture(params=MAKERS)
@@ -41,7 +42,7 @@ def make_said(request):
 
 
 def is_needle(line):
-    return bool(tasks._NEEDLE_LIKE.search(line) or tasks._assigns(line))
+    return bool(tasks_needles._NEEDLE_LIKE.search(line) or tasks_needles._assigns(line))
 
 
 @pytest.mark.parametrize(
@@ -72,10 +73,10 @@ def test_the_answer_is_said_once_and_asked_for_at_the_end(make_said):
 
 
 def test_the_wording_is_the_one_the_embedded_model_learnt():
-    (one,) = tasks.passkey(BYTES, TEXT, context=300, n=1)
+    (one,) = tasks_needles.passkey(BYTES, TEXT, context=300, n=1)
     assert f"The pass key is {one.answer}. Remember it.\n" in one.text
     assert one.text.endswith("\nThe pass key is ")
-    (many,) = tasks.multikey(BYTES, TEXT, context=900, n=1)
+    (many,) = tasks_needles.multikey(BYTES, TEXT, context=900, n=1)
     lines = re.findall(r"^key (\w+) has value (\d{5})\.$", many.text, re.MULTILINE)
     assert len(lines) == len(dict(lines)) == len({value for _, value in lines}) == 8
     asked = re.search(r"\n\nkey (\w+) has value $", many.text)[1]
@@ -133,12 +134,12 @@ def test_needles_of_the_text_itself_do_not_compete():
 
 
 def test_a_short_text_is_used_again_from_its_first_line():
-    (example,) = tasks.passkey(BYTES, "one line\n", context=200, n=1)
+    (example,) = tasks_needles.passkey(BYTES, "one line\n", context=200, n=1)
     assert example.text.count("one line\n") > 5
 
 
 def test_only_the_beginning_of_a_reply_counts():
-    (example,) = tasks.passkey(BYTES, TEXT, context=300, n=1)
+    (example,) = tasks_needles.passkey(BYTES, TEXT, context=300, n=1)
     wrong = str((int(example.answer) + 1 - 10_000) % 90_000 + 10_000)
     assert example.score(example.answer) == 1
     assert example.score(f" {example.answer}. Remember") == 1
@@ -161,7 +162,7 @@ def follow(text):
 
 @pytest.mark.parametrize(("hops", "chains"), [(0, 3), (1, 1), (2, 4), (4, 2)])
 def test_following_the_assignments_gives_the_value(hops, chains):
-    made = tasks.variable_tracking(
+    made = tasks_needles.variable_tracking(
         BYTES, TEXT, context=1200, n=6, hops=hops, chains=chains
     )
     for example in made:
@@ -179,7 +180,9 @@ def test_following_the_assignments_gives_the_value(hops, chains):
 
 
 def test_a_chain_of_variables_is_spread_from_its_depth_to_the_end():
-    for example in tasks.variable_tracking(BYTES, TEXT, context=3000, n=5, hops=2):
+    for example in tasks_needles.variable_tracking(
+        BYTES, TEXT, context=3000, n=5, hops=2
+    ):
         body = example.text[: example.text.rindex("\n\n") + 1]
         held = {value: name for name, value in ASSIGNMENT.findall(body)}
         name, value, places = "", example.answer, []
@@ -194,7 +197,9 @@ def test_a_chain_of_variables_is_spread_from_its_depth_to_the_end():
 
 def test_assignments_of_the_text_itself_do_not_compete():
     trap = "apple = 1\nriver=apple\n    stone = 3\nother = 4\n"
-    for example in tasks.variable_tracking(BYTES, trap + TEXT, context=9000, n=8):
+    for example in tasks_needles.variable_tracking(
+        BYTES, trap + TEXT, context=9000, n=8
+    ):
         assert "other = 4" in example.text
         for line in ("apple = 1\n", "river=apple", "stone = 3"):
             assert line not in example.text
@@ -203,7 +208,7 @@ def test_assignments_of_the_text_itself_do_not_compete():
 @pytest.mark.parametrize("tokenizer", [BYTES, Bos()], ids=["bytes", "bos"])
 def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
     size = 100
-    made = tasks.windows(tokenizer, TEXT, context=size, n=9, seed=3)
+    made = tasks_needles.windows(tokenizer, TEXT, context=size, n=9, seed=3)
     prefix = len(tokenizer.encode(""))  # nothing is put behind a text
     body = BYTES.encode(TEXT)
     starts = []
@@ -215,46 +220,56 @@ def test_windows_are_disjoint_pieces_of_the_text(tokenizer):
         assert starts[-1] % (size - prefix) == 0
     assert len(set(starts)) == 9
     assert starts != sorted(starts)
-    assert made == tasks.windows(tokenizer, TEXT, context=size, n=9, seed=3)
-    assert made != tasks.windows(tokenizer, TEXT, context=size, n=9, seed=4)
+    assert made == tasks_needles.windows(tokenizer, TEXT, context=size, n=9, seed=3)
+    assert made != tasks_needles.windows(tokenizer, TEXT, context=size, n=9, seed=4)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: tasks.passkey(BYTES, TEXT, context=300, n=-1), "n=-1 must be at"),
         (
-            lambda: tasks.passkey(BYTES, TEXT, context=30, n=1),
+            lambda: tasks_needles.passkey(BYTES, TEXT, context=300, n=-1),
+            "n=-1 must be at",
+        ),
+        (
+            lambda: tasks_needles.passkey(BYTES, TEXT, context=30, n=1),
             "context=30 is too short",
         ),
-        (lambda: tasks.passkey(BYTES, "", context=300, n=1), "no line"),
+        (lambda: tasks_needles.passkey(BYTES, "", context=300, n=1), "no line"),
         (
-            lambda: tasks.passkey(BYTES, TEXT, context=300, n=1, depths=(1.5,)),
+            lambda: tasks_needles.passkey(BYTES, TEXT, context=300, n=1, depths=(1.5,)),
             r"depths=\(1.5,\) must be",
         ),
         (
-            lambda: tasks.multikey(BYTES, TEXT, context=900, n=1, keys=41),
+            lambda: tasks_needles.multikey(BYTES, TEXT, context=900, n=1, keys=41),
             r"keys=41 must be in \[1, 40\]",
         ),
         (
-            lambda: tasks.variable_tracking(BYTES, TEXT, context=900, n=1, hops=-1),
+            lambda: tasks_needles.variable_tracking(
+                BYTES, TEXT, context=900, n=1, hops=-1
+            ),
             "chains=4 of hops=-1 take 0 names",
         ),
         (
-            lambda: tasks.variable_tracking(
+            lambda: tasks_needles.variable_tracking(
                 BYTES, TEXT, context=900, n=1, hops=9, chains=90
             ),
             "chains=90 of hops=9 take 900 names: .* at most 837",
         ),
         (
-            lambda: tasks.windows(BYTES, "x" * 250, context=100, n=3),
+            lambda: tasks_needles.windows(BYTES, "x" * 250, context=100, n=3),
             "n=3 windows of context=100 tokens need 300 .* has 250: lower n to 2",
         ),
         (
-            lambda: tasks.windows(BYTES, "x" * 50, context=100, n=3, named="windows"),
+            lambda: tasks_needles.windows(
+                BYTES, "x" * 50, context=100, n=3, named="windows"
+            ),
             "^windows=3 windows of .* has 50: give a longer text",
         ),
-        (lambda: tasks.windows(BYTES, TEXT, context=1, n=1), "context=1 must leave"),
+        (
+            lambda: tasks_needles.windows(BYTES, TEXT, context=1, n=1),
+            "context=1 must leave",
+        ),
     ],
 )
 def test_errors_name_the_values_and_the_fix(call, message):
@@ -280,7 +295,7 @@ class Ending(ByteTokenizer):
 
 
 def test_windows_have_nothing_that_ends_a_text():
-    for window in tasks.windows(Ending(), TEXT, context=100, n=5):
+    for window in tasks_needles.windows(Ending(), TEXT, context=100, n=5):
         assert window[0] == 256
         assert max(window[1:]) < 256
         assert bytes(window[1:]).decode() in TEXT
@@ -313,18 +328,18 @@ def test_a_faultless_copier_answers_right_in_the_tokens_it_is_given(task, name):
 
 
 def test_a_blank_is_said_with_the_answer_where_it_is_one_token_with_it():
-    (example,) = tasks.passkey(joining_bytes(), TEXT, context=900, n=1)
+    (example,) = tasks_needles.passkey(joining_bytes(), TEXT, context=900, n=1)
     assert example.text.endswith("\nThe pass key is")
     assert re.fullmatch(r" \d{5}", example.answer)
     assert example.answer_tokens == 5
     assert example.score(example.answer.lstrip()) == 1
-    (plain,) = tasks.passkey(BYTES, TEXT, context=900, n=1)
+    (plain,) = tasks_needles.passkey(BYTES, TEXT, context=900, n=1)
     assert plain.text.endswith("\nThe pass key is ")
 
 
 def test_letters_of_the_question_are_said_with_the_answer():
     """Where a token is two bytes, an answer begins in the middle of every other one."""
-    made = tasks.multikey(PairTokenizer(), TEXT, context=900, n=8)
+    made = tasks_needles.multikey(PairTokenizer(), TEXT, context=900, n=8)
     assert {example.text.endswith("value") for example in made} == {True, False}
     made = extraction.extraction(PairTokenizer(), TEXT, context=900, n=8)
     cut = [example for example in made if not example.text.endswith("\t")]
@@ -341,13 +356,13 @@ def test_an_answer_that_cannot_be_said_is_refused(task):
         ValueError, match=r"the tokenizer cannot say .* behind .* decode"
     ):
         ALL[task](word_piece(), TEXT, context=900, n=1)
-    (example,) = tasks.passkey(word_piece(), TEXT, context=900, n=1)
+    (example,) = tasks_needles.passkey(word_piece(), TEXT, context=900, n=1)
     assert re.fullmatch(r" \d{5}", example.answer)
 
 
 def test_a_prompt_that_its_answer_does_not_go_on_with_is_refused():
     tokenizer = joining_bytes()
-    (example,) = tasks.passkey(tokenizer, TEXT, context=900, n=1)
+    (example,) = tasks_needles.passkey(tokenizer, TEXT, context=900, n=1)
     example = example._replace(prompt=tokenizer.encode(example.text + " "))
     with pytest.raises(ValueError, match=r"the tokenizer joins .* and its answer"):
         haystack.whole(tokenizer, example)

@@ -8,8 +8,8 @@ from tiny import SMALL, tiny_model
 
 import kvjax
 from kvjax import registry
+from kvjax.decoding.generate import bucket, continued, prefill, prefill_chunk
 from kvjax.evaluation import compare, compare_inputs, compare_runs, fidelity, together
-from kvjax.generate import bucket, continued, prefill, prefill_chunk
 
 MODEL = tiny_model(num_layers=2)
 RNG = np.random.default_rng(0)

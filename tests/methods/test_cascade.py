@@ -9,9 +9,10 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax import accounting, cascading, rings
-from kvjax.cascading import Plan
-from kvjax.methods.cascade import cascade
+from kvjax import accounting
+from kvjax.methods.cascade import rings, schedule
+from kvjax.methods.cascade.method import cascade
+from kvjax.methods.cascade.schedule import Plan
 from kvjax.rope import Rope
 
 FRESH = 11  # new tokens at once, more than most rings have slots
@@ -23,13 +24,13 @@ def jitted(plan: Plan):
 
     @jax.jit
     def step(seen, count, tokens, scores, new_scores):
-        src = cascading.sources(plan, seen, count, scores, new_scores)
+        src = schedule.sources(plan, seen, count, scores, new_scores)
         new = seen[:, None, None] + jnp.arange(FRESH, dtype=jnp.int32)
         new = jnp.broadcast_to(new, new_scores.shape)
         tokens = jnp.take_along_axis(jnp.concatenate([tokens, new], 2), src, 2)
         scores = jnp.concatenate([scores, new_scores], 2)
         scores = jnp.take_along_axis(scores, src, 2)
-        return tokens, scores, cascading.layout(plan, seen + count)
+        return tokens, scores, schedule.layout(plan, seen + count)
 
     return step
 
@@ -232,9 +233,9 @@ def test_heads_are_reduced_as_asked():
         ("max", grouped.max(2)),
         ("median", lower),
     ]:
-        actual = cascading.reduce_heads(jnp.asarray(received), 2, how)
+        actual = schedule.reduce_heads(jnp.asarray(received), 2, how)
         np.testing.assert_allclose(actual, expected, rtol=1e-6)
-    shared = cascading.reduce_heads(jnp.asarray(received), 2, "median", True)
+    shared = schedule.reduce_heads(jnp.asarray(received), 2, "median", True)
     expected = np.sort(received, axis=1)[:, 3]
     np.testing.assert_array_equal(shared, np.stack([expected] * 2, 1))
 
@@ -242,7 +243,7 @@ def test_heads_are_reduced_as_asked():
 def test_scores_decay_by_query():
     """Even for a beta that float32 cannot tell from its neighbour."""
     beta, queries = 1 - 1e-7, jnp.asarray([1000], jnp.int32)
-    scores = cascading.ema(jnp.ones((1, 1, 1)), jnp.zeros((1, 1, 1)), beta, queries)
+    scores = schedule.ema(jnp.ones((1, 1, 1)), jnp.zeros((1, 1, 1)), beta, queries)
     assert abs(1 - float(scores[0, 0, 0]) - 1e-4) < 1e-7
 
 

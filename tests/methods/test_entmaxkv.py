@@ -7,9 +7,10 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax import accounting, support
-from kvjax.evaluation.claims import driven
-from kvjax.methods.entmaxkv import entmaxkv
+from kvjax import accounting
+from kvjax.evaluation.claims.measure import steps as measure_steps
+from kvjax.methods.entmaxkv.method import entmaxkv
+from kvjax.stores import page_statistics
 
 PROMPTS, STEPS = (1, 27, 28), 6
 TOPK = {"budget": 12, "page_size": 4}
@@ -147,7 +148,7 @@ def test_rows_of_one_page_have_nothing_to_estimate_and_are_exact(tau_mode):
 
 def test_the_bests_of_a_groups_heads_tie_and_the_lower_page_is_read():
     """Room for one page besides the newest, exactly, whatever the compiler fuses."""
-    with driven.optimised():  # else nothing is fused
+    with measure_steps.optimised():  # else nothing is fused
         run = check(drive.make_stream((41,) * 12, 2), 2.0, budget=8, page_size=4)
     assert (counts(run) <= 8).all()
 
@@ -167,7 +168,7 @@ def test_statistics_from_appends_are_those_from_scratch():
     for i in range(steps):
         state = append(state, k[i], v[i])
     keys = state.store.pages[..., : spec.head_dim]
-    expected = jax.jit(support.page_statistics)(keys)
+    expected = jax.jit(page_statistics.page_statistics)(keys)
     for b, length in enumerate(prompts):
         whole = (length + steps) // 4
         for made, scratch in zip(state.moments, expected[2:], strict=True):

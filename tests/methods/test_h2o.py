@@ -4,8 +4,8 @@ import drive
 import oracles
 import pytest
 
-from kvjax import cache
 from kvjax.methods.h2o import h2o
+from kvjax.stores import buffers
 
 
 def check(stream, chunks=None, **options):
@@ -88,5 +88,5 @@ def test_defaults_half_of_the_budget_is_recent():
 
 def test_padding_votes_for_nothing(monkeypatch):
     """Zeroed buffers: poison, elsewhere, would draw the weight of a padded query."""
-    monkeypatch.setattr(cache, "fill_value", 0.0)
+    monkeypatch.setattr(buffers, "fill_value", 0.0)
     check(drive.make_stream((9, 12, 30), 12, heads=(2, 2), seed=5))

@@ -5,8 +5,8 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax import cache
 from kvjax.methods.quest import quest
+from kvjax.stores import buffers
 
 DEFAULT = {"budget": 12, "page_size": 4}
 
@@ -92,7 +92,7 @@ def test_a_share_of_the_tokens_so_far():
                 assert abs(run.diagnostics.lse[i, b, h, 0] - lse) < 2e-5
             read = len(heads[0]) + (-len(heads[0])) % 4
             traffic = method.traffic(spec, t + 1)
-            assert traffic.kv == cache.kv_bytes(spec, read)
+            assert traffic.kv == buffers.kv_bytes(spec, read)
     assert budgets == {8, 16, 20}
 
 

@@ -11,7 +11,7 @@ import pytest
 
 import kvjax
 from kvjax.methods.quest import quest
-from kvjax.methods.refresh import refresh
+from kvjax.methods.refreshkv.refresh import refresh
 
 PAGE, PAGES = 4, 3
 STREAM = drive.make_stream((1, 27, 28, 13), 14)

@@ -9,7 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax.methods.refreshkv import refreshkv
+from kvjax.methods.refreshkv.method import refreshkv
 
 
 def check(stream, **options):

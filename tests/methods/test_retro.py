@@ -15,11 +15,13 @@ import pytest
 from oracles import retro as definition
 
 import kvjax
-from kvjax import cache, dense, retrospection
+from kvjax import dense
 from kvjax.interface import CacheSpec
 from kvjax.methods.full import full
 from kvjax.methods.quest import quest
-from kvjax.methods.retro import retro
+from kvjax.methods.retro import history
+from kvjax.methods.retro.method import retro
+from kvjax.stores import buffers, contiguous
 
 PAGE = 4
 STARTS = (5, 16, 1)  # lengths of the prompts: inside a page, at its end, hardly any
@@ -276,8 +278,8 @@ def test_what_a_step_did_is_told_by_the_windows(window, lists):
     """Pages seen (the exposure), pages new to a row, and how far its output moved."""
     table, (out, _, states) = draw_pages(lists), frozen(window, lists)
     past = window - 1
-    revision = jax.jit(retrospection.revision, static_argnums=3)
-    num_seen = jax.jit(retrospection.num_seen, static_argnums=2)
+    revision = jax.jit(history.revision, static_argnums=3)
+    num_seen = jax.jit(history.num_seen, static_argnums=2)
     for i in range(STEPS):
         before, after = (
             jax.tree.map(lambda x, at=at: x[at], states.window) for at in (i, i + 1)
@@ -332,7 +334,7 @@ def test_exposure_is_the_mean_share_of_pages_seen_later():
     counts = np.array([[[-1, -1, 4]], [[-1, 5, 2]], [[6, 2, 3]], [[3, 3, 1]]])
     # 4 pages, then 5, then 6; 2, 2, 3; 3, 3; 1.
     expected = [1, np.mean([5 / 4, 2 / 2, 3 / 3]), np.mean([6 / 4, 3 / 2])]
-    np.testing.assert_allclose(retrospection.exposure(counts), expected)
+    np.testing.assert_allclose(history.exposure(counts), expected)
 
 
 # --- state, and mistakes
@@ -346,7 +348,7 @@ def test_what_the_window_holds_does_not_grow_with_the_context():
         return jax.eval_shape(lambda: method.init(spec))
 
     short, long = (state(n).window._replace(last_loaded=None) for n in (64, 4096))
-    assert cache.num_bytes(short) == cache.num_bytes(long) == 4 * (1 + 4 * 3 * 9)
+    assert buffers.num_bytes(short) == buffers.num_bytes(long) == 4 * (1 + 4 * 3 * 9)
 
 
 def test_a_later_prompt_ends_the_window():
@@ -395,8 +397,8 @@ def test_dense_layers_take_the_new_keys_too():
         for i in range(4):
             state = method.append(state, k[i], v[i] + jnp.float32(i))
             state, out, _ = method.inspect_step(state, q[i])
-        rotated, positions = cache.rotate_queries(spec, q[3], state.store.length)
-        return keys, state, out, cache.attend(state.store, rotated, positions).out
+        rotated, positions = contiguous.rotate_queries(spec, q[3], state.store.length)
+        return keys, state, out, contiguous.attend(state.store, rotated, positions).out
 
     prompt = drive.chunk(stream, (0, 0), stream.prompts, size=3)
     keys, state, out, expected = run(prompt, *inputs)

@@ -10,10 +10,10 @@ from tiny import dense as dense_attention
 from tiny import tiny_model
 
 import kvjax
-from kvjax.generate import generate
+from kvjax.decoding.generate import generate
 from kvjax.interface import layer_specs
 from kvjax.methods.quest import quest
-from kvjax.methods.retro import retro
+from kvjax.methods.retro.method import retro
 
 PAGE = 4
 MODEL_STARTS = (5, 17)

@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax import selection
+from kvjax.attention import selection
 from kvjax.methods.token_select import token_select
 
 SMALL = {"budget": 8, "num_sinks": 2, "window": 3}

@@ -9,9 +9,10 @@ import numpy as np
 import oracles
 import pytest
 
-from kvjax import accounting, feature_maps, files, map_files, registry
+from kvjax import accounting, files, registry
 from kvjax.interface import CacheSpec
-from kvjax.methods.topk_completion import topk_completion
+from kvjax.methods.topk_completion import feature_maps, map_files
+from kvjax.methods.topk_completion.method import topk_completion
 from kvjax.rope import Rope
 
 # The estimate is a float32 difference of sums: the same bar as everywhere, 1e-5 a row.

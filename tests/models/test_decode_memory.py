@@ -11,9 +11,10 @@ import pytest
 from aot import gpu, tpu
 from jax.sharding import SingleDeviceSharding
 
-from kvjax import cache, registry
+from kvjax import registry
 from kvjax.interface import layer_specs
 from kvjax.rope import Rope
+from kvjax.stores import buffers
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
 
@@ -73,7 +74,7 @@ def compile_step(name, dtype, sharding=None, batch=1):
             arguments,
         )
     compiled = jax.jit(step, donate_argnums=1).lower(*arguments).compile()
-    return compiled.memory_analysis(), cache.num_bytes(arguments[1])
+    return compiled.memory_analysis(), buffers.num_bytes(arguments[1])
 
 
 @pytest.mark.parametrize("batch", [1, 2], ids="B{}".format)

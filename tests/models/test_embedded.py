@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 import models
-from kvjax.words import WORDS
+from kvjax.evaluation.tasks.words import WORDS
 from models import embedded
 from models.embedded import start, tokenizer
 from models.llama.model import LlamaDecoder

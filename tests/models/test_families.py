@@ -17,8 +17,8 @@ from tokenizers_made import write_byte_level
 
 import models
 from kvjax import files, registry
+from kvjax.decoding.scoring import score
 from kvjax.interface import dynamic_rope, layer_specs
-from kvjax.scoring import score
 from kvjax.training import step
 from kvjax.training.batch import Batch
 from models import llama

@@ -15,8 +15,9 @@ import pytest
 import smollm2_reference as reference
 
 import models
-from kvjax import prefix, registry
-from kvjax.generate import generate
+from kvjax import registry
+from kvjax.decoding import saved_prompt
+from kvjax.decoding.generate import generate
 
 TOLERANCE = 2e-4  # of a log-probability, in nats
 FULL = registry.parse("full")
@@ -244,10 +245,10 @@ def test_a_row_does_not_depend_on_its_neighbours(model, chat, answer):
 
 def test_a_saved_prompt_goes_on_bit_for_bit(model, chat, answer, tmp_path):
     room = reference.NUM_GENERATED
-    read = prefix.read(model, FULL, [chat], room=room)
-    prefix.save(tmp_path / "read", model, read, method_name="full")
+    read = saved_prompt.read(model, FULL, [chat], room=room)
+    saved_prompt.save(tmp_path / "read", model, read, method_name="full")
     before = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(read)]
-    restored = prefix.restore(tmp_path / "read", model, FULL, method_name="full")
+    restored = saved_prompt.restore(tmp_path / "read", model, FULL, method_name="full")
     after = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(restored)]
     assert after == before
-    assert prefix.generate(model, FULL, restored, eos_ids=()) == [answer]
+    assert saved_prompt.generate(model, FULL, restored, eos_ids=()) == [answer]

@@ -13,10 +13,10 @@ import numpy as np
 import oracles
 import pytest
 
-from pallas_kernels import hopper
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.page_attention import mosaic_gpu, page_attention
+from pallas_kernels.shared import hopper
 
 needs_mosaic = pytest.mark.skipif(
     hopper.plgpu is None,

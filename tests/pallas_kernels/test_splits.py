@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 
-from pallas_kernels.splits import merge
+from pallas_kernels.shared.split_k import merge
 
 
 @pytest.mark.parametrize("axis", [0, 1])

@@ -22,7 +22,7 @@ if importlib.util.find_spec("jax_triton") is None:
         allow_module_level=True,
     )
 
-from pallas_kernels import triton_call
+from pallas_kernels.shared import triton_call
 
 ALONE = "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"
 INTERPRETED = pathlib.Path(__file__).with_name("triton_interpreted.py")

@@ -12,13 +12,13 @@ import oracles
 import pytest
 from triton.runtime import interpreter
 
-from pallas_kernels import triton_call
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.entmax import triton as entmax_triton
 from pallas_kernels.page_attention import Surrogate, page_attention, triton_blocks
 from pallas_kernels.page_attention import triton as page_attention_triton
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.page_scores import triton as page_scores_triton
+from pallas_kernels.shared import triton_call
 from pallas_kernels.topk import top_k
 from pallas_kernels.topk import triton as topk_triton
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import files
+from kvjax import array_files, files
 from kvjax.training import checkpoint
 
 # Orbax drops the reads beside one that fails, which shows when they are collected.
@@ -158,7 +158,9 @@ def test_a_damaged_checkpoint_is_an_error_and_the_one_before_is_found(
 ):
     path = fill(folder, 1, 2)
     DAMAGE[damage](path / "2")
-    with pytest.raises(checkpoint.DamagedError, match=r"checkpoints/2 is damaged") as e:
+    with pytest.raises(
+        array_files.DamagedError, match=r"checkpoints/2 is damaged"
+    ) as e:
         checkpoint.restore(folder(), 2, LIKE)
     assert "\n" not in str(e.value)
     said = []
@@ -184,7 +186,7 @@ def test_a_fingerprint_that_differs_by_one_bit_is_damage(folder):
     document["fingerprints"][-1] ^= 1
     file.write_text(json.dumps(document))
     with pytest.raises(
-        checkpoint.DamagedError, match=r"1 arrays .* first \['weights'\]"
+        array_files.DamagedError, match=r"1 arrays .* first \['weights'\]"
     ):
         checkpoint.restore(folder(), 1, LIKE)
 
@@ -219,7 +221,7 @@ def test_a_foreign_checkpoint_is_an_error_that_names_what_differs(
     path = fill(folder, 1, 2)
     with pytest.raises(ValueError, match=message) as caught:
         checkpoint.newest(folder(), shapes(state() | change), print)
-    assert not isinstance(caught.value, checkpoint.DamagedError)
+    assert not isinstance(caught.value, array_files.DamagedError)
     assert sorted(p.name for p in path.iterdir()) == ["1", "2"]
 
 
@@ -233,7 +235,7 @@ def test_what_a_crash_left_half_written_is_removed(folder):
 
 def test_fingerprints_see_every_bit_and_every_exchange():
     base = state()
-    expected = [int(f) for f in checkpoint.fingerprints(base)]
+    expected = [int(f) for f in array_files.fingerprints(base)]
     index = [
         jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(base)
     ]
@@ -243,15 +245,15 @@ def test_fingerprints_see_every_bit_and_every_exchange():
         host = np.array(base["weights"])
         host.view(np.uint32)[row, column] ^= np.uint32(1) << np.uint32(bit)
         changed = base | {"weights": jnp.asarray(host)}
-        changed = [int(f) for f in checkpoint.fingerprints(changed)]
+        changed = [int(f) for f in array_files.fingerprints(changed)]
         differing = {
             n for n, a, b in zip(index, changed, expected, strict=True) if a != b
         }
         assert differing == {"['weights']"}
     swapped = base["weights"].at[:2].set(base["weights"][1::-1])
-    assert int(checkpoint.fingerprints([swapped])[0]) not in expected
-    (zero,) = checkpoint.fingerprints([jnp.zeros(3)])
-    (negative,) = checkpoint.fingerprints([jnp.zeros(3).at[1].set(-0.0)])
+    assert int(array_files.fingerprints([swapped])[0]) not in expected
+    (zero,) = array_files.fingerprints([jnp.zeros(3)])
+    (negative,) = array_files.fingerprints([jnp.zeros(3).at[1].set(-0.0)])
     assert zero != negative
 
 

@@ -8,9 +8,9 @@ import pytest
 from tiny import ByteTokenizer
 from tokenizers import Tokenizer, processors
 
-from kvjax.evaluation.chain import chain_of_key
-from kvjax.evaluation.extraction import extraction
-from kvjax.evaluation.tasks import multikey, passkey
+from kvjax.evaluation.tasks.chain import chain_of_key
+from kvjax.evaluation.tasks.extraction import extraction
+from kvjax.evaluation.tasks.needles import multikey, passkey
 from kvjax.training import data
 from kvjax.training.data import retrieval, text
 from models import embedded

@@ -10,11 +10,11 @@ import pytest
 from oracles import completion as oracle
 from tiny import TEXT, tiny_model
 
-from kvjax import feature_maps, map_files
-from kvjax.evaluation import abstention
-from kvjax.training import distill, maps
+from kvjax.evaluation import head_gains
+from kvjax.methods.topk_completion import feature_maps, map_files
+from kvjax.training.feature_maps import distill, networks
 
-SETTINGS = maps.Settings(
+SETTINGS = networks.Settings(
     steps=40,
     lengths=(40,),
     features=4,
@@ -30,7 +30,7 @@ SETTINGS = maps.Settings(
     log_every=10,
 )
 TOKENS = np.array(list(TEXT.encode()), np.int32)[:56]  # one document
-INITIAL = jax.jit(maps.initial, static_argnums=(1, 2, 3, 4, 5))
+INITIAL = jax.jit(networks.initial, static_argnums=(1, 2, 3, 4, 5))
 TOLERANCE = 2e-5  # of float32 sums of forty terms, against float64
 
 
@@ -57,7 +57,7 @@ def test_the_papers_loss_by_hand(weight):
     )
     with jax.disable_jit():
         given = [jnp.asarray(x) for x in (student, teacher, middle)]
-        found = np.asarray(maps.paper_loss(*given, settings))
+        found = np.asarray(networks.paper_loss(*given, settings))
     for index in np.ndindex(2, 3):
         s, shat = np.float64(teacher[index][middle]), np.float64(student[index][middle])
         r, rhat = s - s.max(), shat - s.max()
@@ -81,7 +81,7 @@ def test_the_output_loss_by_hand(retrieved):
     middle = (np.arange(12) >= 2) & (np.arange(12) < 9)
     visible = np.broadcast_to(np.arange(12) < 11, teacher.shape)
     given = [jnp.asarray(x) for x in (student, teacher, v, middle, visible)]
-    found = maps.output_loss(*given, jnp.int32(retrieved), SETTINGS)
+    found = networks.output_loss(*given, jnp.int32(retrieved), SETTINGS)
     for index in np.ndindex(2, 3):
         s, shat = np.float64(teacher[index]), np.float64(student[index])
         best = sorted(np.flatnonzero(middle), key=lambda j: -s[j])[:retrieved]
@@ -103,10 +103,10 @@ def test_the_student_is_the_map_that_is_used():
     nets = INITIAL(jax.random.key(0), SETTINGS, 1, 1, 2, 6)
     nets = jax.tree.map(lambda x: x + 0.3, nets)  # open gates, biases
     net = jax.tree.map(lambda x: x[0, 0], nets.keys)
-    moments = maps.moments_of(jnp.asarray(z))
+    moments = networks.moments_of(jnp.asarray(z))
     scaled = (jnp.asarray(z) - moments.mean) / moments.deviation
     assert abs(float(scaled.std()) - 1) < 1e-5
-    plain = maps.unstandardised(net, moments)
+    plain = networks.unstandardised(net, moments)
     wanted = [
         oracle.mlp(
             {k: np.float64(x) for k, x in plain._asdict().items()}, np.float64(r)
@@ -120,7 +120,7 @@ def test_the_student_is_the_map_that_is_used():
     )
     layer = feature_maps.Learned(plain, jax.tree.map(lambda x: x[0, 0], nets.queries))
     q = jnp.asarray(rng.standard_normal((2, 3, 6)), jnp.float32)
-    shat = maps.log_weights(layer, q, jnp.asarray(z))
+    shat = networks.log_weights(layer, q, jnp.asarray(z))
     g = np.float64(feature_maps.mlp_features(layer.queries, q))
     direct = np.log(np.exp(g[:, :, None] + np.float64(found)).sum(-1))
     np.testing.assert_allclose(shat, direct, rtol=1e-4, atol=1e-4)
@@ -249,12 +249,12 @@ def test_a_head_that_is_not_finite_stops_the_run_and_the_last_good_state_stays(
 @pytest.mark.usefixtures("unchecked_shapes")
 def test_heads_abstain_where_completion_hurts():
     alone = np.array([[0.2, 0.3], [0.4, 0.5]])
-    found = abstention.Calibration(alone, alone * [[0.5, 1.5], [1.0, 0.9]])
+    found = head_gains.Calibration(alone, alone * [[0.5, 1.5], [1.0, 0.9]])
     np.testing.assert_array_equal(found.gain, [[1, 0], [0, 1]])
-    *_, line = abstention.summary(found)
+    *_, line = head_gains.summary(found)
     assert line == (
         "mean relative error 0.3500 alone, 0.3500 completed, 0.3125 where it helps: 2 "
         "of 4 heads"
     )
     with pytest.raises(ValueError, match=r"more than new_tokens=8 .* there are 0"):
-        abstention.calibrate(None, None, None, None, [], new_tokens=8)
+        head_gains.calibrate(None, None, None, None, [], new_tokens=8)

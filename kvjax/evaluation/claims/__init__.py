@@ -6,8 +6,14 @@
 import difflib
 from collections.abc import Sequence
 
-from kvjax.evaluation.claims import cascade, entmaxkv, refreshkv, retro, topk_completion
 from kvjax.evaluation.claims.claim import Claim
+from kvjax.evaluation.claims.papers import (
+    cascade,
+    entmaxkv,
+    refreshkv,
+    retro,
+    topk_completion,
+)
 
 ALL: tuple[Claim, ...] = (
     *topk_completion.CLAIMS,

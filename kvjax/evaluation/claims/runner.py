@@ -11,7 +11,7 @@ from kvjax.evaluation.claims.claim import (
     judge,
     not_measured,
 )
-from kvjax.evaluation.claims.driven import optimised
+from kvjax.evaluation.claims.measure.steps import optimised
 from kvjax.evaluation.claims.session import Session
 
 Finished = Callable[[Sequence[Row]], Any]

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from kvjax.evaluation.tasks.words import WORDS
 from kvjax.training.batch import Sample
 from kvjax.training.data.text import Corpus, haystack
-from kvjax.words import WORDS
 
 # What a piece of a sample's text is to the loss.
 PLAIN, ANSWER, UNKNOWABLE = 0, 1, 2

@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvjax import files, text_tokens
+from kvjax import files
+from kvjax.text import encoding as text_encoding
 from kvjax.training.data import records
 
 STDLIB = "stdlib"
@@ -174,7 +175,7 @@ def make(texts: Sequence[str], tokenizer) -> Corpus:
         ValueError: if the texts have fewer than two tokens.
     """
     encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
-    before, behind = text_tokens.added(lambda text: tokenizer.encode(text).ids)
+    before, behind = text_encoding.added(lambda text: tokenizer.encode(text).ids)
     pieces = [np.array([*before, *x.ids, *behind], np.int32) for x in encodings]
     tokens = np.concatenate(pieces)
     if len(tokens) < 2:

@@ -1,0 +1,1 @@
+"""Attention, whatever it is over: partial results, and which keys are chosen."""

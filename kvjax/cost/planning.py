@@ -1,0 +1,220 @@
+"""What a model takes at a context under a method, before anything is allocated.
+
+Bytes of states are those of the very buffers that `kvjax.decoding.generate` would
+allocate, by `jax.eval_shape`; bytes of a step are the methods' own `traffic`.
+Temporaries are an estimate, and a rate is what the memory's bandwidth allows:
+arithmetic is not counted.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvjax import accounting
+from kvjax.decoding.generate import empty_states
+from kvjax.interface import DecoderLM, Method
+from kvjax.stores.buffers import num_bytes
+
+
+class Device(NamedTuple):
+    """One accelerator."""
+
+    memory: int  # bytes that a program can have
+    bandwidth: int  # bytes a second, of that memory
+
+
+# By the data sheets of NVIDIA (T4, L4, A100 SXM, H100 SXM, H200 SXM) and the pages of
+# Google Cloud on each TPU (one chip). Memory of two TPUs as the compiler has it: libtpu
+# 0.0.52 refuses what exceeds 15.75 GiB on v5e and 31.24 GiB on v6e.
+_GB = 10**9
+DEVICES = {
+    "T4": Device(16 * _GB, 320 * _GB),
+    "L4": Device(24 * _GB, 300 * _GB),
+    "v5e-1": Device(int(15.75 * 2**30), 819 * _GB),
+    "v6e-1": Device(int(31.24 * 2**30), 1640 * _GB),
+    "v4": Device(32 * 2**30, 1200 * _GB),
+    "v5p": Device(95 * _GB, 2765 * _GB),
+    "A100-40": Device(40 * _GB, 1555 * _GB),
+    "A100-80": Device(80 * _GB, 2039 * _GB),
+    "H100": Device(80 * _GB, 3350 * _GB),
+    "H200": Device(141 * _GB, 4800 * _GB),
+}
+# Share of a device's memory that a plan leaves free: fragments between buffers, the
+# runtime's own, and what the estimate of temporaries leaves out.
+MARGIN = 0.1
+
+
+def device(text: str) -> tuple[str, Device]:
+    """Returns the name and sizes of a known device, or of one as `name:GB:GB/s`.
+
+    Raises:
+        ValueError: for a name that is not known and gives no sizes, and for sizes that
+            are no positive numbers.
+    """
+    name, *sizes = text.split(":")
+    if not sizes and name in DEVICES:
+        return name, DEVICES[name]
+    form = "name:GB:GB/s, as mine:48:864"
+    if not sizes:
+        known = ", ".join(DEVICES)
+        raise ValueError(
+            f"unknown device={text!r}: choose one of {known}, or give {form}."
+        )
+    try:
+        memory, bandwidth = (float(size) for size in sizes)
+    except ValueError as error:
+        raise ValueError(f"device={text!r} must read {form}.") from error
+    if not name or not (0 < memory < math.inf and 0 < bandwidth < math.inf):
+        raise ValueError(f"device={text!r} must read {form}, both above 0.")
+    return name, Device(round(memory * _GB), round(bandwidth * _GB))
+
+
+def devices(texts: Iterable[str]) -> dict[str, Device]:
+    """Returns devices by name, each of :func:`device`'s spelling.
+
+    Raises:
+        ValueError: as :func:`device`, and for one name with two sizes.
+    """
+    found: dict[str, Device] = {}
+    for text in texts:
+        name, sizes = device(text)
+        if found.setdefault(name, sizes) != sizes:
+            raise ValueError(f"device={text!r}: {name} is given with other sizes too.")
+    return found
+
+
+class Weights(NamedTuple):
+    """Bytes of a model's weights: `read` are those that a step must read."""
+
+    held: int
+    read: int
+
+
+class Sizes(NamedTuple):
+    """Of the shapes a plan needs and `DecoderLM` does not say."""
+
+    width: int  # E
+    mlp_width: int
+
+
+class Plan(NamedTuple):
+    """Bytes of one model under one method, all rows and layers together."""
+
+    weights: Weights
+    prompt_state: int  # while the prompt is read
+    ending_state: int  # while `finish` makes the one from the other, a layer at a time
+    decode_state: int
+    prompt_temporaries: int  # estimates, both
+    decode_temporaries: int
+    kv: int  # keys and values that a step reads
+    metadata: int  # what it reads only to choose
+    batch: int
+
+    @property
+    def step_bytes(self) -> int:
+        """Read for one step of all rows: the weights once, every row's cache."""
+        return self.weights.read + self.kv + self.metadata
+
+    @property
+    def prompt_bytes(self) -> int:
+        """Held while the prompt is read."""
+        return self.weights.held + self.prompt_state + self.prompt_temporaries
+
+    @property
+    def decode_bytes(self) -> int:
+        """Held while tokens are generated."""
+        return self.weights.held + self.decode_state + self.decode_temporaries
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at any moment."""
+        ending = self.weights.held + self.ending_state
+        return max(self.prompt_bytes, ending, self.decode_bytes)
+
+
+def plan(
+    decoder: DecoderLM,
+    method: Method,
+    *,
+    weights: Weights,
+    sizes: Sizes,
+    context: int,
+    new_tokens: int = 128,
+    batch: int = 1,
+    chunk_size: int = 512,
+) -> Plan:
+    """Bytes for prompts and generated tokens of `context` together.
+
+    Args:
+        decoder: of any size; no weights are needed.
+        method: any that suits the model.
+        weights: bytes of the model's.
+        sizes: of its hidden states.
+        context: tokens of a row when the last one is generated.
+        new_tokens: generated ones among them.
+        batch: rows.
+        chunk_size: prompt tokens at once.
+
+    Raises:
+        ValueError: unless `1 <= new_tokens < context`, and for sizes below 1.
+    """
+    for name, value in (("batch", batch), ("chunk_size", chunk_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+    if not 1 <= new_tokens < context:
+        raise ValueError(f"{new_tokens=} must be in [1, {context=}).")
+    states = jax.eval_shape(
+        lambda: empty_states(decoder, method, batch, context - new_tokens, new_tokens)
+    )
+    before = [num_bytes(state) for state in states]
+    after = [num_bytes(jax.eval_shape(method.finish, state)) for state in states]
+    # Layer by layer: those before are small already, one is held in both shapes.
+    ending = max(
+        sum(after[: layer + 1]) + sum(before[layer:]) for layer in range(len(states))
+    )
+    read = accounting.traffic(method, decoder, context, new_tokens)
+    spec = decoder.cache_spec(batch, context, new_tokens)
+    itemsize = jnp.dtype(spec.dtype).itemsize
+    logits = 4 * batch * decoder.vocab_size
+    # A chunk's hidden states and heads; and XLA copies a layer's cache up to twice for
+    # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
+    heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    wide = (2 * sizes.width + 3 * sizes.mlp_width + heads) * itemsize
+    prompt_temporaries = batch * chunk_size * wide + 2 * max(before) + logits
+    # One layer's attention logits twice, in float32, where no kernel keeps them small.
+    decode_temporaries = 2 * 4 * batch * spec.num_q_heads * context + 2 * logits
+    return Plan(
+        weights,
+        sum(before),
+        sum(before) if before == after else ending,
+        sum(after),
+        prompt_temporaries,
+        decode_temporaries,
+        batch * read.kv,
+        batch * read.metadata,
+        batch,
+    )
+
+
+def room(device: Device, margin: float = MARGIN) -> int:
+    """Bytes of a device's memory that may be used: all but a share of it.
+
+    Raises:
+        ValueError: unless the margin is in [0, 1).
+    """
+    if not 0 <= margin < 1:
+        raise ValueError(f"{margin=} must be in [0, 1), a share of the memory.")
+    return device.memory - math.floor(margin * device.memory)
+
+
+def fits(plan: Plan, device: Device, margin: float = MARGIN) -> bool:
+    """Says whether the peak leaves a share of the device's memory free."""
+    return plan.peak <= room(device, margin)
+
+
+def tokens_per_second(plan: Plan, device: Device) -> float:
+    """Most tokens a second, all rows together, that the bytes of a step allow."""
+    return plan.batch * device.bandwidth / plan.step_bytes

@@ -1,0 +1,210 @@
+"""What a model may be given: prompts, tokens, options; one clear error for the rest."""
+
+import operator
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+import numpy as np
+
+from kvjax import accounting
+from kvjax.decoding.sampling import Sampling, shown, validate
+from kvjax.interface import DecoderLM, LanguageModel, Method, Tokenizer
+from kvjax.text import encoding
+
+_BYTES = (bytes, bytearray, memoryview)
+
+
+def check_prompts(
+    decoder: DecoderLM,
+    method: Method,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    chunk_size: int,
+) -> None:
+    """Raises ValueError unless the prompts, from :func:`token_rows`, fit the model."""
+    if not prompts:
+        raise ValueError("prompts is empty: give at least one.")
+    check_counts(max_new_tokens=max_new_tokens, chunk_size=chunk_size)
+    for row, prompt in enumerate(prompts):
+        if len(prompt) == 0:
+            raise ValueError(f"prompt {row} has no tokens: give it at least one.")
+        is_long = len(prompt) + max_new_tokens > decoder.context
+        if is_long and not accounting.is_constant(method, decoder):
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens=} that "
+                f"exceeds the model's context of {decoder.context}: shorten either."
+            )
+    check_vocabulary(decoder, prompts)
+
+
+def check_options(
+    sampling: Sampling,
+    stop: Sequence[str] = (),
+    stream_every: int = 16,
+    seed: int = 0,
+    eos_ids: Collection[int] | None = None,
+) -> None:
+    """Raises ValueError unless each is in its range."""
+    validate(sampling)
+    check_seed(seed)
+    if eos_ids is not None:
+        is_listed = isinstance(eos_ids, Set) or _is_series(eos_ids)
+        if not (is_listed and isinstance(eos_ids, Collection)) or not all(
+            _is_whole(token) and 0 <= token < 1 << 31 for token in eos_ids
+        ):
+            raise ValueError(
+                f"eos_ids={shown(eos_ids)} must be token ids, integers from 0 on, such "
+                "as (2,); () is none, None the model's own."
+            )
+    check_counts(stream_every=stream_every)
+    is_listed = isinstance(stop, Sequence) and not isinstance(stop, str)
+    if not is_listed or not all(isinstance(text, str) and text for text in stop):
+        raise ValueError(
+            f"stop={shown(stop)} must be a sequence of non-empty strings, such as "
+            "('end',)."
+        )
+
+
+def check_counts(**values: int) -> None:
+    """Raises ValueError unless every value is an integer of at least 1."""
+    for name, value in values.items():
+        if not _is_whole(value):
+            raise ValueError(f"{name}={shown(value)} must be an integer of at least 1.")
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1.")
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError unless JAX and NumPy can both be seeded with it."""
+    if not _is_whole(seed) or not 0 <= seed < 1 << 32:
+        raise ValueError(f"seed={shown(seed)} must be an integer in [0, 2**32).")
+
+
+def check_model(model: LanguageModel) -> None:
+    """Raises ValueError for what is no loaded model, such as its name."""
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"model={shown(model)} must be a LanguageModel: load it with models.load."
+        )
+
+
+def check_text(text: str, name: str) -> None:
+    """Raises ValueError unless the text can be written as UTF-8."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} is {_shown(text)}, not text{_remedy(text)}.")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} has {text[error.start]!r} at character {error.start}, half of a "
+            "pair that is not whole: it was cut or read wrongly; remove it."
+        ) from error
+
+
+def token_rows(
+    prompts: Iterable[Any], tokenizer: Tokenizer | None = None
+) -> list[list[int]]:
+    """Returns token ids of every prompt, as Python integers.
+
+    Args:
+        prompts: texts, or rows of integers: lists, or arrays of NumPy or JAX.
+        tokenizer: of texts; None if only token ids are taken.
+
+    Raises:
+        TypeError: if `prompts` is one text.
+        ValueError: if it is no series of rows, or a row anything else; names the row.
+    """
+    rows = []
+    for row, prompt in enumerate(rows_of(prompts)):
+        if tokenizer is not None and isinstance(prompt, str):
+            check_text(prompt, f"prompt {row}")
+            rows.append(encoding.begin(tokenizer.encode, prompt))
+        else:
+            rows.append(token_ids(prompt, f"prompt {row}"))
+    return rows
+
+
+def rows_of(prompts: Iterable[Any], name: str = "prompts") -> list[Any]:
+    """Returns prompts as a list, whatever each of them is.
+
+    Raises:
+        TypeError: if they are one text.
+        ValueError: if they are no series.
+    """
+    if isinstance(prompts, str):
+        raise TypeError(f"{name} is one text: put it in a list.")
+    if not _is_series(prompts):
+        raise ValueError(
+            f"{name} is {_shown(prompts)}, not a list of prompts{_remedy(prompts)}."
+        )
+    return list(prompts)
+
+
+def token_ids(prompt: Any, name: str) -> list[int]:
+    """Returns one row's token ids, as Python integers.
+
+    Raises:
+        ValueError: if it is anything else.
+    """
+    if not _is_series(prompt):
+        raise ValueError(
+            f"{name} is {_shown(prompt)}, not a list of token ids{_remedy(prompt)}."
+        )
+    if hasattr(prompt, "__array__"):  # of NumPy, JAX or PyTorch: as a whole, for speed
+        array = np.asarray(prompt)
+        if array.ndim == 1 and (array.dtype.kind in "iu" or not array.size):
+            return [] if not array.size else array.tolist()
+        raise ValueError(
+            f"{name} is an array of shape {array.shape} and dtype {array.dtype}, "
+            "not one of integers along one axis."
+        )
+    ids = []
+    for place, token in enumerate(prompt):
+        try:
+            ids.append(operator.index(token))
+        except TypeError:
+            is_whole = False
+        else:
+            is_whole = not isinstance(token, bool)
+        if not is_whole:
+            raise ValueError(
+                f"{name} holds {shown(token)} at place {place}, which is no "
+                "token id: they are integers."
+            )
+    return ids
+
+
+def _is_series(given: Any) -> bool:
+    if isinstance(given, (str, *_BYTES, Mapping, Set)):
+        return False
+    # An array of no axis has the method too.
+    return isinstance(given, Iterable) and getattr(given, "ndim", 1) > 0
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _shown(given: Any) -> str:
+    return f"{shown(given)}, of type {type(given).__name__}"
+
+
+def _remedy(given: Any) -> str:
+    if isinstance(given, _BYTES):
+        return ": decode it, as by .decode('utf-8')"
+    if isinstance(given, str):
+        return ": encode it with the model's tokenizer first"
+    if isinstance(given, int | np.integer) or getattr(given, "ndim", 1) == 0:
+        return ": put all of its tokens in a list of their own"
+    return ""
+
+
+def check_vocabulary(decoder: DecoderLM, rows: Sequence[Sequence[int]]) -> None:
+    """Raises ValueError if a row holds an unknown token id; it names the row."""
+    for index, row in enumerate(rows):
+        low, high = min(row, default=0), max(row, default=0)
+        if low < 0 or high >= decoder.vocab_size:
+            raise ValueError(
+                f"row {index} holds token id {low if low < 0 else high}, outside the "
+                f"model's vocabulary of {decoder.vocab_size}: use its own tokenizer."
+            )

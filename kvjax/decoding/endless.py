@@ -1,0 +1,294 @@
+"""Endless text, read piece by piece in constant memory: scored, then continued.
+
+For methods whose state does not grow, such as cascade and streaming_llm. Nothing here
+holds more than a piece of the text.
+"""
+
+import codecs
+import functools
+import math
+import re
+import sys
+from collections.abc import Generator, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from kvjax import accounting, files
+from kvjax.decoding import finite
+from kvjax.decoding.checks import (
+    check_counts,
+    check_model,
+    check_text,
+    check_vocabulary,
+)
+from kvjax.decoding.generate import (
+    Generation,
+    continued,
+    empty_states,
+    ended,
+    last_hidden,
+)
+from kvjax.decoding.prompt_chunks import PAD
+from kvjax.decoding.sampling import shown
+from kvjax.decoding.scoring import POSITIONS
+from kvjax.interface import DecoderLM, LanguageModel, Method, State
+from kvjax.registry import as_method
+from kvjax.text import encoding
+from kvjax.text.stream import CONTEXT, PARTIAL
+
+PIECE = 1 << 16  # characters at which a piece ends, if it cannot before
+_BEFORE = 256  # characters of a text that decide how the next piece is cut into tokens
+
+# Places where tokenizers join nothing: between two lines without blanks, and after a
+# word that ends a line.
+_CLEAN = re.compile(r"(?<=\S\n)(?=\S)|(?<=[^\W_])(?=\n)")
+# Where most join nothing, for text that has no such place: any line's end, any word.
+_OTHERS = (re.compile(r"(?<=\S)(?=\n)"), re.compile(r"(?<=\S)(?= \S)"))
+_LAST_POSITION = 2**31 - 1  # of int32
+_LARGEST_EXPONENT = math.log(sys.float_info.max)
+
+
+class Progress(NamedTuple):
+    """What has been read so far."""
+
+    tokens: int  # tokens that begin the text (BOS) included
+    num_bytes: int  # of the text's, those whose tokens were predicted
+    predicted: int  # tokens: all but the first
+    nats: float  # their negative log-likelihood, summed
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits the model needs for a byte of text."""
+        return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """Of a predicted token."""
+        if not self.predicted:
+            return math.nan
+        mean = self.nats / self.predicted
+        return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
+
+    def since(self, before: "Progress") -> "Progress":
+        """What came after `before`."""
+        return Progress(*(a - b for a, b in zip(self, before, strict=True)))
+
+
+class Read(NamedTuple):
+    """A text that was read: everything its continuation needs, of constant size."""
+
+    states: tuple[State, ...]
+    hidden: Float[Array, "1 E"]  # of the last token
+    newest: list[int]  # the last tokens, `method.rows` or more
+    seen: Bool[np.ndarray, "1 V"]  # tokens of the vocabulary that the text has
+    progress: Progress
+
+
+def check_method(
+    model: LanguageModel, method: Method | str, name: str = "this method"
+) -> None:
+    """Raises ValueError unless the method holds no more the longer the text."""
+    if not accounting.is_constant(as_method(method), model.decoder):
+        raise ValueError(
+            f"what {name} holds grows with the text: an endless one needs a method of "
+            "constant memory, such as cascade:budget=1024 or streaming_llm:budget=1024."
+        )
+
+
+def pieces(
+    blocks: Iterable[bytes], *, most: int = PIECE, name: str = "the text"
+) -> Iterator[str]:
+    """UTF-8 text, cut between lines, or else after at most `most` characters.
+
+    Tokens of the pieces, each behind the one before it (:func:`read`), are those of the
+    whole text, as long as some of its lines end in a word or have a line without blanks
+    before and after the break.
+
+    Raises:
+        ValueError: at the first byte that is not UTF-8; the message has its offset.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()
+    held, offset = "", 0
+    for block, is_last in _with_end(blocks):
+        offset += len(block)
+        try:
+            held += decoder.decode(block, is_last)
+        except UnicodeDecodeError as error:
+            raise files.not_utf8(error, offset, name) from error
+        while not is_last and (end := _end_of_piece(held, most)):
+            yield held[:end]
+            held = held[end:]
+    for start in range(0, len(held), most):
+        yield held[start : start + most]
+
+
+def _with_end(blocks):
+    for block in blocks:
+        yield block, False
+    yield b"", True
+
+
+def _end_of_piece(text: str, most: int) -> int:
+    """Characters of the next piece; 0 while more text is to come first."""
+    for place in (_CLEAN, *_OTHERS):
+        ends = [match.end() for match in place.finditer(text, 1, most + 1)]
+        if ends:
+            return ends[-1]
+        if len(text) <= most:
+            return 0
+    return most
+
+
+def read(
+    model: LanguageModel,
+    method: Method | str,
+    texts: Iterable[str],
+    *,
+    chunk_size: int = 512,
+) -> Generator[Progress, None, Read]:
+    """Reads a text and scores it on the way: a generator that returns :class:`Read`.
+
+    Args:
+        model: decoder, weights and tokenizer.
+        method: one of constant memory.
+        texts: pieces of one text, such as :func:`pieces` makes. Each is cut into tokens
+            behind the one before it, as the whole text is wherever a token begins.
+        chunk_size: most tokens processed at once.
+
+    Returns:
+        A generator of the running :class:`Progress`, one a piece.
+
+    Raises:
+        ValueError: if the method's state grows with the text, `chunk_size` < 1, a piece
+            is no text, logits are not finite, or, once at its end, the text has no
+            tokens.
+    """
+    method = as_method(method)
+    check_model(model)
+    check_method(model, method)
+    check_counts(chunk_size=chunk_size)
+    if isinstance(texts, str | bytes):
+        raise ValueError(f"texts={shown(texts)} is one text: put it in a list.")
+    return _read(model, method, texts, chunk_size)
+
+
+def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
+    decoder, tokenizer = model.decoder, model.tokenizer
+    states = empty_states(decoder, method, 1, decoder.context, 1)
+    hidden = _no_hidden(decoder, method, model.params, states)
+    seen = np.zeros((1, decoder.vocab_size), bool)
+    newest: list[int] = []
+    progress, before = Progress(0, 0, 0, 0.0), ""
+    for index, text in enumerate(texts):
+        check_text(text, f"piece {index} of the text")
+        if not text:
+            continue
+        num_bytes = len(text.encode())
+        if before:
+            tokens = encoding.following(tokenizer.encode, text, after=before)
+        else:
+            tokens = encoding.begin(tokenizer.encode, text)
+            # Nothing predicts the first token: its bytes do not count.
+            first = tokenizer.decode(tokens[:1]).rstrip(PARTIAL)
+            num_bytes -= len(first.encode())
+        before = (before + text)[-_BEFORE:]
+        if not tokens:
+            continue
+        check_vocabulary(decoder, [tokens])
+        _check_position(progress.tokens + len(tokens))
+        nats, predicted = 0.0, len(tokens) - (progress.tokens == 0)
+        for start in range(0, len(tokens), chunk_size):
+            chunk = tokens[start : start + chunk_size]
+            padded = np.full((1, chunk_size), PAD, np.int32)
+            padded[0, : len(chunk)] = chunk
+            states, hidden, likely = _read_chunk(
+                decoder,
+                method,
+                model.params,
+                states,
+                padded,
+                np.array([len(chunk)], np.int32),
+                hidden,
+            )
+            is_first = progress.tokens == 0 and start == 0
+            own = np.asarray(likely)[0, int(is_first) : len(chunk)]
+            at = progress.tokens + start
+            finite.check(decoder, own, f"in tokens {at + 1} to {at + len(chunk)}")
+            nats -= float(own.sum(dtype=np.float64))
+        seen[0, tokens] = True
+        newest = [*newest, *tokens][-max(method.rows, CONTEXT) :]
+        progress = Progress(
+            progress.tokens + len(tokens),
+            progress.num_bytes + num_bytes,
+            progress.predicted + predicted,
+            progress.nats + nats,
+        )
+        yield progress
+    if not progress.tokens:
+        raise ValueError("the text is empty: give some.")
+    return Read(states, hidden, newest, seen, progress)
+
+
+def _check_position(tokens):
+    if tokens > _LAST_POSITION:
+        raise ValueError(
+            f"the text has more than {_LAST_POSITION} tokens, the last position of a "
+            "32-bit integer: begin anew."
+        )
+
+
+def _no_hidden(decoder, method, params, states):
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    length = jax.ShapeDtypeStruct((1,), jnp.int32)
+
+    def prefill(params, states, tokens, lengths):
+        return decoder.prefill(params, states, tokens, lengths, method)[1]
+
+    shape = jax.eval_shape(prefill, params, states, one, length)
+    return jnp.zeros((1, shape.shape[2]), shape.dtype)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _read_chunk(
+    decoder: DecoderLM,
+    method: Method,
+    params: Any,
+    states: tuple[State, ...],
+    tokens: Array,
+    lengths: Array,
+    previous: Array,
+):
+    """States, the last hidden state, and `(1, T)` log-probabilities of the tokens."""
+    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
+    before = jnp.concatenate([previous[:, None], hidden[:, :-1]], axis=1)
+
+    def one_position(args):  # (1, E), (1,): all logits of a chunk may not fit
+        hidden, token = args
+        return finite.log_prob(decoder.logits(params, hidden), token)
+
+    likely = jax.lax.map(
+        one_position, (before.swapaxes(0, 1), tokens.T), batch_size=POSITIONS
+    )
+    return states, last_hidden(hidden, lengths, previous), likely.T
+
+
+def extend(
+    model: LanguageModel, method: Method | str, text: Read, **options: Any
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """Continues a text that was read, which is used up.
+
+    `options` are `max_new_tokens`, which only the last position of 32 bits bounds, and
+    those of :func:`kvjax.decoding.generate.continued`.
+
+    Raises:
+        ValueError: as there, and beyond that position.
+    """
+    method = as_method(method)
+    check_counts(max_new_tokens=options.get("max_new_tokens"))
+    _check_position(text.progress.tokens + options["max_new_tokens"])
+    prefilled = ended(method, text.states, text.hidden, [text.newest])
+    return continued(model, method, prefilled, seen=text.seen, **options)

@@ -1,0 +1,475 @@
+"""Prompts read once and gone on with many times: kept on disk, bit for bit.
+
+A prefix is the state of every layer before `finish`, so that more of the prompt may
+still come. On disk it is complete or absent, and says what it belongs to: another
+model, method or dtype is refused. Needs orbax: `pip install 'kvjax[train]'`.
+"""
+
+import hashlib
+import itertools
+import json
+import pathlib
+from collections.abc import Generator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from jaxtyping import Array, Float
+
+from kvjax import accounting, array_files, files
+from kvjax.decoding import timing
+from kvjax.decoding.checks import (
+    check_counts,
+    check_model,
+    check_options,
+    check_prompts,
+    check_text,
+    check_vocabulary,
+    rows_of,
+    token_ids,
+    token_rows,
+)
+from kvjax.decoding.finite import not_finite
+from kvjax.decoding.generate import (
+    Generation,
+    chunks,
+    continued,
+    empty_states,
+    ended,
+    newer,
+    prefill_chunk,
+)
+from kvjax.decoding.sampling import Sampling, mentioned
+from kvjax.interface import LanguageModel, Method, State, dynamic_rope
+from kvjax.registry import as_method
+from kvjax.text import encoding
+
+FORMAT = 2  # of a folder; a change that breaks readers adds one
+ABOUT, ARRAYS = "prefix.json", "arrays"
+NEW_TOKENS = 128  # where nothing else bounds them
+_LAYOUT = ("prompt_tokens", "longest", "room", "leaves")
+_KEYS = {
+    *("method", "dtype", "decoder", "weights", "model"),
+    *(*_LAYOUT, "layout", "fingerprints"),
+}
+# On a file that is missing, cut or not its own, orbax raises what comes.
+_READ = Exception
+
+
+class Prefix(NamedTuple):
+    """Prompts that a model has read under a method; made by :func:`read`."""
+
+    states: tuple[State, ...]  # one a layer, `finish` not yet applied
+    hidden: Float[Array, "B E"]  # of each row's last token
+    prompts: tuple[tuple[int, ...], ...]  # token ids, every row's
+    longest: int  # tokens of the longest prompt when the buffers were made
+    room: int  # tokens that the buffers have room for beside it
+
+
+def read(
+    model: LanguageModel,
+    method: Method | str,
+    prompts: Sequence[str | Sequence[int]],
+    *,
+    room: int = 128,
+    chunk_size: int = 512,
+) -> Prefix:
+    """Reads prompts, as :func:`kvjax.decoding.generate.generate` does before its first
+    token.
+
+    Args:
+        prompts: texts, or token ids; of any lengths.
+        room: tokens that may follow: what :func:`extend` adds and what is generated.
+            `generate` goes on bit for bit as it would by itself with
+            `max_new_tokens=room`.
+        chunk_size: most prompt tokens processed at once.
+
+    Raises:
+        ValueError: as :func:`kvjax.decoding.generate.generate`.
+    """
+    method = as_method(method)
+    check_model(model)
+    check_counts(room=room)
+    prompts = token_rows(prompts, model.tokenizer)
+    check_prompts(model.decoder, method, prompts, room, chunk_size)
+    longest = max(map(len, prompts))
+    states = empty_states(model.decoder, method, len(prompts), longest, room)
+    states, hidden = _read(model, method, states, None, prompts, chunk_size)
+    return Prefix(states, hidden, tuple(map(tuple, prompts)), longest, int(room))
+
+
+def _read(model, method, states, hidden, pieces, chunk_size):
+    with timing.stretch("prompt") as part:
+        for tokens, lengths in chunks(model.decoder, pieces, chunk_size):
+            states, newest = prefill_chunk(
+                model.decoder, method, model.params, states, tokens, lengths
+            )
+            hidden = newer(timing.settled(newest), lengths, hidden)
+        part.tokens = sum(map(len, pieces))
+    if not bool(jnp.isfinite(hidden).all()):
+        raise not_finite(model.decoder, "after the prompt")
+    return states, hidden
+
+
+def extend(
+    model: LanguageModel,
+    method: Method | str,
+    prefix: Prefix,
+    more: Sequence[str | Sequence[int]],
+    *,
+    chunk_size: int = 512,
+) -> Prefix:
+    """Reads more of each prompt, for example a question about a text read before.
+
+    As if the prompts had been longer; `prefix` is used up.
+
+    Args:
+        more: of every row a text, or token ids; of any lengths, a row may have none.
+            A text gets the tokens that it has in the whole prompt, unless the
+            tokenizer joins it with the last token read: that one stays as it is.
+
+    Raises:
+        ValueError: if the number of rows differs, a token is unknown, there is no room,
+            or the model's rope is `dynamic`: its keys depend on the whole prompt.
+    """
+    method = as_method(method)
+    check_model(model)
+    check_counts(chunk_size=chunk_size)
+    more = rows_of(more, "more")
+    if len(more) != len(prefix.prompts):
+        raise ValueError(
+            f"more has {len(more)} rows and the prefix {len(prefix.prompts)}: give "
+            "every row its own, if only an empty one."
+        )
+    more = [
+        _following(model, old, new, f"row {row} of more")
+        for row, (old, new) in enumerate(zip(prefix.prompts, more, strict=True))
+    ]
+    if not any(map(len, more)):
+        return prefix
+    if dynamic_rope(model.decoder) is not None:
+        raise ValueError(
+            "the model's rope is 'dynamic', which rotates all keys of a prompt at "
+            "once: read the whole prompt anew."
+        )
+    check_vocabulary(model.decoder, more)
+    prompts = tuple((*old, *new) for old, new in zip(prefix.prompts, more, strict=True))
+    before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
+    check_room(model, method, prefix, after + 1 - before)
+    states, hidden = _read(
+        model, method, prefix.states, prefix.hidden, more, chunk_size
+    )
+    return prefix._replace(states=states, hidden=hidden, prompts=prompts)
+
+
+def _following(model, old, new, name) -> list[int]:
+    if not isinstance(new, str):
+        return token_ids(new, name)
+    check_text(new, name)
+    return encoding.following_tokens(model.tokenizer, new, after=old)
+
+
+def tokens_left(
+    model: LanguageModel, method: Method | str, prefix: Prefix
+) -> int | None:
+    """Returns how many tokens may follow; None for a method of constant memory."""
+    if accounting.is_constant(as_method(method), model.decoder):
+        return None  # what does not grow has room for everything
+    return prefix.longest + prefix.room - max(map(len, prefix.prompts))
+
+
+def check_room(
+    model: LanguageModel, method: Method | str, prefix: Prefix, new_tokens: int
+) -> None:
+    """Raises ValueError unless so many tokens may follow the longest prompt."""
+    left = tokens_left(model, method, prefix)
+    if left is not None and new_tokens > left:
+        total = prefix.room + new_tokens - left
+        raise ValueError(
+            f"the prefix has room for {left} tokens more, of {prefix.room} beside the "
+            f"{prefix.longest} of its longest prompt, and {new_tokens} are wanted: "
+            f"read the prompt anew with room={total} or more (kvjax prefill --room)."
+        )
+
+
+def stream(
+    model: LanguageModel,
+    method: Method | str,
+    prefix: Prefix,
+    *,
+    max_new_tokens: int | None = None,
+    sampling: Sampling = Sampling(),
+    stop: Sequence[str] = (),
+    eos_ids: Sequence[int] | None = None,
+    seed: int = 0,
+    stream_every: int = 16,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """Goes on from a prefix, which is used up: yields `(row, new text)`.
+
+    The generator returns what :func:`generate` does; arguments are those of
+    :func:`kvjax.decoding.generate.generate`, but for `max_new_tokens=None`: all there
+    is room for, and 128 under a method of constant memory, which has room for any
+    number.
+
+    Raises:
+        ValueError: if there is no room for `max_new_tokens`, or an option is out of its
+            range.
+    """
+    method = as_method(method)
+    check_options(sampling, stop, stream_every, seed, eos_ids)
+    if max_new_tokens is None:
+        left = tokens_left(model, method, prefix)
+        max_new_tokens = NEW_TOKENS if left is None else max(left, 1)
+    check_counts(max_new_tokens=max_new_tokens)
+    check_room(model, method, prefix, max_new_tokens)
+    with timing.stretch("prompt"):
+        prefilled = ended(method, prefix.states, prefix.hidden, prefix.prompts)
+    return continued(
+        model,
+        method,
+        prefilled,
+        max_new_tokens=max_new_tokens,
+        sampling=sampling,
+        stop=stop,
+        eos_ids=eos_ids,
+        seed=seed,
+        stream_every=stream_every,
+        seen=mentioned(prefix.prompts, model.decoder.vocab_size),
+    )
+
+
+def generate(
+    model: LanguageModel, method: Method | str, prefix: Prefix, **options: Any
+) -> list[Generation]:
+    """Runs :func:`stream` to its end and returns a `Generation` a row."""
+    events = stream(model, method, prefix, **options)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+
+
+def save(
+    folder: str | pathlib.Path,
+    model: LanguageModel,
+    prefix: Prefix,
+    *,
+    method_name: str,
+    messages: Sequence[Mapping[str, str]] | None = None,
+    replace: bool = False,
+) -> None:
+    """Writes a prefix beside `folder` first and renames it when it is complete.
+
+    Args:
+        method_name: of the method it was read under, with all of its options, as
+            :func:`kvjax.registry.canonical` spells them.
+        messages: the conversation that the prompt is, if it is one; of one row.
+        replace: a folder that is there is replaced once the new one is complete.
+
+    Raises:
+        FileExistsError: if `folder` exists and is not empty, unless it is replaced.
+        OSError: if it cannot be written; nothing is left of it then.
+        ValueError: if a message lacks the texts `role` and `content`.
+    """
+    folder = pathlib.Path(folder).resolve()
+    if messages is not None and not _is_conversation(messages):
+        raise ValueError(f"{messages=} must be objects with texts role and content.")
+    if not replace:
+        check_new(folder)
+    arrays = array_files.dense(_named(prefix))
+    about = {
+        "format": FORMAT,
+        **_identity(model, method_name),
+        # Found from any folder; a name that `models.load` knows stays one.
+        "model": files.located(model.name),
+        "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
+        "longest": prefix.longest,
+        "room": prefix.room,
+        "leaves": array_files.describe(arrays),
+        "fingerprints": [int(f) for f in array_files.fingerprints(arrays)],
+        "messages": messages,
+    }
+    about["layout"] = _digest(about)
+    about["said"] = _sha256(messages)
+    array_files.quiet_orbax()
+    try:
+        with files.replacing(folder, full=replace) as partial:
+            partial.mkdir()
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(partial / ARRAYS, arrays)
+            files.write_text(partial / ABOUT, json.dumps(about, indent=2) + "\n")
+    except array_files.WRITE as error:
+        raise OSError(
+            f"the prefix could not be written to {folder} ({files.reason(error)}), and "
+            "nothing is left of it: make room, or give another folder."
+        ) from error
+
+
+def check_new(folder: str | pathlib.Path) -> None:
+    """Raises FileExistsError unless :func:`save` may write there."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists; remove it or choose another folder.")
+
+
+def about(folder: str | pathlib.Path) -> dict[str, Any]:
+    """What a folder says it holds: the names of model and method, sizes, dtype.
+
+    Raises:
+        FileNotFoundError: if there is no prefix.
+        ValueError: if it is of another format, or damaged.
+    """
+    path = pathlib.Path(folder) / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no prefix ({ABOUT} is missing): make one with "
+            "kvjax prefill --save."
+        )
+    try:
+        found = json.loads(files.read_text(path))
+        found_format = found["format"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise array_files.DamagedError(f"{path} is damaged: {error}.") from error
+    if found_format != FORMAT:
+        raise ValueError(
+            f"{folder} has format {found_format}, this kvjax reads {FORMAT}: read the "
+            "prompt anew."
+        )
+    if missing := sorted(_KEYS - found.keys()):
+        raise array_files.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
+    if found["layout"] != _digest(found):
+        raise array_files.DamagedError(
+            f"{path} is damaged: {', '.join(_LAYOUT)} are not what was saved."
+        )
+    messages = found.get("messages")
+    # Folders of earlier versions have none of these, or no digest of them.
+    if found.get("said", _sha256(messages)) != _sha256(messages):
+        raise array_files.DamagedError(
+            f"{path} is damaged: messages are not what was saved."
+        )
+    if messages is not None and not _is_conversation(messages):
+        raise array_files.DamagedError(
+            f"{path} is damaged: messages must be objects with texts role and content."
+        )
+    return found
+
+
+def restore(
+    folder: str | pathlib.Path,
+    model: LanguageModel,
+    method: Method | str,
+    *,
+    method_name: str,
+) -> Prefix:
+    """The prefix in a folder, onto JAX's default device.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        checkpoint.DamagedError: if it is not bit for bit what was saved.
+        ValueError: if it belongs to another model, method or dtype; names both.
+    """
+    method = as_method(method)
+    folder = pathlib.Path(folder).resolve()
+    found = about(folder)
+    lengths, longest, room = found["prompt_tokens"], found["longest"], found["room"]
+    for key, value in _identity(model, method_name).items():
+        if key != "model" and found[key] != value:
+            raise ValueError(_refusal(folder, key, found, model, value))
+    shapes = jax.eval_shape(
+        lambda: empty_states(model.decoder, method, len(lengths), longest, room)
+    )
+    tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
+    # Its width is in no protocol: as it was saved.
+    shape, dtype = found["leaves"]["['hidden']"]
+    hidden = jax.ShapeDtypeStruct(tuple(shape), dtype)
+    like = _flat(shapes, hidden, tokens)
+    if array_files.describe(like) != found["leaves"]:
+        raise ValueError(
+            f"{folder} was written by a kvjax whose {method_name} held other arrays: "
+            "read the prompt anew."
+        )
+    sharding = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
+    like = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        for name, leaf in like.items()
+    }
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(folder / ARRAYS, like)
+    except _READ as error:
+        reason = " ".join(str(error).split())[:200]
+        raise array_files.DamagedError(
+            f"{folder} is damaged ({type(error).__name__}: {reason})."
+        ) from error
+    read_back = [int(f) for f in array_files.fingerprints(arrays)]
+    if read_back != found["fingerprints"]:
+        raise array_files.DamagedError(
+            f"{folder} is damaged: its arrays are not what was saved."
+        )
+    structure = jax.tree.structure(shapes)
+    states = [arrays[name] for name in like if name.startswith("state")]
+    ends = np.cumsum([0, *lengths])
+    rows = np.asarray(arrays["tokens"]).tolist()
+    prompts = tuple(tuple(rows[a:b]) for a, b in itertools.pairwise(ends))
+    return Prefix(
+        jax.tree.unflatten(structure, states), arrays["hidden"], prompts, longest, room
+    )
+
+
+def _named(prefix: Prefix) -> dict[str, jax.Array]:
+    tokens = [token for prompt in prefix.prompts for token in prompt]
+    return _flat(prefix.states, prefix.hidden, jnp.asarray(tokens, jnp.int32))
+
+
+def _flat(states, hidden, tokens):
+    # By number: a state's own tree has static parts that no file format knows.
+    leaves = jax.tree.leaves(states)
+    named = {f"state{index:05}": leaf for index, leaf in enumerate(leaves)}
+    return {**named, "hidden": hidden, "tokens": tokens}
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    """Of what the arrays are cut by; who may read them is compared, not trusted."""
+    return _sha256([about[key] for key in _LAYOUT])
+
+
+def _sha256(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _is_conversation(messages: Any) -> bool:
+    return isinstance(messages, list | tuple) and all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
+def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
+    """What must agree, coarse before fine: the first difference is the one to name."""
+    spec = model.decoder.cache_spec(1, 1)
+    return {
+        "method": method_name,
+        "dtype": jnp.dtype(spec.dtype).name,
+        "decoder": repr(model.decoder),
+        "weights": array_files.digest(model.params),
+        "model": model.name,
+    }
+
+
+def _refusal(folder, key, found, model, value) -> str:
+    if key in ("method", "dtype"):
+        return (
+            f"{folder} was saved with {key} {found[key]} and cannot go on with "
+            f"{value}: use that one, or read the prompt anew."
+        )
+    differ = {"decoder": "sizes", "weights": "weights"}[key]
+    return (
+        f"{folder} was saved with model {found['model']!r} and cannot go on with "
+        f"{model.name!r}: their {differ} differ."
+    )

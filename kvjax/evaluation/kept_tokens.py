@@ -1,0 +1,91 @@
+"""Which tokens a method attends to at each step of a text."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from kvjax.decoding.checks import check_vocabulary
+from kvjax.decoding.generate import empty_states, finish
+from kvjax.decoding.prompt_chunks import PAD
+from kvjax.interface import LanguageModel, Method
+
+
+class Kept(NamedTuple):
+    """Positions that one KV head attends to, moment by moment."""
+
+    name: str  # of the method
+    times: list[int]  # tokens seen, the newest included
+    positions: list[Int[np.ndarray, "N"]]  # ascending, one list a moment
+    layer: int
+    head: int
+
+
+def kept(
+    model: LanguageModel,
+    method: Method,
+    tokens: Sequence[int],
+    *,
+    every: int,
+    name: str = "",
+    layer: int = -1,
+    head: int = 0,
+) -> Kept:
+    """Reads a text and asks, every so many tokens, what a decode step attends to.
+
+    Args:
+        model: decoder, weights and tokenizer.
+        method: any; its state at each moment is as if the prompt ended there.
+        tokens: of the text, at least `every`.
+        every: tokens from one moment to the next.
+        name: of the method, for the picture.
+        layer: negative counts from the last.
+        head: KV head, or the first query head that reads it.
+
+    Raises:
+        ValueError: if `every` is not in [1, tokens], or there is no such layer or head.
+    """
+    decoder, params = model.decoder, model.params
+    check_vocabulary(decoder, [tokens])
+    if not 1 <= every <= len(tokens):
+        raise ValueError(f"{every=} must be in [1, {len(tokens)}], the text's tokens.")
+    spec = decoder.cache_spec(1, 1)
+    if not -decoder.num_layers <= layer < decoder.num_layers:
+        raise ValueError(f"{layer=}: the model has {decoder.num_layers} layers.")
+    if not 0 <= head < spec.num_kv_heads:
+        raise ValueError(f"{head=}: the model has {spec.num_kv_heads} KV heads.")
+
+    @jax.jit
+    def read(params, states, chunk, length):
+        return decoder.prefill(params, states, chunk, length, method)[0]
+
+    @jax.jit
+    def probe(params, states, token):
+        attended = []
+
+        def inspect_step(state, q):
+            state, out, diagnostics = method.inspect_step(state, q)
+            attended.append(diagnostics.attended)
+            return state, out, diagnostics
+
+        recorder = method._replace(inspect_step=inspect_step)
+        decoder.decode_step(params, states, token, recorder)
+        return attended[layer]
+
+    states = empty_states(decoder, method, 1, len(tokens), 1)
+    times, positions = [], []
+    # The newest token of a moment is asked by a decode step, and read afterwards.
+    for start in range(0, len(tokens) // every * every, every):
+        chunk = np.full((1, every), PAD, np.int32)
+        chunk[0] = tokens[start : start + every]
+        before = read(params, states, jnp.asarray(chunk), jnp.asarray([every - 1]))
+        newest = np.full((1, method.rows), chunk[0, -1], np.int32)
+        found = np.asarray(probe(params, finish(method, before), newest))[0]
+        found = found[head * found.shape[0] // spec.num_kv_heads]
+        times.append(start + every)
+        positions.append(np.unique(found[found >= 0]))
+        states = read(params, states, jnp.asarray(chunk), jnp.asarray([every]))
+    return Kept(name, times, positions, layer % decoder.num_layers, head)

@@ -1,0 +1,215 @@
+"""One task under one method: what `kvjax eval` runs, as plain numbers."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kvjax import accounting
+from kvjax.decoding.checks import check_counts, check_model, check_seed
+from kvjax.evaluation import (
+    answers,
+    compare,
+    compare_inputs,
+    compare_runs,
+    fidelity,
+    statistics,
+    teacher_forced,
+)
+from kvjax.evaluation.tasks import chain, chat, extraction, needles, own
+from kvjax.evaluation.tasks.haystack import Prompted
+from kvjax.evaluation.tasks.own import Question
+from kvjax.interface import LanguageModel, Method
+
+RETRIEVAL = {
+    "passkey": needles.passkey,
+    "multikey": needles.multikey,
+    "variables": needles.variable_tracking,
+    "chain": chain.chain_of_key,
+    "extraction": extraction.extraction,
+}
+TASKS = (*RETRIEVAL, "perplexity", "fidelity")
+OWN = "own"  # the user's questions
+
+
+def check_task(task: str) -> None:
+    """Raises ValueError unless the task exists."""
+    if task not in TASKS:
+        raise ValueError(f"unknown {task=}: choose one of {', '.join(TASKS)}.")
+
+
+def run(
+    task: str,
+    model: LanguageModel,
+    method: Method,
+    reference: Method,
+    text: str,
+    *,
+    context: int = 1024,
+    n: int = 20,
+    seed: int = 0,
+    new_tokens: int = 64,
+    batch: int = 8,
+    chunk_size: int = 1024,
+    questions: Sequence[Question] = (),
+    is_chat: bool = False,
+    on_answer: Callable[[int, Prompted, str], None] = answers.ignore,
+    progress: Callable[[float], None] = lambda done: None,
+) -> dict[str, Any]:
+    """Runs a task and returns its numbers, ready for JSON.
+
+    Args:
+        task: `passkey`, `multikey`, `variables`, `chain` and `extraction` ask for
+            something said earlier, `perplexity` predicts the text by decode steps,
+            `fidelity` compares with the reference; `own` asks the questions.
+        model: decoder, weights and tokenizer.
+        method: under test.
+        reference: what `fidelity` compares with; other tasks do not run it.
+        text: what the inputs are made of.
+        context: tokens of an input, what follows the prompt included.
+        n: examples, or windows of text.
+        seed: of the inputs.
+        new_tokens: tokens fed through the decode path, and most of a reply to a
+            question (not for other retrieval).
+        batch: rows decoded together.
+        chunk_size: most prompt tokens processed at once.
+        questions: of the task `own`, from :mod:`kvjax.evaluation.tasks.own`.
+        is_chat: prompts are turns in the model's chat template (not of windows).
+        on_answer: called with an example's number, the example and what was answered.
+        progress: called with the fraction that is done.
+
+    Raises:
+        ValueError: if the task is unknown, or the sizes do not fit model or text.
+    """
+    if task != OWN or not questions:
+        check_task(task)
+    check_model(model)
+    check_counts(context=context, n=n, batch=batch, chunk_size=chunk_size)
+    check_counts(new_tokens=new_tokens)
+    check_seed(seed)
+    compare_inputs.check_context(model, context)
+    accounting.check_diagnostics(method, model.decoder)
+    shapes = {"batch": min(batch, len(questions) or n), "chunk_size": chunk_size}
+    if task == OWN:
+        examples = own.prompts(
+            model.tokenizer,
+            questions,
+            context=context,
+            new_tokens=new_tokens,
+            is_chat=is_chat,
+        )
+        return _retrieval(model, method, examples, shapes, on_answer, progress)
+    if task in RETRIEVAL:
+        examples = chat.fitted(
+            model.tokenizer,
+            lambda context: RETRIEVAL[task](
+                model.tokenizer, text, context=context, n=n, seed=seed
+            ),
+            context,
+            is_chat=is_chat,
+        )
+        return _retrieval(model, method, examples, shapes, on_answer, progress)
+    if not 2 <= new_tokens < context:
+        raise ValueError(f"{new_tokens=} must be in [2, {context=}).")
+    windows = needles.windows(model.tokenizer, text, context=context, n=n, seed=seed)
+    shapes["new_tokens"] = new_tokens
+    if task == "perplexity":
+        return _perplexity(model, method, windows, shapes, progress)
+    return _fidelity(model, method, reference, windows, shapes, progress)
+
+
+def _retrieval(model, method, examples, shapes, on_answer, progress) -> dict[str, Any]:
+    longest = max(example.answer_tokens for example in examples)
+
+    def answered(place: int, first: int, said: Sequence[str]) -> None:
+        del place  # there is one method
+        for index, answer in enumerate(said, first):
+            on_answer(index, examples[index], answer)
+
+    (replies,) = compare_runs.retrieve(
+        model,
+        [method],
+        examples,
+        new_tokens=longest,
+        on_answers=answered,
+        progress=progress,
+        **shapes,
+    )
+    found = zip(examples, replies.answers, replies.scores, strict=True)
+    listed = [
+        {
+            "prompt_tokens": len(example.prompt),
+            "expected": example.answer,
+            "answer": answer,
+            "score": score,
+        }
+        for example, answer, score in found
+    ]
+    if isinstance(examples[0], chain.Chain):
+        for entry, example in zip(listed, examples, strict=True):
+            entry["keys"] = len(example.keys)
+        interval = statistics.share_interval(replies.scores)
+        asked = {"links": examples[0].links}
+        return {"valid_prefix": interval._asdict(), **asked, "examples": listed}
+    if isinstance(examples[0], extraction.Extraction):
+        interval = statistics.share_interval(replies.scores)
+        asked = {"rows": len(examples[0].rows)}
+        return {"f1": interval._asdict(), **asked, "examples": listed}
+    for entry in listed:
+        entry["correct"] = entry.pop("score") == 1
+    accuracy = compare.proportion(replies.scores)._asdict()
+    if isinstance(examples[0], own.Own):
+        return {"accuracy": accuracy, "examples": listed}
+    for entry, example in zip(listed, examples, strict=True):
+        entry["depth"] = example.depth
+    return {
+        "accuracy": accuracy,
+        "by_depth": [
+            {"depth": depth, "correct": correct, "asked": asked}
+            for depth, correct, asked in compare.by_depth(examples, replies.scores)
+        ],
+        "examples": listed,
+    }
+
+
+def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
+    predicted = compare_runs.predict(
+        model, method, windows, progress=progress, **shapes
+    )
+    means = predicted.log_probs.mean(1)
+    decoded = predicted.log_probs.shape[1]
+    firsts = [len(window) - decoded for window in windows]
+    rows = list(predicted.log_probs)
+    bits = teacher_forced.bits_interval(model.tokenizer, windows, firsts, rows)
+    return {
+        "perplexity": statistics.perplexity(means)._asdict(),
+        "log_prob": statistics.log_prob(means)._asdict(),
+        "bits_per_byte": bits._asdict(),
+        "tokens_per_window": int(decoded),
+    }
+
+
+def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, Any]:
+    expected = compare_runs.predict(model, reference, windows, **shapes)
+    progress(1 / 3)
+    predicted = compare_runs.predict(model, method, windows, **shapes)
+    progress(2 / 3)
+    agreement = fidelity.agreement(expected.logits, predicted.logits)
+    layers = compare_runs.layer_fidelity(model, reference, method, windows, **shapes)
+    progress(1.0)
+    lost = expected.log_probs.mean(1), predicted.log_probs.mean(1)
+    per_head = {
+        name: getattr(layers, name) for name in ("error", "dropped", "support", "exact")
+    }
+    per_head["refreshed"] = layers.refreshed[:, :, None]
+    return {
+        "top1_agreement": statistics.share_interval(agreement.top1.mean(1))._asdict(),
+        "kl": statistics.amount_interval(agreement.kl.mean(1))._asdict(),
+        "nats_lost": statistics.paired_difference(*lost)._asdict(),
+        "layers": [
+            {"layer": layer}
+            | {
+                name: compare.OF_LAYERS[name](x[layer].mean(-1))._asdict()
+                for name, x in per_head.items()
+            }
+            for layer in range(len(layers.error))
+        ],
+    }

@@ -1,0 +1,295 @@
+"""EntmaxKV: read the pages that may hold the support of entmax attention."""
+
+from typing import Literal, NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int
+
+from kvjax.attention import selection
+from kvjax.attention.partials import entmax_only
+from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.methods.entmaxkv import attention, page_bounds, threshold
+from kvjax.stores import buffers, contiguous, kept_slots, paged
+
+
+class EntmaxKVState(NamedTuple):
+    """State of :func:`entmaxkv`, one layer."""
+
+    store: paged.Paged
+    moments: paged.Moments | None  # of the Gaussian selector
+    # Pages that `gaussian` wanted and the budget left out, summed over steps.
+    overflow: Int[Array, "B H"]
+
+
+@entmax_only
+def entmaxkv(
+    *,
+    budget: int | None = 1024,
+    page_size: int = 16,
+    selector: Literal["topk", "gaussian"] = "topk",
+    per: Literal["kv", "query"] = "kv",
+    group_reduce: selection.Reduce = "max",
+    max_quantile: float = 0.995,
+    safety_margin_z: float = 0.0,
+    excess: float = 0.1,
+    tau_mode: attention.TauMode = "exact",
+    certified: bool = False,
+) -> Method:
+    """Keeps every key; per step reads pages that may have weight, of an entmax model.
+
+    Entmax gives exactly 0 to what lies below its threshold: if the pages read hold all
+    the rest, nothing is approximated. `Diagnostics.exact` says for which heads that is
+    proved: where the bounds of all other pages are at or below the threshold.
+
+    Two selectors. `topk` reads as many pages as the budget holds, those with the
+    highest bound sum_d max(q_d * page_min_d, q_d * page_max_d). `gaussian` estimates
+    the threshold from the mean and variance of each page's keys and reads the pages
+    whose likely maximum exceeds it, however many, up to the budget. The page of the
+    newest token is always read and counts in the budget. The prompt is attended to in
+    full.
+
+    Args:
+        budget: most tokens read per step and list, a multiple of `page_size` of at
+            least two pages. None, for `gaussian` alone, sets no limit. Paper's code: a
+            quarter of the context.
+        page_size: tokens per page. Paper's code: 16.
+        selector: `topk` or `gaussian`; the latter for alpha 4/3, 1.5 and 2.
+        per: one list of pages per `kv` head, or per `query` head.
+        group_reduce: for per="kv", over the query heads of a group: `max` reads what
+            any of them ranks highest (with `gaussian`, the union of their pages),
+            `mean` goes by the mean of their bounds or margins.
+        max_quantile: of `gaussian`: which quantile of a page's maximum is likely.
+        safety_margin_z: of `gaussian`: lowers the threshold by so many deviations.
+        excess: of `gaussian`: lowers it by this share of what it exceeds a typical
+            page by.
+        tau_mode: `exact` solves for the threshold of what was read. With `gaussian`
+            also the estimate as it is (`fixed`), or after three steps towards the
+            solution (`corrected`): weights then need not sum to 1.
+        certified: goes on reading, `budget` tokens at a time, best bound first, until
+            every head is proved exact: the output is that of dense entmax. With `topk`.
+
+    Returns:
+        A :class:`kvjax.Method` over :class:`EntmaxKVState`.
+
+    State: pages `(B, Hkv, NP, P, 2*D)`; page_min, page_max `(B, Hkv, NP, D)`, all in
+        the cache dtype; `gaussian` also mean, variance `(B, Hkv, NP, D)` float32.
+    Reads per step and layer: 2*NP*D*Hkv elements of summaries and at most
+        2*budget*D*Hkv of KV (Hq instead of Hkv lists for per="query"), per row; with
+        `certified` as much KV as it takes.
+    Exact when: the pages read hold the support, as `Diagnostics.exact` can prove;
+        budget >= length; certified.
+
+    Raises:
+        ValueError: for options out of range or that do not go together; from `init`,
+            for a softmax model, and for an alpha that `gaussian` does not know.
+
+    Source:
+        Duarte, Couceiro, Treviso, "EntmaxKV: Support-Aware Decoding for Entmax
+        Attention", 2026, arXiv:2605.21649. Official code: deep-spin/entmaxkv@8a33875,
+        the third generation, after 47baa75 and 1a1a21e.
+    Deviations:
+        per="kv" shares one list among the query heads of a group, by default; the
+        authors' code lists pages per query head. tau_mode is `exact` by default, theirs
+        `corrected`. `fixed` and `corrected` are those of 8a33875: the estimate is moved
+        inside of a bracket, three times; the generations before clamp it to the pages
+        first and move it once, without a bracket, so that weights can vanish or blow
+        up. Margins are plain constants, as there; the generations before overrode them
+        by the mean deviation of the whole batch. A budget counts the newest page, as
+        there. Left out: ALiBi and its mixture of pages, the dense step where a row of
+        the batch is short. The certificate and `certified` are ours. The paper's text
+        could not be consulted, only its abstract and code.
+
+    Example:
+        >>> method = kvjax.entmaxkv(budget=256)
+        >>> state = method.init(spec)
+    """
+    _check(budget, page_size, selector, per, tau_mode, certified)
+    _check_margins(max_quantile, page_size, safety_margin_z, excess)
+    selection.check_reduce(group_reduce=group_reduce)
+    is_gaussian = selector == "gaussian"
+
+    def init(spec, weights=None):
+        del weights
+        if is_gaussian:
+            threshold.gaussian_beta(spec.alpha)
+        store = paged.paged(spec, page_size)
+        lists = spec.num_kv_heads if per == "kv" else spec.num_q_heads
+        return EntmaxKVState(
+            store,
+            paged.moments(store) if is_gaussian else None,
+            jnp.zeros((spec.batch, lists), jnp.int32),
+        )
+
+    def extend(state, k, v, lengths=None):
+        store = paged.extend(state.store, k, v, lengths)
+        moments = state.moments
+        if is_gaussian:
+            moments = paged.update_moments(moments, store, k.shape[2])
+        return state._replace(store=store, moments=moments)
+
+    def prefill(state, q, k, v, lengths):
+        state = extend(state, k, v, lengths)
+        store = state.store
+        rotated, positions = contiguous.rotate_queries(
+            store.spec, q, store.length, lengths
+        )
+        return state, paged.attend_all(store, rotated, positions).out.astype(q.dtype)
+
+    def append(state, k, v):
+        return extend(state, k, v)
+
+    def by_bound(store, bounds, historical):
+        if per == "query":
+            return bounds
+        if group_reduce == "max":
+            # A constant added to a head's scores changes none of its weights, nor may
+            # it change which head of the group is served first.
+            seen = jnp.where(historical[:, None], bounds, -jnp.inf)
+            best = seen.max(-1, keepdims=True)
+            # Every head's best ties with the others', exactly: fused with the scale,
+            # the difference of two equal bounds is the rounding of one.
+            below = bounds - jnp.where(best == -jnp.inf, 0.0, best)
+            bounds = jnp.where(bounds == best, 0.0, below)
+        return selection.reduce_group(bounds, store.spec.num_kv_heads, group_reduce)
+
+    def by_margin(state, row, historical):
+        """Pages that reach the estimated threshold, and that threshold."""
+        spec, alpha = state.store.spec, state.store.spec.alpha
+        mean, deviation = page_bounds.page_moments(
+            row, *state.moments, sm_scale=spec.sm_scale
+        )
+        middle, spread = page_bounds.global_moments(mean, deviation, historical)
+        tokens = page_size * historical.sum(-1).astype(jnp.float32)
+        tau_hat = threshold.estimate_threshold(
+            middle[..., None], spread[..., None], tokens[:, None, None], alpha=alpha
+        )
+        margins = page_bounds.gaussian_margins(
+            mean,
+            deviation,
+            tau_hat,
+            historical,
+            alpha=alpha,
+            page_size=page_size,
+            max_quantile=max_quantile,
+            safety_margin_z=safety_margin_z,
+            excess=excess,
+        )
+        if per == "kv":
+            margins = selection.reduce_group(margins, spec.num_kv_heads, group_reduce)
+        return jnp.where(margins > 0, margins, -jnp.inf), tau_hat
+
+    def inspect_step(state, q):
+        store = state.store
+        spec, length = store.spec, store.length
+        num_pages = store.pages.shape[2]
+        rotated, positions = contiguous.rotate_queries(spec, q, length)
+        row = rotated[:, :, 0]
+        historical = page_bounds.is_historical(length, num_pages, page_size)
+        bounds = page_bounds.page_bounds(
+            row, store.page_min, store.page_max, sm_scale=spec.sm_scale
+        )
+        tau_hat = None
+        if is_gaussian:
+            scores, tau_hat = by_margin(state, row, historical)
+        else:
+            scores = by_bound(store, bounds, historical)
+        size = num_pages if budget is None else min(budget // page_size, num_pages)
+        ids, count = page_bounds.list_pages(
+            scores, length, page_size=page_size, size=size
+        )
+        if is_gaussian:
+            left_out = (scores > -jnp.inf).sum(-1, dtype=jnp.int32) - (count - 1)
+            state = state._replace(overflow=state.overflow + left_out)
+
+        given = {"sm_scale": spec.sm_scale, "alpha": spec.alpha}
+        if certified:
+            found, ids, exact = attention.attend_certified(
+                row, store.pages, bounds, ids, length, **given
+            )
+            out, value = found.out, found.value
+        else:
+            found = attention.attend_pages(
+                row,
+                store.pages,
+                ids,
+                length,
+                **given,
+                tau_mode=tau_mode,
+                tau_hat=tau_hat,
+            )
+            out, value = found.out, found.value
+            if tau_mode == "exact":
+                out, value = attention.fastest(
+                    found, rotated, store.pages, ids, positions, **given
+                )
+            exact = page_bounds.certificate(
+                bounds, ids, found.tau, length, alpha=spec.alpha, page_size=page_size
+            )
+            # An estimated threshold proves nothing.
+            exact &= tau_mode == "exact"
+        attended = paged.tokens_of(ids, page_size, length)
+        diagnostics = Diagnostics(
+            attended=attended,
+            lse=value[..., None],
+            refreshed=kept_slots.holds_all(attended, length, q.shape[1]).all(-1),
+            exact=exact,
+        )
+        return state, out[:, :, None].astype(q.dtype), diagnostics
+
+    def traffic(spec, length):
+        num_pages = -(-length // page_size)
+        lists = spec.group if per == "query" else 1
+        most = num_pages
+        if budget is not None and not certified:
+            most = min(budget // page_size, num_pages)
+        metadata = buffers.kv_bytes(spec, num_pages)  # two vectors a page
+        if is_gaussian:
+            wide = jnp.dtype(jnp.float32).itemsize
+            metadata = metadata // jnp.dtype(spec.dtype).itemsize * wide
+        return Traffic(lists * buffers.kv_bytes(spec, most * page_size), metadata)
+
+    return Method(
+        init=init,
+        prefill=prefill,
+        finish=lambda state: state,
+        append=append,
+        inspect_step=inspect_step,
+        traffic=traffic,
+        exact_prompt=True,
+    )
+
+
+def _check(budget, page_size, selector, per, tau_mode, certified):
+    if page_size < 1:
+        raise ValueError(f"{page_size=} must be at least 1 token.")
+    known = {
+        "selector": (selector, ("topk", "gaussian")),
+        "per": (per, ("kv", "query")),
+        "tau_mode": (tau_mode, ("exact", "fixed", "corrected")),
+    }
+    for name, (value, choices) in known.items():
+        if value not in choices:
+            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
+    if selector == "topk" and (budget is None or tau_mode != "exact"):
+        raise ValueError(
+            f"{budget=} and {tau_mode=}: selector='topk' needs a budget, and estimates "
+            "no threshold; use selector='gaussian'."
+        )
+    if selector == "gaussian" and certified:
+        raise ValueError(
+            f"{certified=} reads by bounds: it goes with selector='topk', not "
+            f"{selector=}."
+        )
+    if budget is not None and (budget < 2 * page_size or budget % page_size):
+        raise ValueError(
+            f"{budget=} must be a multiple of {page_size=} of at least two pages."
+        )
+
+
+def _check_margins(max_quantile, page_size, safety_margin_z, excess):
+    if not 0 < max_quantile < 1 or max_quantile ** (1 / page_size) == 1:
+        raise ValueError(
+            f"{max_quantile=} must be in (0, 1), and its {page_size=}-th root below 1."
+        )
+    if not (safety_margin_z >= 0 and excess >= 0):
+        raise ValueError(f"{safety_margin_z=} and {excess=} must be at least 0.")

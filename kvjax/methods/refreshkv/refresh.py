@@ -1,0 +1,168 @@
+"""A transform: a selection of pages, whoever made it, serves several steps."""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.methods.refreshkv import policy
+from kvjax.stores import buffers, contiguous, kept_slots, paged
+from pallas_kernels.page_attention import page_attention
+
+
+class RefreshState(NamedTuple):
+    """State of :func:`refresh`, one layer."""
+
+    store: paged.Paged  # of the wrapped method
+    chosen: Int[Array, "B H K"]  # pages attended to, the lowest score last, -1 = none
+    since: Int[Array, "B"]  # steps since they were chosen
+    reference: Float[Array, "B D"]  # mean query of the step that chose them, float32
+    steps: Int[Array, "B"]
+    refreshes: Int[Array, "B"]  # choices among them: steps / refreshes is the stride
+
+
+def refresh(
+    method: Method,
+    *,
+    stride: int = 5,
+    schedule: Literal["fixed", "qc"] = "fixed",
+    threshold: float = 0.85,
+) -> Method:
+    """Chooses pages by `method` now and then, and attends to them until the next time.
+
+    RefreshKV's schedule over anyone's scores: what queries look for changes little from
+    one token to the next, so that a choice need not be made at every step. Pages that
+    begin in the meantime join it in the place of those that scored lowest. The first
+    step after the prompt chooses.
+
+    Args:
+        method: one that lists pages, for example :func:`kvjax.quest`.
+        stride: a choice is due every so many steps.
+        schedule: whether what is due is done: `fixed` always, `qc` (query comparison)
+            if the query has turned away from the one that chose last.
+        threshold: of `qc`: done unless the cosine of the two queries, each the mean
+            over heads, exceeds it. RefreshKV: 0.85.
+
+    Returns:
+        A :class:`kvjax.Method` over :class:`RefreshState`.
+
+    State: that of `method`, and the list of pages.
+    Reads per step and layer: pages as `method`; what it reads to choose once in
+        `stride` steps, and the list.
+    Exact when: `method` is.
+
+    Raises:
+        ValueError: if `stride` < 1, or `method` does not list pages.
+
+    Source:
+        Xu, Goyal, Choi, "RefreshKV: Updating Small KV Cache During Long-form
+        Generation", ACL 2025, arXiv:2411.05787.
+    Deviations:
+        The paper chooses tokens by the attention of a full step, as
+        :func:`kvjax.refreshkv` does; pages and other scorers are ours.
+
+    Example:
+        >>> method = kvjax.refresh(kvjax.quest(budget=256), stride=5)
+        >>> state = method.init(spec)
+    """
+    if stride < 1:
+        raise ValueError(f"{stride=} must be at least 1 step.")
+    if schedule not in ("fixed", "qc"):
+        raise ValueError(f"{schedule=} must be 'fixed' or 'qc'.")
+    if method.select is None or method.rows != 1:
+        raise ValueError(
+            "refresh keeps a list of pages, which this method does not make: wrap "
+            "quest itself, as in 'dense_layers+refresh+quest'."
+        )
+
+    def init(spec, weights=None):
+        store = method.init(spec, weights)
+        q = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
+        q = jax.ShapeDtypeStruct(q, spec.dtype)
+        chosen = jax.eval_shape(method.select, store, q)
+        return RefreshState(
+            store,
+            buffers.allocate(chosen.shape, chosen.dtype, fill=-1.0),
+            since=buffers.lengths(spec),
+            reference=buffers.allocate((spec.batch, spec.head_dim), jnp.float32, 0.0),
+            steps=buffers.lengths(spec),
+            refreshes=buffers.lengths(spec),
+        )
+
+    def prefill(state, q, k, v, lengths):
+        store, out = method.prefill(state.store, q, k, v, lengths)
+        return state._replace(store=store), out
+
+    def finish(state):
+        return state._replace(store=method.finish(state.store))
+
+    def append(state, k, v):
+        return state._replace(store=method.append(state.store, k, v))
+
+    def is_due(state, query):
+        """Which rows choose anew in this step, `(B,)`."""
+        due = state.steps % stride == 0
+        if schedule == "qc":
+            due &= (state.refreshes == 0) | policy.has_turned(
+                query,
+                state.reference,
+                state.since,
+                threshold=threshold,
+                stride=stride,
+                max_gap=jnp.iinfo(jnp.int32).max,
+            )
+        return due
+
+    def inspect_step(state, q):
+        store = state.store
+        page_size = store.pages.shape[3]
+        rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
+        query = rotated[:, :, 0].astype(jnp.float32).mean(1)
+        due = is_due(state, query)
+        by_row = due[:, None, None]
+        chosen = lax.cond(
+            due.any(),
+            lambda: jnp.where(by_row, method.select(store, rotated), state.chosen),
+            lambda: state.chosen,
+        )
+        # A page that has begun since goes first, and the lowest score out.
+        current = ((store.length - 1) // page_size)[:, None, None]
+        newest = jnp.broadcast_to(current, (*chosen.shape[:2], 1))
+        moved = jnp.concatenate([newest, chosen[:, :, :-1]], axis=-1)
+        is_listed = (chosen == current).any(-1, keepdims=True)
+        chosen = jnp.where(is_listed, chosen, moved)
+
+        out, lse = page_attention(
+            rotated, store.pages, chosen, positions, sm_scale=store.spec.sm_scale
+        )
+        attended = paged.tokens_of(chosen, page_size, store.length)
+        exact = kept_slots.holds_all(attended, store.length, q.shape[1])
+        diagnostics = Diagnostics(attended, lse, exact.all(-1), exact)
+        state = RefreshState(
+            store,
+            chosen,
+            since=jnp.where(due, 0, state.since) + 1,
+            reference=jnp.where(due[:, None], query, state.reference),
+            steps=state.steps + 1,
+            refreshes=state.refreshes + due.astype(jnp.int32),
+        )
+        return state, out.astype(q.dtype), diagnostics
+
+    def traffic(spec, length):
+        inner = method.traffic(spec, length)
+        chosen = jax.eval_shape(lambda: init(spec)).chosen
+        listed = buffers.num_bytes(chosen)
+        return Traffic(inner.kv, -(-inner.metadata // stride) + listed)
+
+    return Method(
+        init=init,
+        prefill=prefill,
+        finish=finish,
+        append=append,
+        inspect_step=inspect_step,
+        traffic=traffic,
+        exact_prompt=method.exact_prompt,
+    )

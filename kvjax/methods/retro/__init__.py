@@ -1,0 +1,3 @@
+"""RetroAttention (arXiv:2508.09001)."""
+
+from kvjax.methods.retro.method import retro as retro

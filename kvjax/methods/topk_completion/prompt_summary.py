@@ -1,0 +1,104 @@
+"""At a prompt's end: its map, its outliers and its summary, from what was stored.
+
+The middle of a prompt are its tokens from `num_sinks` on, before its last few.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.attention import selection
+from kvjax.methods.topk_completion import estimators, feature_maps, slots_or_pages
+from kvjax.methods.topk_completion.estimators import Estimator
+from kvjax.methods.topk_completion.slots_or_pages import Store
+
+OUTLIER_QUERIES = 16  # newest ones, that say which keys the map overestimates
+
+
+def is_middle(
+    k: Float[Array, "B Hkv S D"],
+    num_sinks: int,
+    middle_end: Int[Array, "B"],
+    outliers: Int[Array, "B Hkv M"] | None,
+) -> Bool[Array, "B Hkv S"]:
+    """Which tokens a summary stands for: the middle without the outliers."""
+    slots = jnp.arange(k.shape[2], dtype=jnp.int32)
+    inside = (slots >= num_sinks) & (slots < middle_end[:, None, None])
+    inside = jnp.broadcast_to(inside, k.shape[:3])
+    if outliers is None:
+        return inside
+    return inside & ~selection.is_listed(outliers, k.shape[2])
+
+
+def newest_positions(length: Int[Array, "B"], size: int) -> Int[Array, "B W"]:
+    """Of the slots of a ring: negative where the prompt is shorter."""
+    last = length[:, None] - 1
+    slots = jnp.arange(size, dtype=jnp.int32)
+    return last - (last - slots) % size
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def complete(
+    estimator: Estimator,
+    num_outliers: int,
+    num_sinks: int,
+    store: Store,
+    queries: Float[Array, "B Hq W D"] | None,
+    weights: Any,
+    middle_end: Int[Array, "B"],
+) -> tuple[Any, Int[Array, "B Hkv M"] | None, Any]:
+    """Map, outliers and summary of a prompt: one program, jitted or not.
+
+    Args:
+        queries: the newest, rotated, a ring; of a learned map for its outliers alone.
+        weights: of a learned map, else None.
+        middle_end: where the middle ends.
+
+    Returns:
+        `(params, outliers, summary)`, outliers None if there are none.
+    """
+    k, v = slots_or_pages.views(store)
+    inside = is_middle(k, num_sinks, middle_end, None)
+    params = weights
+    if params is None:
+        params = estimator.fit(calibration(store, queries, inside))
+    outliers = None
+    if num_outliers:
+        feature_map = estimator.feature_map
+        outliers = _outliers(feature_map, params, store, queries, inside, num_outliers)
+        inside = is_middle(k, num_sinks, middle_end, outliers)
+    return params, outliers, estimator.summarise(params, k, v, inside)
+
+
+def calibration(
+    store: Store, queries: Float[Array, "B Hq W D"], inside: Bool[Array, "B Hkv S"]
+) -> feature_maps.Prompt:
+    """What a map is fitted to: the queries of a group head by head."""
+    spec, size = store.spec, queries.shape[2]
+    is_query = newest_positions(store.length, size) >= 0
+    x = queries.astype(jnp.float32) * spec.sm_scale
+    x = x.reshape(spec.batch, spec.num_kv_heads, spec.group * size, spec.head_dim)
+    is_query = jnp.tile(is_query, (1, spec.group))
+    return feature_maps.Prompt(slots_or_pages.views(store)[0], inside, x, is_query)
+
+
+def _outliers(feature_map, params, store, queries, inside, num):
+    spec, size = store.spec, queries.shape[2]
+    newest = jnp.arange(min(OUTLIER_QUERIES, size), dtype=jnp.int32)
+    positions = store.length[:, None] - 1 - newest
+    slots = (positions % size)[:, None, :, None]
+    q = jnp.take_along_axis(queries, slots, axis=2)
+    return estimators.outliers(
+        feature_map,
+        params,
+        q,
+        positions >= 0,
+        slots_or_pages.attend_all(store, q, positions).lse,
+        slots_or_pages.views(store)[0],
+        inside,
+        num,
+        spec.sm_scale,
+    )

@@ -1,0 +1,57 @@
+"""Every token of a row, in slots or in pages: what methods do alike with either store.
+
+`selector` decides which: pages carry the extremes of their keys, slots do not.
+"""
+
+from collections.abc import Callable
+
+from jaxtyping import Array, Float, Int
+
+from kvjax.attention.partials import Partial
+from kvjax.stores import buffers, contiguous, paged
+
+Store = contiguous.Contiguous | paged.Paged
+
+
+def extend(
+    store: Store, k: Array, v: Array, lengths: Int[Array, "B"] | None = None
+) -> Store:
+    """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
+    return _pick(store, contiguous.extend, paged.extend)(store, k, v, lengths)
+
+
+def attend_all(
+    store: Store, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
+) -> Partial:
+    """Causal attention of rotated queries at `positions` over every token."""
+    return _pick(store, contiguous.attend, paged.attend_all)(store, q, positions)
+
+
+def views(store: Store) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
+    """Keys and values with every token in the slot of its position."""
+    if isinstance(store, paged.Paged):
+        return paged.views(store)
+    return store.k, store.v
+
+
+def fetch(
+    store: Store, positions: Int[Array, "B H N"]
+) -> tuple[Float[Array, "B H N D"], Float[Array, "B H N D"]]:
+    """Keys and values at `positions`, -1 = anything; H is Hkv, or Hq lists.
+
+    Each is read once, whatever is made of it.
+    """
+    heads = store.spec.num_kv_heads
+    batch, lists, size = positions.shape
+    merged = positions.reshape(batch, heads, -1)
+    if isinstance(store, paged.Paged):
+        pages = store.pages
+        flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+        both = buffers.gather(flat, merged).reshape(batch, lists, size, -1)
+        return both[..., : store.spec.head_dim], both[..., store.spec.head_dim :]
+    k, v = buffers.gather(store.k, merged), buffers.gather(store.v, merged)
+    return k.reshape(batch, lists, size, -1), v.reshape(batch, lists, size, -1)
+
+
+def _pick(store: Store, slots: Callable, pages: Callable) -> Callable:
+    return pages if isinstance(store, paged.Paged) else slots

@@ -1,0 +1,184 @@
+"""Buffers of a cache: allocate, write, gather. Positions out of range write nothing."""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Int
+
+from kvjax.interface import CacheSpec
+
+# What a new floating-point buffer holds. Tests set a huge finite number, so that any
+# weight on a slot that was never written shows in the output. Not NaN: attention reads
+# unwritten values with a weight of exactly 0, and masking them would copy the cache.
+fill_value: float = 0.0
+
+
+MOST_SCATTERS = 16  # of one token each; a longer chunk is one scatter
+
+
+def allocate(
+    shape: tuple[int, ...], dtype: jax.typing.DTypeLike, fill: float | None = None
+) -> Array:
+    """A new buffer, of `fill` if given. All memory of a state comes from here."""
+    if fill is not None:
+        return jnp.full(shape, fill, dtype)
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.full(shape, fill_value, dtype)
+    return jnp.zeros(shape, dtype)
+
+
+def lengths(spec: CacheSpec) -> Int[Array, "B"]:
+    """The clock of an empty state: no tokens in any row."""
+    return jnp.zeros((spec.batch,), jnp.int32)
+
+
+def chunk_positions(
+    length: Int[Array, "B"], lengths: Int[Array, "B"] | None, size: int
+) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Absolute positions of a right-padded chunk of `size`, and which are real."""
+    offset = jnp.arange(size, dtype=jnp.int32)
+    fresh = jnp.full_like(length, size) if lengths is None else lengths
+    return length[:, None] + offset, offset < fresh[:, None]
+
+
+def write(
+    buffer: Array,
+    rows: Array,
+    slots: Int[Array, "B *H T"],
+    valid: Bool[Array, "B *H T"],
+    update: Literal["set", "min", "max"] = "set",
+) -> Array:
+    """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
+
+    A row that is not valid, or whose slot lies past the end, is dropped: never clamped
+    onto a slot that holds something else. `slots` may also be `(B, H, T)`. With `min`
+    or `max` a slot keeps the extreme of what it holds and what is written.
+    """
+    valid = valid & (slots >= 0)
+    if slots.ndim == 2 and rows.shape[2] == 1:
+        count = valid[:, 0].astype(jnp.int32)
+        return write_run(buffer, rows, slots[:, 0], count, update)
+    return _scatter(buffer, rows, slots, valid, update)
+
+
+def write_run(
+    buffer: Array,
+    rows: Array,
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+    update: Literal["set", "min", "max"] = "set",
+) -> Array:
+    """Writes the first `count` of `rows (B, H, T, ...)` from slot `start >= 0` on.
+
+    As :func:`write`, in place. A scatter is in place where XLA keeps it; on CPU it
+    becomes a slice update fused into every reader of the buffer, and each such fusion
+    writes into a copy of its own. So there it goes row by row. Elsewhere a scatter of
+    more than one token copies: a few tokens are as many scatters.
+    """
+    run = jnp.arange(rows.shape[2], dtype=jnp.int32)
+    slots, valid = start[:, None] + run, run < count[:, None]
+    return lax.platform_dependent(
+        cpu=lambda: _write_slices(buffer, rows, start, count, update),
+        default=lambda: _scatters(buffer, rows, slots, valid, update),
+    )
+
+
+def few(tokens: int) -> list[slice]:
+    """Parts of `tokens` to scatter one after the other: singles if they are few."""
+    if tokens > MOST_SCATTERS:
+        return [slice(0, tokens)]
+    return [slice(i, i + 1) for i in range(tokens)]
+
+
+def _scatters(buffer, rows, slots, valid, update):
+    for part in few(rows.shape[2]):
+        given = rows[:, :, part], slots[:, part], valid[:, part]
+        buffer = _scatter(buffer, *given, update)
+    return buffer
+
+
+def _scatter(buffer, rows, slots, valid, update):
+    slots = jnp.where(valid, slots, buffer.shape[2])
+    rows = rows.astype(buffer.dtype)
+
+    if slots.ndim == 2:
+
+        def one_row(buffer, rows, slots):  # (H, S, ...), (H, T, ...), (T,)
+            return getattr(buffer.at[:, slots], update)(rows, mode="drop")
+
+        return jax.vmap(one_row)(buffer, rows, slots)
+
+    def one_head(buffer, rows, slots):  # (S, ...), (T, ...), (T,)
+        return getattr(buffer.at[slots], update)(rows, mode="drop")
+
+    return jax.vmap(jax.vmap(one_head))(buffer, rows, slots)
+
+
+_UPDATES = {
+    "set": lambda old, new: new,
+    "min": jnp.minimum,
+    "max": jnp.maximum,
+}
+
+
+def _write_slices(buffer, rows, start, count, update):
+    batch, heads, size, *rest = rows.shape
+    slots = buffer.shape[2]
+    rows = rows.astype(buffer.dtype)
+    zero = jnp.int32(0)  # of one type with the indices also where 64 bits are on
+    zeros = (zero,) * len(rest)
+    if size > slots:  # more than fits: what does not is dropped before
+        rows, size = rows[:, :, :slots], slots
+
+    def one_row(b, buffer):
+        b = jnp.asarray(b, jnp.int32)  # outside of jit the loop counts in 64 bits
+        fresh = lax.dynamic_slice(
+            rows, (b, zero, zero, *zeros), (1, heads, size, *rest)
+        )
+        # A slice that would pass the end is moved back, and its rows up, by `over`.
+        first = jnp.minimum(start[b], slots - size)
+        over = start[b] - first
+        where = (b, zero, first, *zeros)
+
+        def put(buffer):
+            if size == 1 and update == "set":
+                return lax.dynamic_update_slice(buffer, fresh, where)
+            old = lax.dynamic_slice(buffer, where, fresh.shape)
+            index = jnp.arange(size, dtype=jnp.int32) - over
+            is_new = (index >= 0) & (index < count[b])
+            is_new = is_new.reshape(1, 1, size, *(1 for _ in rest))
+            new = _UPDATES[update](old, jnp.roll(fresh, over, axis=2))
+            blended = jnp.where(is_new, new, old)
+            return lax.dynamic_update_slice(buffer, blended, where)
+
+        is_due = (count[b] > 0) & (over < size)
+        return lax.cond(is_due, put, lambda buffer: buffer, buffer)
+
+    return lax.fori_loop(zero, jnp.int32(batch), one_row, buffer)
+
+
+def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
+    """Reads `slots` of `buffer (B, Hkv, S, ...)`; a negative one reads slot 0: mask it.
+
+    H is Hkv, or 1 where all heads read the same slots.
+    """
+    slots = jnp.broadcast_to(slots, (*buffer.shape[:2], slots.shape[2]))
+
+    def one_head(buffer, slots):
+        return buffer.at[jnp.maximum(slots, 0)].get(mode="clip")
+
+    return jax.vmap(jax.vmap(one_head))(buffer, slots)
+
+
+def num_bytes(state: Any) -> int:
+    """Bytes a state (or its `jax.eval_shape`) holds."""
+    leaves = jax.tree.leaves(state)
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
+
+
+def kv_bytes(spec: CacheSpec, tokens: int) -> int:
+    """Bytes of the keys and values of `tokens` tokens, all rows and KV heads."""
+    itemsize = jnp.dtype(spec.dtype).itemsize
+    return 2 * spec.batch * spec.num_kv_heads * tokens * spec.head_dim * itemsize

@@ -1,0 +1,93 @@
+"""A cache of the tokens that were chosen, in slots of their own for each KV head."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.interface import CacheSpec
+from kvjax.stores import buffers, contiguous
+
+
+class Kept(NamedTuple):
+    """A chosen few tokens of a row, each with the position it came from."""
+
+    spec: CacheSpec
+    k: Float[Array, "B Hkv N D"]  # rotated at absolute positions
+    v: Float[Array, "B Hkv N D"]
+    positions: Int[Array, "B H N"]  # -1 = empty; H is Hkv, or 1 if all heads agree
+    length: Int[Array, "B"]  # tokens seen, not slots used
+
+
+def keep(
+    store: contiguous.Contiguous, positions: Int[Array, "B H N"], spare: int = 0
+) -> Kept:
+    """Copies the tokens at `positions` (-1 = none) out of `store`.
+
+    `spare` empty slots follow for tokens to come.
+    """
+
+    def take(buffer):
+        taken = buffers.gather(buffer, positions)
+        if not spare:
+            return taken
+        free = buffers.allocate((*taken.shape[:2], spare, taken.shape[3]), taken.dtype)
+        return jnp.concatenate([taken, free], axis=2)
+
+    padding = ((0, 0), (0, 0), (0, spare))
+    padded = jnp.pad(positions, padding, constant_values=-1)
+    return Kept(store.spec, take(store.k), take(store.v), padded, store.length)
+
+
+def num_kept(kept: Kept) -> Int[Array, "B"]:
+    """Slots in use, the same for every head."""
+    return (kept.positions[:, 0] >= 0).sum(-1, dtype=jnp.int32)
+
+
+def put(
+    kept: Kept,
+    slots: Int[Array, "B H"],
+    k: Float[Array, "B Hkv 1 D"],
+    v: Float[Array, "B Hkv 1 D"],
+) -> Kept:
+    """Writes the next token of each row into `slots`, over whatever was there."""
+    length = kept.length + 1
+    position = kept.length[:, None]
+    k = kept.spec.rope(k, position, length)
+    heads = k.shape[1]
+    where = jnp.broadcast_to(slots[..., None], (*slots.shape[:1], heads, 1))
+    valid = jnp.ones_like(where, bool)
+    held = slots.shape[1]
+    fresh = jnp.broadcast_to(position[..., None], (*slots.shape, 1))
+    return kept._replace(
+        k=buffers.write(kept.k, k, where, valid),
+        v=buffers.write(kept.v, v, where, valid),
+        positions=buffers.write(
+            kept.positions, fresh, slots[..., None], valid[:, :held]
+        ),
+        length=length,
+    )
+
+
+def holds_all(
+    attended: Int[Array, "B H N"], length: Int[Array, "B"], num_q_heads: int
+) -> Bool[Array, "B Hq"]:
+    """Heads whose list of distinct positions has every token: H divides `num_q_heads`.
+
+    What :class:`kvjax.interface.Diagnostics` calls exact, for methods with no better
+    proof than having attended to everything.
+    """
+    count = (attended >= 0).sum(-1, dtype=jnp.int32)
+    return jnp.repeat(count == length[:, None], num_q_heads // count.shape[1], axis=1)
+
+
+def turns_alike(spec: CacheSpec, length: Int[Array, "B"]) -> Bool[Array, "B 1"]:
+    """Rows whose keys, rotated now, are those rotated when they came.
+
+    Not beyond the original context under `dynamic` RoPE, whose frequencies go with the
+    length: :func:`kvjax.full` keeps keys as they were rotated, and a method that
+    rotates them anew is then another model, however many tokens it keeps.
+    """
+    if getattr(spec.rope, "kind", None) != "dynamic":
+        return jnp.ones_like(length, bool)[:, None]
+    return (length <= spec.rope.original_context)[:, None]

@@ -1,0 +1,200 @@
+"""A cache in pages, keys and values fused, with the extremes of each page's keys."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from kvjax.attention.partials import Partial
+from kvjax.interface import CacheSpec
+from kvjax.stores import buffers, contiguous
+from kvjax.stores.page_statistics import page_statistics
+
+
+class Paged(NamedTuple):
+    """Every token of a row, in pages in order of position."""
+
+    spec: CacheSpec
+    pages: Float[Array, "B Hkv NP P D2"]  # rotated keys, then values: D2 = 2 D
+    page_min: Float[Array, "B Hkv NP D"]  # +inf while the page is empty
+    page_max: Float[Array, "B Hkv NP D"]  # -inf while the page is empty
+    length: Int[Array, "B"]
+
+
+def paged(spec: CacheSpec, page_size: int) -> Paged:
+    """An empty store of at least `spec.capacity` tokens a row."""
+    num_pages = -(-spec.capacity // page_size)
+    heads = (spec.batch, spec.num_kv_heads, num_pages)
+    pages = buffers.allocate((*heads, page_size, 2 * spec.head_dim), spec.dtype)
+    low = buffers.allocate((*heads, spec.head_dim), spec.dtype, fill=jnp.inf)
+    high = buffers.allocate((*heads, spec.head_dim), spec.dtype, fill=-jnp.inf)
+    return Paged(spec, pages, low, high, buffers.lengths(spec))
+
+
+def extend(
+    store: Paged,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"] | None = None,
+) -> Paged:
+    """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
+    written, k, page, valid = _write(store, k, v, lengths)
+    return written._replace(
+        page_min=buffers.write(store.page_min, k, page, valid, "min"),
+        page_max=buffers.write(store.page_max, k, page, valid, "max"),
+    )
+
+
+def revise(
+    store: Paged,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    count: Int[Array, "B"],
+) -> Paged:
+    """Appends one token, and gives the count - 1 before it new keys and values.
+
+    The extremes of their pages are taken from the keys that are there then: what was
+    overwritten leaves no trace.
+
+    Args:
+        store: without the new token.
+        k, v: un-rotated, the new token last.
+        count: from 1 to T, how many of the last rows are real; at most all the tokens.
+    """
+    before = store._replace(length=store.length - (count - 1))
+    k, v = contiguous.real_first(k, count), contiguous.real_first(v, count)
+    written = _write(before, k, v, count)[0]
+    return _take_extremes(written, written.length, k.shape[2])
+
+
+def rewind(store: Paged, count: Int[Array, "B"], most: int) -> Paged:
+    """Without the newest `count` tokens, at most `most`: as if they had not come."""
+    shorter = store._replace(length=store.length - count)
+    return _take_extremes(shorter, store.length, most)
+
+
+def _write(store, k, v, lengths):
+    """The store but for its extremes; rotated keys, their pages, which are real."""
+    positions, valid = buffers.chunk_positions(store.length, lengths, k.shape[2])
+    count = valid.sum(-1, dtype=jnp.int32)
+    length = store.length + count
+    k = store.spec.rope(k, positions, length).astype(store.spec.dtype)
+    fused = jnp.concatenate([k, v.astype(store.spec.dtype)], axis=-1)
+    num_pages, page_size, width = store.pages.shape[2:]
+    page = jnp.where(valid, positions // page_size, num_pages)
+
+    def by_page():  # in place where a scatter is; flat pages would be copied on TPU
+        def one_row(pages, fused, page, slot):
+            return pages.at[:, page, slot].set(fused, mode="drop")
+
+        slot, pages = positions % page_size, store.pages
+        for part in buffers.few(fused.shape[2]):
+            given = fused[:, :, part], page[:, part], slot[:, part]
+            pages = jax.vmap(one_row)(pages, *given)
+        return pages
+
+    def by_token():
+        flat = store.pages.reshape(*store.pages.shape[:2], -1, width)
+        written = buffers.write_run(flat, fused, store.length, count)
+        return written.reshape(store.pages.shape)
+
+    pages = lax.platform_dependent(cpu=by_token, default=by_page)
+    return store._replace(pages=pages, length=length), k, page, valid
+
+
+def _take_extremes(store, end, newest):
+    """The store with those of the pages of the `newest` tokens before `end` anew."""
+    num_pages, page_size = store.pages.shape[2:4]
+    most = min(-(-(newest - 1) // page_size) + 1, num_pages)
+    last = jnp.maximum(end - 1, 0) // page_size
+    first = jnp.maximum(last - (most - 1), 0)
+    which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
+    keys = buffers.gather(store.pages, which)[..., : store.spec.head_dim]
+    position = which[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
+    held = (position < store.length[:, None, None, None])[..., None]
+    low = jnp.where(held, keys, jnp.inf).min(3)
+    high = jnp.where(held, keys, -jnp.inf).max(3)
+    count = last - first + 1
+    return store._replace(
+        page_min=buffers.write_run(store.page_min, low, first, count),
+        page_max=buffers.write_run(store.page_max, high, first, count),
+    )
+
+
+def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
+    """Keys and values with every token in the slot of its position."""
+    batch, num_kv_heads, num_pages, page_size, width = store.pages.shape
+    fused = store.pages.reshape(batch, num_kv_heads, num_pages * page_size, width)
+    k, v = jnp.split(fused, 2, axis=-1)
+    return k, v
+
+
+def attend_all(
+    store: Paged, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
+) -> Partial:
+    """Causal attention of rotated queries at `positions` over every page.
+
+    By the model's own normaliser, as :func:`kvjax.stores.contiguous.attend`.
+    """
+    whole = contiguous.Contiguous(store.spec, *views(store), store.length)
+    return contiguous.attend(whole, q, positions)
+
+
+class Moments(NamedTuple):
+    """Mean and variance of the keys of each complete page, element by element."""
+
+    mean: Float[Array, "B Hkv NP D"]  # float32; undefined while the page is incomplete
+    variance: Float[Array, "B Hkv NP D"]  # float32, over all P tokens
+
+
+def moments(store: Paged) -> Moments:
+    """Those of an empty store."""
+    shape = store.page_min.shape
+    return Moments(*(buffers.allocate(shape, jnp.float32) for _ in range(2)))
+
+
+def update_moments(held: Moments, store: Paged, added: int) -> Moments:
+    """With the pages that the newest of at most `added` tokens a row completed.
+
+    Each is read again as a whole, whatever calls filled it, so that how tokens came
+    does not change its statistics.
+
+    Args:
+        held: statistics before.
+        store: with the new tokens written.
+        added: most tokens that are new in any row.
+    """
+    num_pages, page_size = store.pages.shape[2:4]
+    most = min(-(-added // page_size), num_pages)
+    complete = store.length // page_size
+    # A page is written again if it was complete before: to the same numbers.
+    first = jnp.maximum(complete - most, 0)
+    which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
+    keys = buffers.gather(store.pages, which)[..., : store.spec.head_dim]
+    *_, mean, variance = page_statistics(keys)
+    count = complete - first
+
+    def put(buffer, rows):
+        return buffers.write_run(buffer, rows, first, count)
+
+    return Moments(put(held.mean, mean), put(held.variance, variance))
+
+
+def is_available(store: Paged) -> Bool[Array, "B NP"]:
+    """Pages that hold a token."""
+    num_pages, page_size = store.pages.shape[2:4]
+    first = jnp.arange(num_pages, dtype=jnp.int32) * page_size
+    return first < store.length[:, None]
+
+
+def tokens_of(
+    page_ids: Int[Array, "B H K"], page_size: int, length: Int[Array, "B"]
+) -> Int[Array, "B H N"]:
+    """Positions held by the listed pages, -1 where there is no token; N = K * P."""
+    within = jnp.arange(page_size, dtype=jnp.int32)
+    positions = page_ids[..., None] * page_size + within
+    held = (page_ids[..., None] >= 0) & (positions < length[:, None, None, None])
+    positions = jnp.where(held, positions, -1)
+    return positions.reshape(*page_ids.shape[:2], -1)

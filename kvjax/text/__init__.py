@@ -1,0 +1,1 @@
+"""Text and tokens: what a tokenizer adds, and text that comes token by token."""

@@ -1,0 +1,1 @@
+"""Training of the feature maps that completion reads by."""

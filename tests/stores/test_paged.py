@@ -1,0 +1,46 @@
+"""Pages: tokens written anew, by the path of this CPU and by that of other devices."""
+
+import drive
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from kvjax.stores import paged
+
+
+def test_writing_by_page_is_writing_by_token(monkeypatch):
+    """A prompt, more of it, and a token behind two that get new keys."""
+    stream = drive.make_stream((6, 20), 3, head_dim=4)
+    spec = drive.make_spec(stream)
+
+    def run(prompt, chunk, rows):
+        store = paged.extend(paged.paged(spec, 4), *prompt)
+        store = paged.extend(store, *chunk)
+        return paged.revise(store, *rows, jnp.array([3, 2], jnp.int32))
+
+    def inputs(start, lengths, size):
+        return drive.chunk(stream, start, lengths, size=size)[1:]
+
+    _, k, v = drive.step_inputs(stream, rows=3)
+    arguments = (
+        inputs((0, 0), (4, 18), 18),
+        inputs((4, 18), (2, 2), 2),
+        (k[2], v[2]),
+    )
+    by_token = jax.jit(run)(*arguments)
+    monkeypatch.setattr(
+        lax, "platform_dependent", lambda *given, cpu, default: default(*given)
+    )
+    by_page = jax.jit(lambda *given: run(*given))(*arguments)
+    for one, other in zip(by_token, by_page, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+    keys = paged.views(by_page)[1]
+    for b, (length, past) in enumerate(((6, 2), (20, 1))):
+        end = length + 1
+        np.testing.assert_array_equal(by_page.length[b], end)
+        # The last rows of the step, over what was there.
+        rows = np.asarray(v[2])[b, :, -past - 1 :]
+        np.testing.assert_array_equal(keys[b, :, end - past - 1 : end], rows)
+        before = stream.v[b, :, : end - past - 1]
+        np.testing.assert_array_equal(keys[b, :, : end - past - 1], before)
