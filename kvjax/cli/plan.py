@@ -18,11 +18,17 @@ from kvjax.cli.options import (
     whole_numbers,
     with_budget,
 )
+from kvjax.cli.plan_training import plan_training
 from kvjax.cost import planning
 from kvjax.report import terminal
 
+# Options that say how tokens are generated.
+_OF_DECODING = ("method", "context", "budget", "new_tokens", "batch", "chunk_size")
+_OF_DECODING += ("dtype",)
+
 
 def plan(
+    context_of: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", help=MODEL_HELP + " Or a config.json.")
     ] = None,
@@ -53,11 +59,37 @@ def plan(
         float, typer.Option(help="Share of a device's memory that must stay free.")
     ] = planning.MARGIN,
     dtype: DtypeOption = None,
+    training: Annotated[
+        str | None,
+        typer.Option(
+            "--train", help="A config of `kvjax train` instead: memory of its steps."
+        ),
+    ] = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="key=value of that config; may be repeated."),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Memory of a model at a context, method by method, and which devices it fits."""
+    """Memory of a model at a context, method by method, and which devices it fits.
+
+    With --train, the memory of a training step instead: compiled, and not run.
+    """
     import models
 
+    if training is not None:
+        _refuse(context_of, _OF_DECODING, "--train")
+        if model is not None:
+            changes = [f"model.checkpoint={model_name(model)}", *(changes or ())]
+        devices = planning.devices(device or planning.DEVICES)
+        for one in devices.values():
+            planning.room(one, margin)
+        plan_training(
+            training, changes or (), devices=devices, margin=margin, as_json=as_json
+        )
+        return
+    if changes is not None:
+        raise ValueError("--set is of a config: give --train CONFIG with it.")
     positive(context=context, new_tokens=new_tokens, batch=batch, chunk_size=chunk_size)
     budgets = whole_numbers("--budget", budget)
     for value in budgets:
@@ -107,6 +139,17 @@ def plan(
         _print(document)
 
 
+def _refuse(context_of: typer.Context, names: tuple[str, ...], beside: str) -> None:
+    """Raises if an option was given that has no meaning beside another."""
+    for name in names:
+        source = context_of.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            option = name.replace("_", "-")
+            raise ValueError(
+                f"--{option} has no meaning beside {beside}: leave it out."
+            )
+
+
 def weights_of(decoder):
     """Returns the bytes of a model's weights, from its sizes alone."""
     from kvjax.stores.buffers import num_bytes
@@ -154,11 +197,6 @@ def _row(spec, found, devices, margin) -> dict:
     }
 
 
-def _gb(count: int) -> str:
-    # A small model's would be 0.00.
-    return f"{count / 1e9:.2f}" if count >= 1e8 else f"{count / 1e9:.2g}"
-
-
 def _rate(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
@@ -178,11 +216,11 @@ def _print(document) -> None:
         cells.append(
             [
                 spec,
-                _gb(row["prompt_state"]),
-                _gb(row["decode_state"]),
-                _gb(max(temporaries)),
-                _gb(row["peak"]),
-                _gb(sum(row["read_per_step"].values())),
+                planning.gigabytes(row["prompt_state"]),
+                planning.gigabytes(row["decode_state"]),
+                planning.gigabytes(max(temporaries)),
+                planning.gigabytes(row["peak"]),
+                planning.gigabytes(sum(row["read_per_step"].values())),
                 *(
                     _rate(at["most_tokens_per_second"]) if at["fits"] else "-"
                     for at in row["devices"].values()
@@ -202,8 +240,8 @@ def _said(document) -> list[str]:
     rows = "1 row" if document["batch"] == 1 else f"{document['batch']} rows"
     said = f"{document['new_tokens']:,} of them generated. GB are 1e9 bytes."
     lines = [
-        f"Weights {_gb(document['weights'])} GB ({document['dtype']}); {rows} "
-        f"of {document['context']:,} tokens, {said}",
+        f"Weights {planning.gigabytes(document['weights'])} GB ({document['dtype']}); "
+        f"{rows} of {document['context']:,} tokens, {said}",
         "prompt, decode: states while the prompt is read and while tokens are "
         "generated. temp.: an estimate. peak: with weights and temporaries. read: of "
         "all rows, by one step. Devices: the most tokens a second that these bytes "
@@ -233,6 +271,6 @@ def _said(document) -> list[str]:
             )
             lines.append(
                 f"{name}: none fits; {least['method']} comes nearest, "
-                f"{_gb(over)} GB too much."
+                f"{planning.gigabytes(over)} GB too much."
             )
     return lines

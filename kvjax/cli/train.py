@@ -3,10 +3,12 @@
 import dataclasses
 import glob
 import hashlib
+import importlib
 import pathlib
 import re
 import sys
 import sysconfig
+from types import ModuleType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 
 import typer
@@ -46,15 +48,9 @@ def train(
     ] = False,
 ) -> int:
     """Trains a model, resumable at any moment; the result is the folder OUT/model."""
-    try:
-        from kvjax.training import config_files, loop, run_folder
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.split(".")[0] not in _EXTRA:
-            raise
-        raise ImportError(
-            f"training needs {error.name.split('.')[0]}: pip install 'kvjax[train]'."
-        ) from error
-
+    config_files, loop, run_folder = map(
+        require, ("config_files", "loop", "run_folder")
+    )
     run_folder.check(out, resume=resume)
     if config is None and not resume:
         known = ", ".join(config_files.presets())
@@ -84,6 +80,22 @@ def train(
     return 0 if result.finished else 1
 
 
+def require(name: str) -> ModuleType:
+    """Returns a module of `kvjax.training`.
+
+    Raises:
+        ImportError: if the extra that it needs is not installed.
+    """
+    try:
+        return importlib.import_module(f"kvjax.training.{name}")
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.split(".")[0] not in _EXTRA:
+            raise
+        raise ImportError(
+            f"training needs {error.name.split('.')[0]}: pip install 'kvjax[train]'."
+        ) from error
+
+
 class _Texts(NamedTuple):
     training: list[str]
     held_out: list[str]
@@ -95,6 +107,21 @@ class _Model(NamedTuple):
     tokenizer: Any
     init: Any  # of loop.train
     save: Any
+
+
+def decoder_of(settings: "Config") -> Any:
+    """Returns the decoder that a config trains, its weights float32, without them."""
+    import models
+    from models import llama
+
+    section = settings.model
+    if section.checkpoint is None:
+        return llama.LlamaDecoder(llama.from_hf(section.config, dtype="float32"))
+    decoder = models.load_decoder(model_name(section.checkpoint), dtype="float32")
+    if section.alpha is None:
+        return decoder
+    config = dataclasses.replace(decoder.config, attention_alpha=section.alpha)
+    return llama.LlamaDecoder(config)
 
 
 def _model(
@@ -112,18 +139,14 @@ def _model(
         own = models.load_decoder(name).config.dtype
         loaded = models.load(name, dtype="float32")
         print_notes(loaded.decoder)
-        if section.alpha is not None:
-            config = dataclasses.replace(
-                loaded.decoder.config, attention_alpha=section.alpha
-            )
-            loaded = loaded._replace(decoder=llama.LlamaDecoder(config))
+        loaded = loaded._replace(decoder=decoder_of(settings))
 
         def init(shardings):
             return jax.device_put(loaded.params, shardings)
 
     else:
         own = llama.from_hf(section.config).dtype
-        decoder = llama.LlamaDecoder(llama.from_hf(section.config, dtype="float32"))
+        decoder = decoder_of(settings)
         tokenizer = _tokenizer(settings, texts, out, decoder, resume)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         loaded = kvjax.LanguageModel(decoder, None, tokenizer, eos)

@@ -218,3 +218,8 @@ def fits(plan: Plan, device: Device, margin: float = MARGIN) -> bool:
 def tokens_per_second(plan: Plan, device: Device) -> float:
     """Most tokens a second, all rows together, that the bytes of a step allow."""
     return plan.batch * device.bandwidth / plan.step_bytes
+
+
+def gigabytes(count: int) -> str:
+    """Returns bytes in units of 1e9, with two digits where a small model has 0.00."""
+    return f"{count / 1e9:.2f}" if count >= 1e8 else f"{count / 1e9:.2g}"

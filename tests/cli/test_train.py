@@ -341,3 +341,28 @@ def test_train_says_which_extra_is_missing(tmp_path):
     assert done.returncode == 2
     line = "kvjax: error: training needs grain: pip install 'kvjax[train]'.\n"
     assert done.stderr == line
+
+
+def test_memory_of_its_steps_is_planned_without_training(run, recipe, tmp_path):
+    before = sorted(tmp_path.iterdir())
+    arguments = ["plan", "--train", recipe, "--device", "mine:1:100", "--json"]
+    document = json.loads(run(*arguments))
+    (row,) = document["rows"]
+    assert (row["rows"], row["length"], row["packed"]) == (4, 16, False)
+    assert row["peak"] == row["state"] + row["batch"] + row["temporaries"]
+    assert row["fits"] == {"mine": True}
+    assert document["compiled_for"] == jax.devices()[0].device_kind
+    averaged = json.loads(run(*arguments, "--set", "optimizer.average=0.9"))
+    assert averaged["rows"][0]["state"] * 3 == pytest.approx(row["state"] * 4, rel=0.01)
+    small = json.loads(
+        run("plan", "--train", recipe, "--device", "mine:0.00001:1", "--json")
+    )
+    assert small["rows"][0]["fits"] == {"mine": False}
+    assert "4 x 16" in run(*arguments[:-1])
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_options_of_decoding_are_refused_beside_train(fail, recipe):
+    line = fail("plan", "--train", recipe, "--context", "100")
+    assert "--context has no meaning beside --train" in line
+    assert "--train" in fail("plan", "--set", "remat=true")
