@@ -161,14 +161,18 @@ def _tokens(model: Any, text: pathlib.Path | None, seed: int) -> np.ndarray:
 def _calibrated(model, path, held_out, longest, budget, windows, seed):
     from kvjax import registry
     from kvjax.evaluation import head_gains
+    from kvjax.text.encoding import added
+    from kvjax.training.feature_maps import distill as feature_maps_distill
 
     new_tokens = 32
     size = longest + new_tokens
     if size > min(model.decoder.context, len(held_out)):
         size = min(model.decoder.context, len(held_out))
     rng = np.random.default_rng([seed, 1])
-    starts = rng.integers(len(held_out) - size + 1, size=windows)
-    rows = [held_out[start : start + size].tolist() for start in starts]
+    before = added(model.tokenizer.encode).before
+    rows = [
+        feature_maps_distill.window(rng, held_out, size, before) for _ in range(windows)
+    ]
     method = AT_BUDGET.format(budget)
     with warnings.catch_warnings():
         # Room is made in whole chunks, which the longest prompt does not fill.

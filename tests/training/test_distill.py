@@ -47,6 +47,18 @@ def huber(x, delta):
     return x**2 / 2 if abs(x) <= delta else delta * (abs(x) - delta / 2)
 
 
+def test_documents_begin_as_prompts_do():
+    """What a tokenizer puts before a text stands there too: heads attend to it most."""
+    text = np.arange(200, dtype=np.int32)
+    for index in range(4):
+        plain = distill.document(text, SETTINGS, index)
+        begun = distill.document(text, SETTINGS, index, (900, 901))
+        assert begun.shape == plain.shape
+        assert begun[0, :2].tolist() == [900, 901]
+        assert (begun[0, 2:] == plain[0, 2:]).all()
+        assert (np.diff(plain[0]) == 1).all()
+
+
 @pytest.mark.parametrize("weight", [0.99, 0.25])
 def test_the_papers_loss_by_hand(weight):
     """KL at a temperature, top band, false positives, mass that is too much."""

@@ -14,6 +14,7 @@ import json
 import pathlib
 import sys
 import time
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from kvjax import files
 from kvjax.interface import LanguageModel, layer_specs
 from kvjax.methods.topk_completion.feature_maps import Learned
 from kvjax.methods.topk_completion.map_files import MapFile
+from kvjax.text.encoding import added
 from kvjax.training import checkpoint, run_folder
 from kvjax.training.attention import by_layer, causal_attention
 from kvjax.training.feature_maps.networks import (
@@ -92,13 +94,29 @@ def trace(decoder: Any, params: Any, tokens: Int[Array, "1 S"], queries: int) ->
 
 
 def document(
-    tokens: Int[np.ndarray, "N"], settings: Settings, index: int
+    tokens: Int[np.ndarray, "N"],
+    settings: Settings,
+    index: int,
+    before: Sequence[int] = (),
 ) -> Int[np.ndarray, "1 S"]:
-    """Document `index` of a run: a function of the seed alone, so that runs resume."""
+    """Draws document `index` of a run by the seed alone, so that runs resume.
+
+    It begins as every prompt does: with `before`, what the tokenizer puts there (BOS).
+    """
     rng = np.random.default_rng([settings.seed, index])
     size = settings.lengths[index % len(settings.lengths)] + settings.queries
+    return np.asarray(window(rng, tokens, size, before), np.int32)[None]
+
+
+def window(
+    rng: np.random.Generator,
+    tokens: Int[np.ndarray, "N"],
+    size: int,
+    before: Sequence[int] = (),
+) -> list[int]:
+    """Draws `size` tokens of a text, the first of them replaced by `before`."""
     start = int(rng.integers(len(tokens) - size + 1))
-    return np.asarray(tokens[start : start + size], np.int32)[None]
+    return [*before, *tokens[start + len(before) : start + size].tolist()]
 
 
 # --- the run
@@ -177,7 +195,8 @@ def begin(model: LanguageModel, tokens: np.ndarray, settings: Settings) -> State
     decoder = model.decoder
     spec = decoder.cache_spec(1, max(settings.lengths))
     longest = int(np.argmax(settings.lengths))
-    rows = jnp.asarray(document(tokens, settings, longest))
+    before = added(model.tokenizer.encode).before
+    rows = jnp.asarray(document(tokens, settings, longest, before))
     seen = trace(decoder, model.params, rows, settings.queries)
     return _first(seen, settings, float(spec.sm_scale))
 
@@ -258,6 +277,7 @@ def train(
 
 def _go(model, tokens, settings, state, step, saved, metrics, progress, interrupt):
     spec = model.decoder.cache_spec(1, 1)
+    before = added(model.tokenizer.encode).before
     about = _about(model, tokens, settings)
     seen, recent, clock = None, [], time.monotonic()
     losses = np.zeros(state.keys.deviation.shape, np.float32)
@@ -265,7 +285,7 @@ def _go(model, tokens, settings, state, step, saved, metrics, progress, interrup
     while step < settings.steps:
         index, part = divmod(step, settings.reuse)
         if seen is None or part == 0:
-            rows = jnp.asarray(document(tokens, settings, index))
+            rows = jnp.asarray(document(tokens, settings, index, before))
             seen = trace(model.decoder, model.params, rows, settings.queries)
         rng = np.random.default_rng([settings.seed, index, part])
         prompt = seen.k.shape[2] - settings.queries
@@ -350,7 +370,10 @@ def _about(model, tokens, settings) -> dict[str, Any]:
     settings = json.loads(json.dumps(dataclasses.asdict(settings)))
     # Found alike from any folder.
     name = files.located(model.name)
-    return {"model": name, "text": digest, "settings": settings}
+    about = {"model": name, "text": digest, "settings": settings}
+    before = added(model.tokenizer.encode).before
+    # Runs of tokenizers that add nothing say nothing of it: they go on as they were.
+    return about | ({"before": list(before)} if before else {})
 
 
 def _check_resume(old: dict[str, Any], new: dict[str, Any]) -> None:
