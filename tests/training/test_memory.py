@@ -65,12 +65,10 @@ def test_more_rows_take_more_and_parts_take_less():
 
 
 def test_every_shape_of_every_stage_is_there_the_largest_first():
+    common = {"steps": 1, "mixture": {"text": 1}}
     stages = [
-        {"steps": 1, "tokens": 256, "lengths": {64: 1, 32: 1}, "mixture": {"text": 1}},
-        {
-            **{"steps": 1, "tokens": 512, "lengths": {128: 1}, "mixture": {"text": 1}},
-            "shortest": 16,
-        },
+        common | {"tokens": 256, "lengths": {64: 1, 32: 1}},
+        common | {"tokens": 512, "lengths": {128: 1}, "shortest": 16},
     ]
     settings = Config.model_validate(BASE | {"stages": stages})
     found = memory.step_memory(MODEL.decoder, settings)
