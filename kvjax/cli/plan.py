@@ -1,7 +1,9 @@
 """`kvjax plan`: the memory a model takes at a context, and the rate its bytes allow."""
 
 import dataclasses
+import inspect
 import json
+from collections.abc import Mapping
 from typing import Annotated
 
 import typer
@@ -22,13 +24,8 @@ from kvjax.cli.plan_training import plan_training
 from kvjax.cost import planning
 from kvjax.report import terminal
 
-# Options that say how tokens are generated.
-_OF_DECODING = ("method", "context", "budget", "new_tokens", "batch", "chunk_size")
-_OF_DECODING += ("dtype",)
-
 
 def plan(
-    context_of: typer.Context,
     model: Annotated[
         str | None, typer.Option("--model", help=MODEL_HELP + " Or a config.json.")
     ] = None,
@@ -78,7 +75,10 @@ def plan(
     import models
 
     if training is not None:
-        _refuse(context_of, _OF_DECODING, "--train")
+        of_decoding = {"method": method, "context": context, "budget": budget}
+        of_decoding |= {"new_tokens": new_tokens, "batch": batch}
+        of_decoding |= {"chunk_size": chunk_size, "dtype": dtype}
+        _refuse(of_decoding, "--train")
         if model is not None:
             changes = [f"model.checkpoint={model_name(model)}", *(changes or ())]
         devices = planning.devices(device or planning.DEVICES)
@@ -139,15 +139,13 @@ def plan(
         _print(document)
 
 
-def _refuse(context_of: typer.Context, names: tuple[str, ...], beside: str) -> None:
-    """Raises if an option was given that has no meaning beside another."""
-    for name in names:
-        source = context_of.get_parameter_source(name)
-        if source is not None and source.name == "COMMANDLINE":
-            option = name.replace("_", "-")
-            raise ValueError(
-                f"--{option} has no meaning beside {beside}: leave it out."
-            )
+def _refuse(given: Mapping[str, object], beside: str) -> None:
+    """Raises if an option has another value than it has when it is left out."""
+    usual = inspect.signature(plan).parameters
+    for name, value in given.items():
+        if value != usual[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option} has no meaning beside {beside}: leave it out.")
 
 
 def weights_of(decoder):
