@@ -1,13 +1,14 @@
 """Attention to every token so far, by the model's normaliser: for the baselines."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.interface import CacheSpec, Diagnostics, Method, State, Traffic
-from kvjax.stores import buffers, contiguous
+from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, Traffic
+from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_logits
 from pallas_kernels.entmax import entmax
 
@@ -20,32 +21,24 @@ def method() -> Method:
     """
     return Method(
         init=_init,
-        prefill=_prefill,
-        finish=_finish,
+        prefill=step.prefill,
+        finish=step.finish_unchanged,
         append=contiguous.extend,
         inspect_step=_inspect_step,
         traffic=_traffic,
-        rewind=_rewind,
+        rewind=contiguous.rewind,
         exact_prompt=True,
     )
 
 
-def _finish(state: contiguous.Contiguous) -> contiguous.Contiguous:
-    return state
-
-
-def _init(spec: CacheSpec, weights=None) -> contiguous.Contiguous:
+def _init(spec: CacheSpec, weights: Any = None) -> contiguous.Contiguous:
     del weights
     return contiguous.contiguous(spec)
 
 
-def _prefill(state, q, k, v, lengths) -> tuple[State, Array]:
-    state = contiguous.extend(state, k, v, lengths)
-    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length, lengths)
-    return state, contiguous.attend(state, rotated, positions).out.astype(q.dtype)
-
-
-def _inspect_step(state, q) -> tuple[State, Array, Diagnostics]:
+def _inspect_step(
+    state: contiguous.Contiguous, q: Float[Array, "B Hq T D"]
+) -> tuple[contiguous.Contiguous, Float[Array, "B Hq T D"], Diagnostics]:
     rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
     out, lse = contiguous.attend(state, rotated, positions)
     slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
@@ -56,9 +49,8 @@ def _inspect_step(state, q) -> tuple[State, Array, Diagnostics]:
     return state, out.astype(q.dtype), Diagnostics(attended, lse, refreshed, exact)
 
 
-def _rewind(state, count, most) -> contiguous.Contiguous:
-    del most
-    return state._replace(length=state.length - count)
+def _traffic(spec: CacheSpec, length: int) -> Traffic:
+    return Traffic(kv=buffers.kv_bytes(spec, length), metadata=0)
 
 
 class Windowed(NamedTuple):
@@ -69,7 +61,7 @@ class Windowed(NamedTuple):
 
 
 def windowed(method: Method, rows: int) -> Method:
-    """A method of one row, in steps that feed the newest `rows` tokens.
+    """Gives a method of one row in steps that feed the newest `rows` tokens.
 
     For beside, or below, a method that revises past tokens: of those that a step
     decoded it takes the new keys and values; the prompt's stay. Every row attends to
@@ -89,7 +81,7 @@ def windowed(method: Method, rows: int) -> Method:
     if method.rows != 1:
         raise ValueError(f"{method.rows=} must be 1 to be given {rows=}.")
 
-    def init(spec, weights=None):
+    def init(spec: CacheSpec, weights: Any = None) -> Windowed:
         store = method.init(spec, weights)
         if not isinstance(store, contiguous.Contiguous):
             raise ValueError(
@@ -98,24 +90,30 @@ def windowed(method: Method, rows: int) -> Method:
             )
         return Windowed(store, buffers.lengths(spec))
 
-    def prefill(state, q, k, v, lengths):
+    def prefill(
+        state: Windowed,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Windowed, Float[Array, "B Hq T D"]]:
         store, out = method.prefill(state.store, q, k, v, lengths)
         return Windowed(store, store.length), out
 
-    def finish(state):
+    def finish(state: Windowed) -> Windowed:
         return state._replace(store=method.finish(state.store))
 
-    def append(state, k, v):
+    def append(
+        state: Windowed, k: Float[Array, "B Hkv T D"], v: Float[Array, "B Hkv T D"]
+    ) -> Windowed:
         count = jnp.minimum(state.store.length - state.start + 1, rows)
         return state._replace(store=contiguous.revise(state.store, k, v, count))
 
-    def inspect_step(state, q):
+    def inspect_step(
+        state: Windowed, q: Float[Array, "B Hq T D"]
+    ) -> tuple[Windowed, Float[Array, "B Hq T D"], Diagnostics]:
         store, out, diagnostics = method.inspect_step(state.store, q)
         return state._replace(store=store), out, diagnostics
-
-    def rewind(state, count, most):
-        store = method.rewind(state.store, count, most)
-        return Windowed(store, store.length)
 
     return Method(
         init=init,
@@ -125,15 +123,22 @@ def windowed(method: Method, rows: int) -> Method:
         inspect_step=inspect_step,
         traffic=method.traffic,
         rows=rows,
-        rewind=rewind if method.rewind else None,
+        rewind=method.rewind and functools.partial(_rewind_window, method.rewind),
         exact_prompt=method.exact_prompt,
     )
+
+
+def _rewind_window(
+    rewind: RewindFn, state: Windowed, count: Int[Array, "B"], most: int
+) -> Windowed:
+    store = rewind(state.store, count, most)
+    return Windowed(store, store.length)
 
 
 def weights(
     state: contiguous.Contiguous, q: Float[Array, "B Hq T D"]
 ) -> Float[Array, "B Hq T S"]:
-    """What a step gives each token: the weights behind its output, float32.
+    """Returns what a step gives each token: the weights behind its output, float32.
 
     Reads every key, and holds all weights at once.
     """
@@ -143,7 +148,3 @@ def weights(
     if spec.alpha == 1:
         return jax.nn.softmax(logits, axis=-1)
     return entmax(logits, alpha=spec.alpha)
-
-
-def _traffic(spec: CacheSpec, length: int) -> Traffic:
-    return Traffic(kv=buffers.kv_bytes(spec, length), metadata=0)

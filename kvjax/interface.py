@@ -1,4 +1,4 @@
-"""What a method, a model and the decode loop know of each other. Read this first.
+"""The interface between methods, models and the decode loop. Read this first.
 
 Axes, one alphabet for the whole repository:
 
@@ -12,6 +12,7 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -42,7 +43,7 @@ class CacheSpec:
             :class:`kvjax.rope.Rope`.
         max_new_tokens: most tokens appended after the prompt. Methods that shrink
             the prompt's cache but keep every generated token size their buffers by it.
-        sm_scale: factor on the logits; None means ``head_dim ** -0.5``.
+        sm_scale: factor on the logits; ``head_dim ** -0.5`` unless given, or if nan.
         layer: index of the layer, for transforms that treat layers differently.
         alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
     """
@@ -55,7 +56,7 @@ class CacheSpec:
     dtype: jax.typing.DTypeLike
     rope: Callable[..., Array]
     max_new_tokens: int = 0
-    sm_scale: float | None = None
+    sm_scale: float = math.nan
     layer: int = 0
     alpha: float = 1.0
 
@@ -78,12 +79,12 @@ class CacheSpec:
             raise ValueError(
                 f"alpha={self.alpha} must be at least 1 (softmax) and finite."
             )
-        if self.sm_scale is None:
+        if self.sm_scale is None or math.isnan(self.sm_scale):
             object.__setattr__(self, "sm_scale", self.head_dim**-0.5)
 
     @property
     def group(self) -> int:
-        """Query heads per KV head, G."""
+        """The number of query heads per KV head, G."""
         return self.num_q_heads // self.num_kv_heads
 
 
@@ -102,7 +103,7 @@ def with_layer(state: State, layer: int) -> State:
 
 
 class Diagnostics(NamedTuple):
-    """What one decode step attended to. Every method fills every field.
+    """The set that one decode step attended to. Every method fills every field.
 
     Under `jax.jit` an unused field costs nothing: XLA removes its computation.
 
@@ -129,53 +130,129 @@ class Traffic(NamedTuple):
         return self.kv + self.metadata
 
 
+@runtime_checkable
+class InitFn(Protocol):
+    """Makes the empty state of one layer; `weights` are a method's own learned ones."""
+
+    def __call__(self, spec: CacheSpec, weights: Any = None) -> State: ...
+
+
+@runtime_checkable
+class PrefillFn(Protocol):
+    """Reads a chunk of the prompt, right-padded to T; called once a chunk.
+
+    Row b has `lengths[b]` tokens in it, 0 allowed. Exact attention over the prompt
+    unless the method says otherwise. Splitting a prompt into chunks changes nothing.
+    """
+
+    def __call__(
+        self,
+        state: State,
+        /,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[State, Float[Array, "B Hq T D"]]: ...
+
+
+@runtime_checkable
+class FinishFn(Protocol):
+    """Ends the prompt, after its last chunk.
+
+    Evicting methods choose here what to keep, and the state takes its final, smaller
+    shape. Layers of equal shapes share one program: nothing may depend on
+    `CacheSpec.layer` here but through what `init` put into the state.
+    """
+
+    def __call__(self, state: State, /) -> State: ...
+
+
+@runtime_checkable
+class AppendFn(Protocol):
+    """Writes keys and values of a step's tokens; before `inspect_step`, once a step."""
+
+    def __call__(
+        self,
+        state: State,
+        /,
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+    ) -> State: ...
+
+
+@runtime_checkable
+class InspectStepFn(Protocol):
+    """Attends from the tokens just appended, and says to what.
+
+    The state keeps its structure, shapes and dtypes, so that a step can be scanned.
+    """
+
+    def __call__(
+        self, state: State, /, q: Float[Array, "B Hq T D"]
+    ) -> tuple[State, Float[Array, "B Hq T D"], Diagnostics]: ...
+
+
+@runtime_checkable
+class TrafficFn(Protocol):
+    """Counts what a step of one layer reads when `length` tokens are cached."""
+
+    def __call__(self, spec: CacheSpec, length: int) -> Traffic: ...
+
+
+@runtime_checkable
+class SelectFn(Protocol):
+    """Lists the pages that a rotated query of the newest token reads, -1 = none.
+
+    Of methods whose state is a :class:`kvjax.stores.paged.Paged` and whose step attends
+    to listed pages. Transforms of such methods choose by it.
+    """
+
+    def __call__(
+        self, state: State, /, q: Float[Array, "B Hq 1 D"]
+    ) -> Int[Array, "B H K"]: ...
+
+
+@runtime_checkable
+class RewindFn(Protocol):
+    """Takes back the newest `count` tokens, at most `most`, as if they had not come.
+
+    After `finish`; of some methods that keep every token and take more of a prompt at
+    any time.
+    """
+
+    def __call__(self, state: State, /, count: Int[Array, "B"], most: int) -> State: ...
+
+
 class Method(NamedTuple):
     """A KV-cache method: pure functions over one layer's state.
 
     Made by a factory whose keyword-only arguments are the hyperparameters. The order
     of calls is `init`, `prefill` once per chunk of the prompt, `finish` once, then
-    `append` and `decode_step` for every token. `q` and `k` arrive un-rotated: a method
+    `append` and `inspect_step` for every token. `q` and `k` arrive un-rotated: a method
     owns its positions. A row's result never depends on the other rows.
 
+    Each function has a type in this module, whose docstring says what it promises. T is
+    the chunk in `prefill` and `rows` in a step; out is as q, in q's dtype.
+
     Fields:
-        init: `init(spec, weights=None) -> state`, empty. `weights` are a method's own
-            learned weights, if it has any.
-        prefill: `prefill(state, q, k, v, lengths) -> (state, out)`: a chunk of the
-            prompt, right-padded to T; row b has `lengths[b]` tokens in it (0 allowed).
-            Exact attention over the prompt unless the method says otherwise. Splitting
-            a prompt into chunks changes nothing.
-        finish: `finish(state) -> state` after the last chunk. Evicting methods choose
-            here what to keep, and the state takes its final, smaller shape. Layers of
-            equal shapes share one program: nothing may depend on `CacheSpec.layer`
-            here but through what `init` put into the state.
-        append: `append(state, k, v) -> state` writes the KV of this step's rows.
-        inspect_step: `inspect_step(state, q) -> (state, out, diagnostics)`.
-        traffic: `traffic(spec, length) -> Traffic` when `length` tokens are cached.
         rows: query rows per decode step: the newest token last, and before it the
             tokens that the step revises.
-        select: `select(state, q) -> page_ids (B, H, K)`, of methods whose state is a
-            :class:`kvjax.stores.paged.Paged` and whose step attends to listed pages:
-            those that a rotated query `(B, Hq, 1, D)` of the newest token reads, -1 =
-            none. Transforms of such methods choose by it; None elsewhere.
-        rewind: `rewind(state, count, most) -> state` after `finish`: without the newest
-            `count (B,)` tokens, at most `most`, as if they had not come; of some
-            methods that keep every token and take more of a prompt at any time.
+        select: None unless the method lists pages.
+        rewind: None unless tokens can be taken back.
         exact_prompt: `prefill` returns exact attention over the prompt, whatever the
             options. Such methods can read a prompt together: the model runs once.
-
-    Shapes: q `(B, Hq, T, D)`; k, v `(B, Hkv, T, D)`; out as q, in q's dtype; T is the
-    chunk in prefill and `rows` in decode.
     """
 
-    init: Callable[..., State]
-    prefill: Callable[..., tuple[State, Array]]
-    finish: Callable[[State], State]
-    append: Callable[..., State]
-    inspect_step: Callable[..., tuple[State, Array, Diagnostics]]
-    traffic: Callable[[CacheSpec, int], Traffic]
+    init: InitFn
+    prefill: PrefillFn
+    finish: FinishFn
+    append: AppendFn
+    inspect_step: InspectStepFn
+    traffic: TrafficFn
     rows: int = 1
-    select: Callable[..., Array] | None = None
-    rewind: Callable[..., State] | None = None
+    select: SelectFn | None = None
+    rewind: RewindFn | None = None
     exact_prompt: bool = False
 
     def __repr__(self) -> str:
@@ -194,13 +271,24 @@ _SPECS: dict[Method, str] = {}
 
 
 def _factory(method: Method) -> str:
-    """The name of the factory that a method's functions were made in."""
+    """Returns the name of the factory that made a method.
+
+    A factory makes its functions itself, or binds options to those of its module, which
+    has its name, or is the `method` of a folder of that name.
+    """
     # `init` last: a decorator of a factory may have put its own in that place.
     for function in (method.traffic, method.inspect_step, method.init):
         name, nested, _ = getattr(function, "__qualname__", "").partition(".<locals>")
         if nested:
             return name
-    return getattr(method.init, "__module__", "").rpartition(".")[2]
+        if isinstance(function, functools.partial):
+            return _module_name(function.func)
+    return _module_name(method.init)
+
+
+def _module_name(function: Any) -> str:
+    *_, folder, name = ["", *getattr(function, "__module__", "").split(".")]
+    return folder if name == "method" else name
 
 
 def remember_spec(method: Method, spec: str) -> None:

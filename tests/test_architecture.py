@@ -18,7 +18,7 @@ LONGEST_FILE = 500
 # room.
 FLOORS = (
     ("pallas_kernels",),
-    ("interface", "rope", "files", "text", "interrupts", "citations"),
+    ("interface", "choices", "rope", "files", "text", "interrupts", "citations"),
     ("array_files", "attention"),
     ("stores",),
     ("accounting", "dense"),

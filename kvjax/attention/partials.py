@@ -2,12 +2,12 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.interface import Method
+from kvjax.interface import CacheSpec, Method, State
 from pallas_kernels.decode_attention import decode_attention
 
 
@@ -19,7 +19,7 @@ class Partial(NamedTuple):
 
 
 def merge(*partials: Partial) -> Partial:
-    """Attention over the union of disjoint sets. Associative and commutative."""
+    """Merges attention over disjoint sets. Associative and commutative."""
     return functools.reduce(_merge_two, partials)
 
 
@@ -31,7 +31,11 @@ def _merge_two(a: Partial, b: Partial) -> Partial:
     return Partial(weight_a[..., None] * a.out + weight_b[..., None] * b.out, lse)
 
 
-def softmax_only(factory: Callable[..., Method]) -> Callable[..., Method]:
+Factory = Callable[..., Method]
+Attention = Literal["softmax", "entmax"]
+
+
+def softmax_only(factory: Factory) -> Factory:
     """Decorates the factory of a method that computes or estimates softmax weights.
 
     Entmax needs its threshold over all keys at once, and gives weights of exactly 0:
@@ -41,53 +45,61 @@ def softmax_only(factory: Callable[..., Method]) -> Callable[..., Method]:
         The factory, whose methods raise `ValueError` in `init` for another attention.
     """
 
-    @functools.wraps(factory)
-    def make(*args, **options):
-        method = factory(*args, **options)
+    def check(spec: CacheSpec) -> None:
+        if spec.alpha != 1:
+            raise ValueError(
+                f"method {factory.__name__} approximates softmax attention, but "
+                f"the model's attention is entmax with alpha={spec.alpha}; "
+                "use entmaxkv, or full."
+            )
 
-        def init(spec, weights=None):
-            if spec.alpha != 1:
-                raise ValueError(
-                    f"method {factory.__name__} approximates softmax attention, but "
-                    f"the model's attention is entmax with alpha={spec.alpha}; "
-                    "use entmaxkv, or full."
-                )
-            return method.init(spec, weights)
-
-        return method._replace(init=init)
-
-    make.attention = "softmax"
-    return make
+    return _checked(factory, check, "softmax")
 
 
-def entmax_only(factory: Callable[..., Method]) -> Callable[..., Method]:
+def entmax_only(factory: Factory) -> Factory:
     """Decorates the factory of a method that needs the exact zeros of entmax.
 
     Returns:
         The factory, whose methods raise `ValueError` in `init` for softmax attention.
     """
 
+    def check(spec: CacheSpec) -> None:
+        if spec.alpha == 1:
+            raise ValueError(
+                f"method {factory.__name__} approximates entmax attention, but the "
+                f"model's attention is softmax (alpha={spec.alpha}); use quest, or "
+                "an entmax model."
+            )
+
+    return _checked(factory, check, "entmax")
+
+
+def _checked(
+    factory: Factory, check: Callable[[CacheSpec], None], attention: Attention
+) -> Factory:
+    """Returns the factory with methods whose `init` checks the spec first."""
+
     @functools.wraps(factory)
-    def make(*args, **options):
+    def make(*args: Any, **options: Any) -> Method:
         method = factory(*args, **options)
 
-        def init(spec, weights=None):
-            if spec.alpha == 1:
-                raise ValueError(
-                    f"method {factory.__name__} approximates entmax attention, but the "
-                    f"model's attention is softmax (alpha={spec.alpha}); use quest, or "
-                    "an entmax model."
-                )
+        def init(spec: CacheSpec, weights: Any = None) -> State:
+            check(spec)
             return method.init(spec, weights)
 
         return method._replace(init=init)
 
-    make.attention = "entmax"
+    mark_attention(make, attention)
     return make
 
 
-def suits(factory: Callable[..., Method], alpha: float) -> bool:
-    """Whether the factory's methods take a model of that alpha (1 is softmax)."""
+def mark_attention(factory: Factory, attention: Attention) -> None:
+    """Notes which attention a factory's methods are made for; see :func:`suits`."""
+    vars(factory)["attention"] = attention
+
+
+def suits(factory: Factory, alpha: float) -> bool:
+    """Says whether the factory's methods take a model of that alpha (1 is softmax)."""
     made_for = getattr(factory, "attention", None)
     return made_for in (None, "softmax" if alpha == 1 else "entmax")
 
@@ -101,7 +113,7 @@ def weighted_attention(
     *,
     sm_scale: float,
 ) -> tuple[Partial, Float[Array, "B Hq T N"]]:
-    """Attention and the softmax weights behind it, from one read of the keys.
+    """Computes attention and the softmax weights behind it in one read of the keys.
 
     For methods that score tokens by the attention they receive. Every row must see a
     key; arguments as in :func:`pallas_kernels.decode_attention.decode_attention`.

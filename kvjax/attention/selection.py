@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import choices
 from pallas_kernels import topk
 
 Reduce = Literal["mean", "max"]
@@ -17,12 +18,11 @@ _REDUCE = {"mean": jnp.mean, "max": jnp.max}
 def check_reduce(**options: str) -> None:
     """Raises unless every option is a :data:`Reduce`."""
     for name, value in options.items():
-        if value not in _REDUCE:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(_REDUCE)}.")
+        choices.check_choice(name, value, Reduce)
 
 
 def reduce_group(scores: Array, num_kv_heads: int, how: Reduce) -> Array:
-    """`(B, Hq, ...)` to `(B, Hkv, ...)`: one score for the heads that share keys."""
+    """Reduces `(B, Hq, ...)` to `(B, Hkv, ...)`: one score a group of heads."""
     batch, num_q_heads, *rest = scores.shape
     group = num_q_heads // num_kv_heads
     return _REDUCE[how](scores.reshape(batch, num_kv_heads, group, *rest), axis=2)
@@ -31,7 +31,7 @@ def reduce_group(scores: Array, num_kv_heads: int, how: Reduce) -> Array:
 def top_k(
     scores: Float[Array, "*B S"], k: int, valid: Bool[Array, "*#B S"]
 ) -> Int[Array, "*B k"]:
-    """Slots of the k highest valid scores, best first, -1 where there are fewer.
+    """Returns the slots of the k highest valid scores, best first, then -1.
 
     Ties go to the lower slot; a score of -inf is not valid.
     """
@@ -41,7 +41,7 @@ def top_k(
 def cosine(
     query: Float[Array, "*B D"], reference: Float[Array, "*B D"]
 ) -> Float[Array, "*B"]:
-    """Of the angle between two vectors, in float32; 0 where one of them is 0."""
+    """The cosine between two vectors, in float32; 0 where one of them is 0."""
     query, reference = (x.astype(jnp.float32) for x in (query, reference))
     norms = jnp.linalg.norm(query, axis=-1) * jnp.linalg.norm(reference, axis=-1)
     tiny = jnp.finfo(jnp.float32).tiny
@@ -49,7 +49,7 @@ def cosine(
 
 
 def in_order(positions: Int[Array, "*B N"]) -> Int[Array, "*B N"]:
-    """Ascending, the empty ones (-1) last."""
+    """Sorts positions, the empty ones (-1) last."""
     last = jnp.iinfo(jnp.int32).max
     ordered = jnp.sort(jnp.where(positions < 0, last, positions), axis=-1)
     return jnp.where(ordered == last, -1, ordered)
@@ -58,7 +58,7 @@ def in_order(positions: Int[Array, "*B N"]) -> Int[Array, "*B N"]:
 def pool(
     scores: Float[Array, "B H S"], kernel: int, how: Reduce, valid: Bool[Array, "B H S"]
 ) -> Float[Array, "B H S"]:
-    """Centred pooling along the slots, stride 1, over the valid ones.
+    """Pools each slot with its neighbours, stride 1, over the valid ones.
 
     `max` ignores what is not valid; `mean` counts it as 0 and always divides by kernel.
     """
@@ -77,7 +77,7 @@ def lowest(
     positions: Int[Array, "B H N"],
     candidates: Bool[Array, "B H N"],
 ) -> Int[Array, "B H"]:
-    """Slot of the candidate with the lowest score; ties go to the lower position."""
+    """Returns the candidate's slot of lowest score; ties go to the lower position."""
     scores = jnp.where(candidates, scores, jnp.inf)
     is_lowest = candidates & (scores == scores.min(-1, keepdims=True))
     last = jnp.iinfo(jnp.int32).max
@@ -85,10 +85,10 @@ def lowest(
 
 
 def is_listed(page_ids: Int[Array, "B H K"], num_pages: int) -> Bool[Array, "B H NP"]:
-    """Which pages a list has."""
-    where = jnp.where(page_ids < 0, num_pages, page_ids)
+    """Says of every page whether a list has it."""
+    listed = jnp.where(page_ids < 0, num_pages, page_ids)
 
-    def one(where):
-        return jnp.zeros(num_pages, bool).at[where].set(True, mode="drop")
+    def mark(listed: Int[Array, "K"]) -> Bool[Array, "NP"]:
+        return jnp.zeros(num_pages, bool).at[listed].set(True, mode="drop")
 
-    return jax.vmap(jax.vmap(one))(where)
+    return jax.vmap(jax.vmap(mark))(listed)

@@ -1,9 +1,12 @@
 """A transform: the first layers attend in full, the others by another method."""
 
+import functools
 from typing import Any, NamedTuple
 
+from jaxtyping import Array, Float, Int
+
 from kvjax import dense as dense_attention
-from kvjax.interface import Method
+from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, Traffic
 
 
 class Dense(NamedTuple):
@@ -16,6 +19,9 @@ class Sparse(NamedTuple):
     """State of a layer that :func:`dense_layers` gives to the method."""
 
     state: Any
+
+
+Layer = Dense | Sparse
 
 
 def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
@@ -56,35 +62,44 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     if method.rows != dense.rows:
         raise ValueError(f"{method.rows=} must equal {dense.rows=}.")
 
-    def init(spec, weights=None):
+    def init(spec: CacheSpec, weights: Any = None) -> Layer:
         if spec.layer < first:
             return Dense(dense.init(spec))
         return Sparse(method.init(spec, weights))
 
-    def in_charge(wrapped):
+    def in_charge(wrapped: Layer) -> Method:
         return dense if isinstance(wrapped, Dense) else method
 
-    def prefill(state, q, k, v, lengths):
+    def prefill(
+        state: Layer,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Layer, Float[Array, "B Hq T D"]]:
         inner, out = in_charge(state).prefill(state.state, q, k, v, lengths)
         return state._replace(state=inner), out
 
-    def finish(state):
+    def finish(state: Layer) -> Layer:
         return state._replace(state=in_charge(state).finish(state.state))
 
-    def append(state, k, v):
+    def append(
+        state: Layer, k: Float[Array, "B Hkv T D"], v: Float[Array, "B Hkv T D"]
+    ) -> Layer:
         return state._replace(state=in_charge(state).append(state.state, k, v))
 
-    def inspect_step(state, q):
+    def inspect_step(
+        state: Layer, q: Float[Array, "B Hq T D"]
+    ) -> tuple[Layer, Float[Array, "B Hq T D"], Diagnostics]:
         inner, out, diagnostics = in_charge(state).inspect_step(state.state, q)
         return state._replace(state=inner), out, diagnostics
 
-    def traffic(spec, length):
+    def traffic(spec: CacheSpec, length: int) -> Traffic:
         return (dense if spec.layer < first else method).traffic(spec, length)
 
-    def rewind(state, count, most):
-        inner = in_charge(state).rewind(state.state, count, most)
-        return state._replace(state=inner)
-
+    rewinds = None
+    if method.rewind and dense.rewind:
+        rewinds = functools.partial(rewind, dense.rewind, method.rewind)
     return Method(
         init=init,
         prefill=prefill,
@@ -93,6 +108,18 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         inspect_step=inspect_step,
         traffic=traffic,
         rows=method.rows,
-        rewind=rewind if method.rewind and dense.rewind else None,
+        rewind=rewinds,
         exact_prompt=method.exact_prompt and dense.exact_prompt,
     )
+
+
+def rewind(
+    of_dense: RewindFn,
+    of_sparse: RewindFn,
+    state: Layer,
+    count: Int[Array, "B"],
+    most: int,
+) -> Layer:
+    """Takes tokens back, by the method in charge of the layer."""
+    in_charge = of_dense if isinstance(state, Dense) else of_sparse
+    return state._replace(state=in_charge(state.state, count, most))

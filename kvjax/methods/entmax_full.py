@@ -1,9 +1,13 @@
 """Dense entmax attention: baseline and oracle of the methods for entmax models."""
 
 import dataclasses
+import functools
+from typing import Any
 
 from kvjax import dense
-from kvjax.interface import Method
+from kvjax.attention.partials import mark_attention
+from kvjax.interface import CacheSpec, Method
+from kvjax.stores.contiguous import Contiguous, contiguous
 from pallas_kernels.entmax import check_alpha
 
 
@@ -40,21 +44,24 @@ def entmax_full(*, alpha: float | None = None) -> Method:
     """
     if alpha is not None:
         check_alpha(alpha)
-    plain = dense.method()
-
-    def init(spec, weights=None):
-        if alpha is not None:
-            spec = dataclasses.replace(spec, alpha=float(alpha))
-        if spec.alpha == 1:
-            raise ValueError(
-                f"method entmax_full with {alpha=} takes the model's alpha, and that "
-                f"is {spec.alpha}, softmax: give alpha, as in entmax_full:alpha=1.5, "
-                "or use an entmax model."
-            )
-        return plain.init(spec, weights)
-
-    return plain._replace(init=init, exact_prompt=alpha is None)
+    return dense.method()._replace(
+        init=functools.partial(init, alpha), exact_prompt=alpha is None
+    )
 
 
-# What it takes without options; see `kvjax.attention.partials.suits`.
-entmax_full.attention = "entmax"
+def init(alpha: float | None, spec: CacheSpec, weights: Any = None) -> Contiguous:
+    """Makes an empty store whose spec has the alpha to attend by."""
+    del weights
+    if alpha is not None:
+        spec = dataclasses.replace(spec, alpha=float(alpha))
+    if spec.alpha == 1:
+        raise ValueError(
+            f"method entmax_full with {alpha=} takes the model's alpha, and that "
+            f"is {spec.alpha}, softmax: give alpha, as in entmax_full:alpha=1.5, "
+            "or use an entmax model."
+        )
+    return contiguous(spec)
+
+
+# What it takes without options.
+mark_attention(entmax_full, "entmax")

@@ -1,15 +1,34 @@
 """Exact top-k by the true logits: the best any choice of `budget` tokens can do."""
 
+import dataclasses
+import functools
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
+from kvjax import dense
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
-from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, kept_slots
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_logits
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`oracle_topk`."""
+
+    budget: int
+    per: Literal["kv", "query"]
+
+    def __post_init__(self) -> None:
+        budget, per = self.budget, self.per
+        if budget < 1:
+            raise ValueError(f"{budget=} must be at least 1 token.")
+        if per not in ("kv", "query"):
+            raise ValueError(f"{per=} must be 'kv' or 'query'.")
 
 
 @softmax_only
@@ -46,68 +65,53 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
         >>> method = kvjax.oracle_topk(budget=256)
         >>> state = method.init(spec)
     """
-    if budget < 1:
-        raise ValueError(f"{budget=} must be at least 1 token.")
-    if per not in ("kv", "query"):
-        raise ValueError(f"{per=} must be 'kv' or 'query'.")
-
-    def init(spec, weights=None):
-        del weights
-        return contiguous.contiguous(spec)
-
-    def prefill(state, q, k, v, lengths):
-        state = contiguous.extend(state, k, v, lengths)
-        rotated, positions = contiguous.rotate_queries(
-            state.spec, q, state.length, lengths
-        )
-        return state, contiguous.attend(state, rotated, positions).out.astype(q.dtype)
-
-    def inspect_step(state, q):
-        spec = state.spec
-        rotated, positions = contiguous.rotate_queries(spec, q, state.length)
-        logits = decode_logits(rotated, state.k, positions, sm_scale=spec.sm_scale)
-        logits = logits[:, :, 0]  # (B, Hq, S)
-        mass = jax.nn.softmax(logits, axis=-1)
-        if per == "kv":
-            mass = selection.reduce_group(mass, spec.num_kv_heads, "mean")
-        slots = jnp.arange(spec.capacity, dtype=jnp.int32)
-        is_held = slots < state.length[:, None, None]
-        chosen = selection.top_k(mass, budget, is_held)  # (B, lists, N)
-
-        grouped = logits.reshape(spec.batch, spec.num_kv_heads, spec.group, -1)
-        listed = chosen.reshape(spec.batch, spec.num_kv_heads, -1, chosen.shape[-1])
-        listed = jnp.broadcast_to(listed, (*grouped.shape[:3], chosen.shape[-1]))
-        kept = jnp.take_along_axis(grouped, jnp.maximum(listed, 0), axis=-1)
-        kept = jnp.where(listed >= 0, kept, -jnp.inf)
-        lse = jax.nn.logsumexp(kept, axis=-1)
-        weights = jnp.exp(kept - lse[..., None]).astype(state.v.dtype)
-        per_head = chosen.reshape(spec.batch, spec.num_kv_heads, -1)
-        values = buffers.gather(state.v, per_head)
-        if per == "kv":
-            equation = "bkgn,bknd->bkgd"
-        else:
-            equation = "bkgn,bkgnd->bkgd"
-            values = values.reshape(*grouped.shape[:3], -1, spec.head_dim)
-        out = jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
-        diagnostics = Diagnostics(
-            attended=chosen,
-            lse=lse.reshape(spec.batch, spec.num_q_heads, 1),
-            refreshed=jnp.ones_like(state.length, bool),
-            exact=kept_slots.holds_all(chosen, state.length, q.shape[1]),
-        )
-        return state, out.reshape(q.shape).astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        lists = spec.group if per == "query" else 1
-        values = lists * buffers.kv_bytes(spec, min(budget, length)) // 2
-        return Traffic(kv=values, metadata=buffers.kv_bytes(spec, length) // 2)
-
-    return Method(
-        init=init,
-        prefill=prefill,
-        finish=lambda state: state,
-        append=contiguous.extend,
-        inspect_step=inspect_step,
-        traffic=traffic,
-        exact_prompt=True,
+    options = Options(budget, per)
+    return dense.method()._replace(
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
+        rewind=None,
     )
+
+
+def inspect_step(
+    options: Options, state: contiguous.Contiguous, q: Float[Array, "B Hq 1 D"]
+) -> tuple[contiguous.Contiguous, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to the tokens of most mass."""
+    spec = state.spec
+    rotated, positions = contiguous.rotate_queries(spec, q, state.length)
+    logits = decode_logits(rotated, state.k, positions, sm_scale=spec.sm_scale)
+    logits = logits[:, :, 0]  # (B, Hq, S)
+    mass = jax.nn.softmax(logits, axis=-1)
+    if options.per == "kv":
+        mass = selection.reduce_group(mass, spec.num_kv_heads, "mean")
+    slots = jnp.arange(spec.capacity, dtype=jnp.int32)
+    is_held = slots < state.length[:, None, None]
+    chosen = selection.top_k(mass, options.budget, is_held)  # (B, lists, N)
+
+    grouped = logits.reshape(spec.batch, spec.num_kv_heads, spec.group, -1)
+    listed = chosen.reshape(spec.batch, spec.num_kv_heads, -1, chosen.shape[-1])
+    listed = jnp.broadcast_to(listed, (*grouped.shape[:3], chosen.shape[-1]))
+    kept = jnp.take_along_axis(grouped, jnp.maximum(listed, 0), axis=-1)
+    kept = jnp.where(listed >= 0, kept, -jnp.inf)
+    lse = jax.nn.logsumexp(kept, axis=-1)
+    weights = jnp.exp(kept - lse[..., None]).astype(state.v.dtype)
+    per_head = chosen.reshape(spec.batch, spec.num_kv_heads, -1)
+    values = buffers.gather(state.v, per_head)
+    if options.per == "kv":
+        equation = "bkgn,bknd->bkgd"
+    else:
+        equation = "bkgn,bkgnd->bkgd"
+        values = values.reshape(*grouped.shape[:3], -1, spec.head_dim)
+    out = jnp.einsum(equation, weights, values, preferred_element_type=jnp.float32)
+    lse = lse.reshape(spec.batch, spec.num_q_heads, 1)
+    diagnostics = step.diagnose(chosen, lse, state.length)
+    # Every key was read, whatever it was read for.
+    diagnostics = diagnostics._replace(refreshed=jnp.ones_like(state.length, bool))
+    return state, out.reshape(q.shape).astype(q.dtype), diagnostics
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the chosen values, and of all keys."""
+    lists = spec.group if options.per == "query" else 1
+    values = lists * buffers.kv_bytes(spec, min(options.budget, length)) // 2
+    return Traffic(kv=values, metadata=buffers.kv_bytes(spec, length) // 2)

@@ -1,17 +1,58 @@
 """Quest: read only the pages whose keys could score highest for this query."""
 
-from typing import Literal
+import dataclasses
+import functools
+from typing import Any, Literal
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
-from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, kept_slots, paged
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.stores import buffers, contiguous, paged, step
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds
+
+Per = Literal["kv", "query"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`quest`."""
+
+    budget: int
+    page_size: int
+    per: Per
+    group_reduce: selection.Reduce
+    recent: int
+    budget_ratio: float | None
+
+    def __post_init__(self) -> None:
+        budget, page_size = self.budget, self.page_size
+        recent, per, budget_ratio = self.recent, self.per, self.budget_ratio
+        if page_size < 1:
+            raise ValueError(f"{page_size=} must be at least 1 token.")
+        if budget < 1 or budget % page_size:
+            raise ValueError(f"{budget=} must be a positive multiple of {page_size=}.")
+        if not 1 <= recent <= budget // page_size:
+            raise ValueError(
+                f"{recent=} must be in [1, {budget // page_size}], the pages of "
+                f"{budget=} at {page_size=}."
+            )
+        if per not in ("kv", "query"):
+            raise ValueError(f"{per=} must be 'kv' or 'query'.")
+        if budget_ratio is not None and not 0 < budget_ratio <= 1:
+            raise ValueError(f"{budget_ratio=} must be in (0, 1], or None.")
+        selection.check_reduce(group_reduce=self.group_reduce)
+
+    def pages_read(self, length: int) -> int:
+        """Returns how many pages a list holds at most, `length` tokens so far."""
+        if self.budget_ratio is None:
+            return self.budget // self.page_size
+        share = np.floor(np.float32(self.budget_ratio) * np.float32(length))
+        return max(self.budget, int(share)) // self.page_size
 
 
 @softmax_only
@@ -67,90 +108,73 @@ def quest(
         >>> method = kvjax.quest(budget=256)
         >>> state = method.init(spec)
     """
-    if page_size < 1:
-        raise ValueError(f"{page_size=} must be at least 1 token.")
-    if budget < 1 or budget % page_size:
-        raise ValueError(f"{budget=} must be a positive multiple of {page_size=}.")
-    if not 1 <= recent <= budget // page_size:
-        raise ValueError(
-            f"{recent=} must be in [1, {budget // page_size}], the pages of {budget=} "
-            f"at {page_size=}."
-        )
-    if per not in ("kv", "query"):
-        raise ValueError(f"{per=} must be 'kv' or 'query'.")
-    if budget_ratio is not None and not 0 < budget_ratio <= 1:
-        raise ValueError(f"{budget_ratio=} must be in (0, 1], or None.")
-    selection.check_reduce(group_reduce=group_reduce)
-
-    def pages_read(length):
-        """Of a number or an array of tokens so far: the most that a list holds."""
-        xp = jnp if isinstance(length, jax.Array) else np
-        share = xp.floor(np.float32(budget_ratio) * xp.asarray(length, np.float32))
-        return xp.maximum(budget, share.astype(np.int32)) // page_size
-
-    def select(state, q):
-        scores = page_bounds(
-            q[:, :, 0],
-            state.page_min,
-            state.page_max,
-            group_reduce=group_reduce if per == "kv" else "none",
-        )
-        # The newest pages come first whatever they score.
-        page = jnp.arange(scores.shape[-1], dtype=jnp.int32)
-        current = ((state.length - 1) // page_size)[:, None, None]
-        scores = jnp.where(page > current - recent, jnp.inf, scores)
-        available = paged.is_available(state)[:, None]
-        if budget_ratio is None:
-            return selection.top_k(scores, budget // page_size, available)
-        most = int(pages_read(state.spec.capacity))
-        chosen = selection.top_k(scores, most, available)
-        rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)
-        return jnp.where(rank < pages_read(state.length)[:, None, None], chosen, -1)
-
-    def prefill(state, q, k, v, lengths):
-        state = paged.extend(state, k, v, lengths)
-        rotated, positions = contiguous.rotate_queries(
-            state.spec, q, state.length, lengths
-        )
-        return state, paged.attend_all(state, rotated, positions).out.astype(q.dtype)
-
-    def init(spec, weights=None):
-        del weights
-        return paged.paged(spec, page_size)
-
-    def inspect_step(state, q):
-        rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
-        chosen = select(state, rotated)
-        out, lse = page_attention(
-            rotated, state.pages, chosen, positions, sm_scale=state.spec.sm_scale
-        )
-        attended = paged.tokens_of(chosen, page_size, state.length)
-        exact = kept_slots.holds_all(attended, state.length, q.shape[1])
-        diagnostics = Diagnostics(attended, lse, exact.all(-1), exact)
-        return state, out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        num_pages = -(-length // page_size)
-        most = budget // page_size
-        if budget_ratio is not None:
-            most = int(pages_read(length))
-        read = min(most, num_pages) * page_size
-        lists = spec.group if per == "query" else 1
-        return Traffic(
-            kv=lists * buffers.kv_bytes(spec, read),
-            metadata=buffers.kv_bytes(
-                spec, num_pages
-            ),  # a minimum and a maximum a page
-        )
-
+    options = Options(budget, page_size, per, group_reduce, recent, budget_ratio)
     return Method(
-        init=init,
-        prefill=prefill,
-        finish=lambda state: state,
+        init=functools.partial(init, options),
+        prefill=step.prefill,
+        finish=step.finish_unchanged,
         append=paged.extend,
-        inspect_step=inspect_step,
-        traffic=traffic,
-        select=select,
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
+        select=functools.partial(select, options),
         rewind=paged.rewind,
         exact_prompt=True,
+    )
+
+
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> paged.Paged:
+    """Makes an empty store in pages."""
+    del weights
+    return paged.paged(spec, options.page_size)
+
+
+def select(
+    options: Options, state: paged.Paged, q: Float[Array, "B Hq 1 D"]
+) -> Int[Array, "B H K"]:
+    """Chooses the newest pages, then those of the highest bound, best first."""
+    scores = page_bounds(
+        q[:, :, 0],
+        state.page_min,
+        state.page_max,
+        group_reduce=options.group_reduce if options.per == "kv" else "none",
+    )
+    # The newest pages come first whatever they score.
+    page = jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    current = ((state.length - 1) // options.page_size)[:, None, None]
+    scores = jnp.where(page > current - options.recent, jnp.inf, scores)
+    available = paged.is_available(state)[:, None]
+    most = options.pages_read(state.spec.capacity)
+    chosen = selection.top_k(scores, most, available)
+    if options.budget_ratio is None:
+        return chosen
+    share = jnp.floor(
+        jnp.float32(options.budget_ratio) * state.length.astype(jnp.float32)
+    )
+    number = jnp.maximum(options.budget, share.astype(jnp.int32)) // options.page_size
+    rank = jnp.arange(chosen.shape[-1], dtype=jnp.int32)
+    return jnp.where(rank < number[:, None, None], chosen, -1)
+
+
+def inspect_step(
+    options: Options, state: paged.Paged, q: Float[Array, "B Hq 1 D"]
+) -> tuple[paged.Paged, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to the chosen pages."""
+    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
+    chosen = select(options, state, rotated)
+    out, lse = page_attention(
+        rotated, state.pages, chosen, positions, sm_scale=state.spec.sm_scale
+    )
+    attended = paged.tokens_of(chosen, options.page_size, state.length)
+    diagnostics = step.diagnose(attended, lse, state.length)
+    return state, out.astype(q.dtype), diagnostics
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the pages of a step, and of the extremes of all pages."""
+    num_pages = -(-length // options.page_size)
+    read = min(options.pages_read(length), num_pages) * options.page_size
+    lists = spec.group if options.per == "query" else 1
+    return Traffic(
+        kv=lists * buffers.kv_bytes(spec, read),
+        metadata=buffers.kv_bytes(spec, num_pages),  # a minimum and a maximum a page
     )

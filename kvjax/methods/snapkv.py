@@ -1,14 +1,17 @@
 """SnapKV: the end of the prompt votes, once, on which of its tokens to keep."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
-from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, kept_slots
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.stores import buffers, contiguous, kept_slots, step
+from kvjax.stores.kept_slots import Kept
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.received_attention import received_attention
 
@@ -18,6 +21,27 @@ class SnapKVPrompt(NamedTuple):
 
     store: contiguous.Contiguous
     queries: Float[Array, "B Hq W D"]  # the newest W = window, rotated, a ring
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`snapkv`."""
+
+    budget: int
+    window: int
+    kernel: int
+    pooling: selection.Reduce
+    group_reduce: selection.Reduce
+
+    def __post_init__(self) -> None:
+        budget, window, kernel = self.budget, self.window, self.kernel
+        if window < 1:
+            raise ValueError(f"{window=} must be at least 1 query.")
+        if budget <= window:
+            raise ValueError(f"{budget=} must exceed {window=}; raise the budget.")
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"{kernel=} must be odd and at least 1.")
+        selection.check_reduce(pooling=self.pooling, group_reduce=self.group_reduce)
 
 
 @softmax_only
@@ -67,89 +91,93 @@ def snapkv(
         >>> method = kvjax.snapkv(budget=256, window=16)
         >>> state = method.init(spec)
     """
-    if window < 1:
-        raise ValueError(f"{window=} must be at least 1 query.")
-    if budget <= window:
-        raise ValueError(f"{budget=} must exceed {window=}; raise the budget.")
-    if kernel < 1 or kernel % 2 == 0:
-        raise ValueError(f"{kernel=} must be odd and at least 1.")
-    selection.check_reduce(pooling=pooling, group_reduce=group_reduce)
-
-    def init(spec, weights=None):
-        del weights
-        shape = (spec.batch, spec.num_q_heads, window, spec.head_dim)
-        return SnapKVPrompt(
-            contiguous.contiguous(spec), buffers.allocate(shape, spec.dtype)
-        )
-
-    def prefill(state, q, k, v, lengths):
-        store = contiguous.extend(state.store, k, v, lengths)
-        rotated, positions = contiguous.rotate_queries(
-            store.spec, q, store.length, lengths
-        )
-        out = contiguous.attend(store, rotated, positions).out
-        # The ring holds each slot's newest query: older ones must not overwrite it.
-        length = store.length[:, None]
-        is_newest = (positions < length) & (positions >= length - window)
-        queries = buffers.write(state.queries, rotated, positions % window, is_newest)
-        return SnapKVPrompt(store, queries), out.astype(q.dtype)
-
-    def finish(state):
-        store, spec = state.store, state.store.spec
-        last = store.length[:, None] - 1
-        slots = jnp.arange(window, dtype=jnp.int32)
-        voters = last - (last - slots) % window  # negative: the prompt is shorter
-        # Values are not needed, only each voter's normaliser.
-        _, lse = decode_attention(
-            state.queries, store.k, store.v, voters, sm_scale=spec.sm_scale
-        )
-        votes = received_attention(
-            state.queries, store.k, lse, voters, sm_scale=spec.sm_scale
-        )
-        votes = selection.reduce_group(votes, spec.num_kv_heads, group_reduce)
-        prefix = jnp.arange(spec.capacity, dtype=jnp.int32)
-        prefix = prefix < (store.length - window)[:, None, None]
-        prefix = jnp.broadcast_to(prefix, votes.shape)
-        votes = selection.pool(votes, kernel, pooling, prefix)
-        chosen = selection.top_k(votes, budget - window, prefix)
-        newest = jnp.where(voters >= 0, voters, -1)[:, None, :]
-        newest = jnp.broadcast_to(newest, (*chosen.shape[:2], window))
-        kept = selection.in_order(jnp.concatenate([chosen, newest], axis=-1))
-        return kept_slots.keep(store, kept, spare=spec.max_new_tokens)
-
-    def append(state, k, v):
-        slot = kept_slots.num_kept(state)[:, None]
-        slots = jnp.broadcast_to(slot, (slot.shape[0], state.positions.shape[1]))
-        return kept_slots.put(state, slots, k, v)
-
-    def inspect_step(state, q):
-        rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
-        out, lse = decode_attention(
-            rotated,
-            state.k,
-            state.v,
-            positions,
-            state.positions,
-            sm_scale=state.spec.sm_scale,
-        )
-        refreshed = kept_slots.num_kept(state) == state.length
-        exact = kept_slots.holds_all(state.positions, state.length, q.shape[1])
-        diagnostics = Diagnostics(state.positions, lse, refreshed, exact)
-        return state, out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        # As at the end of the run, when every generated token is there.
-        kept = min(length, budget + spec.max_new_tokens)
-        positions = spec.batch * spec.num_kv_heads * kept
-        metadata = positions * jnp.dtype(jnp.int32).itemsize
-        return Traffic(kv=buffers.kv_bytes(spec, kept), metadata=metadata)
-
+    options = Options(budget, window, kernel, pooling, group_reduce)
     return Method(
-        init=init,
+        init=functools.partial(init, options),
         prefill=prefill,
-        finish=finish,
+        finish=functools.partial(finish, options),
         append=append,
         inspect_step=inspect_step,
-        traffic=traffic,
+        traffic=functools.partial(traffic, options),
         exact_prompt=True,
     )
+
+
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> SnapKVPrompt:
+    """Makes a store of the whole prompt, and room for the queries that vote."""
+    del weights
+    shape = (spec.batch, spec.num_q_heads, options.window, spec.head_dim)
+    queries = buffers.allocate(shape, spec.dtype)
+    return SnapKVPrompt(contiguous.contiguous(spec), queries)
+
+
+def prefill(
+    state: SnapKVPrompt,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[SnapKVPrompt, Float[Array, "B Hq T D"]]:
+    """Attends to everything, and keeps the newest queries."""
+    store, chunk = step.read_chunk(state.store, q, k, v, lengths)
+    queries = buffers.write_newest(
+        state.queries, chunk.rotated, chunk.positions, store.length
+    )
+    return SnapKVPrompt(store, queries), chunk.out
+
+
+def finish(options: Options, state: SnapKVPrompt) -> Kept:
+    """Keeps the tokens of most votes, and the window."""
+    store, spec, window = state.store, state.store.spec, options.window
+    voters = buffers.newest_positions(store.length, window)
+    # Values are not needed, only each voter's normaliser.
+    _, lse = decode_attention(
+        state.queries, store.k, store.v, voters, sm_scale=spec.sm_scale
+    )
+    votes = received_attention(
+        state.queries, store.k, lse, voters, sm_scale=spec.sm_scale
+    )
+    votes = selection.reduce_group(votes, spec.num_kv_heads, options.group_reduce)
+    prefix = jnp.arange(spec.capacity, dtype=jnp.int32)
+    prefix = prefix < (store.length - window)[:, None, None]
+    prefix = jnp.broadcast_to(prefix, votes.shape)
+    votes = selection.pool(votes, options.kernel, options.pooling, prefix)
+    chosen = selection.top_k(votes, options.budget - window, prefix)
+    newest = jnp.where(voters >= 0, voters, -1)[:, None, :]
+    newest = jnp.broadcast_to(newest, (*chosen.shape[:2], window))
+    kept = selection.in_order(jnp.concatenate([chosen, newest], axis=-1))
+    return kept_slots.take(store, kept, spare=spec.max_new_tokens)
+
+
+def append(
+    state: Kept, k: Float[Array, "B Hkv 1 D"], v: Float[Array, "B Hkv 1 D"]
+) -> Kept:
+    """Writes the next token into the first spare slot."""
+    slot = kept_slots.num_kept(state)[:, None]
+    slots = jnp.broadcast_to(slot, (slot.shape[0], state.positions.shape[1]))
+    return kept_slots.write(state, slots, k, v)
+
+
+def inspect_step(
+    state: Kept, q: Float[Array, "B Hq 1 D"]
+) -> tuple[Kept, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to all that is kept."""
+    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
+    out, lse = decode_attention(
+        rotated,
+        state.k,
+        state.v,
+        positions,
+        state.positions,
+        sm_scale=state.spec.sm_scale,
+    )
+    diagnostics = step.diagnose(state.positions, lse, state.length)
+    return state, out.astype(q.dtype), diagnostics
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes at the end of the run, when every generated token is there."""
+    kept = min(length, options.budget + spec.max_new_tokens)
+    positions = spec.batch * spec.num_kv_heads * kept
+    metadata = positions * jnp.dtype(jnp.int32).itemsize
+    return Traffic(kv=buffers.kv_bytes(spec, kept), metadata=metadata)

@@ -1,16 +1,18 @@
 """TokenSelect: the heads of a layer vote on the tokens that all of them read."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, kept_slots
+from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_attention, decode_logits
 
 PAPER = {"num_sinks": 128, "window": 512, "budget": 2688}
@@ -25,6 +27,42 @@ class TokenSelectState(NamedTuple):
     query: Float[Array, "B Hq D"]  # of the last choice, not rotated; 0 before the first
     chosen: Int[Array, "B 1 K"]  # by it, ascending, -1 = none
     length: Int[Array, "B"]
+
+
+class Parts(NamedTuple):
+    """The three parts of the list of tokens that a step attends to."""
+
+    sinks: int
+    chosen: int
+    newest: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`token_select`."""
+
+    budget: int
+    num_sinks: int
+    window: int
+    threshold: float | None
+
+    def __post_init__(self) -> None:
+        budget, num_sinks = self.budget, self.num_sinks
+        window, threshold = self.window, self.threshold
+        if num_sinks < 0 or window < 1 or num_sinks + window >= budget:
+            raise ValueError(
+                f"{num_sinks=} >= 0 and {window=} >= 1 must together be below "
+                f"{budget=}; raise the budget."
+            )
+        if threshold is not None and not 0 < threshold <= 1:
+            raise ValueError(f"{threshold=} must be in (0, 1], or None.")
+
+    def parts(self, spec: CacheSpec) -> Parts:
+        """Cuts the list to what the cache can hold: a step costs no more."""
+        sinks = min(self.num_sinks, spec.capacity)
+        newest = min(self.window, spec.capacity - sinks)
+        chosen = self.budget - self.num_sinks - self.window
+        return Parts(sinks, min(chosen, spec.capacity - sinks - newest), newest)
 
 
 @softmax_only
@@ -87,137 +125,154 @@ def token_select(
         num_sinks = budget * PAPER["num_sinks"] // PAPER["budget"]
     if window is None:
         window = max(1, budget * PAPER["window"] // PAPER["budget"])
-    if num_sinks < 0 or window < 1 or num_sinks + window >= budget:
-        raise ValueError(
-            f"{num_sinks=} >= 0 and {window=} >= 1 must together be below {budget=}; "
-            "raise the budget."
-        )
-    if threshold is not None and not 0 < threshold <= 1:
-        raise ValueError(f"{threshold=} must be in (0, 1], or None.")
-    num_chosen = budget - num_sinks - window
-
-    def room(spec):
-        """Sinks, chosen and newest tokens of a list: a step costs what can be there."""
-        sinks = min(num_sinks, spec.capacity)
-        recent = min(window, spec.capacity - sinks)
-        return sinks, min(num_chosen, spec.capacity - sinks - recent), recent
-
-    def init(spec, weights=None):
-        del weights
-        shape = (spec.batch, spec.num_kv_heads, spec.capacity, spec.head_dim)
-        _, most, _ = room(spec)
-        return TokenSelectState(
-            spec,
-            k=buffers.allocate(shape, spec.dtype),
-            v=buffers.allocate(shape, spec.dtype),
-            query=buffers.allocate(
-                (spec.batch, spec.num_q_heads, spec.head_dim), spec.dtype, fill=0.0
-            ),
-            chosen=jnp.full((spec.batch, 1, most), -1, jnp.int32),
-            length=buffers.lengths(spec),
-        )
-
-    def extend(state, k, v, lengths=None):
-        _, valid = buffers.chunk_positions(state.length, lengths, k.shape[2])
-        count = valid.sum(-1, dtype=jnp.int32)
-        return state._replace(
-            k=buffers.write_run(state.k, k, state.length, count),
-            v=buffers.write_run(state.v, v, state.length, count),
-            length=state.length + count,
-        )
-
-    def prefill(state, q, k, v, lengths):
-        state = extend(state, k, v, lengths)
-        spec = state.spec
-        rotated, positions = contiguous.rotate_queries(spec, q, state.length, lengths)
-        places = jnp.arange(spec.capacity, dtype=jnp.int32)
-        places = jnp.broadcast_to(places, (spec.batch, spec.capacity))
-        keys = spec.rope(state.k, places, state.length)
-        out, _ = decode_attention(
-            rotated, keys, state.v, positions, sm_scale=spec.sm_scale
-        )
-        return state, out.astype(q.dtype)
-
-    def select(state, q):
-        """The tokens between the sinks and the window with most votes, ascending."""
-        sinks, _, recent = room(state.spec)
-        newest = (state.length - 1)[:, None]
-        near = state.spec.rope(q, jnp.full_like(newest, recent), state.length)
-        logits = decode_logits(near, state.k, newest, sm_scale=1.0)[:, :, 0]
-        slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
-        is_between = slots < (state.length - recent)[:, None, None]
-        is_between &= slots >= sinks
-        # Finite, so that a row with nothing between has votes too.
-        logits = jnp.where(is_between, logits, jnp.finfo(logits.dtype).min)
-        votes = jax.nn.softmax(logits, axis=-1).sum(1, keepdims=True)
-        best = selection.top_k(votes, state.chosen.shape[-1], is_between)
-        return selection.in_order(best)
-
-    def choose(state, q):
-        """What :func:`select` gives, in rows that need it, and which these are."""
-        sinks, _, recent = room(state.spec)
-        is_due = is_over = state.length > min(budget, state.spec.capacity)
-        if not state.chosen.shape[-1]:
-            return state, is_due  # sinks and window have room for the whole cache
-        if threshold is not None:
-            flat = (x.reshape(x.shape[0], -1) for x in (q, state.query))
-            is_due &= selection.cosine(*flat) < threshold
-        by_row = is_due[:, None, None]
-        # While the budget holds everything there is nothing to choose.
-        place = sinks + jnp.arange(state.chosen.shape[-1], dtype=jnp.int32)
-        is_held = place < (state.length - recent)[:, None, None]
-        whole = jnp.where(is_held, place, -1)
-        before = jnp.where(is_over[:, None, None], state.chosen, whole)
-        chosen = lax.cond(
-            is_due.any(),
-            lambda: jnp.where(by_row, select(state, q), before),
-            lambda: before,
-        )
-        query = jnp.where(by_row, q[:, :, 0].astype(state.query.dtype), state.query)
-        return state._replace(chosen=chosen, query=query), is_due
-
-    def inspect_step(state, q):
-        spec = state.spec
-        num_first, _, recent = room(spec)
-        state, is_due = choose(state, q)
-        length = state.length[:, None, None]
-        first = jnp.arange(num_first, dtype=jnp.int32)
-        first = jnp.where(first < length, first, -1)
-        newest = length - recent + jnp.arange(recent, dtype=jnp.int32)
-        newest = jnp.where(newest >= num_first, newest, -1)
-        attended = jnp.concatenate([first, state.chosen, newest], axis=-1)
-
-        is_listed = attended >= 0
-        place = jnp.where(is_listed, jnp.cumsum(is_listed, -1, dtype=jnp.int32) - 1, -1)
-        count = is_listed[:, 0].sum(-1, dtype=jnp.int32)
-        keys = spec.rope(
-            buffers.gather(state.k, attended), jnp.maximum(place[:, 0], 0), count
-        )
-        rotated, positions = contiguous.rotate_queries(spec, q, count)
-        out, lse = decode_attention(
-            rotated,
-            keys,
-            buffers.gather(state.v, attended),
-            positions,
-            place,
-            sm_scale=spec.sm_scale,
-        )
-        attended = jnp.broadcast_to(attended, (*keys.shape[:2], attended.shape[-1]))
-        exact = kept_slots.holds_all(attended, state.length, spec.num_q_heads)
-        alike = kept_slots.turns_alike(spec, state.length)
-        diagnostics = Diagnostics(attended, lse, is_due | exact.all(-1), exact & alike)
-        return state, out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        keys = buffers.kv_bytes(spec, length) // 2 if length > budget else 0
-        return Traffic(kv=buffers.kv_bytes(spec, min(budget, length)), metadata=keys)
-
+    options = Options(budget, num_sinks, window, threshold)
     return Method(
-        init=init,
+        init=functools.partial(init, options),
         prefill=prefill,
-        finish=lambda state: state,
+        finish=step.finish_unchanged,
         append=extend,
-        inspect_step=inspect_step,
-        traffic=traffic,
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
         exact_prompt=True,
     )
+
+
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> TokenSelectState:
+    """Makes an empty cache, and a list that holds nothing."""
+    del weights
+    shape = (spec.batch, spec.num_kv_heads, spec.capacity, spec.head_dim)
+    query = (spec.batch, spec.num_q_heads, spec.head_dim)
+    return TokenSelectState(
+        spec,
+        k=buffers.allocate(shape, spec.dtype),
+        v=buffers.allocate(shape, spec.dtype),
+        query=buffers.allocate(query, spec.dtype, fill=0.0),
+        chosen=jnp.full((spec.batch, 1, options.parts(spec).chosen), -1, jnp.int32),
+        length=buffers.lengths(spec),
+    )
+
+
+def extend(
+    state: TokenSelectState,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"] | None = None,
+) -> TokenSelectState:
+    """Writes the next tokens, not rotated; `lengths=None` means all T."""
+    _, valid = buffers.chunk_positions(state.length, lengths, k.shape[2])
+    count = valid.sum(-1, dtype=jnp.int32)
+    return state._replace(
+        k=buffers.write_run(state.k, k, state.length, count),
+        v=buffers.write_run(state.v, v, state.length, count),
+        length=state.length + count,
+    )
+
+
+def prefill(
+    state: TokenSelectState,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[TokenSelectState, Float[Array, "B Hq T D"]]:
+    """Attends to everything, of which it rotates a copy."""
+    state = extend(state, k, v, lengths)
+    spec = state.spec
+    rotated, positions = contiguous.rotate_queries(spec, q, state.length, lengths)
+    places = jnp.arange(spec.capacity, dtype=jnp.int32)
+    places = jnp.broadcast_to(places, (spec.batch, spec.capacity))
+    keys = spec.rope(state.k, places, state.length)
+    out, _ = decode_attention(rotated, keys, state.v, positions, sm_scale=spec.sm_scale)
+    return state, out.astype(q.dtype)
+
+
+def inspect_step(
+    options: Options, state: TokenSelectState, q: Float[Array, "B Hq 1 D"]
+) -> tuple[TokenSelectState, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to the chosen tokens between the first and the newest, renumbered."""
+    spec, parts = state.spec, options.parts(state.spec)
+    state, is_due = choose(options, state, q)
+    length = state.length[:, None, None]
+    first = jnp.arange(parts.sinks, dtype=jnp.int32)
+    first = jnp.where(first < length, first, -1)
+    newest = length - parts.newest + jnp.arange(parts.newest, dtype=jnp.int32)
+    newest = jnp.where(newest >= parts.sinks, newest, -1)
+    attended = jnp.concatenate([first, state.chosen, newest], axis=-1)
+
+    is_listed = attended >= 0
+    place = jnp.where(is_listed, jnp.cumsum(is_listed, -1, dtype=jnp.int32) - 1, -1)
+    count = is_listed[:, 0].sum(-1, dtype=jnp.int32)
+    keys = spec.rope(
+        buffers.gather(state.k, attended), jnp.maximum(place[:, 0], 0), count
+    )
+    rotated, positions = contiguous.rotate_queries(spec, q, count)
+    out, lse = decode_attention(
+        rotated,
+        keys,
+        buffers.gather(state.v, attended),
+        positions,
+        place,
+        sm_scale=spec.sm_scale,
+    )
+    attended = jnp.broadcast_to(attended, (*keys.shape[:2], attended.shape[-1]))
+    diagnostics = step.diagnose(attended, lse, state.length, spec)
+    refreshed = is_due | diagnostics.refreshed
+    return state, out.astype(q.dtype), diagnostics._replace(refreshed=refreshed)
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the tokens of a step, and of all keys where it chooses."""
+    budget = options.budget
+    keys = buffers.kv_bytes(spec, length) // 2 if length > budget else 0
+    return Traffic(kv=buffers.kv_bytes(spec, min(budget, length)), metadata=keys)
+
+
+# --- the choice
+
+
+def choose(
+    options: Options, state: TokenSelectState, q: Float[Array, "B Hq 1 D"]
+) -> tuple[TokenSelectState, Bool[Array, "B"]]:
+    """Puts what :func:`vote` gives into the rows that need it.
+
+    Returns:
+        The state, and which rows these are.
+    """
+    spec, parts = state.spec, options.parts(state.spec)
+    is_due = is_over = state.length > min(options.budget, spec.capacity)
+    if not parts.chosen:
+        return state, is_due  # sinks and window have room for the whole cache
+    if options.threshold is not None:
+        flat = (x.reshape(x.shape[0], -1) for x in (q, state.query))
+        is_due &= selection.cosine(*flat) < options.threshold
+    by_row = is_due[:, None, None]
+    # While the budget holds everything there is nothing to choose.
+    place = parts.sinks + jnp.arange(parts.chosen, dtype=jnp.int32)
+    is_held = place < (state.length - parts.newest)[:, None, None]
+    whole = jnp.where(is_held, place, -1)
+    before = jnp.where(is_over[:, None, None], state.chosen, whole)
+    chosen = lax.cond(
+        is_due.any(),
+        lambda: jnp.where(by_row, vote(options, state, q), before),
+        lambda: before,
+    )
+    query = jnp.where(by_row, q[:, :, 0].astype(state.query.dtype), state.query)
+    return state._replace(chosen=chosen, query=query), is_due
+
+
+def vote(
+    options: Options, state: TokenSelectState, q: Float[Array, "B Hq 1 D"]
+) -> Int[Array, "B 1 K"]:
+    """Returns the tokens between sinks and window with most votes, ascending."""
+    parts = options.parts(state.spec)
+    newest = (state.length - 1)[:, None]
+    near = state.spec.rope(q, jnp.full_like(newest, parts.newest), state.length)
+    logits = decode_logits(near, state.k, newest, sm_scale=1.0)[:, :, 0]
+    slots = jnp.arange(state.spec.capacity, dtype=jnp.int32)
+    is_between = slots < (state.length - parts.newest)[:, None, None]
+    is_between &= slots >= parts.sinks
+    # Finite, so that a row with nothing between has votes too.
+    logits = jnp.where(is_between, logits, jnp.finfo(logits.dtype).min)
+    votes = jax.nn.softmax(logits, axis=-1).sum(1, keepdims=True)
+    best = selection.top_k(votes, parts.chosen, is_between)
+    return selection.in_order(best)

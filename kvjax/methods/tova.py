@@ -1,15 +1,16 @@
 """TOVA: the newest query alone decides which token to drop, for a whole layer."""
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only, weighted_attention
-from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, kept_slots
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.stores import buffers, contiguous, kept_slots, step
 from pallas_kernels.decode_attention import decode_logits
 
 
@@ -64,74 +65,87 @@ def tova(*, budget: int = 1024) -> Method:
     """
     if budget < 1:
         raise ValueError(f"{budget=} must be at least 1 token.")
-
-    def head_mean(weights):  # (B, Hq, 1, S) -> (B, 1, S)
-        return weights.mean(1)
-
-    def init(spec, weights=None):
-        del weights
-        shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
-        return TovaPrompt(
-            contiguous.contiguous(spec), buffers.allocate(shape, spec.dtype)
-        )
-
-    def prefill(state, q, k, v, lengths):
-        store = contiguous.extend(state.store, k, v, lengths)
-        rotated, positions = contiguous.rotate_queries(
-            store.spec, q, store.length, lengths
-        )
-        out = contiguous.attend(store, rotated, positions).out
-        is_last = positions == store.length[:, None] - 1
-        query = buffers.write(state.query, rotated, jnp.zeros_like(positions), is_last)
-        return TovaPrompt(store, query), out.astype(q.dtype)
-
-    def finish(state):
-        store = state.store
-        logits = decode_logits(
-            state.query,
-            store.k,
-            store.length[:, None] - 1,
-            sm_scale=store.spec.sm_scale,
-        )
-        weights = head_mean(jax.nn.softmax(logits, axis=-1))
-        slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
-        is_held = slots < store.length[:, None, None]
-        positions = selection.in_order(selection.top_k(weights, budget, is_held))
-        weights = jnp.take_along_axis(weights, jnp.maximum(positions, 0), axis=-1)
-        return TovaState(kept_slots.keep(store, positions), weights)
-
-    def append(state, k, v):
-        kept = state.kept
-        victim = selection.lowest(state.weights, kept.positions, kept.positions >= 0)
-        used = kept_slots.num_kept(kept)[:, None]
-        slots = jnp.where(used < kept.positions.shape[-1], used, victim)
-        return TovaState(kept_slots.put(kept, slots, k, v), state.weights)
-
-    def inspect_step(state, q):
-        kept, spec = state.kept, state.kept.spec
-        rotated, positions = contiguous.rotate_queries(spec, q, kept.length)
-        (out, lse), weights = weighted_attention(
-            rotated, kept.k, kept.v, positions, kept.positions, sm_scale=spec.sm_scale
-        )
-        shape = (spec.batch, spec.num_kv_heads, kept.positions.shape[-1])
-        attended = jnp.broadcast_to(kept.positions, shape)
-        refreshed = kept_slots.num_kept(kept) == kept.length
-        exact = kept_slots.holds_all(attended, kept.length, spec.num_q_heads)
-        diagnostics = Diagnostics(attended, lse, refreshed, exact)
-        return TovaState(kept, head_mean(weights)), out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        held = min(budget, length)
-        per_token = jnp.dtype(jnp.float32).itemsize + jnp.dtype(jnp.int32).itemsize
-        kv = buffers.kv_bytes(spec, held)
-        return Traffic(kv=kv, metadata=spec.batch * held * per_token)
-
     return Method(
         init=init,
         prefill=prefill,
-        finish=finish,
+        finish=functools.partial(finish, budget),
         append=append,
         inspect_step=inspect_step,
-        traffic=traffic,
+        traffic=functools.partial(traffic, budget),
         exact_prompt=True,
     )
+
+
+def init(spec: CacheSpec, weights: Any = None) -> TovaPrompt:
+    """Makes a store of the whole prompt, and room for a query."""
+    del weights
+    shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
+    query = buffers.allocate(shape, spec.dtype)
+    return TovaPrompt(contiguous.contiguous(spec), query)
+
+
+def prefill(
+    state: TovaPrompt,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[TovaPrompt, Float[Array, "B Hq T D"]]:
+    """Attends to everything, and keeps the newest query."""
+    store, chunk = step.read_chunk(state.store, q, k, v, lengths)
+    positions = chunk.positions
+    is_last = positions == store.length[:, None] - 1
+    query = buffers.write(
+        state.query, chunk.rotated, jnp.zeros_like(positions), is_last
+    )
+    return TovaPrompt(store, query), chunk.out
+
+
+def finish(budget: int, state: TovaPrompt) -> TovaState:
+    """Keeps the tokens to which the newest query attends most."""
+    store = state.store
+    logits = decode_logits(
+        state.query,
+        store.k,
+        store.length[:, None] - 1,
+        sm_scale=store.spec.sm_scale,
+    )
+    weights = jax.nn.softmax(logits, axis=-1).mean(1)
+    slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
+    is_held = slots < store.length[:, None, None]
+    positions = selection.in_order(selection.top_k(weights, budget, is_held))
+    weights = jnp.take_along_axis(weights, jnp.maximum(positions, 0), axis=-1)
+    return TovaState(kept_slots.take(store, positions), weights)
+
+
+def append(
+    state: TovaState, k: Float[Array, "B Hkv 1 D"], v: Float[Array, "B Hkv 1 D"]
+) -> TovaState:
+    """Writes the next token, when there is no room over the one of least weight."""
+    kept = state.kept
+    victim = selection.lowest(state.weights, kept.positions, kept.positions >= 0)
+    slots = kept_slots.next_slot(kept, victim)
+    return TovaState(kept_slots.write(kept, slots, k, v), state.weights)
+
+
+def inspect_step(
+    state: TovaState, q: Float[Array, "B Hq 1 D"]
+) -> tuple[TovaState, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to all that is kept, and weighs it for the next eviction."""
+    kept, spec = state.kept, state.kept.spec
+    rotated, positions = contiguous.rotate_queries(spec, q, kept.length)
+    (out, lse), weights = weighted_attention(
+        rotated, kept.k, kept.v, positions, kept.positions, sm_scale=spec.sm_scale
+    )
+    shape = (spec.batch, spec.num_kv_heads, kept.positions.shape[-1])
+    attended = jnp.broadcast_to(kept.positions, shape)
+    diagnostics = step.diagnose(attended, lse, kept.length)
+    return TovaState(kept, weights.mean(1)), out.astype(q.dtype), diagnostics
+
+
+def traffic(budget: int, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the kept tokens, with a weight and a position of each."""
+    kept = min(budget, length)
+    per_token = jnp.dtype(jnp.float32).itemsize + jnp.dtype(jnp.int32).itemsize
+    metadata = spec.batch * kept * per_token
+    return Traffic(kv=buffers.kv_bytes(spec, kept), metadata=metadata)

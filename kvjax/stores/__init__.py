@@ -1,1 +1,1 @@
-"""Where keys and values lie: buffers, in slots, kept ones, in pages."""
+"""The stores of keys and values: every token in slots or pages, or kept ones."""

@@ -5,7 +5,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.interface import CacheSpec
 
@@ -17,11 +17,13 @@ fill_value: float = 0.0
 
 MOST_SCATTERS = 16  # of one token each; a longer chunk is one scatter
 
+Update = Literal["set", "min", "max"]
+
 
 def allocate(
     shape: tuple[int, ...], dtype: jax.typing.DTypeLike, fill: float | None = None
 ) -> Array:
-    """A new buffer, of `fill` if given. All memory of a state comes from here."""
+    """Makes a buffer, of `fill` if given. All memory of a state comes from here."""
     if fill is not None:
         return jnp.full(shape, fill, dtype)
     if jnp.issubdtype(dtype, jnp.floating):
@@ -37,7 +39,13 @@ def lengths(spec: CacheSpec) -> Int[Array, "B"]:
 def chunk_positions(
     length: Int[Array, "B"], lengths: Int[Array, "B"] | None, size: int
 ) -> tuple[Int[Array, "B T"], Bool[Array, "B T"]]:
-    """Absolute positions of a right-padded chunk of `size`, and which are real."""
+    """Returns absolute positions of a right-padded chunk, and which of them are real.
+
+    Args:
+        length: tokens before it.
+        lengths: tokens in it; None means all.
+        size: of the chunk, padding included.
+    """
     offset = jnp.arange(size, dtype=jnp.int32)
     fresh = jnp.full_like(length, size) if lengths is None else lengths
     return length[:, None] + offset, offset < fresh[:, None]
@@ -48,7 +56,7 @@ def write(
     rows: Array,
     slots: Int[Array, "B *H T"],
     valid: Bool[Array, "B *H T"],
-    update: Literal["set", "min", "max"] = "set",
+    update: Update = "set",
 ) -> Array:
     """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
 
@@ -68,7 +76,7 @@ def write_run(
     rows: Array,
     start: Int[Array, "B"],
     count: Int[Array, "B"],
-    update: Literal["set", "min", "max"] = "set",
+    update: Update = "set",
 ) -> Array:
     """Writes the first `count` of `rows (B, H, T, ...)` from slot `start >= 0` on.
 
@@ -85,32 +93,45 @@ def write_run(
     )
 
 
-def few(tokens: int) -> list[slice]:
-    """Parts of `tokens` to scatter one after the other: singles if they are few."""
+def split_to_scatter(tokens: int) -> list[slice]:
+    """Splits `tokens` into parts to scatter in turn: singles if they are few."""
     if tokens > MOST_SCATTERS:
         return [slice(0, tokens)]
     return [slice(i, i + 1) for i in range(tokens)]
 
 
-def _scatters(buffer, rows, slots, valid, update):
-    for part in few(rows.shape[2]):
+def _scatters(
+    buffer: Array,
+    rows: Array,
+    slots: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+    update: Update,
+) -> Array:
+    for part in split_to_scatter(rows.shape[2]):
         given = rows[:, :, part], slots[:, part], valid[:, part]
         buffer = _scatter(buffer, *given, update)
     return buffer
 
 
-def _scatter(buffer, rows, slots, valid, update):
+def _scatter(
+    buffer: Array,
+    rows: Array,
+    slots: Int[Array, "B *H T"],
+    valid: Bool[Array, "B *H T"],
+    update: Update,
+) -> Array:
     slots = jnp.where(valid, slots, buffer.shape[2])
     rows = rows.astype(buffer.dtype)
 
     if slots.ndim == 2:
-
-        def one_row(buffer, rows, slots):  # (H, S, ...), (H, T, ...), (T,)
+        # (H, S, ...), (H, T, ...), (T,)
+        def one_row(buffer: Array, rows: Array, slots: Int[Array, "T"]) -> Array:
             return getattr(buffer.at[:, slots], update)(rows, mode="drop")
 
         return jax.vmap(one_row)(buffer, rows, slots)
 
-    def one_head(buffer, rows, slots):  # (S, ...), (T, ...), (T,)
+    # (S, ...), (T, ...), (T,)
+    def one_head(buffer: Array, rows: Array, slots: Int[Array, "T"]) -> Array:
         return getattr(buffer.at[slots], update)(rows, mode="drop")
 
     return jax.vmap(jax.vmap(one_head))(buffer, rows, slots)
@@ -123,7 +144,13 @@ _UPDATES = {
 }
 
 
-def _write_slices(buffer, rows, start, count, update):
+def _write_slices(
+    buffer: Array,
+    rows: Array,
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+    update: Update,
+) -> Array:
     batch, heads, size, *rest = rows.shape
     slots = buffer.shape[2]
     rows = rows.astype(buffer.dtype)
@@ -132,7 +159,7 @@ def _write_slices(buffer, rows, start, count, update):
     if size > slots:  # more than fits: what does not is dropped before
         rows, size = rows[:, :, :slots], slots
 
-    def one_row(b, buffer):
+    def one_row(b: Int[Array, ""], buffer: Array) -> Array:
         b = jnp.asarray(b, jnp.int32)  # outside of jit the loop counts in 64 bits
         fresh = lax.dynamic_slice(
             rows, (b, zero, zero, *zeros), (1, heads, size, *rest)
@@ -142,7 +169,7 @@ def _write_slices(buffer, rows, start, count, update):
         over = start[b] - first
         where = (b, zero, first, *zeros)
 
-        def put(buffer):
+        def write_slice(buffer: Array) -> Array:
             if size == 1 and update == "set":
                 return lax.dynamic_update_slice(buffer, fresh, where)
             old = lax.dynamic_slice(buffer, where, fresh.shape)
@@ -154,7 +181,7 @@ def _write_slices(buffer, rows, start, count, update):
             return lax.dynamic_update_slice(buffer, blended, where)
 
         is_due = (count[b] > 0) & (over < size)
-        return lax.cond(is_due, put, lambda buffer: buffer, buffer)
+        return lax.cond(is_due, write_slice, lambda buffer: buffer, buffer)
 
     return lax.fori_loop(zero, jnp.int32(batch), one_row, buffer)
 
@@ -166,19 +193,42 @@ def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
     """
     slots = jnp.broadcast_to(slots, (*buffer.shape[:2], slots.shape[2]))
 
-    def one_head(buffer, slots):
+    def one_head(buffer: Array, slots: Int[Array, "N"]) -> Array:
         return buffer.at[jnp.maximum(slots, 0)].get(mode="clip")
 
     return jax.vmap(jax.vmap(one_head))(buffer, slots)
 
 
+def write_newest(
+    ring: Float[Array, "B H W D"],
+    rows: Float[Array, "B H T D"],
+    positions: Int[Array, "B T"],
+    length: Int[Array, "B"],
+) -> Float[Array, "B H W D"]:
+    """Writes the rows of the last W of `length` tokens, each in slot position % W.
+
+    A slot keeps its newest row: older ones, and padding, are dropped.
+    """
+    size = ring.shape[2]
+    end = length[:, None]
+    is_newest = (positions < end) & (positions >= end - size)
+    return write(ring, rows, positions % size, is_newest)
+
+
+def newest_positions(length: Int[Array, "B"], size: int) -> Int[Array, "B W"]:
+    """Returns the position in each slot of such a ring; negative in an empty one."""
+    last = length[:, None] - 1
+    slots = jnp.arange(size, dtype=jnp.int32)
+    return last - (last - slots) % size
+
+
 def num_bytes(state: Any) -> int:
-    """Bytes a state (or its `jax.eval_shape`) holds."""
+    """Counts the bytes a state (or its `jax.eval_shape`) holds."""
     leaves = jax.tree.leaves(state)
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in leaves)
 
 
 def kv_bytes(spec: CacheSpec, tokens: int) -> int:
-    """Bytes of the keys and values of `tokens` tokens, all rows and KV heads."""
+    """Counts the bytes of keys and values of `tokens` tokens, all rows and KV heads."""
     itemsize = jnp.dtype(spec.dtype).itemsize
     return 2 * spec.batch * spec.num_kv_heads * tokens * spec.head_dim * itemsize

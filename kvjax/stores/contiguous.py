@@ -64,10 +64,19 @@ def revise(
     return extend(before, real_first(k, count), real_first(v, count), count)
 
 
+def rewind(store: Contiguous, count: Int[Array, "B"], most: int) -> Contiguous:
+    """Takes back the newest `count` tokens, at most `most`: later ones overwrite them.
+
+    As :class:`kvjax.interface.RewindFn`.
+    """
+    del most
+    return store._replace(length=store.length - count)
+
+
 def real_first(
     rows: Float[Array, "B H T D"], count: Int[Array, "B"]
 ) -> Float[Array, "B H T D"]:
-    """The last `count` rows first, as a chunk has them; what follows is undefined."""
+    """Moves the last `count` rows first, as a chunk has them; the rest is undefined."""
     size = rows.shape[2]
     order = jnp.arange(size, dtype=jnp.int32) + (size - count)[:, None]
     order = jnp.minimum(order, size - 1)[:, None, :, None]
@@ -80,7 +89,11 @@ def rotate_queries(
     length: Int[Array, "B"],
     lengths: Int[Array, "B"] | None = None,
 ) -> tuple[Float[Array, "B Hq T D"], Int[Array, "B T"]]:
-    """Queries of the newest tokens (`length` counts them in) and their positions."""
+    """Rotates queries of the newest tokens, which `length` counts in.
+
+    Returns:
+        The rotated queries, and their positions.
+    """
     rows = q.shape[2]
     fresh = rows if lengths is None else lengths
     positions = (length - fresh)[:, None] + jnp.arange(rows, dtype=jnp.int32)
@@ -90,7 +103,7 @@ def rotate_queries(
 def attend(
     store: Contiguous, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
 ) -> Partial:
-    """Causal attention of rotated queries at `positions` over the whole store.
+    """Attends causally from rotated queries at `positions` to the whole store.
 
     By the model's own normaliser: of entmax, `lse` is as in
     :class:`kvjax.interface.Diagnostics`, and the result cannot be merged.

@@ -19,7 +19,7 @@ class Kept(NamedTuple):
     length: Int[Array, "B"]  # tokens seen, not slots used
 
 
-def keep(
+def take(
     store: contiguous.Contiguous, positions: Int[Array, "B H N"], spare: int = 0
 ) -> Kept:
     """Copies the tokens at `positions` (-1 = none) out of `store`.
@@ -27,7 +27,7 @@ def keep(
     `spare` empty slots follow for tokens to come.
     """
 
-    def take(buffer):
+    def copy(buffer: Float[Array, "B Hkv S D"]) -> Float[Array, "B Hkv N D"]:
         taken = buffers.gather(buffer, positions)
         if not spare:
             return taken
@@ -36,15 +36,21 @@ def keep(
 
     padding = ((0, 0), (0, 0), (0, spare))
     padded = jnp.pad(positions, padding, constant_values=-1)
-    return Kept(store.spec, take(store.k), take(store.v), padded, store.length)
+    return Kept(store.spec, copy(store.k), copy(store.v), padded, store.length)
 
 
 def num_kept(kept: Kept) -> Int[Array, "B"]:
-    """Slots in use, the same for every head."""
+    """Counts the slots in use, the same for every head."""
     return (kept.positions[:, 0] >= 0).sum(-1, dtype=jnp.int32)
 
 
-def put(
+def next_slot(kept: Kept, victim: Int[Array, "B H"]) -> Int[Array, "B H"]:
+    """Returns the first empty slot, or that of the `victim` where none is left."""
+    used = num_kept(kept)[:, None]
+    return jnp.where(used < kept.positions.shape[-1], used, victim)
+
+
+def write(
     kept: Kept,
     slots: Int[Array, "B H"],
     k: Float[Array, "B Hkv 1 D"],
@@ -72,7 +78,9 @@ def put(
 def holds_all(
     attended: Int[Array, "B H N"], length: Int[Array, "B"], num_q_heads: int
 ) -> Bool[Array, "B Hq"]:
-    """Heads whose list of distinct positions has every token: H divides `num_q_heads`.
+    """Says of every head whether its list of distinct positions has every token.
+
+    H divides `num_q_heads`.
 
     What :class:`kvjax.interface.Diagnostics` calls exact, for methods with no better
     proof than having attended to everything.

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float
 
 
 class Statistics(NamedTuple):
-    """Of the keys of each page, element by element."""
+    """The statistics of the keys of each page, element by element."""
 
     minimum: Float[Array, "*B D"]  # in the keys' dtype
     maximum: Float[Array, "*B D"]

@@ -24,7 +24,7 @@ class Paged(NamedTuple):
 
 
 def paged(spec: CacheSpec, page_size: int) -> Paged:
-    """An empty store of at least `spec.capacity` tokens a row."""
+    """Makes an empty store of at least `spec.capacity` tokens a row."""
     num_pages = -(-spec.capacity // page_size)
     heads = (spec.batch, spec.num_kv_heads, num_pages)
     pages = buffers.allocate((*heads, page_size, 2 * spec.head_dim), spec.dtype)
@@ -70,13 +70,22 @@ def revise(
 
 
 def rewind(store: Paged, count: Int[Array, "B"], most: int) -> Paged:
-    """Without the newest `count` tokens, at most `most`: as if they had not come."""
+    """Takes back the newest `count` tokens, at most `most`, as if they had not come."""
     shorter = store._replace(length=store.length - count)
     return _take_extremes(shorter, store.length, most)
 
 
-def _write(store, k, v, lengths):
-    """The store but for its extremes; rotated keys, their pages, which are real."""
+def _write(
+    store: Paged,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"] | None,
+) -> tuple[Paged, Float[Array, "B Hkv T D"], Int[Array, "B T"], Bool[Array, "B T"]]:
+    """Writes the next tokens, and leaves the extremes of their pages as they were.
+
+    Returns:
+        The store; the rotated keys, their pages, and which of them are real.
+    """
     positions, valid = buffers.chunk_positions(store.length, lengths, k.shape[2])
     count = valid.sum(-1, dtype=jnp.int32)
     length = store.length + count
@@ -85,17 +94,18 @@ def _write(store, k, v, lengths):
     num_pages, page_size, width = store.pages.shape[2:]
     page = jnp.where(valid, positions // page_size, num_pages)
 
-    def by_page():  # in place where a scatter is; flat pages would be copied on TPU
-        def one_row(pages, fused, page, slot):
+    # In place where a scatter is; flat pages would be copied on TPU.
+    def by_page() -> Float[Array, "B Hkv NP P D2"]:
+        def one_row(pages: Array, fused: Array, page: Array, slot: Array) -> Array:
             return pages.at[:, page, slot].set(fused, mode="drop")
 
         slot, pages = positions % page_size, store.pages
-        for part in buffers.few(fused.shape[2]):
+        for part in buffers.split_to_scatter(fused.shape[2]):
             given = fused[:, :, part], page[:, part], slot[:, part]
             pages = jax.vmap(one_row)(pages, *given)
         return pages
 
-    def by_token():
+    def by_token() -> Float[Array, "B Hkv NP P D2"]:
         flat = store.pages.reshape(*store.pages.shape[:2], -1, width)
         written = buffers.write_run(flat, fused, store.length, count)
         return written.reshape(store.pages.shape)
@@ -104,8 +114,8 @@ def _write(store, k, v, lengths):
     return store._replace(pages=pages, length=length), k, page, valid
 
 
-def _take_extremes(store, end, newest):
-    """The store with those of the pages of the `newest` tokens before `end` anew."""
+def _take_extremes(store: Paged, end: Int[Array, "B"], newest: int) -> Paged:
+    """Recomputes the extremes of the pages of the last `newest` tokens before `end`."""
     num_pages, page_size = store.pages.shape[2:4]
     most = min(-(-(newest - 1) // page_size) + 1, num_pages)
     last = jnp.maximum(end - 1, 0) // page_size
@@ -124,7 +134,7 @@ def _take_extremes(store, end, newest):
 
 
 def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
-    """Keys and values with every token in the slot of its position."""
+    """Returns keys and values with every token in the slot of its position."""
     batch, num_kv_heads, num_pages, page_size, width = store.pages.shape
     fused = store.pages.reshape(batch, num_kv_heads, num_pages * page_size, width)
     k, v = jnp.split(fused, 2, axis=-1)
@@ -134,7 +144,7 @@ def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv 
 def attend_all(
     store: Paged, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
 ) -> Partial:
-    """Causal attention of rotated queries at `positions` over every page.
+    """Attends causally from rotated queries at `positions` to every page.
 
     By the model's own normaliser, as :func:`kvjax.stores.contiguous.attend`.
     """
@@ -150,13 +160,13 @@ class Moments(NamedTuple):
 
 
 def moments(store: Paged) -> Moments:
-    """Those of an empty store."""
+    """Makes the moments of an empty store."""
     shape = store.page_min.shape
     return Moments(*(buffers.allocate(shape, jnp.float32) for _ in range(2)))
 
 
 def update_moments(held: Moments, store: Paged, added: int) -> Moments:
-    """With the pages that the newest of at most `added` tokens a row completed.
+    """Updates the pages that the newest of at most `added` tokens a row completed.
 
     Each is read again as a whole, whatever calls filled it, so that how tokens came
     does not change its statistics.
@@ -176,14 +186,16 @@ def update_moments(held: Moments, store: Paged, added: int) -> Moments:
     *_, mean, variance = page_statistics(keys)
     count = complete - first
 
-    def put(buffer, rows):
+    def write(
+        buffer: Float[Array, "B Hkv NP D"], rows: Float[Array, "B Hkv N D"]
+    ) -> Float[Array, "B Hkv NP D"]:
         return buffers.write_run(buffer, rows, first, count)
 
-    return Moments(put(held.mean, mean), put(held.variance, variance))
+    return Moments(write(held.mean, mean), write(held.variance, variance))
 
 
 def is_available(store: Paged) -> Bool[Array, "B NP"]:
-    """Pages that hold a token."""
+    """Says of every page whether it holds a token."""
     num_pages, page_size = store.pages.shape[2:4]
     first = jnp.arange(num_pages, dtype=jnp.int32) * page_size
     return first < store.length[:, None]
@@ -192,7 +204,7 @@ def is_available(store: Paged) -> Bool[Array, "B NP"]:
 def tokens_of(
     page_ids: Int[Array, "B H K"], page_size: int, length: Int[Array, "B"]
 ) -> Int[Array, "B H N"]:
-    """Positions held by the listed pages, -1 where there is no token; N = K * P."""
+    """Lists the positions in listed pages, -1 where there is no token; N = K * P."""
     within = jnp.arange(page_size, dtype=jnp.int32)
     positions = page_ids[..., None] * page_size + within
     held = (page_ids[..., None] >= 0) & (positions < length[:, None, None, None])

@@ -14,7 +14,12 @@ import pytest
 from oracles import completion as oracle
 
 from kvjax.attention import partials
-from kvjax.methods.topk_completion import estimators, feature_maps, linear_attention
+from kvjax.methods.topk_completion import (
+    estimators,
+    feature_maps,
+    linear_attention,
+    moments,
+)
 
 HEADS, GROUP, SIZE, DIM, FEATURES = 2, 2, 30, 6, 4
 SCALE = DIM**-0.5
@@ -68,7 +73,7 @@ class Heads:
 @functools.cache
 def program(name):
     """Fit, summary and residual, compiled once a map; both forms of it."""
-    estimator = estimators.moment()
+    estimator = moments.moment()
     if name != "moment":
         feature_map = feature_maps.named(name, FEATURES)
         estimator = estimators.of_features(feature_map)
@@ -319,12 +324,12 @@ def test_a_constant_in_g_scales_the_mass_and_nothing_else():
     np.testing.assert_allclose(raised.lse - part.lse, 300, rtol=1e-6)
     np.testing.assert_allclose(raised.out, part.out, rtol=1e-4)  # 300's last bit
     logit = part.lse - jnp.float32(4)
-    capped = linear_attention.capped(part, logit, left)
+    capped = linear_attention.cap_mass(part, logit, left)
     np.testing.assert_allclose(capped.lse, logit + math.log(9), rtol=1e-6)
-    assert (linear_attention.capped(part, part.lse, left).lse == part.lse).all()
-    halved = linear_attention.scaled(part, jnp.full((1, 1, 1), 0.5, jnp.float32))
+    assert (linear_attention.cap_mass(part, part.lse, left).lse == part.lse).all()
+    halved = linear_attention.scale_mass(part, jnp.full((1, 1, 1), 0.5, jnp.float32))
     np.testing.assert_allclose(part.lse - halved.lse, math.log(2), rtol=1e-6)
-    gone = linear_attention.scaled(part, jnp.zeros((1, 1, 1), jnp.float32))
+    gone = linear_attention.scale_mass(part, jnp.zeros((1, 1, 1), jnp.float32))
     assert (gone.lse == -jnp.inf).all()
 
 

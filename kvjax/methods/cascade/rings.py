@@ -1,4 +1,4 @@
-"""What a cascade of rings holds of a layer: tokens go in, queries attend to it.
+"""The rings of a cascade, one layer: tokens go in, queries attend to them.
 
 `kvjax.methods.cascade.schedule` says where everything is. Keys lie rotated by the
 number of their slot in its ring, so that none is rotated again while it stays there.
@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.attention.partials import Partial
 from kvjax.interface import CacheSpec
 from kvjax.methods.cascade.schedule import Plan, decay, layout, pushes, sources
-from kvjax.stores import buffers as stores_buffers
+from kvjax.stores import buffers
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.received_attention import received_attention
 
@@ -24,7 +24,7 @@ Rotation = Callable[..., Array]  # see `kvjax.rope.Rope`
 
 
 class Rings(NamedTuple):
-    """What a cascade holds of each row."""
+    """The sinks and rings of each row."""
 
     sink_k: Float[Array, "B Hkv M D"]  # rotated at 0 .. M - 1
     sink_v: Float[Array, "B Hkv M D"]
@@ -36,25 +36,25 @@ class Rings(NamedTuple):
 
 
 def empty(plan: Plan, spec: CacheSpec) -> Rings:
-    """Nothing in any ring."""
+    """Makes rings that hold nothing."""
     heads = (spec.batch, spec.num_kv_heads)
 
-    def buffer(slots):
-        return stores_buffers.allocate((*heads, slots, spec.head_dim), spec.dtype)
+    def allocate(slots: int) -> Float[Array, "B Hkv {slots} D"]:
+        return buffers.allocate((*heads, slots, spec.head_dim), spec.dtype)
 
     slots = (*heads, plan.window)
     return Rings(
-        buffer(plan.num_sinks),
-        buffer(plan.num_sinks),
-        buffer(plan.window),
-        buffer(plan.window),
-        stores_buffers.allocate(slots, jnp.float32, fill=0.0),
-        stores_buffers.allocate(slots, jnp.int32, fill=-1.0),
-        stores_buffers.lengths(spec),
+        allocate(plan.num_sinks),
+        allocate(plan.num_sinks),
+        allocate(plan.window),
+        allocate(plan.window),
+        buffers.allocate(slots, jnp.float32, fill=0.0),
+        buffers.allocate(slots, jnp.int32, fill=-1.0),
+        buffers.lengths(spec),
     )
 
 
-def turn(
+def rotate_further(
     rope: Rotation, k: Float[Array, "B H T D"], by: Int[Array, "B T"]
 ) -> Float[Array, "B H T D"]:
     """Rotates rotated keys further; a scale that the rotation has is not applied again.
@@ -85,8 +85,8 @@ def insert(
     window = plan.window
     src = sources(plan, rings.seen, count, rings.scores, new_scores)
 
-    def gather(old, new):
-        return stores_buffers.gather(
+    def gather(old: Array, new: Array) -> Array:
+        return buffers.gather(
             jnp.concatenate([old, new.astype(old.dtype)], axis=2), src
         )
 
@@ -98,11 +98,11 @@ def insert(
     )
     moved = gather(rings.k, k)
 
-    def per_head(x):
+    def per_head(x: Float[Array, "B Hkv C D"]) -> Float[Array, "BH 1 C D"]:
         return x.reshape(batch * heads, 1, window, head_dim)
 
     by = angle.reshape(batch * heads, window)
-    turned = turn(rope, per_head(moved), by).reshape(moved.shape)
+    turned = rotate_further(rope, per_head(moved), by).reshape(moved.shape)
     placed = rope(per_head(moved), by).reshape(moved.shape)
     moved = jnp.where(was_new[..., None], placed, turned)
 
@@ -122,8 +122,8 @@ def insert(
     is_due = ((row >= 0) & (row < count[:, None]))[:, None, :, None]
     row = jnp.clip(row, 0, fresh - 1)[:, None]
     at = jnp.broadcast_to(place, (batch, plan.num_sinks))
-    sink_k = rope(stores_buffers.gather(k, row), at).astype(rings.k.dtype)
-    sink_v = stores_buffers.gather(v, row).astype(rings.v.dtype)
+    sink_k = rope(buffers.gather(k, row), at).astype(rings.k.dtype)
+    sink_v = buffers.gather(v, row).astype(rings.v.dtype)
     return result._replace(
         sink_k=jnp.where(is_due, sink_k, rings.sink_k),
         sink_v=jnp.where(is_due, sink_v, rings.sink_v),
@@ -140,7 +140,7 @@ def insert_one(
     new_scores: Float[Array, "B Hkv 1"],
     is_due: Bool[Array, "B"],
 ) -> Rings:
-    """:func:`insert` of one token: at most one row a ring is written, in place."""
+    """Inserts one token: at most one row a ring is written, in place."""
     t = rings.seen - plan.num_sinks
     n = jnp.maximum(t, 0)
     slots, enters, pushed = [], [], []
@@ -157,17 +157,19 @@ def insert_one(
     pushed = jnp.stack(pushed, 1)[:, None]
     at = slot + jnp.arange(plan.num_rings, dtype=jnp.int32) * plan.width
 
-    def candidates(new, held):  # what comes to ring i is what ring i - 1 had there
+    # What comes to ring i is what ring i - 1 had there.
+    def candidates(new: Array, held: Array) -> Array:
         return jnp.concatenate([new.astype(held.dtype), held[:, :, :-1]], axis=2)
 
     old_k, old_v, old_scores, old_tokens = (
-        stores_buffers.gather(x, at[:, None]) for x in (rings.k, rings.v, *rings[4:6])
+        buffers.gather(x, at[:, None])
+        for x in (rings.k, rings.v, rings.scores, rings.tokens)
     )
     token = jnp.broadcast_to(rings.seen[:, None, None], (*k.shape[:2], 1))
     come_scores = candidates(new_scores, old_scores)
     wins = pushed | (come_scores >= old_scores)
     first = rope(k, slot[:, :1]).astype(rings.k.dtype)
-    rest = turn(rope, old_k[:, :, :-1], slot[:, 1:] - slot[:, :-1])
+    rest = rotate_further(rope, old_k[:, :, :-1], slot[:, 1:] - slot[:, :-1])
     come_k = jnp.concatenate([first, rest], axis=2)
     rows = (
         jnp.where(wins[..., None], come_k, old_k),
@@ -175,7 +177,8 @@ def insert_one(
         jnp.where(wins, come_scores, old_scores),
         jnp.where(wins, candidates(token, old_tokens), old_tokens),
     )
-    k_, v_, scores, tokens = _write_rows(rings[2:6], rows, at, enters)
+    held = (rings.k, rings.v, rings.scores, rings.tokens)
+    k_, v_, scores, tokens = _write_rows(held, rows, at, enters)
     result = rings._replace(
         k=k_,
         v=v_,
@@ -188,40 +191,45 @@ def insert_one(
     is_sink = (is_due & (t < 0))[:, None]
     place = rings.seen[:, None]
     return result._replace(
-        sink_k=stores_buffers.write(rings.sink_k, rope(k, place), place, is_sink),
-        sink_v=stores_buffers.write(rings.sink_v, v, place, is_sink),
+        sink_k=buffers.write(rings.sink_k, rope(k, place), place, is_sink),
+        sink_v=buffers.write(rings.sink_v, v, place, is_sink),
     )
 
 
-def _write_rows(buffers, rows, at, valid):
+def _write_rows(
+    held: tuple[Array, ...],
+    rows: tuple[Array, ...],
+    at: Int[Array, "B N"],
+    valid: Bool[Array, "B N"],
+) -> tuple[Array, ...]:
     """Writes row `(B, H, N, ...)` i of each buffer at slot `at (B, N)`, in place."""
     batch, count = at.shape
     zero = jnp.int32(0)  # of one type with the indices also where 64 bits are on
 
-    def put(index, buffers):
+    def write(index: Int[Array, ""], held: tuple[Array, ...]) -> tuple[Array, ...]:
         index = jnp.asarray(index, jnp.int32)  # which outside of jit has 64 bits
         b, i = index // count, index % count
 
-        def one(buffer, rows):
+        def write_one(buffer: Array, rows: Array) -> Array:
             zeros = (zero,) * (rows.ndim - 3)
             shape = (1, rows.shape[1], 1, *rows.shape[3:])
             row = lax.dynamic_slice(rows, (b, zero, i, *zeros), shape)
             return lax.dynamic_update_slice(buffer, row, (b, zero, at[b, i], *zeros))
 
-        def all_of_them(buffers):
-            return tuple(one(*pair) for pair in zip(buffers, rows, strict=True))
+        def write_all(held: tuple[Array, ...]) -> tuple[Array, ...]:
+            return tuple(write_one(*pair) for pair in zip(held, rows, strict=True))
 
-        return lax.cond(valid[b, i], all_of_them, lambda x: x, buffers)
+        return lax.cond(valid[b, i], write_all, lambda x: x, held)
 
-    def scatter():
-        pairs = zip(buffers, rows, strict=True)
+    def scatter() -> tuple[Array, ...]:
+        pairs = zip(held, rows, strict=True)
         where = jnp.broadcast_to(at[:, None], rows[2].shape)
-        held = jnp.broadcast_to(valid[:, None], rows[2].shape)
-        return tuple(stores_buffers.write(x, new, where, held) for x, new in pairs)
+        is_due = jnp.broadcast_to(valid[:, None], rows[2].shape)
+        return tuple(buffers.write(x, new, where, is_due) for x, new in pairs)
 
     # As `buffers.write_run`: on CPU a scatter would copy.
     return lax.platform_dependent(
-        cpu=lambda: lax.fori_loop(zero, jnp.int32(batch * count), put, tuple(buffers)),
+        cpu=lambda: lax.fori_loop(zero, jnp.int32(batch * count), write, held),
         default=scatter,
     )
 
@@ -262,7 +270,9 @@ def attend_chunk(
     now = layout(plan, rings.seen)
     # Once a chunk, not once a token: from the slot's angle to the place in the cache.
     angle = jnp.arange(plan.window, dtype=jnp.int32) % plan.width
-    held = turn(rope, rings.k, jnp.where(now.positions < 0, 0, now.positions - angle))
+    held = rotate_further(
+        rope, rings.k, jnp.where(now.positions < 0, 0, now.positions - angle)
+    )
     place = now.next[:, None] + jnp.arange(fresh, dtype=jnp.int32)
     keys = [rings.sink_k, held, rope(k, place).astype(rings.k.dtype)]
     values = [rings.sink_v, rings.v, v.astype(rings.v.dtype)]
@@ -305,7 +315,7 @@ def attend_one(
     *,
     sm_scale: float,
 ) -> tuple[Partial, Float[Array, "B Hq C"], Float[Array, "B Hq 1"]]:
-    """One new token attends to sinks, rings and itself: no key is rotated but its own.
+    """Attends from a new token to sinks, rings and itself; rotates no key but its own.
 
     A key in slot s of a ring is rotated by s, while its position is s plus something:
     one number from the ring's oldest entry on, W more for the slots before. So the
@@ -332,7 +342,7 @@ def attend_one(
     part = jnp.where(slot < now.stored[..., None], part, -1)  # (B, N, W)
     part = jnp.tile(part, (1, num_kv_heads, 1))
 
-    def as_heads(x):
+    def as_heads(x: Float[Array, "B Hkv C D"]) -> Float[Array, "B HN W D"]:
         return x.reshape(batch, num_kv_heads * num_rings, width, head_dim)
 
     both = jnp.broadcast_to(jnp.arange(2, dtype=jnp.int32), (batch, 2))
@@ -347,7 +357,7 @@ def attend_one(
         with_logits=True,
     )
 
-    def by_query_head(x):  # (B, Hkv N G, 2, ...) -> (B, Hq, 2 N, ...)
+    def by_query_head(x: Array) -> Array:  # (B, Hkv N G, 2, ...) -> (B, Hq, 2 N, ...)
         rest = x.shape[3:]
         x = x.reshape(batch, num_kv_heads, num_rings, group, 2, *rest)
         return x.swapaxes(2, 3).reshape(batch, num_q_heads, 2 * num_rings, *rest)

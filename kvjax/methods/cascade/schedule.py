@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 HeadReduce = Literal["mean", "max", "median"]
 
@@ -28,22 +28,22 @@ class Plan:
         num_rings: N.
         width: W, slots of a ring.
         eager_fill: as long as there is room everything is taken, and nothing meets.
-        periods: r_i of each ring, r_0 = 1; None means 1, 2, 4, 8, ...
+        periods: r_i of each ring, r_0 = 1; none given means 1, 2, 4, 8, ...
     """
 
     num_sinks: int
     num_rings: int
     width: int
     eager_fill: bool = True
-    periods: tuple[int, ...] | None = None
+    periods: tuple[int, ...] = ()
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in ("num_rings", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if self.num_sinks < 0:
             raise ValueError(f"num_sinks={self.num_sinks} must be at least 0.")
-        if self.periods is None:
+        if not self.periods:
             doubled = tuple(2**i for i in range(self.num_rings))
             object.__setattr__(self, "periods", doubled)
         if len(self.periods) != self.num_rings or self.periods[0] != 1:
@@ -54,17 +54,17 @@ class Plan:
 
     @property
     def window(self) -> int:
-        """C, slots of all rings."""
+        """The number of slots of all rings, C."""
         return self.num_rings * self.width
 
     @property
     def steps(self) -> tuple[int, ...]:
-        """L_i = lcm(r_0 .. r_i): what comes to ring i is taken when L_i divides t."""
+        """The L_i = lcm(r_0 .. r_i): what comes to ring i enters when L_i divides t."""
         return tuple(math.lcm(*self.periods[: i + 1]) for i in range(self.num_rings))
 
     @property
     def firsts(self) -> tuple[int, ...]:
-        """tau_i: the t at which ring i gets its first entry, without eager fill."""
+        """The tau_i: the t at which ring i gets its first entry, without eager fill."""
         firsts = [0]
         for step in self.steps[:-1]:
             firsts.append((firsts[-1] // step + self.width) * step)
@@ -85,7 +85,7 @@ class Plan:
 def pushes(
     plan: Plan, ring: int | Int[Array, ""], n: Int[Array, "*B"]
 ) -> Int[Array, "*B"]:
-    """P_i(n): entries ever pushed into ring i by the first `n` tokens after sinks."""
+    """Counts P_i(n), entries pushed into ring i by the first `n` tokens after sinks."""
     step, first, window = _of_ring(plan, ring)
     if plan.eager_fill:
         filling = jnp.maximum(jnp.minimum(n, window + 1) - ring * plan.width, 0)
@@ -107,14 +107,16 @@ def push_time(
     return jnp.where(push == 0, first, (lax.div(first, step) + push) * step)
 
 
-def _of_ring(plan, ring):
-    """L_i, tau_i and C, of a ring that may be traced."""
+def _of_ring(
+    plan: Plan, ring: int | Int[Array, ""]
+) -> tuple[Int[Array, ""], Int[Array, ""], Int[Array, ""]]:
+    """Returns L_i, tau_i and C, of a ring that may be traced."""
     step, first = (jnp.array(x, jnp.int32)[ring] for x in (plan.steps, plan.firsts))
     return step, first, jnp.int32(plan.window)
 
 
 class Layout(NamedTuple):
-    """Where everything is after a number of tokens: the same for all heads.
+    """The places of everything after a number of tokens: the same for all heads.
 
     Positions are those inside the cache: sinks, then the last ring's oldest entry, up
     to the first ring's newest; so they follow the order of the stream.
@@ -152,7 +154,7 @@ def sources(
     scores: Float[Array, "B H C"],
     new_scores: Float[Array, "B H T"],
 ) -> Int[Array, "B H C"]:
-    """What each slot holds once `count` tokens have gone through the cascade.
+    """Finds what each slot holds once `count` tokens have gone through the cascade.
 
     The tokens one by one would give the same: pushes and their times are known, and
     between two pushes the last of the highest scores wins.
@@ -174,7 +176,19 @@ def sources(
     return one_row(seen, count, scores, new_scores)
 
 
-def _sources_of_row(plan, seen, count, scores, new_scores):
+# Tokens that come to a ring, in order: which are real, when, their scores and indices.
+_Candidates = tuple[
+    Bool[Array, "T"], Int[Array, "T"], Float[Array, "H T"], Int[Array, "H T"]
+]
+
+
+def _sources_of_row(
+    plan: Plan,
+    seen: Int[Array, ""],
+    count: Int[Array, ""],
+    scores: Float[Array, "H C"],
+    new_scores: Float[Array, "H T"],
+) -> Int[Array, "H C"]:
     width, window = plan.width, plan.window
     period = jnp.int32(width)  # of one type with the indices where 64 bits are on
     fresh = new_scores.shape[-1]
@@ -188,7 +202,9 @@ def _sources_of_row(plan, seen, count, scores, new_scores):
     score = new_scores[:, row]
     index = jnp.broadcast_to(window + row, score.shape)
 
-    def one_ring(candidates, i):
+    def one_ring(
+        candidates: _Candidates, i: Int[Array, ""]
+    ) -> tuple[_Candidates, Int[Array, "H W"]]:
         is_real, time, score, index = candidates
         a, z = pushes(plan, i, before), pushes(plan, i, after)
         # Candidates between two pushes compete for one entry: group 0 is the entry that
@@ -249,7 +265,7 @@ def reduce_heads(
     how: HeadReduce,
     homogeneous: bool = False,
 ) -> Float[Array, "B Hkv S"]:
-    """One number a KV head: of its query heads, or of all if `homogeneous`.
+    """Reduces to one number a KV head: of its query heads, or of all if `homogeneous`.
 
     The median of an even number is the lower one.
     """
@@ -266,7 +282,7 @@ def reduce_heads(
 
 
 def decay(beta: float, queries: Int[Array, "*B"]) -> Float[Array, "*B"]:
-    """beta ** queries in float32, without the rounding of beta itself."""
+    """Computes beta ** queries in float32, without the rounding of beta itself."""
     return jnp.exp(queries.astype(jnp.float32) * jnp.float32(math.log(beta)))
 
 

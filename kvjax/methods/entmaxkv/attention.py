@@ -9,7 +9,8 @@ it is proved that no other page matters.
     L   query heads of a list, Hq // H        K   entries of a list of pages
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Literal, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
+from kvjax.choices import check_choice
 from kvjax.methods.entmaxkv import page_bounds, threshold
 from pallas_kernels.entmax import equations
 from pallas_kernels.page_attention import page_attention
@@ -46,19 +48,25 @@ def fastest(
     sm_scale: float,
     alpha: float,
 ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
-    """Output and value of :func:`attend_pages`, by a kernel where one runs.
+    """Returns output and value of :func:`attend_pages`, by a kernel where one runs.
 
     A CPU has no faster way than `found`, which must be of the same arguments. What is
     then unused of it, XLA does not compute.
     """
 
-    def kernel(q, pages, page_ids, positions, *_):
+    def kernel(
+        q: Array, pages: Array, page_ids: Array, positions: Array, *_: Array
+    ) -> tuple[Array, Array]:
         given = {"sm_scale": sm_scale, "alpha": alpha}
         out, value = page_attention(q, pages, page_ids, positions, **given)
         return out[:, :, 0], value[:, :, 0]
 
     arrays = q, pages, page_ids, positions, found.out, found.value
     return lax.platform_dependent(*arrays, cpu=lambda *x: x[4:], default=kernel)
+
+
+Carry = TypeVar("Carry")
+Index = int | Int[Array, ""]
 
 
 class _Scored(NamedTuple):
@@ -69,6 +77,15 @@ class _Scored(NamedTuple):
     scores: Float[Array, "C B H L nP"]
     top: Float[Array, "B H L 1"]
     blocks: Int[Array, ""]
+
+
+# What was read, which pages that are, tau of it, and by how much others are above it.
+_Progress = tuple[
+    _Scored,
+    Bool[Array, "B H NP"],
+    Float[Array, "B H L 1"],
+    Float[Array, "B H NP"],
+]
 
 
 def attend_pages(
@@ -83,7 +100,7 @@ def attend_pages(
     tau_hat: Float[Array, "B Hq"] | None = None,
     steps: int = 3,
 ) -> PageAttention:
-    """Attention over the listed pages, all of whose tokens below `length` are seen.
+    """Attends to the listed pages, all of whose tokens below `length` are seen.
 
     Args:
         q: rotated queries of the newest tokens.
@@ -108,8 +125,7 @@ def attend_pages(
     """
     if not alpha > 1:
         raise ValueError(f"{alpha=} must be above 1: entmax of 1 is softmax.")
-    if tau_mode not in get_args(TauMode):
-        raise ValueError(f"{tau_mode=} must be one of {', '.join(get_args(TauMode))}.")
+    check_choice("tau_mode", tau_mode, TauMode)
     if tau_mode != "exact" and tau_hat is None:
         raise ValueError(f"{tau_mode=} needs tau_hat.")
     page_size = pages.shape[3]
@@ -131,11 +147,11 @@ def attend_pages(
         last.max() + 1,
     )
 
-    def read(block, scored):
+    def read(block: Index, scored: _Scored) -> _Scored:
         return _add_scores(scored, block, grouped, pages, length, sm_scale)
 
     scored = _over_blocks(empty, read, empty)
-    if tau_mode == "exact":
+    if tau_mode == "exact" or tau_hat is None:
         tau = _threshold(scored, alpha)
         return _attend(scored, tau, pages, alpha, q.shape)
     whole = jnp.moveaxis(scored.scores, 0, 3)
@@ -164,7 +180,7 @@ def attend_certified(
     sm_scale: float,
     alpha: float,
 ) -> tuple[PageAttention, Int[Array, "B H M"], Bool[Array, "B Hq"]]:
-    """Exact entmax attention over every page, reading those that may matter.
+    """Computes exact entmax attention over every page, reading those that may matter.
 
     Reads the `first` K pages of each list, then K at a time, those next whose bound is
     furthest above the threshold so far, until every other page is at or below it. The
@@ -188,7 +204,12 @@ def attend_certified(
     heads = grouped.shape[:3]
     historical = page_bounds.is_historical(length, num_pages, page_size)[:, None]
 
-    def read(block, ids, scored, is_read):
+    def read(
+        block: Int[Array, ""],
+        ids: Int[Array, "B H K"],
+        scored: _Scored,
+        is_read: Bool[Array, "B H NP"],
+    ) -> _Progress:
         all_ids = lax.dynamic_update_index_in_dim(scored.ids, ids, block, 0)
         scored = scored._replace(ids=all_ids, blocks=block + 1)
         scored = _add_scores(scored, block, grouped, pages, length, sm_scale)
@@ -198,11 +219,11 @@ def attend_certified(
         margins = jnp.where(historical & ~is_read, above.max(2), -jnp.inf)
         return scored, is_read, tau, margins
 
-    def is_due(carry):
+    def is_due(carry: _Progress) -> Bool[Array, ""]:
         scored, *_, margins = carry
         return (scored.blocks < blocks) & (margins > 0).any()
 
-    def advance(carry):
+    def advance(carry: _Progress) -> _Progress:
         scored, is_read, _, margins = carry
         ids = top_k(margins, size, where=margins > 0, order="index")[1]
         return read(scored.blocks, ids, scored, is_read)
@@ -224,19 +245,28 @@ def attend_certified(
     return _attend(scored, tau, pages, alpha, q.shape), ids, exact
 
 
-def _over_blocks(scored, body, init):
-    """`body(block, carry)` for the blocks read so far; without a loop if one is all."""
+def _over_blocks(
+    scored: _Scored, body: Callable[[Index, Carry], Carry], init: Carry
+) -> Carry:
+    """Runs `body(block, carry)` for the blocks read so far; without a loop if one."""
     if len(scored.ids) == 1:
         return body(0, init)
     return lax.fori_loop(0, scored.blocks, body, init)
 
 
-def _add_scores(scored, block, grouped, pages, length, sm_scale):
-    """The scores of one block of pages, -inf where there is no token."""
+def _add_scores(
+    scored: _Scored,
+    block: Index,
+    grouped: Float[Array, "B H L D"],
+    pages: Float[Array, "B Hkv NP P D2"],
+    length: Int[Array, "B"],
+    sm_scale: float,
+) -> _Scored:
+    """Adds the scores of one block of pages, -inf where there is no token."""
     page_size, width = pages.shape[3:]
     ids = scored.ids[block]
 
-    def scores_of(q, keys):
+    def scores_of(q: Array, keys: Array) -> Array:
         return jnp.einsum(
             "bhld,bhsd->bhls", q, keys, preferred_element_type=jnp.float32
         )
@@ -252,24 +282,36 @@ def _add_scores(scored, block, grouped, pages, length, sm_scale):
     return scored._replace(scores=buffer, top=top)
 
 
-def _per_list(function, pages, ids, start, width, rows):
-    """`function(rows (b, H, L, .), part (b, H, n * P, width))` of the listed pages."""
+def _per_list(
+    function: Callable[[Array, Array], Array],
+    pages: Float[Array, "B Hkv NP P D2"],
+    ids: Int[Array, "B H n"],
+    start: int,
+    width: int,
+    rows: Float[Array, "B H L X"],
+) -> Float[Array, "B H L Y"]:
+    """Calls `function(rows, part (B, H, n * P, width))` on the listed pages."""
     batch, num_kv_heads, num_pages, page_size, full = pages.shape
     lists, listed = ids.shape[1:]
     flat = pages.reshape(-1, page_size, full)
     head = jnp.arange(batch * lists, dtype=jnp.int32) // (lists // num_kv_heads)
     index = head.reshape(batch, lists, 1) * num_pages + jnp.maximum(ids, 0)
 
-    def one(page):  # a slice of each page: keys without values, or the reverse
+    # A slice of each page: keys without values, or the reverse.
+    def read(page: Int[Array, ""]) -> Float[Array, "P width"]:
         where = page, jnp.int32(0), jnp.int32(start)
         return lax.dynamic_slice(flat, where, (1, page_size, width))[0]
 
-    def at_once(rows, index):
-        taken = jax.vmap(jax.vmap(jax.vmap(one)))(index)
+    def at_once(
+        rows: Float[Array, "b h L X"], index: Int[Array, "b h n"]
+    ) -> Float[Array, "b h L Y"]:
+        taken = jax.vmap(jax.vmap(jax.vmap(read)))(index)
         taken = taken.reshape(*index.shape[:2], listed * page_size, width)
         return function(rows, taken)
 
-    def one_by_one(rows, index):
+    def one_by_one(
+        rows: Float[Array, "B H L X"], index: Int[Array, "B H n"]
+    ) -> Float[Array, "B H L Y"]:
         # All at once, the CPU would gather anew in each of the product's loops.
         flattened = (
             rows.reshape(-1, 1, 1, *rows.shape[2:]),
@@ -281,18 +323,18 @@ def _per_list(function, pages, ids, start, width, rows):
     return lax.platform_dependent(rows, index, cpu=one_by_one, default=at_once)
 
 
-def _finite(top):
-    """The largest score, 0 where nothing is seen: -inf would make all scores equal."""
+def _finite(top: Float[Array, "B H L 1"]) -> Float[Array, "B H L 1"]:
+    """Puts 0 for the largest score where nothing is seen: -inf makes all equal."""
     return jnp.where(top == -jnp.inf, 0.0, top)
 
 
-def _threshold(scored, alpha):
-    """tau relative to the largest score, over the blocks read so far."""
+def _threshold(scored: _Scored, alpha: float) -> Float[Array, "B H L 1"]:
+    """Solves for tau, relative to the largest score, over the blocks read so far."""
     number = scored.scores.shape[0] * scored.scores.shape[-1]
     top = _finite(scored.top)
 
-    def sums(tau):
-        def add(block, totals):
+    def sums(tau: Float[Array, "B H L 1"]) -> tuple[Array, ...]:
+        def add(block: Index, totals: tuple[Array, ...]) -> tuple[Array, ...]:
             z = equations.shifted(scored.scores[block], top, alpha)
             parts = equations.powers(jnp.maximum(z - tau, 0.0), alpha)
             pairs = zip(totals, parts, strict=True)
@@ -304,18 +346,27 @@ def _threshold(scored, alpha):
     return equations.find_tau(sums, start, number, alpha)
 
 
-def _attend(scored, tau, pages, alpha, shape, normalise=True):
-    """Weighted values; blocks without weight are not read."""
+def _attend(
+    scored: _Scored,
+    tau: Float[Array, "B H L 1"],
+    pages: Float[Array, "B Hkv NP P D2"],
+    alpha: float,
+    shape: tuple[int, ...],
+    normalise: bool = True,
+) -> PageAttention:
+    """Sums the weighted values; blocks without weight are not read."""
     width = pages.shape[4] // 2
     top = _finite(scored.top)
 
-    def add(block, totals):
+    def add(
+        block: Index, totals: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
         out, mass, moment = totals
         z = equations.shifted(scored.scores[block], top, alpha)
         excess = jnp.maximum(z - tau, 0.0)
         p = equations.powers(excess, alpha)[0]
 
-        def weigh(p, values):
+        def weigh(p: Array, values: Array) -> Array:
             return jnp.einsum(
                 "bhls,bhsd->bhld",
                 p.astype(values.dtype),
@@ -323,12 +374,12 @@ def _attend(scored, tau, pages, alpha, shape, normalise=True):
                 preferred_element_type=jnp.float32,
             )
 
-        def more(out):
+        def add_values(out: Array) -> Array:
             ids = scored.ids[block]
             listed = jnp.where(ids < 0, scored.held, ids)
             return out + _per_list(weigh, pages, listed, width, width, p)
 
-        out = lax.cond((p > 0).any(), more, lambda out: out, out)
+        out = lax.cond((p > 0).any(), add_values, lambda out: out, out)
         mass = mass + p.sum(-1, keepdims=True)
         return out, mass, moment + (p * excess).sum(-1, keepdims=True)
 

@@ -1,15 +1,18 @@
 """EntmaxKV: read the pages that may hold the support of entmax attention."""
 
-from typing import Literal, NamedTuple
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import entmax_only
-from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.choices import check_choices
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.entmaxkv import attention, page_bounds, threshold
-from kvjax.stores import buffers, contiguous, kept_slots, paged
+from kvjax.stores import buffers, contiguous, paged, step
 
 
 class EntmaxKVState(NamedTuple):
@@ -19,6 +22,62 @@ class EntmaxKVState(NamedTuple):
     moments: paged.Moments | None  # of the Gaussian selector
     # Pages that `gaussian` wanted and the budget left out, summed over steps.
     overflow: Int[Array, "B H"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`entmaxkv`."""
+
+    budget: int | None
+    page_size: int
+    selector: Literal["topk", "gaussian"]
+    per: Literal["kv", "query"]
+    group_reduce: selection.Reduce
+    max_quantile: float
+    safety_margin_z: float
+    excess: float
+    tau_mode: attention.TauMode
+    certified: bool
+
+    def __post_init__(self) -> None:
+        budget, page_size, selector = self.budget, self.page_size, self.selector
+        tau_mode, certified = self.tau_mode, self.certified
+        if page_size < 1:
+            raise ValueError(f"{page_size=} must be at least 1 token.")
+        check_choices(self)
+        if selector == "topk" and (budget is None or tau_mode != "exact"):
+            raise ValueError(
+                f"{budget=} and {tau_mode=}: selector='topk' needs a budget, and "
+                "estimates no threshold; use selector='gaussian'."
+            )
+        if selector == "gaussian" and certified:
+            raise ValueError(
+                f"{certified=} reads by bounds: it goes with selector='topk', not "
+                f"{selector=}."
+            )
+        if budget is not None and (budget < 2 * page_size or budget % page_size):
+            raise ValueError(
+                f"{budget=} must be a multiple of {page_size=} of at least two pages."
+            )
+        max_quantile, margin, excess = (
+            self.max_quantile,
+            self.safety_margin_z,
+            self.excess,
+        )
+        if not 0 < max_quantile < 1 or max_quantile ** (1 / page_size) == 1:
+            raise ValueError(
+                f"{max_quantile=} must be in (0, 1), and its {page_size=}-th root "
+                "below 1."
+            )
+        if not (margin >= 0 and excess >= 0):
+            raise ValueError(
+                f"safety_margin_z={margin!r} and {excess=} must be at least 0."
+            )
+
+    @property
+    def is_gaussian(self) -> bool:
+        """Says whether pages are chosen by an estimate of the threshold."""
+        return self.selector == "gaussian"
 
 
 @entmax_only
@@ -103,193 +162,205 @@ def entmaxkv(
         >>> method = kvjax.entmaxkv(budget=256)
         >>> state = method.init(spec)
     """
-    _check(budget, page_size, selector, per, tau_mode, certified)
-    _check_margins(max_quantile, page_size, safety_margin_z, excess)
-    selection.check_reduce(group_reduce=group_reduce)
-    is_gaussian = selector == "gaussian"
-
-    def init(spec, weights=None):
-        del weights
-        if is_gaussian:
-            threshold.gaussian_beta(spec.alpha)
-        store = paged.paged(spec, page_size)
-        lists = spec.num_kv_heads if per == "kv" else spec.num_q_heads
-        return EntmaxKVState(
-            store,
-            paged.moments(store) if is_gaussian else None,
-            jnp.zeros((spec.batch, lists), jnp.int32),
-        )
-
-    def extend(state, k, v, lengths=None):
-        store = paged.extend(state.store, k, v, lengths)
-        moments = state.moments
-        if is_gaussian:
-            moments = paged.update_moments(moments, store, k.shape[2])
-        return state._replace(store=store, moments=moments)
-
-    def prefill(state, q, k, v, lengths):
-        state = extend(state, k, v, lengths)
-        store = state.store
-        rotated, positions = contiguous.rotate_queries(
-            store.spec, q, store.length, lengths
-        )
-        return state, paged.attend_all(store, rotated, positions).out.astype(q.dtype)
-
-    def append(state, k, v):
-        return extend(state, k, v)
-
-    def by_bound(store, bounds, historical):
-        if per == "query":
-            return bounds
-        if group_reduce == "max":
-            # A constant added to a head's scores changes none of its weights, nor may
-            # it change which head of the group is served first.
-            seen = jnp.where(historical[:, None], bounds, -jnp.inf)
-            best = seen.max(-1, keepdims=True)
-            # Every head's best ties with the others', exactly: fused with the scale,
-            # the difference of two equal bounds is the rounding of one.
-            below = bounds - jnp.where(best == -jnp.inf, 0.0, best)
-            bounds = jnp.where(bounds == best, 0.0, below)
-        return selection.reduce_group(bounds, store.spec.num_kv_heads, group_reduce)
-
-    def by_margin(state, row, historical):
-        """Pages that reach the estimated threshold, and that threshold."""
-        spec, alpha = state.store.spec, state.store.spec.alpha
-        mean, deviation = page_bounds.page_moments(
-            row, *state.moments, sm_scale=spec.sm_scale
-        )
-        middle, spread = page_bounds.global_moments(mean, deviation, historical)
-        tokens = page_size * historical.sum(-1).astype(jnp.float32)
-        tau_hat = threshold.estimate_threshold(
-            middle[..., None], spread[..., None], tokens[:, None, None], alpha=alpha
-        )
-        margins = page_bounds.gaussian_margins(
-            mean,
-            deviation,
-            tau_hat,
-            historical,
-            alpha=alpha,
-            page_size=page_size,
-            max_quantile=max_quantile,
-            safety_margin_z=safety_margin_z,
-            excess=excess,
-        )
-        if per == "kv":
-            margins = selection.reduce_group(margins, spec.num_kv_heads, group_reduce)
-        return jnp.where(margins > 0, margins, -jnp.inf), tau_hat
-
-    def inspect_step(state, q):
-        store = state.store
-        spec, length = store.spec, store.length
-        num_pages = store.pages.shape[2]
-        rotated, positions = contiguous.rotate_queries(spec, q, length)
-        row = rotated[:, :, 0]
-        historical = page_bounds.is_historical(length, num_pages, page_size)
-        bounds = page_bounds.page_bounds(
-            row, store.page_min, store.page_max, sm_scale=spec.sm_scale
-        )
-        tau_hat = None
-        if is_gaussian:
-            scores, tau_hat = by_margin(state, row, historical)
-        else:
-            scores = by_bound(store, bounds, historical)
-        size = num_pages if budget is None else min(budget // page_size, num_pages)
-        ids, count = page_bounds.list_pages(
-            scores, length, page_size=page_size, size=size
-        )
-        if is_gaussian:
-            left_out = (scores > -jnp.inf).sum(-1, dtype=jnp.int32) - (count - 1)
-            state = state._replace(overflow=state.overflow + left_out)
-
-        given = {"sm_scale": spec.sm_scale, "alpha": spec.alpha}
-        if certified:
-            found, ids, exact = attention.attend_certified(
-                row, store.pages, bounds, ids, length, **given
-            )
-            out, value = found.out, found.value
-        else:
-            found = attention.attend_pages(
-                row,
-                store.pages,
-                ids,
-                length,
-                **given,
-                tau_mode=tau_mode,
-                tau_hat=tau_hat,
-            )
-            out, value = found.out, found.value
-            if tau_mode == "exact":
-                out, value = attention.fastest(
-                    found, rotated, store.pages, ids, positions, **given
-                )
-            exact = page_bounds.certificate(
-                bounds, ids, found.tau, length, alpha=spec.alpha, page_size=page_size
-            )
-            # An estimated threshold proves nothing.
-            exact &= tau_mode == "exact"
-        attended = paged.tokens_of(ids, page_size, length)
-        diagnostics = Diagnostics(
-            attended=attended,
-            lse=value[..., None],
-            refreshed=kept_slots.holds_all(attended, length, q.shape[1]).all(-1),
-            exact=exact,
-        )
-        return state, out[:, :, None].astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        num_pages = -(-length // page_size)
-        lists = spec.group if per == "query" else 1
-        most = num_pages
-        if budget is not None and not certified:
-            most = min(budget // page_size, num_pages)
-        metadata = buffers.kv_bytes(spec, num_pages)  # two vectors a page
-        if is_gaussian:
-            wide = jnp.dtype(jnp.float32).itemsize
-            metadata = metadata // jnp.dtype(spec.dtype).itemsize * wide
-        return Traffic(lists * buffers.kv_bytes(spec, most * page_size), metadata)
-
+    options = Options(
+        budget,
+        page_size,
+        selector,
+        per,
+        group_reduce,
+        max_quantile,
+        safety_margin_z,
+        excess,
+        tau_mode,
+        certified,
+    )
     return Method(
-        init=init,
-        prefill=prefill,
-        finish=lambda state: state,
-        append=append,
-        inspect_step=inspect_step,
-        traffic=traffic,
+        init=functools.partial(init, options),
+        prefill=functools.partial(prefill, options),
+        finish=step.finish_unchanged,
+        append=functools.partial(append, options),
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
         exact_prompt=True,
     )
 
 
-def _check(budget, page_size, selector, per, tau_mode, certified):
-    if page_size < 1:
-        raise ValueError(f"{page_size=} must be at least 1 token.")
-    known = {
-        "selector": (selector, ("topk", "gaussian")),
-        "per": (per, ("kv", "query")),
-        "tau_mode": (tau_mode, ("exact", "fixed", "corrected")),
-    }
-    for name, (value, choices) in known.items():
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
-    if selector == "topk" and (budget is None or tau_mode != "exact"):
-        raise ValueError(
-            f"{budget=} and {tau_mode=}: selector='topk' needs a budget, and estimates "
-            "no threshold; use selector='gaussian'."
-        )
-    if selector == "gaussian" and certified:
-        raise ValueError(
-            f"{certified=} reads by bounds: it goes with selector='topk', not "
-            f"{selector=}."
-        )
-    if budget is not None and (budget < 2 * page_size or budget % page_size):
-        raise ValueError(
-            f"{budget=} must be a multiple of {page_size=} of at least two pages."
-        )
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> EntmaxKVState:
+    """Makes an empty store in pages."""
+    del weights
+    if options.is_gaussian:
+        threshold.gaussian_beta(spec.alpha)
+    store = paged.paged(spec, options.page_size)
+    lists = spec.num_kv_heads if options.per == "kv" else spec.num_q_heads
+    return EntmaxKVState(
+        store,
+        paged.moments(store) if options.is_gaussian else None,
+        jnp.zeros((spec.batch, lists), jnp.int32),
+    )
 
 
-def _check_margins(max_quantile, page_size, safety_margin_z, excess):
-    if not 0 < max_quantile < 1 or max_quantile ** (1 / page_size) == 1:
-        raise ValueError(
-            f"{max_quantile=} must be in (0, 1), and its {page_size=}-th root below 1."
+def prefill(
+    options: Options,
+    state: EntmaxKVState,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[EntmaxKVState, Float[Array, "B Hq T D"]]:
+    """Attends to everything."""
+    store, chunk = step.read_chunk(state.store, q, k, v, lengths)
+    return update(state, store, k.shape[2]), chunk.out
+
+
+def append(
+    options: Options,
+    state: EntmaxKVState,
+    k: Float[Array, "B Hkv 1 D"],
+    v: Float[Array, "B Hkv 1 D"],
+) -> EntmaxKVState:
+    """Writes the next token."""
+    return update(state, paged.extend(state.store, k, v), k.shape[2])
+
+
+def update(state: EntmaxKVState, store: paged.Paged, added: int) -> EntmaxKVState:
+    """Returns the state with a store that has at most `added` new tokens."""
+    moments = state.moments
+    if moments is not None:
+        moments = paged.update_moments(moments, store, added)
+    return state._replace(store=store, moments=moments)
+
+
+def inspect_step(
+    options: Options, state: EntmaxKVState, q: Float[Array, "B Hq 1 D"]
+) -> tuple[EntmaxKVState, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to the listed pages, and proves what it can."""
+    store = state.store
+    spec, length = store.spec, store.length
+    page_size, num_pages = options.page_size, store.pages.shape[2]
+    rotated, positions = contiguous.rotate_queries(spec, q, length)
+    row = rotated[:, :, 0]
+    historical = page_bounds.is_historical(length, num_pages, page_size)
+    bounds = page_bounds.page_bounds(
+        row, store.page_min, store.page_max, sm_scale=spec.sm_scale
+    )
+    tau_hat = None
+    if state.moments is not None:
+        scores, tau_hat = score_by_margin(
+            options, store, state.moments, row, historical
         )
-    if not (safety_margin_z >= 0 and excess >= 0):
-        raise ValueError(f"{safety_margin_z=} and {excess=} must be at least 0.")
+    else:
+        scores = score_by_bound(options, store, bounds, historical)
+    size = num_pages
+    if options.budget is not None:
+        size = min(options.budget // page_size, num_pages)
+    ids, count = page_bounds.list_pages(scores, length, page_size=page_size, size=size)
+    if options.is_gaussian:
+        left_out = (scores > -jnp.inf).sum(-1, dtype=jnp.int32) - (count - 1)
+        state = state._replace(overflow=state.overflow + left_out)
+
+    given = {"sm_scale": spec.sm_scale, "alpha": spec.alpha}
+    if options.certified:
+        found, ids, exact = attention.attend_certified(
+            row, store.pages, bounds, ids, length, **given
+        )
+        out, value = found.out, found.value
+    else:
+        found = attention.attend_pages(
+            row,
+            store.pages,
+            ids,
+            length,
+            **given,
+            tau_mode=options.tau_mode,
+            tau_hat=tau_hat,
+        )
+        out, value = found.out, found.value
+        if options.tau_mode == "exact":
+            out, value = attention.fastest(
+                found, rotated, store.pages, ids, positions, **given
+            )
+        exact = page_bounds.certificate(
+            bounds, ids, found.tau, length, alpha=spec.alpha, page_size=page_size
+        )
+        # An estimated threshold proves nothing.
+        exact &= options.tau_mode == "exact"
+    attended = paged.tokens_of(ids, page_size, length)
+    diagnostics = step.diagnose(attended, value[..., None], length)
+    return (
+        state,
+        out[:, :, None].astype(q.dtype),
+        diagnostics._replace(exact=exact),
+    )
+
+
+def score_by_bound(
+    options: Options,
+    store: paged.Paged,
+    bounds: Float[Array, "B Hq NP"],
+    historical: Bool[Array, "B NP"],
+) -> Float[Array, "B H NP"]:
+    """Scores pages for each list by the bounds of its heads."""
+    if options.per == "query":
+        return bounds
+    if options.group_reduce == "max":
+        # A constant added to a head's scores changes none of its weights, nor may
+        # it change which head of the group is served first.
+        before = jnp.where(historical[:, None], bounds, -jnp.inf)
+        best = before.max(-1, keepdims=True)
+        # Every head's best ties with the others', exactly: fused with the scale,
+        # the difference of two equal bounds is the rounding of one.
+        below = bounds - jnp.where(best == -jnp.inf, 0.0, best)
+        bounds = jnp.where(bounds == best, 0.0, below)
+    return selection.reduce_group(bounds, store.spec.num_kv_heads, options.group_reduce)
+
+
+def score_by_margin(
+    options: Options,
+    store: paged.Paged,
+    moments: paged.Moments,
+    row: Float[Array, "B Hq D"],
+    historical: Bool[Array, "B NP"],
+) -> tuple[Float[Array, "B H NP"], Float[Array, "B Hq"]]:
+    """Scores pages that reach the estimated threshold, -inf for others.
+
+    Returns:
+        The scores, and that threshold.
+    """
+    spec, alpha = store.spec, store.spec.alpha
+    mean, deviation = page_bounds.page_moments(row, *moments, sm_scale=spec.sm_scale)
+    middle, spread = page_bounds.global_moments(mean, deviation, historical)
+    tokens = options.page_size * historical.sum(-1).astype(jnp.float32)
+    tau_hat = threshold.estimate_threshold(
+        middle[..., None], spread[..., None], tokens[:, None, None], alpha=alpha
+    )
+    margins = page_bounds.gaussian_margins(
+        mean,
+        deviation,
+        tau_hat,
+        historical,
+        alpha=alpha,
+        page_size=options.page_size,
+        max_quantile=options.max_quantile,
+        safety_margin_z=options.safety_margin_z,
+        excess=options.excess,
+    )
+    if options.per == "kv":
+        margins = selection.reduce_group(
+            margins, spec.num_kv_heads, options.group_reduce
+        )
+    return jnp.where(margins > 0, margins, -jnp.inf), tau_hat
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the pages of a step, and of the summaries of all pages."""
+    budget, page_size = options.budget, options.page_size
+    num_pages = -(-length // page_size)
+    lists = spec.group if options.per == "query" else 1
+    most = num_pages
+    if budget is not None and not options.certified:
+        most = min(budget // page_size, num_pages)
+    metadata = buffers.kv_bytes(spec, num_pages)  # two vectors a page
+    if options.is_gaussian:
+        wide = jnp.dtype(jnp.float32).itemsize
+        metadata = metadata // jnp.dtype(spec.dtype).itemsize * wide
+    return Traffic(lists * buffers.kv_bytes(spec, most * page_size), metadata)

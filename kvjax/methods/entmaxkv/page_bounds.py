@@ -1,4 +1,4 @@
-"""Which pages can hold the support of entmax attention, piece by piece (EntmaxKV).
+"""Pages that can hold the support of entmax attention, piece by piece (EntmaxKV).
 
 Entmax gives weight 0 to every key whose score stays below a threshold, so that what is
 left out costs nothing as long as it stays below. Bounds on a page's scores, or their
@@ -35,7 +35,7 @@ def newest_page(length: Int[Array, "B"], page_size: int) -> Int[Array, "B"]:
 def is_historical(
     length: Int[Array, "B"], num_pages: int, page_size: int
 ) -> Bool[Array, "B NP"]:
-    """Pages before the newest token's: complete, and the only ones that are chosen."""
+    """Says which pages come before the newest token's: only those are chosen."""
     page = jnp.arange(num_pages, dtype=jnp.int32)
     return page < newest_page(length, page_size)[:, None]
 
@@ -50,7 +50,7 @@ def page_bounds(
     length: Int[Array, "B"] | None = None,
     page_size: int = 0,
 ) -> Float[Array, "B Hq NP"]:
-    """U: no score of the page exceeds it, for any sign of the query's elements.
+    """Bounds U: no score of the page exceeds it, whatever the query's signs.
 
     Args:
         q: rotated queries; query head h reads KV head h // G.
@@ -78,7 +78,7 @@ def page_moments(
     length: Int[Array, "B"] | None = None,
     page_size: int = 0,
 ) -> tuple[Float[Array, "B Hq NP"], Float[Array, "B Hq NP"]]:
-    """mu and sigma of the scores of each page, the elements of keys independent.
+    """Computes mu and sigma of each page's scores, elements of keys independent.
 
     Arguments as :func:`page_bounds`; the statistics in float32.
     """
@@ -91,7 +91,13 @@ def page_moments(
     return mean + _bias(slopes, middle, length, page_size, mean.shape[-1]), deviation
 
 
-def _bias(slopes, within, length, page_size, num_pages):
+def _bias(
+    slopes: Float[Array, "Hq"],
+    within: Float[Array, "Hq"],
+    length: Int[Array, "B"] | None,
+    page_size: int,
+    num_pages: int,
+) -> Float[Array, "B Hq NP"]:
     if length is None or page_size < 1:
         raise ValueError(f"slopes need {length=} of each row and {page_size=} >= 1.")
     first = page_size * jnp.arange(num_pages, dtype=jnp.float32)
@@ -104,7 +110,7 @@ def global_moments(
     deviation: Float[Array, "B Hq NP"],
     historical: Bool[Array, "B NP"],
 ) -> tuple[Float[Array, "B Hq"], Float[Array, "B Hq"]]:
-    """mu_g and sigma_g of all historical tokens, by the law of total variance.
+    """Computes mu_g and sigma_g of all historical tokens, by total variance.
 
     sigma_g is at least 1e-6; without a historical page both are that of nothing: 0.
     """
@@ -114,7 +120,9 @@ def global_moments(
     return middle, jnp.maximum(deviation, SMALLEST_DEVIATION)
 
 
-def _mean_of(values, historical):
+def _mean_of(
+    values: Float[Array, "B Hq NP"], historical: Bool[Array, "B NP"]
+) -> Float[Array, "B Hq"]:
     number = jnp.maximum(historical.sum(-1), 1).astype(jnp.float32)[:, None]
     return jnp.where(historical[:, None], values, 0.0).sum(-1) / number
 
@@ -134,7 +142,7 @@ def gaussian_margins(
     safety_margin_z: float = 0.0,
     excess: float = 0.1,
 ) -> Float[Array, "B Hq NP"]:
-    """How far, in z, the likely maximum of a page lies above the threshold's floor.
+    """Measures how far, in z, a page's likely maximum is above the threshold's floor.
 
     Positive pages are those that the Gaussian selector reads; -inf for pages that are
     not historical. The likely maximum is the `max_quantile` of that of P normal scores.
@@ -170,7 +178,7 @@ def list_pages(
     size: int,
     order: str = "index",
 ) -> tuple[Int[Array, "B H K"], Int[Array, "B H"]]:
-    """The best historical pages, then the newest token's, then -1; and how many.
+    """Lists the best historical pages, then the newest token's, then -1.
 
     Args:
         scores: -inf for pages that must not be chosen; others compete.
@@ -178,6 +186,9 @@ def list_pages(
         page_size: tokens of a page.
         size: most entries of a list, K, that of the newest page included.
         order: of the historical pages: "index", rising, or "score", best first.
+
+    Returns:
+        The lists, and how many pages each has.
     """
     num_pages = scores.shape[-1]
     tail = newest_page(length, page_size)[:, None, None]
@@ -188,7 +199,7 @@ def list_pages(
         chosen = jnp.full((*scores.shape[:2], 0), -1, jnp.int32)
     elif size >= num_pages and order == "index":
         # Room for all: beside the newest page no more than the others are historical.
-        chosen = _packed(scores > -jnp.inf)
+        chosen = _pack(scores > -jnp.inf)
     else:
         chosen = top_k(scores, min(size - 1, num_pages), order=order)[1]
     missing = size - chosen.shape[-1]
@@ -199,18 +210,18 @@ def list_pages(
     return ids, number + (tail[..., 0] >= 0).astype(jnp.int32)
 
 
-def _packed(chosen):
-    """Indices of what is True, rising, then -1: no sort, a sum and a scatter."""
+def _pack(chosen: Bool[Array, "B H NP"]) -> Int[Array, "B H NP"]:
+    """Lists the indices of what is True, then -1: no sort, a sum and a scatter."""
     num_pages = chosen.shape[-1]
     rank = jnp.where(
         chosen, jnp.cumsum(chosen, axis=-1, dtype=jnp.int32) - 1, num_pages
     )
     page = jnp.arange(num_pages, dtype=jnp.int32)
 
-    def one(rank):
+    def place(rank: Int[Array, "NP"]) -> Int[Array, "NP"]:
         return jnp.full(num_pages, -1, jnp.int32).at[rank].set(page, mode="drop")
 
-    return jax.vmap(jax.vmap(one))(rank)
+    return jax.vmap(jax.vmap(place))(rank)
 
 
 def certificate(
@@ -222,7 +233,7 @@ def certificate(
     alpha: float,
     page_size: int,
 ) -> Bool[Array, "B Hq"]:
-    """Heads for which no page that was left out can have weight.
+    """Proves for which heads no page that was left out can have weight.
 
     The threshold of some keys never exceeds that of more. So a page whose bound stays
     below that of the keys read has no key in the support, and entmax over what was read

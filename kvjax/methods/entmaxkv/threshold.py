@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.entmax import check_alpha
 
@@ -29,7 +29,7 @@ _NODES, _WEIGHTS = (x.astype(np.float32) for x in np.polynomial.laguerre.laggaus
 
 
 def gaussian_beta(alpha: float) -> int:
-    """The beta of an order that the Gaussian selector knows.
+    """Returns the beta of an order that the Gaussian selector knows.
 
     Raises:
         ValueError: unless alpha is 4/3, 1.5 or 2.
@@ -50,7 +50,7 @@ def estimate_threshold(
     *,
     alpha: float,
 ) -> Float[Array, "*B"]:
-    """tau_hat: with it, normally distributed scores have an expected mass of 1.
+    """Estimates tau_hat, with which normal scores have an expected mass of 1.
 
     Solves sum_c count_c * E[max(a * S_c - tau, 0) ** beta] = 1, S_c normal. One
     component, with the global moments and all historical tokens, is the single
@@ -79,8 +79,8 @@ def estimate_threshold(
     is_empty = low == -jnp.inf
     start = jnp.where(is_empty, 0.0, low)
 
-    def log_mass(tau):
-        """Of the mass, and of its derivative's absolute value over beta."""
+    def log_mass(tau: Float[Array, "*B"]) -> Float[Array, "2 *B"]:
+        """The logs of the mass, and of its derivative's absolute value over beta."""
         t = (middle - tau[..., None]) / spread
         upper, lower = _log_truncated_moments(t, beta)
         parts = jnp.stack(
@@ -91,11 +91,11 @@ def estimate_threshold(
 
     # The norm mass ** (1 / beta) is convex and falls with tau: from the left Newton's
     # steps never pass the root.
-    def is_due(carry):
+    def is_due(carry: tuple[Array, Array, Array]) -> Bool[Array, ""]:
         step, _, active = carry
         return (step < _NEWTON_STEPS) & active.any()
 
-    def advance(carry):
+    def advance(carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         step, tau, active = carry
         mass, slope = log_mass(tau)
         # (N - 1) / |N'| with N = mass ** a and |N'| = mass ** (a - 1) * slope.
@@ -112,13 +112,15 @@ def estimate_threshold(
 def truncated_moment(
     mean: Float[Array, "*B"], deviation: Float[Array, "*B"], order: int
 ) -> Float[Array, "*B"]:
-    """E[max(Y, 0) ** order] of normal Y, for orders from 1 on."""
+    """Computes E[max(Y, 0) ** order] of normal Y, for orders from 1 on."""
     upper, _ = _log_truncated_moments(mean / deviation, order)
     return jnp.exp(upper) * deviation**order
 
 
-def _log_truncated_moments(t, order):
-    """Logs of E[max(X + t, 0) ** k], X standard normal, for k = order and order - 1.
+def _log_truncated_moments(
+    t: Float[Array, "*B"], order: int
+) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
+    """The logs of E[max(X + t, 0) ** k], X standard normal, k = order and order - 1.
 
     From t = -2 on by M_k = t M_(k-1) + (k - 1) M_(k-2); further out that difference
     cancels, and the integral of y ** k exp(-y ** 2 / 2 - |t| y), times the density at
@@ -137,14 +139,17 @@ def _log_truncated_moments(t, order):
     terms = _WEIGHTS * jnp.exp(_NODES - y * far - jnp.square(y) / 2) / scale
     at_t = -jnp.square(far[..., 0]) / 2 - math.log(2 * math.pi) / 2
     tails = [at_t + jnp.log((terms * y**k).sum(-1)) for k in (order, order - 1)]
-    pairs = zip((moments[order], moments[order - 1]), tails, strict=True)
-    return tuple(jnp.where(t < _TAIL, tail, jnp.log(m)) for m, tail in pairs)
+    upper, lower = (
+        jnp.where(t < _TAIL, tail, jnp.log(moments[k]))
+        for k, tail in zip((order, order - 1), tails, strict=True)
+    )
+    return upper, lower
 
 
 def histogram_start(
     scores: Float[Array, "*B S"], *, alpha: float, bins: int = 8
 ) -> Float[Array, "*B"]:
-    """t_low, with t_low <= tau <= t_low + 1 / bins, from a histogram of the scores.
+    """Finds t_low, t_low <= tau <= t_low + 1 / bins, from a histogram of the scores.
 
     Every z but the largest moves down to the edge of its bin in [max - 1, max]; the
     threshold of so few values follows exactly.
@@ -168,7 +173,9 @@ def histogram_start(
     counts = each.sum(-1).astype(jnp.float32)
     counts = counts.at[..., -1].add(-1.0)  # the largest itself stays where it is
 
-    def accept(step, sums):
+    def accept(
+        step: Int[Array, ""], sums: tuple[Array, Array, Array]
+    ) -> tuple[Array, Array, Array]:
         j = bins - 1 - step
         edge = j.astype(jnp.float32) / bins
         count = counts[..., j]
@@ -181,7 +188,10 @@ def histogram_start(
             inside = total - number * edge < 1
         else:
             inside = number * jnp.square(edge) - 2 * total * edge + squares < 1
-        return tuple(jnp.where(inside, *pair) for pair in zip(more, sums, strict=True))
+        first, second, third = (
+            jnp.where(inside, *pair) for pair in zip(more, sums, strict=True)
+        )
+        return first, second, third
 
     sums = (jnp.ones_like(top[..., 0]),) * 3
     number, total, squares = lax.fori_loop(0, bins, accept, sums)
@@ -200,7 +210,7 @@ def correct_threshold(
     alpha: float,
     steps: int = 3,
 ) -> Float[Array, "*B"]:
-    """An estimate of the threshold moved towards that of the given scores.
+    """Moves an estimate of the threshold towards that of the given scores.
 
     Starts within [max - 1, max]; a step halves the bracket and takes, where it stays
     inside, a secant's, Newton's or Halley's instead. Three steps do not always arrive.
@@ -223,13 +233,13 @@ def correct_threshold(
     low = high - 1
     tau = jnp.clip(tau, low, high)
 
-    def advance(step, carry):
+    def advance(step: Int[Array, ""], carry: tuple[Array, ...]) -> tuple[Array, ...]:
         low, high, tau, tau_before, f_before = carry
         excess = z - tau[..., None]
         inside = excess > 0
         safe = jnp.where(inside, excess, 1.0)
 
-        def power(exponent):
+        def power(exponent: float) -> Float[Array, "*B"]:
             return jnp.where(inside, safe**exponent, 0.0).sum(-1)
 
         f = power(beta) - 1

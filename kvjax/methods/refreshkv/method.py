@@ -1,17 +1,19 @@
 """RefreshKV: small-cache steps, and now and then a full one that refills the cache."""
 
+import dataclasses
+import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
-from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.refreshkv import policy
-from kvjax.stores import buffers, contiguous, kept_slots
+from kvjax.stores import buffers, contiguous, kept_slots, step
 from pallas_kernels.decode_attention import decode_attention, decode_logits
 
 
@@ -35,6 +37,47 @@ class RefreshKVState(NamedTuple):
     reference: Float[Array, "B D"]  # mean query of the last full step, float32
     steps: Int[Array, "B"]
     refreshes: Int[Array, "B"]  # full steps among them: steps / refreshes is the stride
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`refreshkv`."""
+
+    budget: int
+    stride: int
+    schedule: policy.Schedule
+    threshold: float
+    kernel: int
+    group_reduce: selection.Reduce
+    max_gap: int | None
+    self_mode: policy.SelfMode
+    qc_rope: policy.QcRope
+    qc_batch: policy.QcBatch
+    full_attend: bool
+    refresh: bool
+
+    def __post_init__(self) -> None:
+        policy.check(
+            self.budget,
+            self.stride,
+            self.kernel,
+            self.max_gap,
+            schedule=self.schedule,
+            self_mode=self.self_mode,
+            qc_rope=self.qc_rope,
+            qc_batch=self.qc_batch,
+        )
+        selection.check_reduce(group_reduce=self.group_reduce)
+        threshold = self.threshold
+        if math.isnan(threshold):
+            raise ValueError(f"{threshold=} must be a number: no cosine is below it.")
+
+    @property
+    def longest_gap(self) -> int:
+        """The most small steps between two full ones, of `qc`."""
+        if not self.refresh:
+            return jnp.iinfo(jnp.int32).max
+        return self.budget - 1 if self.max_gap is None else self.max_gap
 
 
 @softmax_only
@@ -105,213 +148,273 @@ def refreshkv(
         >>> method = kvjax.refreshkv(budget=256, stride=10)
         >>> state = method.init(spec)
     """
-    policy.check(
+    options = Options(
         budget,
         stride,
+        schedule,
+        threshold,
         kernel,
+        group_reduce,
         max_gap,
-        schedule=schedule,
-        self_mode=self_mode,
-        qc_rope=qc_rope,
-        qc_batch=qc_batch,
+        self_mode,
+        qc_rope,
+        qc_batch,
+        full_attend,
+        refresh,
     )
-    selection.check_reduce(group_reduce=group_reduce)
-    if math.isnan(threshold):
-        raise ValueError(f"{threshold=} must be a number: no cosine is below it.")
-    longest_gap = budget - 1 if max_gap is None else max_gap
-
-    def init(spec, weights=None):
-        del weights
-        shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
-        return RefreshKVPrompt(
-            contiguous.contiguous(spec), buffers.allocate(shape, spec.dtype)
-        )
-
-    def prefill(state, q, k, v, lengths):
-        store = contiguous.extend(state.store, k, v, lengths)
-        rotated, positions = contiguous.rotate_queries(
-            store.spec, q, store.length, lengths
-        )
-        out = contiguous.attend(store, rotated, positions).out
-        last = jnp.maximum(lengths - 1, 0)[:, None, None, None]
-        newest = jnp.take_along_axis(q, last, axis=2).astype(state.query.dtype)
-        kept = lengths[:, None, None, None] > 0
-        query = jnp.where(kept, newest, state.query)
-        return RefreshKVPrompt(store, query), out.astype(q.dtype)
-
-    def finish(state):
-        store, spec = state.store, state.store.spec
-        rotated, positions = contiguous.rotate_queries(spec, state.query, store.length)
-        logits = decode_logits(rotated, store.k, positions, sm_scale=spec.sm_scale)
-        chosen = select(logits, store.length, spec.num_kv_heads)
-        kept = kept_slots.keep(store, chosen)
-        reference = mean_query(state.query, rotated)
-        reference = jnp.where(store.length[:, None] > 0, reference, 0.0)
-        return RefreshKVState(
-            store,
-            kept.k,
-            kept.v,
-            chosen,
-            since=buffers.lengths(spec),
-            reference=reference,
-            steps=buffers.lengths(spec),
-            refreshes=buffers.lengths(spec),
-        )
-
-    def mean_query(q, rotated):
-        chosen = rotated if qc_rope == "post" else q
-        return chosen[:, :, 0].astype(jnp.float32).mean(1)
-
-    def select(logits, length, num_kv_heads):
-        return policy.select(
-            logits[:, :, 0],
-            length - 1,
-            num_kv_heads,
-            budget=budget,
-            kernel=kernel,
-            group_reduce=group_reduce,
-            self_mode=self_mode,
-        )
-
-    def append(state, k, v):
-        store = contiguous.extend(state.store, k, v)
-        # The rows that the step will see in the small cache, as the full one has them.
-        itself = (store.length - 1)[:, None, None]
-        count = jnp.ones_like(state.since)
-        fresh = (
-            buffers.gather(store.k, itself),
-            buffers.gather(store.v, itself),
-            jnp.broadcast_to(itself, (*k.shape[:2], 1)),
-        )
-        ring = (state.k, state.v, state.positions)
-        k, v, positions = (
-            buffers.write_run(buffer, row, state.since % budget, count)
-            for buffer, row in zip(ring, fresh, strict=True)
-        )
-        return state._replace(
-            store=store, k=k, v=v, positions=positions, since=state.since + 1
-        )
-
-    def is_full(state, query):
-        """Which rows need a full step now, `(B,)`."""
-        if schedule == "never":
-            return jnp.zeros_like(state.since, bool)
-        full = (state.steps + 1) % stride == 0
-        if schedule == "qc":
-            full &= policy.has_turned(
-                query,
-                state.reference,
-                state.since - 1,  # `append` has counted this step
-                threshold=threshold,
-                stride=stride,
-                max_gap=longest_gap if refresh else jnp.iinfo(jnp.int32).max,
-            )
-        return (
-            full if qc_batch == "per_row" else jnp.broadcast_to(full.any(), full.shape)
-        )
-
-    def inspect_step(state, q):
-        store, spec = state.store, state.store.spec
-        sm_scale = spec.sm_scale
-        rotated, positions = contiguous.rotate_queries(spec, q, store.length)
-        query = mean_query(q, rotated)
-        full = is_full(state, query)
-
-        def attend(k, v, held=None):
-            return decode_attention(rotated, k, v, positions, held, sm_scale=sm_scale)
-
-        def small_step():
-            return *attend(state.k, state.v, state.positions), state.positions
-
-        def full_step():
-            chosen = state.positions
-            if full_attend:
-                out, lse, logits = decode_attention(
-                    rotated,
-                    store.k,
-                    store.v,
-                    positions,
-                    sm_scale=sm_scale,
-                    with_logits=True,
-                )
-            else:
-                logits = decode_logits(rotated, store.k, positions, sm_scale=sm_scale)
-            if refresh:
-                chosen = select(logits, store.length, spec.num_kv_heads)
-            if not full_attend:
-                kept = kept_slots.keep(store, chosen)
-                out, lse = attend(kept.k, kept.v, chosen)
-            if qc_batch == "per_row" and spec.batch > 1:
-                others = small_step()
-                by_row = full[:, None, None]
-                out = jnp.where(by_row[..., None], out, others[0])
-                lse = jnp.where(by_row, lse, others[1])
-                chosen = jnp.where(by_row, chosen, others[2])
-            return out, lse, chosen
-
-        # Caches go into the branches and only small arrays come out: a cache that came
-        # out of one would be copied.
-        out, lse, chosen = lax.cond(full.any(), full_step, small_step)
-        place = jnp.arange(max(spec.capacity, budget), dtype=jnp.int32)
-        whole = jnp.where(place < store.length[:, None, None], place, -1)
-        listed = ((0, 0), (0, 0), (0, len(place) - budget))
-        listed = jnp.pad(chosen, listed, constant_values=-1)
-        is_whole = (full & full_attend)[:, None, None]
-        attended = jnp.where(is_whole, whole, listed)
-        diagnostics = Diagnostics(
-            attended=attended,
-            lse=lse,
-            refreshed=full,
-            exact=kept_slots.holds_all(attended, store.length, spec.num_q_heads),
-        )
-        if refresh:
-            state = refill(state, full, chosen)
-        state = state._replace(
-            reference=jnp.where(full[:, None], query, state.reference),
-            steps=state.steps + 1,
-            refreshes=state.refreshes + full.astype(jnp.int32),
-        )
-        return state, out.astype(q.dtype), diagnostics
-
-    def refill(state, full, chosen):
-        """The small cache anew in `full` rows, of the tokens at `chosen` positions."""
-
-        def turn(carry):
-            _, *ring = carry
-            fresh = (
-                buffers.gather(state.store.k, chosen),
-                buffers.gather(state.store.v, chosen),
-                chosen,
-            )
-            ring = (
-                jnp.where(full.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-                for new, old in zip(fresh, ring, strict=True)
-            )
-            return jnp.bool_(False), *ring
-
-        # A loop of one turn or none: what a loop carries is updated in place.
-        ring = (full.any(), state.k, state.v, state.positions)
-        _, k, v, positions = lax.while_loop(lambda carry: carry[0], turn, ring)
-        since = jnp.where(full, 0, state.since)
-        return state._replace(k=k, v=v, positions=positions, since=since)
-
-    def traffic(spec, length):
-        small = buffers.kv_bytes(spec, min(budget, length))
-        held = spec.batch * spec.num_kv_heads * min(budget, length)
-        metadata = held * jnp.dtype(jnp.int32).itemsize  # positions
-        if schedule == "never" or length <= 1:
-            return Traffic(small, metadata)
-        whole = buffers.kv_bytes(spec, length)
-        if full_attend:
-            return Traffic((whole + (stride - 1) * small) // stride, metadata)
-        return Traffic(small, metadata + whole // 2 // stride)
-
     return Method(
         init=init,
         prefill=prefill,
-        finish=finish,
-        append=append,
-        inspect_step=inspect_step,
-        traffic=traffic,
+        finish=functools.partial(finish, options),
+        append=functools.partial(append, options),
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
         exact_prompt=True,
     )
+
+
+def init(spec: CacheSpec, weights: Any = None) -> RefreshKVPrompt:
+    """Makes an empty store of every token, and room for a query."""
+    del weights
+    shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
+    query = buffers.allocate(shape, spec.dtype)
+    return RefreshKVPrompt(contiguous.contiguous(spec), query)
+
+
+def prefill(
+    state: RefreshKVPrompt,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[RefreshKVPrompt, Float[Array, "B Hq T D"]]:
+    """Attends to everything, and keeps the newest query."""
+    store, chunk = step.read_chunk(state.store, q, k, v, lengths)
+    last = jnp.maximum(lengths - 1, 0)[:, None, None, None]
+    newest = jnp.take_along_axis(q, last, axis=2).astype(state.query.dtype)
+    is_new = lengths[:, None, None, None] > 0
+    query = jnp.where(is_new, newest, state.query)
+    return RefreshKVPrompt(store, query), chunk.out
+
+
+def finish(options: Options, state: RefreshKVPrompt) -> RefreshKVState:
+    """Makes the first selection, by the prompt's last token."""
+    store, spec = state.store, state.store.spec
+    rotated, positions = contiguous.rotate_queries(spec, state.query, store.length)
+    logits = decode_logits(rotated, store.k, positions, sm_scale=spec.sm_scale)
+    chosen = select(options, store, logits)
+    kept = kept_slots.take(store, chosen)
+    reference = mean_query(options, state.query, rotated)
+    reference = jnp.where(store.length[:, None] > 0, reference, 0.0)
+    return RefreshKVState(
+        store,
+        kept.k,
+        kept.v,
+        chosen,
+        since=buffers.lengths(spec),
+        reference=reference,
+        steps=buffers.lengths(spec),
+        refreshes=buffers.lengths(spec),
+    )
+
+
+def append(
+    options: Options,
+    state: RefreshKVState,
+    k: Float[Array, "B Hkv 1 D"],
+    v: Float[Array, "B Hkv 1 D"],
+) -> RefreshKVState:
+    """Writes the next token into the store, and over the lowest score of the ring."""
+    store = contiguous.extend(state.store, k, v)
+    # The rows that the step will see in the small cache, as the full one has them.
+    itself = (store.length - 1)[:, None, None]
+    count = jnp.ones_like(state.since)
+    fresh = (
+        buffers.gather(store.k, itself),
+        buffers.gather(store.v, itself),
+        jnp.broadcast_to(itself, (*k.shape[:2], 1)),
+    )
+    ring = (state.k, state.v, state.positions)
+    k, v, positions = (
+        buffers.write_run(buffer, row, state.since % options.budget, count)
+        for buffer, row in zip(ring, fresh, strict=True)
+    )
+    return state._replace(
+        store=store, k=k, v=v, positions=positions, since=state.since + 1
+    )
+
+
+def inspect_step(
+    options: Options, state: RefreshKVState, q: Float[Array, "B Hq 1 D"]
+) -> tuple[RefreshKVState, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to the small cache, or to everything in rows that need a full step."""
+    store, spec = state.store, state.store.spec
+    rotated, positions = contiguous.rotate_queries(spec, q, store.length)
+    query = mean_query(options, q, rotated)
+    full = is_full(options, state, query)
+    # Caches go into the branches and only small arrays come out: a cache that came
+    # out of one would be copied.
+    out, lse, chosen = lax.cond(
+        full.any(),
+        lambda: full_step(options, state, rotated, positions, full),
+        lambda: small_step(state, rotated, positions),
+    )
+    place = jnp.arange(max(spec.capacity, options.budget), dtype=jnp.int32)
+    whole = jnp.where(place < store.length[:, None, None], place, -1)
+    padding = ((0, 0), (0, 0), (0, len(place) - options.budget))
+    listed = jnp.pad(chosen, padding, constant_values=-1)
+    is_whole = (full & options.full_attend)[:, None, None]
+    attended = jnp.where(is_whole, whole, listed)
+    diagnostics = step.diagnose(attended, lse, store.length)._replace(refreshed=full)
+    if options.refresh:
+        state = refill(state, full, chosen)
+    state = state._replace(
+        reference=jnp.where(full[:, None], query, state.reference),
+        steps=state.steps + 1,
+        refreshes=state.refreshes + full.astype(jnp.int32),
+    )
+    return state, out.astype(q.dtype), diagnostics
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of a step, full ones at their share; under `qc` the most."""
+    held = min(options.budget, length)
+    small = buffers.kv_bytes(spec, held)
+    metadata = spec.batch * spec.num_kv_heads * held * jnp.dtype(jnp.int32).itemsize
+    if options.schedule == "never" or length <= 1:
+        return Traffic(small, metadata)
+    whole, stride = buffers.kv_bytes(spec, length), options.stride
+    if options.full_attend:
+        return Traffic((whole + (stride - 1) * small) // stride, metadata)
+    return Traffic(small, metadata + whole // 2 // stride)
+
+
+# --- both kinds of step
+
+# Output and log-sum-exp, and the positions in the small cache after the step.
+Attended = tuple[
+    Float[Array, "B Hq 1 D"], Float[Array, "B Hq 1"], Int[Array, "B Hkv N"]
+]
+
+
+def small_step(
+    state: RefreshKVState,
+    rotated: Float[Array, "B Hq 1 D"],
+    positions: Int[Array, "B 1"],
+) -> Attended:
+    """Attends to the small cache."""
+    out, lse = decode_attention(
+        rotated,
+        state.k,
+        state.v,
+        positions,
+        state.positions,
+        sm_scale=state.store.spec.sm_scale,
+    )
+    return out, lse, state.positions
+
+
+def full_step(
+    options: Options,
+    state: RefreshKVState,
+    rotated: Float[Array, "B Hq 1 D"],
+    positions: Int[Array, "B 1"],
+    full: Bool[Array, "B"],
+) -> Attended:
+    """Reads every key, and selects by them; the rows that are not `full` stay small."""
+    store, chosen = state.store, state.positions
+    sm_scale = store.spec.sm_scale
+    out = lse = None
+    if options.full_attend:
+        out, lse, logits = decode_attention(
+            rotated, store.k, store.v, positions, sm_scale=sm_scale, with_logits=True
+        )
+    else:
+        logits = decode_logits(rotated, store.k, positions, sm_scale=sm_scale)
+    if options.refresh:
+        chosen = select(options, store, logits)
+    if out is None or lse is None:
+        kept = kept_slots.take(store, chosen)
+        out, lse = decode_attention(
+            rotated, kept.k, kept.v, positions, chosen, sm_scale=sm_scale
+        )
+    if options.qc_batch == "per_row" and store.spec.batch > 1:
+        others = small_step(state, rotated, positions)
+        by_row = full[:, None, None]
+        out = jnp.where(by_row[..., None], out, others[0])
+        lse = jnp.where(by_row, lse, others[1])
+        chosen = jnp.where(by_row, chosen, others[2])
+    return out, lse, chosen
+
+
+def is_full(
+    options: Options, state: RefreshKVState, query: Float[Array, "B D"]
+) -> Bool[Array, "B"]:
+    """Says which rows need a full step now."""
+    if options.schedule == "never":
+        return jnp.zeros_like(state.since, bool)
+    full = (state.steps + 1) % options.stride == 0
+    if options.schedule == "qc":
+        full &= policy.has_turned(
+            query,
+            state.reference,
+            state.since - 1,  # `append` has counted this step
+            threshold=options.threshold,
+            stride=options.stride,
+            max_gap=options.longest_gap,
+        )
+    if options.qc_batch == "per_row":
+        return full
+    return jnp.broadcast_to(full.any(), full.shape)
+
+
+def mean_query(
+    options: Options,
+    q: Float[Array, "B Hq 1 D"],
+    rotated: Float[Array, "B Hq 1 D"],
+) -> Float[Array, "B D"]:
+    """The mean over heads of the query that `qc` compares, float32."""
+    compared = rotated if options.qc_rope == "post" else q
+    return compared[:, :, 0].astype(jnp.float32).mean(1)
+
+
+def select(
+    options: Options,
+    store: contiguous.Contiguous,
+    logits: Float[Array, "B Hq 1 S"],
+) -> Int[Array, "B Hkv N"]:
+    """Selects what the newest token attends to most, in the order of eviction."""
+    return policy.select(
+        logits[:, :, 0],
+        store.length - 1,
+        store.spec.num_kv_heads,
+        budget=options.budget,
+        kernel=options.kernel,
+        group_reduce=options.group_reduce,
+        self_mode=options.self_mode,
+    )
+
+
+def refill(
+    state: RefreshKVState, full: Bool[Array, "B"], chosen: Int[Array, "B Hkv N"]
+) -> RefreshKVState:
+    """Fills the small cache of `full` rows with the tokens at `chosen` positions."""
+
+    def fill(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+        _, *ring = carry
+        fresh = (
+            buffers.gather(state.store.k, chosen),
+            buffers.gather(state.store.v, chosen),
+            chosen,
+        )
+        ring = (
+            jnp.where(full.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+            for new, old in zip(fresh, ring, strict=True)
+        )
+        return jnp.bool_(False), *ring
+
+    # A loop of one turn or none: what a loop carries is updated in place.
+    ring = (full.any(), state.k, state.v, state.positions)
+    _, k, v, positions = lax.while_loop(lambda carry: carry[0], fill, ring)
+    since = jnp.where(full, 0, state.since)
+    return state._replace(k=k, v=v, positions=positions, since=since)

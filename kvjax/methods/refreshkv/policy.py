@@ -1,4 +1,4 @@
-"""What RefreshKV decides, in decoding and in training alike: which tokens, and when."""
+"""The decisions of RefreshKV, in decoding and in training: which tokens, and when."""
 
 from typing import Literal
 
@@ -8,15 +8,30 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
+from kvjax.choices import check_choice
 
 Schedule = Literal["fixed", "qc", "never"]
 SelfMode = Literal["paper", "snapkv", "drop"]
+QcRope = Literal["post", "pre"]
+QcBatch = Literal["any", "per_row"]
+Eviction = Literal["exact", "none"]  # in training alone
+CHOICES = {
+    "schedule": Schedule,
+    "self_mode": SelfMode,
+    "qc_rope": QcRope,
+    "qc_batch": QcBatch,
+    "eviction": Eviction,
+}
 
 
 def check(
-    budget: int, stride: int, kernel: int, max_gap: int | None, **choices
+    budget: int, stride: int, kernel: int, max_gap: int | None, **choices: str
 ) -> None:
-    """Raises ValueError for options out of range."""
+    """Raises ValueError for options out of range.
+
+    Args:
+        choices: those options of `CHOICES` that the caller has.
+    """
     numbers = {"budget": budget, "stride": stride, "kernel": kernel}
     if max_gap is not None:
         numbers["max_gap"] = max_gap
@@ -37,18 +52,8 @@ def check(
         raise ValueError(f"{kernel=} must be odd and at least 1.")
     if max_gap is not None and max_gap < 1:
         raise ValueError(f"{max_gap=} must be at least 1 step, or None.")
-    known = {
-        "schedule": ("fixed", "qc", "never"),
-        "self_mode": ("paper", "snapkv", "drop"),
-        "qc_rope": ("post", "pre"),
-        "qc_batch": ("any", "per_row"),
-        "eviction": ("exact", "none"),
-    }
     for name, value in choices.items():
-        if value not in known[name]:
-            raise ValueError(
-                f"{name}={value!r} must be one of {', '.join(known[name])}."
-            )
+        check_choice(name, value, CHOICES[name])
 
 
 def select(
@@ -61,7 +66,7 @@ def select(
     group_reduce: selection.Reduce,
     self_mode: SelfMode,
 ) -> Int[Array, "B Hkv {budget}"]:
-    """The tokens that the query at `position` attends to most, the lowest score first.
+    """Selects the tokens that a query attends to most, the lowest score first.
 
     Scores are weights, reduced over the query heads of a KV head, then max-pooled over
     `kernel` neighbours; of ties the lower position is better. Slot 0 is the first that
@@ -112,7 +117,7 @@ def has_turned(
     stride: int,
     max_gap: int,
 ) -> Bool[Array, "*B"]:
-    """Whether a step that is due must be full under query comparison.
+    """Says whether a step that is due must be full under query comparison.
 
     Args:
         query: mean over heads, of this step.

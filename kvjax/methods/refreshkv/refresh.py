@@ -1,15 +1,17 @@
 """A transform: a selection of pages, whoever made it, serves several steps."""
 
-from typing import Literal, NamedTuple
+import dataclasses
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.interface import CacheSpec, Diagnostics, Method, SelectFn, Traffic
 from kvjax.methods.refreshkv import policy
-from kvjax.stores import buffers, contiguous, kept_slots, paged
+from kvjax.stores import buffers, contiguous, paged, step
 from pallas_kernels.page_attention import page_attention
 
 
@@ -22,6 +24,17 @@ class RefreshState(NamedTuple):
     reference: Float[Array, "B D"]  # mean query of the step that chose them, float32
     steps: Int[Array, "B"]
     refreshes: Int[Array, "B"]  # choices among them: steps / refreshes is the stride
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`refresh`, the wrapped method among them."""
+
+    method: Method
+    select: SelectFn  # the method's
+    stride: int
+    schedule: Literal["fixed", "qc"]
+    threshold: float
 
 
 def refresh(
@@ -77,92 +90,120 @@ def refresh(
             "refresh keeps a list of pages, which this method does not make: wrap "
             "quest itself, as in 'dense_layers+refresh+quest'."
         )
-
-    def init(spec, weights=None):
-        store = method.init(spec, weights)
-        q = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
-        q = jax.ShapeDtypeStruct(q, spec.dtype)
-        chosen = jax.eval_shape(method.select, store, q)
-        return RefreshState(
-            store,
-            buffers.allocate(chosen.shape, chosen.dtype, fill=-1.0),
-            since=buffers.lengths(spec),
-            reference=buffers.allocate((spec.batch, spec.head_dim), jnp.float32, 0.0),
-            steps=buffers.lengths(spec),
-            refreshes=buffers.lengths(spec),
-        )
-
-    def prefill(state, q, k, v, lengths):
-        store, out = method.prefill(state.store, q, k, v, lengths)
-        return state._replace(store=store), out
-
-    def finish(state):
-        return state._replace(store=method.finish(state.store))
-
-    def append(state, k, v):
-        return state._replace(store=method.append(state.store, k, v))
-
-    def is_due(state, query):
-        """Which rows choose anew in this step, `(B,)`."""
-        due = state.steps % stride == 0
-        if schedule == "qc":
-            due &= (state.refreshes == 0) | policy.has_turned(
-                query,
-                state.reference,
-                state.since,
-                threshold=threshold,
-                stride=stride,
-                max_gap=jnp.iinfo(jnp.int32).max,
-            )
-        return due
-
-    def inspect_step(state, q):
-        store = state.store
-        page_size = store.pages.shape[3]
-        rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
-        query = rotated[:, :, 0].astype(jnp.float32).mean(1)
-        due = is_due(state, query)
-        by_row = due[:, None, None]
-        chosen = lax.cond(
-            due.any(),
-            lambda: jnp.where(by_row, method.select(store, rotated), state.chosen),
-            lambda: state.chosen,
-        )
-        # A page that has begun since goes first, and the lowest score out.
-        current = ((store.length - 1) // page_size)[:, None, None]
-        newest = jnp.broadcast_to(current, (*chosen.shape[:2], 1))
-        moved = jnp.concatenate([newest, chosen[:, :, :-1]], axis=-1)
-        is_listed = (chosen == current).any(-1, keepdims=True)
-        chosen = jnp.where(is_listed, chosen, moved)
-
-        out, lse = page_attention(
-            rotated, store.pages, chosen, positions, sm_scale=store.spec.sm_scale
-        )
-        attended = paged.tokens_of(chosen, page_size, store.length)
-        exact = kept_slots.holds_all(attended, store.length, q.shape[1])
-        diagnostics = Diagnostics(attended, lse, exact.all(-1), exact)
-        state = RefreshState(
-            store,
-            chosen,
-            since=jnp.where(due, 0, state.since) + 1,
-            reference=jnp.where(due[:, None], query, state.reference),
-            steps=state.steps + 1,
-            refreshes=state.refreshes + due.astype(jnp.int32),
-        )
-        return state, out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        inner = method.traffic(spec, length)
-        chosen = jax.eval_shape(lambda: init(spec)).chosen
-        listed = buffers.num_bytes(chosen)
-        return Traffic(inner.kv, -(-inner.metadata // stride) + listed)
-
+    options = Options(method, method.select, stride, schedule, threshold)
     return Method(
-        init=init,
-        prefill=prefill,
-        finish=finish,
-        append=append,
-        inspect_step=inspect_step,
-        traffic=traffic,
+        init=functools.partial(init, options),
+        prefill=functools.partial(prefill, options),
+        finish=functools.partial(finish, options),
+        append=functools.partial(append, options),
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
         exact_prompt=method.exact_prompt,
     )
+
+
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> RefreshState:
+    """Makes the method's store, and a list of no pages."""
+    store = options.method.init(spec, weights)
+    shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
+    q = jax.ShapeDtypeStruct(shape, spec.dtype)
+    chosen = jax.eval_shape(options.select, store, q)
+    return RefreshState(
+        store,
+        buffers.allocate(chosen.shape, chosen.dtype, fill=-1.0),
+        since=buffers.lengths(spec),
+        reference=buffers.allocate((spec.batch, spec.head_dim), jnp.float32, 0.0),
+        steps=buffers.lengths(spec),
+        refreshes=buffers.lengths(spec),
+    )
+
+
+def prefill(
+    options: Options,
+    state: RefreshState,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[RefreshState, Float[Array, "B Hq T D"]]:
+    """Leaves the prompt to the method."""
+    store, out = options.method.prefill(state.store, q, k, v, lengths)
+    return state._replace(store=store), out
+
+
+def finish(options: Options, state: RefreshState) -> RefreshState:
+    """Leaves the store to the method."""
+    return state._replace(store=options.method.finish(state.store))
+
+
+def append(
+    options: Options,
+    state: RefreshState,
+    k: Float[Array, "B Hkv 1 D"],
+    v: Float[Array, "B Hkv 1 D"],
+) -> RefreshState:
+    """Leaves the next token to the method."""
+    return state._replace(store=options.method.append(state.store, k, v))
+
+
+def inspect_step(
+    options: Options, state: RefreshState, q: Float[Array, "B Hq 1 D"]
+) -> tuple[RefreshState, Float[Array, "B Hq 1 D"], Diagnostics]:
+    """Attends to the listed pages, which rows that are due choose anew."""
+    store = state.store
+    page_size = store.pages.shape[3]
+    rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
+    query = rotated[:, :, 0].astype(jnp.float32).mean(1)
+    due = is_due(options, state, query)
+    by_row = due[:, None, None]
+    chosen = lax.cond(
+        due.any(),
+        lambda: jnp.where(by_row, options.select(store, rotated), state.chosen),
+        lambda: state.chosen,
+    )
+    # A page that has begun since goes first, and the lowest score out.
+    current = ((store.length - 1) // page_size)[:, None, None]
+    newest = jnp.broadcast_to(current, (*chosen.shape[:2], 1))
+    moved = jnp.concatenate([newest, chosen[:, :, :-1]], axis=-1)
+    is_listed = (chosen == current).any(-1, keepdims=True)
+    chosen = jnp.where(is_listed, chosen, moved)
+
+    out, lse = page_attention(
+        rotated, store.pages, chosen, positions, sm_scale=store.spec.sm_scale
+    )
+    attended = paged.tokens_of(chosen, page_size, store.length)
+    diagnostics = step.diagnose(attended, lse, store.length)
+    state = RefreshState(
+        store,
+        chosen,
+        since=jnp.where(due, 0, state.since) + 1,
+        reference=jnp.where(due[:, None], query, state.reference),
+        steps=state.steps + 1,
+        refreshes=state.refreshes + due.astype(jnp.int32),
+    )
+    return state, out.astype(q.dtype), diagnostics
+
+
+def is_due(
+    options: Options, state: RefreshState, query: Float[Array, "B D"]
+) -> Bool[Array, "B"]:
+    """Says which rows choose anew in this step."""
+    due = state.steps % options.stride == 0
+    if options.schedule == "qc":
+        due &= (state.refreshes == 0) | policy.has_turned(
+            query,
+            state.reference,
+            state.since,
+            threshold=options.threshold,
+            stride=options.stride,
+            max_gap=jnp.iinfo(jnp.int32).max,
+        )
+    return due
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the method, of its choice a share, and those of the list."""
+    inner = options.method.traffic(spec, length)
+    chosen = jax.eval_shape(lambda: init(options, spec)).chosen
+    listed = buffers.num_bytes(chosen)
+    return Traffic(inner.kv, -(-inner.metadata // options.stride) + listed)

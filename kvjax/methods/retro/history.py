@@ -1,4 +1,4 @@
-"""What the newest tokens have attended to so far, and how later steps add to it.
+"""The attention of the newest tokens so far, and how later steps add to it.
 
     W   tokens of the window: the newest, and those before it that are revised with it
     R   past tokens that are revised: W - 1
@@ -30,7 +30,7 @@ class Window(NamedTuple):
 
 
 def empty(spec: CacheSpec, rows: int, lists: int, num_pages: int) -> Window:
-    """Before any step: nothing has been seen."""
+    """Makes a window that has seen nothing."""
     past = (spec.batch, spec.num_q_heads, rows - 1)
     is_double = jnp.dtype(spec.dtype) == jnp.float64
     wide = jnp.float64 if is_double else jnp.float32
@@ -50,7 +50,7 @@ def is_decoded(window: Window, positions: Int[Array, "B W"]) -> Bool[Array, "B W
 def unseen(
     window: Window, page_ids: Int[Array, "B H K"], positions: Int[Array, "B W"]
 ) -> Bool[Array, "B H K W"]:
-    """Listed pages (-1 = none) that each row has not attended to yet."""
+    """Says which listed pages (-1 = none) each row has not attended to yet."""
     loaded = jnp.take_along_axis(window.last_loaded, jnp.maximum(page_ids, 0), axis=2)
     # A row of position t has seen what was loaded from step t on. None was loaded at
     # the newest token's step yet, so to it all are new.
@@ -59,8 +59,8 @@ def unseen(
     return (page_ids[..., None] >= 0) & is_new & decoded
 
 
-def seen(window: Window, positions: Int[Array, "B W"]) -> Partial:
-    """Attention of each row over the pages it has seen: of the newest one, none yet."""
+def attention_so_far(window: Window, positions: Int[Array, "B W"]) -> Partial:
+    """Returns each row's attention to what it has seen: of the newest, none yet."""
     decoded = is_decoded(window, positions)[:, None, :-1]
     lse = jnp.where(decoded, window.lse, -jnp.inf)
     newest = ((0, 0), (0, 0), (0, 1))
@@ -76,7 +76,7 @@ def advance(
     position: Int[Array, "B"],
     found: Partial,
 ) -> Window:
-    """After a step: `page_ids` were read at `position`, and `found` is each row's."""
+    """Records that `page_ids` were read at `position`, and what each row has now."""
     now = jnp.broadcast_to(position[:, None, None], page_ids.shape)
     return window._replace(
         last_loaded=buffers.write(window.last_loaded, now, page_ids, page_ids >= 0),
@@ -86,7 +86,7 @@ def advance(
 
 
 def end(window: Window, length: Int[Array, "B"]) -> Window:
-    """Where a prompt ends or tokens are taken back: those so far are revised no more.
+    """Ends the revision of the tokens so far, of a prompt or before a rewind.
 
     Pages that tokens now gone have loaded are not seen by those that come instead.
     """
@@ -98,7 +98,7 @@ def end(window: Window, length: Int[Array, "B"]) -> Window:
 def num_seen(
     window: Window, length: Int[Array, "B"], page_size: int
 ) -> Int[Array, "B H W"]:
-    """Pages that each row of the last step has seen by now, of those up to its own.
+    """Counts the pages that each row of the last step has seen, of those up to its own.
 
     The newest token comes last, with what its step read; -1 = no such token. What a
     row has seen n steps later over what it read itself is the effective KV exposure.
@@ -113,7 +113,7 @@ def num_seen(
 
 
 def exposure(counts: Int[np.ndarray, "steps *B W"]) -> Float[np.ndarray, "W"]:
-    """E_n, n = 0 to W - 1: the mean over tokens of |union of S_t .. S_t+n| / |S_t|.
+    """Computes E_n, the mean over tokens of |union of S_t .. S_t+n| / |S_t|, n < W.
 
     Args:
         counts: what :func:`num_seen` gave at every step, in order.
@@ -128,7 +128,7 @@ def exposure(counts: Int[np.ndarray, "steps *B W"]) -> Float[np.ndarray, "W"]:
 
 
 class Revision(NamedTuple):
-    """What one step did to the past tokens, oldest first; NaN = no such token."""
+    """The effect of one step on past tokens, oldest first; NaN = no such token."""
 
     correction: Float[Array, "B Hq R"]  # relative L2 change of the attention output
     new_pages: Float[Array, "B H R"]  # share of the pages read that are new to it

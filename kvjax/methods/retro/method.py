@@ -1,14 +1,17 @@
 """RetroAttention: a step's pages also serve the tokens before it, which improve."""
 
-from typing import NamedTuple
+import dataclasses
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial
-from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, SelectFn, Traffic
 from kvjax.methods.retro import history
-from kvjax.stores import buffers, contiguous, kept_slots, paged
+from kvjax.stores import buffers, contiguous, paged, step
 from pallas_kernels.page_attention import page_attention
 
 
@@ -17,6 +20,15 @@ class RetroState(NamedTuple):
 
     store: paged.Paged  # of the wrapped method
     window: history.Window
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`retro`, the wrapped method among them."""
+
+    method: Method
+    select: SelectFn  # the method's
+    window: int
 
 
 def retro(method: Method, *, window: int = 2) -> Method:
@@ -72,88 +84,117 @@ def retro(method: Method, *, window: int = 2) -> Method:
         )
     if window == 1:
         return method
-
-    def choose(store, rotated):
-        return method.select(store, rotated[:, :, -1:])
-
-    def shape_of_choice(store):
-        spec = store.spec
-        q = jax.ShapeDtypeStruct(
-            (spec.batch, spec.num_q_heads, 1, spec.head_dim), spec.dtype
-        )
-        return jax.eval_shape(choose, store, q).shape
-
-    def init(spec, weights=None):
-        store = method.init(spec, weights)
-        lists, num_pages = shape_of_choice(store)[1], store.pages.shape[2]
-        return RetroState(store, history.empty(spec, window, lists, num_pages))
-
-    def prefill(state, q, k, v, lengths):
-        store, out = method.prefill(state.store, q, k, v, lengths)
-        return RetroState(store, history.end(state.window, store.length)), out
-
-    def finish(state):
-        return state._replace(store=method.finish(state.store))
-
-    def append(state, k, v):
-        rows = k.shape[2]
-        if rows != window:
-            raise ValueError(
-                f"{rows=} must be {window=}: feed the newest `method.rows` tokens."
-            )
-        decoded = state.store.length - state.window.start
-        count = jnp.minimum(decoded + 1, window)
-        return state._replace(store=paged.revise(state.store, k, v, count))
-
-    def inspect_step(state, q):
-        store, held = state
-        rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
-        chosen = choose(store, rotated)
-        # O_up: attention over the union, of the stored output and the supplement.
-        found = Partial(
-            *page_attention(
-                rotated,
-                store.pages,
-                chosen,
-                positions,
-                history.unseen(held, chosen, positions),
-                initial=tuple(history.seen(held, positions)),
-                sm_scale=store.spec.sm_scale,
-            )
-        )
-        held = history.advance(held, chosen, store.length - 1, found)
-        attended = paged.tokens_of(chosen, store.pages.shape[3], store.length)
-        exact = kept_slots.holds_all(attended, store.length, q.shape[1])
-        alike = kept_slots.turns_alike(
-            store.spec, store.length
-        )  # revised keys, to old ones
-        diagnostics = Diagnostics(attended, found.lse, exact.all(-1), exact & alike)
-        return RetroState(store, held), found.out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        inner = method.traffic(spec, length)
-        state = jax.eval_shape(lambda: init(spec))
-        page_size = state.store.pages.shape[3]
-        held = buffers.num_bytes((state.window.out, state.window.lse))
-        # An int of last_loaded with each page; keys are half of a page.
-        pages = inner.kv // buffers.kv_bytes(spec, page_size)
-        loaded = 4 * spec.batch * spec.num_kv_heads * pages
-        again = min(-(-(window - 1) // page_size) + 1, -(-length // page_size))
-        keys = buffers.kv_bytes(spec, again * page_size) // 2
-        return Traffic(inner.kv, inner.metadata + held + loaded + keys)
-
-    def rewind(state, count, most):
-        store = method.rewind(state.store, count, most)
-        return RetroState(store, history.end(state.window, store.length))
-
+    options = Options(method, method.select, window)
     return Method(
-        init=init,
-        prefill=prefill,
-        finish=finish,
-        append=append,
-        inspect_step=inspect_step,
-        traffic=traffic,
+        init=functools.partial(init, options),
+        prefill=functools.partial(prefill, options),
+        finish=functools.partial(finish, options),
+        append=functools.partial(append, options),
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
         rows=window,
-        rewind=rewind if method.rewind else None,
+        rewind=method.rewind and functools.partial(rewind, method.rewind),
         exact_prompt=method.exact_prompt,
     )
+
+
+def choose(
+    options: Options, store: paged.Paged, rotated: Float[Array, "B Hq T D"]
+) -> Int[Array, "B H K"]:
+    """Lists the pages that the newest token chooses."""
+    return options.select(store, rotated[:, :, -1:])
+
+
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> RetroState:
+    """Makes the method's store, and a window that has seen nothing."""
+    store = options.method.init(spec, weights)
+    q = jax.ShapeDtypeStruct(
+        (spec.batch, spec.num_q_heads, 1, spec.head_dim), spec.dtype
+    )
+    chosen = jax.eval_shape(functools.partial(choose, options), store, q)
+    lists, num_pages = chosen.shape[1], store.pages.shape[2]
+    return RetroState(store, history.empty(spec, options.window, lists, num_pages))
+
+
+def prefill(
+    options: Options,
+    state: RetroState,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[RetroState, Float[Array, "B Hq T D"]]:
+    """Leaves the prompt to the method; its tokens are not revised."""
+    store, out = options.method.prefill(state.store, q, k, v, lengths)
+    return RetroState(store, history.end(state.window, store.length)), out
+
+
+def finish(options: Options, state: RetroState) -> RetroState:
+    """Leaves the store to the method."""
+    return state._replace(store=options.method.finish(state.store))
+
+
+def append(
+    options: Options,
+    state: RetroState,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+) -> RetroState:
+    """Writes the newest token, and those that a step decoded before it anew."""
+    rows, window = k.shape[2], options.window
+    if rows != window:
+        raise ValueError(
+            f"{rows=} must be {window=}: feed the newest `method.rows` tokens."
+        )
+    decoded = state.store.length - state.window.start
+    count = jnp.minimum(decoded + 1, window)
+    return state._replace(store=paged.revise(state.store, k, v, count))
+
+
+def inspect_step(
+    options: Options, state: RetroState, q: Float[Array, "B Hq T D"]
+) -> tuple[RetroState, Float[Array, "B Hq T D"], Diagnostics]:
+    """Attends to the chosen pages, in each row to those that it has not seen."""
+    store, window = state
+    rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
+    chosen = choose(options, store, rotated)
+    # O_up: attention over the union, of the stored output and the supplement.
+    updated = Partial(
+        *page_attention(
+            rotated,
+            store.pages,
+            chosen,
+            positions,
+            history.unseen(window, chosen, positions),
+            initial=tuple(history.attention_so_far(window, positions)),
+            sm_scale=store.spec.sm_scale,
+        )
+    )
+    window = history.advance(window, chosen, store.length - 1, updated)
+    attended = paged.tokens_of(chosen, store.pages.shape[3], store.length)
+    # Revised keys are rotated later than those beside them.
+    diagnostics = step.diagnose(attended, updated.lse, store.length, store.spec)
+    return RetroState(store, window), updated.out.astype(q.dtype), diagnostics
+
+
+def rewind(
+    rewind_store: RewindFn, state: RetroState, count: Int[Array, "B"], most: int
+) -> RetroState:
+    """Takes tokens back; those before them are revised no more."""
+    store = rewind_store(state.store, count, most)
+    return RetroState(store, history.end(state.window, store.length))
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes of the method, of the window, and of keys that are read anew."""
+    inner = options.method.traffic(spec, length)
+    state = jax.eval_shape(lambda: init(options, spec))
+    page_size = state.store.pages.shape[3]
+    results = buffers.num_bytes((state.window.out, state.window.lse))
+    # An int of last_loaded with each page; keys are half of a page.
+    pages = inner.kv // buffers.kv_bytes(spec, page_size)
+    loaded = 4 * spec.batch * spec.num_kv_heads * pages
+    most = -(-(options.window - 1) // page_size) + 1
+    again = min(most, -(-length // page_size))
+    keys = buffers.kv_bytes(spec, again * page_size) // 2
+    return Traffic(inner.kv, inner.metadata + results + loaded + keys)

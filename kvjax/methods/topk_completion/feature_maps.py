@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.methods.topk_completion.linear_attention import (
     CHUNK,
@@ -27,7 +27,7 @@ KMEANS_ROUNDS = 10
 
 
 class Prompt(NamedTuple):
-    """What a map is fitted to."""
+    """The part of a prompt that a map is fitted to."""
 
     k: Float[Array, "B Hkv S D"]  # rotated
     is_middle: Bool[Array, "B Hkv S"]  # keys the summary will stand for
@@ -61,7 +61,7 @@ class FeatureMap(NamedTuple):
 def mean_query(
     x: Float[Array, "B Hkv X D"], valid: Bool[Array, "B X"]
 ) -> Float[Array, "B Hkv D"]:
-    """Mean over the valid queries; 0 if there is none."""
+    """Averages the valid queries; 0 if there is none."""
     count = jnp.maximum(valid.sum(-1), 1).astype(jnp.float32)
     x = jnp.where(valid[:, None, :, None], x.astype(jnp.float32), 0.0)
     return x.sum(2) / count[:, None, None]
@@ -70,16 +70,16 @@ def mean_query(
 def key_moments(
     k: Float[Array, "B Hkv S D"], valid: Bool[Array, "B Hkv S"], chunk: int = CHUNK
 ) -> tuple[Float[Array, "B Hkv D"], Float[Array, "B Hkv D D"]]:
-    """Mean and covariance of the valid keys, zeros where there is none."""
+    """Computes mean and covariance of the valid keys, zeros if there is none."""
     count = jnp.maximum(valid.sum(-1), 1).astype(jnp.float32)
 
-    def total(carry, k, valid):
+    def total(carry: Array, k: Array, valid: Array) -> Float[Array, "B Hkv D"]:
         return carry + jnp.where(valid[..., None], k.astype(jnp.float32), 0.0).sum(2)
 
     zeros = jnp.zeros((*k.shape[:2], k.shape[3]), jnp.float32)
     mean = over_chunks(total, zeros, (k,), valid, chunk) / count[..., None]
 
-    def squares(carry, k, valid):
+    def squares(carry: Array, k: Array, valid: Array) -> Float[Array, "B Hkv D D"]:
         centred = k.astype(jnp.float32) - mean[:, :, None]
         centred = jnp.where(valid[..., None], centred, 0.0)
         return carry + product("bhsd,bhse->bhde", centred, centred)
@@ -95,13 +95,15 @@ def tilted_means(
     valid: Bool[Array, "B Hkv S"],
     chunk: int = CHUNK,
 ) -> Float[Array, "B Hkv F D"]:
-    """Means of the keys by softmax(w_f . k): gradients of the log partition at w_f."""
+    """Averages the keys by softmax(w_f . k): gradients of the log partition at w_f."""
     sums = summarise(functools.partial(_linear, centres), k, k, valid, chunk)
     mass = jnp.where(sums.mass > 0, sums.mass, 1.0)
     return sums.values / mass[..., None]
 
 
-def _linear(centres, k):
+def _linear(
+    centres: Float[Array, "B Hkv F D"], k: Float[Array, "B Hkv N D"]
+) -> Float[Array, "B Hkv N F"]:
     return product("bhfd,bhnd->bhnf", centres, k)
 
 
@@ -112,7 +114,7 @@ def kmeans(
     num: int,
     rounds: int = KMEANS_ROUNDS,
 ) -> Float[Array, "B Hkv F D"]:
-    """`num` centres of the valid queries under d2(x, y) = (x - y)' metric (x - y).
+    """Finds `num` centres of the valid queries, d2(x, y) = (x - y)' metric (x - y).
 
     Lloyd's rounds from evenly spaced queries: no random choice. A centre that no query
     is nearest to stays where it is.
@@ -124,7 +126,9 @@ def kmeans(
     first = jnp.take_along_axis(order, rank, axis=-1)
     centres = jnp.take_along_axis(x, first[:, None, :, None], axis=2)
 
-    def one_round(_, centres):
+    def one_round(
+        _: Int[Array, ""], centres: Float[Array, "B Hkv F D"]
+    ) -> Float[Array, "B Hkv F D"]:
         # |x|^2 is common to all centres.
         pulled = product("bhfd,bhde->bhfe", centres, metric)
         near = product("bhxd,bhfd->bhxf", x, pulled)
@@ -157,7 +161,7 @@ class Anchors(NamedTuple):
 
 
 def tangent_keys(params: Tangents | Anchors, k: Float[Array, "B Hkv N D"]) -> Array:
-    """ell = w . k."""
+    """Computes ell = w . k."""
     if params.centres is None:
         return jnp.zeros((*k.shape[:3], params.slopes.shape[2]), jnp.float32)
     return _linear(params.centres, k)
@@ -171,7 +175,7 @@ def tangent_directions(params: Tangents | Anchors) -> Float[Array, "B Hkv F D"]:
 def tangent_queries(
     params: Tangents | Anchors, q: Float[Array, "B Hkv G T D"], sm_scale: float
 ) -> Float[Array, "B Hkv G T F"]:
-    """g = (x - w) . slope."""
+    """Computes g = (x - w) . slope."""
     g = product("bhgtd,bhfd->bhgtf", q, params.slopes) * sm_scale
     if params.centres is None:
         return g
@@ -184,7 +188,10 @@ def anchor_queries(
     sm_scale: float,
     hard: bool = False,
 ) -> Float[Array, "B Hkv G T F"]:
-    """g = (x - w) . kbar + log pi; pi = softmax(-beta d2 / 2), or the nearest alone."""
+    """Computes g = (x - w) . kbar + log pi.
+
+    pi = softmax(-beta d2 / 2), or with `hard` the nearest anchor alone.
+    """
     # Of d2 = x'Cx - 2 x'Cw + w'Cw the first is common to all anchors.
     near = product("bhgtd,bhfd->bhgtf", q, params.pulled) * sm_scale
     near = near - (params.centres * params.pulled).sum(-1)[:, :, None, None] / 2
@@ -209,14 +216,18 @@ def anchors_at(
     return Anchors(centres, tilted_means(centres, k, valid, chunk), pulled)
 
 
-def _tangent_map(fit, log_queries, elements):
+def _tangent_map(
+    fit: Callable[[Prompt], Any],
+    log_queries: Callable[[Any, Array, float], Array],
+    elements: Callable[[int], int],
+) -> FeatureMap:
     return FeatureMap(fit, tangent_keys, log_queries, elements, tangent_directions)
 
 
 def mean() -> FeatureMap:
-    """F = 1: every key weighs the same, all of them as their mean (a lower bound)."""
+    """Makes a map of F = 1: every key weighs the same, all as their mean."""
 
-    def fit(prompt):
+    def fit(prompt: Prompt) -> Tangents:
         average, _ = key_moments(prompt.k, prompt.is_middle)
         return Tangents(None, average[:, :, None])
 
@@ -224,9 +235,9 @@ def mean() -> FeatureMap:
 
 
 def rank1(*, tilted: bool) -> FeatureMap:
-    """F = 1: weights of the mean query; `tilted` has their mean key (a lower bound)."""
+    """Makes a map of F = 1: weights of the mean query; `tilted` has their mean key."""
 
-    def fit(prompt):
+    def fit(prompt: Prompt) -> Tangents:
         centre = mean_query(prompt.x, prompt.is_query)[:, :, None]
         if tilted:
             return Tangents(centre, tilted_means(centre, prompt.k, prompt.is_middle))
@@ -237,9 +248,9 @@ def rank1(*, tilted: bool) -> FeatureMap:
 
 
 def anchor(features: int, *, hard: bool = False, beta: float = 1.0) -> FeatureMap:
-    """Exact at F queries, tangent planes between: never too much mass."""
+    """Makes a map exact at F queries, tangent planes between: never too much mass."""
 
-    def fit(prompt):
+    def fit(prompt: Prompt) -> Anchors:
         _, covariance = key_moments(prompt.k, prompt.is_middle)
         centres = kmeans(prompt.x, prompt.is_query, covariance, features)
         return anchors_at(centres, prompt.k, prompt.is_middle, beta)
@@ -263,7 +274,7 @@ class Favor(NamedTuple):
 def orthogonal_directions(
     key: Array, features: int, head_dim: int
 ) -> Float[Array, "F D"]:
-    """Gaussian rows, orthogonal in blocks of D, with norms drawn anew as chi(D)."""
+    """Draws Gaussian rows, orthogonal in blocks of D, with norms drawn as chi(D)."""
     turn, lengths = jax.random.split(key)
     blocks = -(-features // head_dim)
     square = jax.random.normal(turn, (blocks, head_dim, head_dim), jnp.float32)
@@ -276,7 +287,10 @@ def orthogonal_directions(
 
 
 def favor_keys(params: Favor, k: Float[Array, "B Hkv N D"]) -> Float[Array, "..."]:
-    """ell = xbar.(k - kbar) + w.kt - |kt|^2/2 - log(F)/2, kt = (k - kbar)/psi."""
+    """Computes ell = xbar.(k - kbar) + w.kt - |kt|^2/2 - log(F)/2.
+
+    kt = (k - kbar) / psi.
+    """
     centred = k.astype(jnp.float32) - params.mean_key[:, :, None]
     turned = centred / params.balance[:, :, None]
     ell = product("bhnd,bhfd->bhnf", turned, params.directions)
@@ -288,7 +302,10 @@ def favor_keys(params: Favor, k: Float[Array, "B Hkv N D"]) -> Float[Array, "...
 def favor_queries(
     params: Favor, q: Float[Array, "B Hkv G T D"], sm_scale: float
 ) -> Float[Array, "..."]:
-    """g = x.kbar + w.xt - |xt|^2/2 - log(F)/2, xt = (x - xbar) psi."""
+    """Computes g = x.kbar + w.xt - |xt|^2/2 - log(F)/2.
+
+    xt = (x - xbar) psi.
+    """
     x = q.astype(jnp.float32) * sm_scale
     turned = (x - params.mean_query[:, :, None, None]) * params.balance[
         :, :, None, None
@@ -299,9 +316,9 @@ def favor_queries(
 
 
 def favor(features: int, *, seed: int = 0) -> FeatureMap:
-    """Positive random features (FAVOR+), centred and balanced: a baseline."""
+    """Makes positive random features (FAVOR+), centred and balanced: a baseline."""
 
-    def fit(prompt):
+    def fit(prompt: Prompt) -> Favor:
         mean_key, covariance = key_moments(prompt.k, prompt.is_middle)
         centre = mean_query(prompt.x, prompt.is_query)
         away = jnp.square(prompt.x.astype(jnp.float32) - centre[:, :, None])
@@ -350,9 +367,9 @@ class Learned(NamedTuple):
 
 
 def mlp_features(mlp: Mlp, z: Float[Array, "*B N D"]) -> Float[Array, "*B N F"]:
-    """Log features of rotated vectors; the networks' axes are the last before N."""
+    """Computes log features of rotated vectors; networks are the last axes before N."""
 
-    def layer(x, w, b):
+    def layer(x: Array, w: Array, b: Array) -> Array:
         out = jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
         return out + b[..., None, :]
 
@@ -366,14 +383,18 @@ def mlp_features(mlp: Mlp, z: Float[Array, "*B N D"]) -> Float[Array, "*B N F"]:
 def learned(features: int) -> FeatureMap:
     """The paper's trained networks: the params are a layer's :class:`Learned`."""
 
-    def fit(prompt):
+    def fit(prompt: Prompt) -> Learned:
         raise ValueError("a learned map is not fitted to a prompt: train it before.")
 
-    def log_queries(params, q, sm_scale):
+    def log_queries(
+        params: Learned, q: Float[Array, "B Hkv G T D"], sm_scale: float
+    ) -> Float[Array, "B Hkv G T F"]:
         del sm_scale  # learned too: networks see queries as they are
         return mlp_features(params.queries, q)
 
-    def log_keys(params, k):
+    def log_keys(
+        params: Learned, k: Float[Array, "B Hkv N D"]
+    ) -> Float[Array, "B Hkv N F"]:
         return mlp_features(params.keys, k)
 
     # Of the summary alone: networks belong to no row.
@@ -384,7 +405,7 @@ NAMES = ("anchor", "anchor_hard", "mean", "rank1", "rank1_tilted", "favor")
 
 
 def named(name: str, features: int) -> FeatureMap:
-    """A map that needs no training, of at most `features` features.
+    """Makes a map that needs no training, of at most `features` features.
 
     Raises:
         ValueError: if there is none of that name.

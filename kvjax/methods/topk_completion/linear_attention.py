@@ -11,7 +11,7 @@ The paper's symbols: arXiv:2604.05438, App. C. Feature maps:
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention.partials import Partial
+
+Carry = TypeVar("Carry")
 
 CHUNK = 1024  # keys whose features exist at once
 # Below this share of its summary, what is left after a subtraction is float32 noise.
@@ -42,7 +44,7 @@ class Retrieved(NamedTuple):
 
 
 def product(equation: str, *operands: Array) -> Array:
-    """`einsum` of float32 copies in full precision, on every device.
+    """Multiplies float32 copies by `einsum` in full precision, on every device.
 
     A summary and what is subtracted from it have to be rounded alike.
     """
@@ -50,8 +52,14 @@ def product(equation: str, *operands: Array) -> Array:
     return jnp.einsum(equation, *wide, precision=lax.Precision.HIGHEST)
 
 
-def over_chunks(step: Callable, carry, arrays: tuple[Array, ...], valid, chunk=CHUNK):
-    """`carry = step(carry, *parts, valid)` over the tokens, axis 2, `chunk` at a time.
+def over_chunks(
+    step: Callable[..., Carry],
+    carry: Carry,
+    arrays: tuple[Array, ...],
+    valid: Bool[Array, "B H S"],
+    chunk: int = CHUNK,
+) -> Carry:
+    """Runs `carry = step(carry, *parts, valid)` over the tokens, `chunk` at a time.
 
     The last part is moved back to where it fits, its tokens that had their turn not
     valid, so that nothing is padded and nothing copied.
@@ -60,7 +68,7 @@ def over_chunks(step: Callable, carry, arrays: tuple[Array, ...], valid, chunk=C
     chunk = min(chunk, size)
     offset = jnp.arange(chunk, dtype=jnp.int32)
 
-    def body(i, carry):
+    def body(i: Int[Array, ""], carry: Carry) -> Carry:
         start = jnp.minimum(i * chunk, size - chunk)
         parts = [lax.dynamic_slice_in_dim(x, start, chunk, 2) for x in arrays]
         fresh = lax.dynamic_slice_in_dim(valid, start, chunk, 2)
@@ -70,7 +78,7 @@ def over_chunks(step: Callable, carry, arrays: tuple[Array, ...], valid, chunk=C
 
 
 def empty(shape: tuple[int, int, int], head_dim: int) -> Summary:
-    """Of no tokens, for features of `shape (B, Hkv, F)`."""
+    """Makes the summary of no tokens, for features of `shape (B, Hkv, F)`."""
     zeros = jnp.zeros(shape, jnp.float32)
     return Summary(zeros, zeros, jnp.zeros((*shape, head_dim), jnp.float32))
 
@@ -81,7 +89,7 @@ def fold(
     v: Float[Array, "B Hkv N D"],
     valid: Bool[Array, "B Hkv N"],
 ) -> Summary:
-    """A summary with more tokens: exactly what it were had they been there before."""
+    """Adds tokens to a summary: exactly what it were had they been there before."""
     ell = jnp.where(valid[..., None], log_features.astype(jnp.float32), -jnp.inf)
     held = jnp.where(summary.mass > 0, summary.shift, -jnp.inf)
     highest = jnp.maximum(held, ell.max(2))
@@ -104,7 +112,7 @@ def summarise(
     valid: Bool[Array, "B Hkv S"],
     chunk: int = CHUNK,
 ) -> Summary:
-    """The summary of the valid tokens, in one pass; the order does not matter.
+    """Makes the summary of the valid tokens in one pass; the order does not matter.
 
     Args:
         log_keys: log features `(B, Hkv, N, F)` of keys `(B, Hkv, N, D)`, float32.
@@ -113,15 +121,22 @@ def summarise(
     shape = jax.eval_shape(log_keys, k[:, :, :1]).shape
     first = empty((*shape[:2], shape[3]), v.shape[-1])
 
-    def step(summary, k, v, valid):
+    def step(
+        summary: Summary,
+        k: Float[Array, "B Hkv N D"],
+        v: Float[Array, "B Hkv N Dv"],
+        valid: Bool[Array, "B Hkv N"],
+    ) -> Summary:
         k = jnp.where(valid[..., None], k.astype(jnp.float32), 0.0)
         return fold(summary, log_keys(k), v, valid)
 
     return over_chunks(step, first, (k, v), valid, chunk)
 
 
-def _weights(summary, g):
-    """exp(g + c - m), and m, the largest log term; 0 where the summary is empty."""
+def _weights(
+    summary: Summary, g: Float[Array, "B Hkv G F"]
+) -> tuple[Float[Array, "B Hkv G F"], Float[Array, "B Hkv G"]]:
+    """The weights exp(g + c - m), and m, the largest log term; 0 if empty."""
     mass = summary.mass[:, :, None]
     log_mass = jnp.log(jnp.where(mass > 0, mass, 1.0))
     raised = jnp.where(mass > 0, g + summary.shift[:, :, None], -jnp.inf)
@@ -130,14 +145,14 @@ def _weights(summary, g):
     return jnp.exp(raised - top[..., None]), top
 
 
-def _by_list(x, lists):
-    """`(B, Hkv, G, ...)` with the heads of a group split among their lists."""
+def _by_list(x: Float[Array, "B Hkv G F"], lists: int) -> Float[Array, "B Hkv R P F"]:
+    """Splits the heads of a group among their lists."""
     batch, heads, group, *rest = x.shape
     return x.reshape(batch, heads, lists, group // lists, *rest)
 
 
 class Readout(NamedTuple):
-    """What a step's queries make of a whole summary, in units of exp(top)."""
+    """The attention of a step's queries to a whole summary, in units of exp(top)."""
 
     shares: Float[Array, "B Hkv G F"]  # e = exp(g + c - top)
     top: Float[Array, "B Hkv G"]
@@ -146,19 +161,19 @@ class Readout(NamedTuple):
 
 
 def read_out(summary: Summary, log_queries: Float[Array, "B Hkv G F"]) -> Readout:
-    """Of log features g of the step's queries."""
+    """Attends to the whole summary, from log features g of the step's queries."""
     e, top = _weights(summary, log_queries)
     mass = product("bhgf,bhf->bhg", e, summary.mass)
     return Readout(e, top, mass, product("bhgf,bhfd->bhgd", e, summary.values))
 
 
-def without(
+def subtract(
     whole: Readout,
     mass: Float[Array, "B Hkv G"],
     values: Float[Array, "B Hkv G D"],
     num_left: Int[Array, "B Hkv R"],
 ) -> Partial:
-    """What a readout is of the tokens that were not retrieved.
+    """Takes the retrieved tokens out of a readout.
 
     What rounding leaves of a fully retrieved middle is set to nothing: by count, and
     by `NOISE`.
@@ -187,7 +202,7 @@ def residual(
     retrieved: Retrieved,
     num_left: Int[Array, "B Hkv R"],
 ) -> Partial:
-    """Estimated attention over C, the middle without what was retrieved (Sec. 5.4).
+    """Estimates attention over C, the middle without what was retrieved (Sec. 5.4).
 
     Every retrieved token is taken out with its surrogate weight ahat = sum_f e_f
     exp(ell_f - c_f): mass e.u - sum ahat, numerator e T - sum ahat v.
@@ -196,7 +211,7 @@ def residual(
         summary: of the middle.
         log_queries: g, log features of the step's queries.
         retrieved: tokens to take out, distinct and all in the summary.
-        num_left: as :func:`without`, whose result it is.
+        num_left: as :func:`subtract`, whose result it is.
     """
     lists = retrieved.valid.shape[2]
     whole = read_out(summary, log_queries)
@@ -208,7 +223,7 @@ def residual(
     ahat = product("bhrpf,bhrnf->bhrpn", _by_list(whole.shares, lists), features)
     taken = product("bhrpn,bhrnd->bhrpd", ahat, retrieved.v)
     mass = ahat.sum(-1).reshape(whole.mass.shape)
-    return without(whole, mass, taken.reshape(whole.values.shape), num_left)
+    return subtract(whole, mass, taken.reshape(whole.values.shape), num_left)
 
 
 def residual_by_feature(
@@ -217,7 +232,7 @@ def residual_by_feature(
     retrieved: Retrieved,
     num_left: Int[Array, "B Hkv R"],
 ) -> Partial:
-    """As :func:`residual`, feature by feature (eqs. 38-43): F times D numbers a list.
+    """Computes :func:`residual` feature by feature (eqs. 38-43): F D numbers a list.
 
     The paper's own form, of which `residual` is the cheaper rearrangement.
     """
@@ -243,8 +258,8 @@ def residual_by_feature(
     return Partial(out.reshape(*shape, -1), lse.reshape(shape))
 
 
-def capped(part: Partial, highest: Float[Array, "*B"], num_left: Array) -> Partial:
-    """Never more mass than `num_left` tokens with logits of at most `highest` have.
+def cap_mass(part: Partial, highest: Float[Array, "*B"], num_left: Array) -> Partial:
+    """Limits the mass to what `num_left` tokens of logits up to `highest` have.
 
     With exact top-k that is the least retrieved logit: Z_C <= |C| exp(min_R s).
     """
@@ -252,8 +267,8 @@ def capped(part: Partial, highest: Float[Array, "*B"], num_left: Array) -> Parti
     return Partial(part.out, jnp.minimum(part.lse, highest + jnp.log(left)))
 
 
-def scaled(part: Partial, gain: Float[Array, "*#B"]) -> Partial:
-    """`lam` times the mass and the numerator; 0 leaves nothing."""
+def scale_mass(part: Partial, gain: Float[Array, "*#B"]) -> Partial:
+    """Multiplies the mass and the numerator by `lam`; 0 leaves nothing."""
     gain = gain.astype(jnp.float32)
     log_gain = jnp.where(gain > 0, jnp.log(jnp.where(gain > 0, gain, 1.0)), -jnp.inf)
     return Partial(part.out, part.lse + log_gain)
@@ -266,7 +281,7 @@ def overestimates(
     lse: Float[Array, "B Hkv G X"],
     valid: Bool[Array, "#B 1 1 X"],
 ) -> Float[Array, "B Hkv N"]:
-    """How much too much weight the map gives each key: which keys are outliers.
+    """Measures how much too much weight the map gives each key: outliers have most.
 
     The mean over the valid queries of max(exp(shat - lse) - exp(s - lse), 0), largest
     over the heads of a group; shat = log sum_f exp(g_f + ell_f).
@@ -293,18 +308,19 @@ def overestimates(
 
 
 def paper_tokens(features: int, head_dim: int) -> int:
-    """n_off: tokens that a summary in the cache's dtype equals, `(FD + 2F) / 2D`."""
+    """Counts n_off: tokens that a summary in the cache's dtype equals."""
+    # (F D + 2 F) / 2 D, rounded up.
     return -(-(features * head_dim + 2 * features) // (2 * head_dim))
 
 
 def num_retrieved(
     budget: int, num_sinks: int, tail: int, num_outliers: int = 0, charged: int = 0
 ) -> int:
-    """K: what is left of a budget, in tokens, after all that is read in any case."""
+    """Counts K: what is left of a budget after all that is read in any case."""
     return max(budget - num_sinks - tail - num_outliers - charged, 0)
 
 
 def budget_tokens(context: int, share: float) -> int:
-    """The tokens of a budget given as a share of the context, rounded up."""
+    """Counts the tokens of a budget given as a share of the context, rounded up."""
     # 0.01 * 4100 is 41.00000000000001: what is whole but for rounding stays whole.
     return math.ceil(round(share * context, 6))

@@ -53,7 +53,7 @@ class MapFile(NamedTuple):
 
     @property
     def num_layers(self) -> int | None:
-        """None if the file has nothing of any layer."""
+        """The layers that the file is of; None if it has nothing of any."""
         if self.gain is not None:
             return len(self.gain)
         return None if self.weights is None else len(self.weights.keys.gate)

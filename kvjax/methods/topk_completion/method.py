@@ -8,20 +8,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
-from kvjax.attention.partials import Partial, merge, softmax_only
-from kvjax.interface import Diagnostics, Method, Traffic
-from kvjax.methods.topk_completion import (
-    estimators,
-    feature_maps,
-    linear_attention,
-    map_files,
-    prompt_summary,
-    slots_or_pages,
+from kvjax.attention.partials import softmax_only
+from kvjax.interface import CacheSpec, Method, Traffic
+from kvjax.methods.topk_completion import map_files, prompt_summary
+from kvjax.methods.topk_completion.options import Options, allot
+from kvjax.methods.topk_completion.step import (
+    CompletionState,
+    inspect_step,
+    learned_weights,
 )
-from kvjax.stores import buffers, contiguous, kept_slots, paged
-from pallas_kernels.decode_attention import decode_logits
-from pallas_kernels.page_scores import page_bounds
-from pallas_kernels.topk import top_k
+from kvjax.stores import buffers, contiguous, paged, slots_or_pages
+from kvjax.stores import step as shared_step
 
 
 class CompletionPrompt(NamedTuple):
@@ -31,27 +28,6 @@ class CompletionPrompt(NamedTuple):
     queries: Float[Array, "B Hq W D"] | None  # the newest, rotated, a ring
     weights: Any  # of a learned map
     gain: Float[Array, "Hq"] | None  # lam of each head, if it was calibrated
-
-
-class CompletionState(NamedTuple):
-    """State of :func:`topk_completion` while decoding, one layer."""
-
-    store: slots_or_pages.Store
-    middle_end: Int[Array, "B"]  # the middle is [num_sinks, middle_end), no outliers
-    outliers: Int[Array, "B Hkv M"] | None  # positions of keys kept exact, -1 = none
-    params: Any  # of the feature map
-    summary: Any  # of the middle
-    gain: Float[Array, "Hq"] | None
-
-
-class _Plan(NamedTuple):
-    """The static sizes of one layer."""
-
-    estimator: estimators.Estimator | None  # None: selection alone
-    retrieved: int  # K, tokens a list
-    outliers: int
-    newest: int  # most tokens behind the middle
-    charged: float  # what the summary and the map cost a step, in tokens a list
 
 
 @softmax_only
@@ -143,314 +119,135 @@ def topk_completion(
         >>> method = kvjax.topk_completion(budget=256)
         >>> state = method.init(spec)
     """
-    _check(budget, num_sinks, tail, features, selector, page_size, per, charge, window)
-    selection.check_reduce(group_reduce=group_reduce)
-    if not 0 <= lam <= 1:
-        raise ValueError(f"{lam=} must be in [0, 1].")
-    if calibration < 1:
-        raise ValueError(f"{calibration=} must be at least 1 query.")
-    kind, file = feature_map, None
-    if feature_map not in (*feature_maps.NAMES, "moment"):
-        file = map_files.load(feature_map)
-        kind = file.kind
-    is_learned, is_moment = kind == "learned", kind == "moment"
-    if num_outliers is None:
-        num_outliers = 4 if is_learned else 0
-    if not 0 <= num_outliers <= budget - num_sinks - tail:
-        raise ValueError(
-            f"{num_outliers=} must be in [0, {budget - num_sinks - tail}], what "
-            f"{budget=} leaves after {num_sinks=} and {tail=}."
-        )
-    if is_moment and (num_outliers or not mass_cap):
-        raise ValueError(
-            f"feature_map='moment' needs mass_cap=true and num_outliers=0, not "
-            f"{mass_cap=} and {num_outliers=}: its mass can be anything, and its keys "
-            "have no weight of their own."
-        )
-    if mass_cap and per == "kv" and group_reduce == "mean":
-        raise ValueError(
-            f"{mass_cap=} needs the largest score of a group: with {group_reduce=} "
-            "give mass_cap=false, or per='query'."
-        )
-
-    @functools.cache
-    def estimator_of(num_features):
-        if is_moment:
-            return estimators.moment()
-        if is_learned:
-            return estimators.of_features(feature_maps.learned(num_features))
-        return estimators.of_features(feature_maps.named(kind, num_features))
-
-    def plan(spec, weights=None) -> _Plan:
-        """Sizes that follow from shapes alone."""
-        if weights is None and is_learned:
-            weights = file.layer(spec.layer)[0]
-        generated = spec.max_new_tokens if window is None else window
-        newest = max(min(tail + generated, spec.capacity), 1)
-        if budget >= spec.capacity:
-            whole = _in_pages(spec.capacity + page_size - 1)  # the last page too
-            return _Plan(None, whole, 0, newest, 0.0)
-        room = linear_attention.num_retrieved(budget, num_sinks, tail, num_outliers)
-        if lam == 0:
-            room += num_outliers
-            return _Plan(None, _in_pages(room), 0, newest, 0.0)
-
-        def priced(num_features):
-            estimator = estimator_of(num_features)
-            return estimator, estimators.tokens(
-                estimator, weights, spec, per=per, charge=charge
-            )
-
-        most = weights.keys.b_out.shape[-1] if is_learned else features
-        estimator, charged = priced(most)
-        for fewer in range(features - 1, 0, -1):
-            if 2 * charged <= room or is_learned or is_moment:
-                break
-            estimator, charged = priced(fewer)
-        if charged > room:
-            raise ValueError(
-                f"{budget=} leaves {room} tokens, and the summary of "
-                f"{feature_map=} equals {charged} ({charge=}): raise the budget, or "
-                "take feature_map='mean' or another charge."
-            )
-        retrieved = _in_pages(room - charged)
-        if is_moment and not retrieved:
-            raise ValueError(
-                f"{budget=} leaves no token to retrieve beside sinks, tail and "
-                f"summary, and the mass of {feature_map=} is bounded by those that "
-                "are: raise the budget."
-            )
-        return _Plan(estimator, retrieved, num_outliers, newest, charged)
-
-    def _in_pages(tokens):
-        return tokens if selector == "oracle" else tokens // page_size * page_size
-
-    def init(spec, weights=None):
-        gain, weights = None, weights if is_learned else None
-        if file is not None:
-            from_file, gain = file.layer(spec.layer)
-            weights = from_file if weights is None else weights
-            map_files.check(file, weights, gain, spec)
-            gain = None if gain is None else jnp.asarray(gain, jnp.float32)
-        sizes = plan(spec, weights)
-        if selector == "oracle":
-            store = contiguous.contiguous(spec)
-        else:
-            store = paged.paged(spec, page_size)
-        queries = None
-        if sizes.estimator is None:
-            return CompletionPrompt(store, None, None, None)
-        if weights is not None:
-            weights = jax.tree.map(jnp.asarray, weights)
-        if not is_learned or sizes.outliers:
-            shape = (spec.batch, spec.num_q_heads, calibration, spec.head_dim)
-            queries = buffers.allocate(shape, spec.dtype)
-        return CompletionPrompt(store, queries, weights, gain)
-
-    def prefill(state, q, k, v, lengths):
-        store = slots_or_pages.extend(state.store, k, v, lengths)
-        rotated, positions = contiguous.rotate_queries(
-            store.spec, q, store.length, lengths
-        )
-        out = slots_or_pages.attend_all(store, rotated, positions).out
-        queries = state.queries
-        if queries is not None:
-            # The ring holds each slot's newest query: older must not overwrite it.
-            length = store.length[:, None]
-            is_newest = (positions < length) & (positions >= length - calibration)
-            slots = positions % calibration
-            queries = buffers.write(queries, rotated, slots, is_newest)
-        return state._replace(store=store, queries=queries), out.astype(q.dtype)
-
-    def finish(state):
-        store, spec = state.store, state.store.spec
-        sizes = plan(spec, state.weights)
-        middle_end = jnp.maximum(store.length - tail, num_sinks)
-        if sizes.estimator is None:
-            return CompletionState(store, middle_end, None, None, None, None)
-        made = prompt_summary.complete(
-            sizes.estimator,
-            sizes.outliers,
-            num_sinks,
-            store,
-            state.queries,
-            state.weights,
-            middle_end,
-        )
-        params, outliers, summary = made
-        return CompletionState(store, middle_end, outliers, params, summary, state.gain)
-
-    def append(state, k, v):
-        state = state._replace(store=slots_or_pages.extend(state.store, k, v))
-        if window is None:
-            return state
-        # At most one token leaves the exact window a step.
-        store, end = state.store, state.middle_end
-        is_due = end < store.length - tail - window
-        state = state._replace(middle_end=end + is_due.astype(jnp.int32))
-        if state.summary is None:
-            return state
-        heads = store.spec.num_kv_heads
-        where = jnp.broadcast_to(end[:, None, None], (end.shape[0], heads, 1))
-        k, v = slots_or_pages.fetch(store, where)
-        valid = jnp.broadcast_to(is_due[:, None, None], where.shape)
-        estimator = plan(store.spec, _weights_of(state.params)).estimator
-        if not is_learned:  # a map that was fitted to no token stands for none
-            valid &= estimator.stands_for(state.summary)[..., None]
-        return state._replace(
-            summary=estimator.fold(state.params, state.summary, k, v, valid)
-        )
-
-    def retrieve(state, rotated, positions, sizes):
-        """Positions `(B, lists, K)`, the score no other token exceeds, their pages."""
-        store, spec = state.store, state.store.spec
-        if selector == "pages" and sizes.retrieved < page_size:
-            sizes = sizes._replace(retrieved=0)
-        if not sizes.retrieved:
-            lists = spec.num_kv_heads if per == "kv" else spec.num_q_heads
-            none = jnp.full((spec.batch, lists, 0), -1, jnp.int32)
-            return none, jnp.full((spec.batch, lists), jnp.inf, jnp.float32), None
-        is_held = prompt_summary.is_middle(
-            slots_or_pages.views(store)[0], num_sinks, state.middle_end, state.outliers
-        )
-        if per == "query":
-            is_held = jnp.repeat(is_held, spec.group, axis=1)
-        if selector == "oracle":
-            logits = decode_logits(rotated, store.k, positions, sm_scale=spec.sm_scale)
-            scores = logits[:, :, 0]
-            if per == "kv":
-                scores = selection.reduce_group(scores, spec.num_kv_heads, group_reduce)
-            size = min(sizes.retrieved, spec.capacity)
-            values, found = top_k(scores, size, where=is_held)
-            return found, values[..., -1], None
-        scores = spec.sm_scale * page_bounds(
-            rotated[:, :, 0],
-            store.page_min,
-            store.page_max,
-            group_reduce=group_reduce if per == "kv" else "none",
-        )
-        first = jnp.arange(scores.shape[-1], dtype=jnp.int32) * page_size
-        touches = (first + page_size > num_sinks) & (first < state.middle_end[:, None])
-        size = min(sizes.retrieved // page_size, scores.shape[-1])
-        values, pages = top_k(scores, size, where=touches[:, None])
-        found = paged.tokens_of(pages, page_size, state.middle_end)
-        is_in = found >= num_sinks
-        if state.outliers is not None:
-            is_in &= jnp.take_along_axis(is_held, jnp.maximum(found, 0), axis=-1)
-        return jnp.where(is_in, found, -1), values[..., -1], pages
-
-    def always_read(state, size):
-        """Positions of sinks, the newest and outliers, `(B, Hkv, N)`."""
-        spec, length = state.store.spec, state.store.length
-        sinks = jnp.arange(num_sinks, dtype=jnp.int32)
-        newest = state.middle_end[:, None] + jnp.arange(size, dtype=jnp.int32)
-        found = jnp.concatenate(
-            [jnp.broadcast_to(sinks, (spec.batch, num_sinks)), newest], axis=1
-        )
-        found = jnp.where(found < length[:, None], found, -1)[:, None]
-        found = jnp.broadcast_to(found, (spec.batch, spec.num_kv_heads, found.shape[2]))
-        if state.outliers is None:
-            return found
-        return jnp.concatenate([found, state.outliers], axis=2)
-
-    def inspect_step(state, q):
-        store, spec = state.store, state.store.spec
-        length, heads = store.length, spec.num_kv_heads
-        sizes = plan(spec, _weights_of(state.params))
-        estimator = sizes.estimator
-        rotated, positions = contiguous.rotate_queries(spec, q, length)
-        found, highest, pages = retrieve(state, rotated, positions, sizes)
-        by_head = (spec.batch, heads, found.shape[1] // heads)
-
-        # E: retrieved, sinks, everything behind the middle, outliers.
-        always = always_read(state, sizes.newest)
-        listed = jnp.concatenate(
-            [found, jnp.repeat(always, by_head[2], axis=1)], axis=2
-        )
-        count = (state.middle_end - num_sinks)[:, None]
-        if state.outliers is not None:
-            count -= (state.outliers >= 0).sum(-1, dtype=jnp.int32)
-        num_retrieved = (found >= 0).sum(-1, dtype=jnp.int32).reshape(by_head)
-        num_left = count[..., None] - num_retrieved
-
-        given = estimator, state.params, state.summary, store, rotated, positions
-        if pages is not None and state.outliers is None and estimators.fused(estimator):
-            exact, part = estimators.read_pages(
-                *given, always, pages, num_sinks, state.middle_end, num_left
-            )
-        else:
-            size = found.shape[2]
-            exact, part = estimators.read_tokens(*given, listed, size, num_left)
-        out = exact.out
-        if part is not None:
-
-            def of_heads(x):
-                return jnp.repeat(x.reshape(by_head), spec.group // by_head[2], axis=2)
-
-            if mass_cap:
-                highest, left = of_heads(highest), of_heads(num_left)
-                part = linear_attention.capped(part, highest, left)
-            gain = jnp.full((spec.num_q_heads,), lam, jnp.float32)
-            gain = gain if state.gain is None else gain * state.gain
-            part = linear_attention.scaled(part, gain.reshape(heads, spec.group))
-            shape = (spec.batch, spec.num_q_heads, 1)
-            part = Partial(part.out.reshape(*shape, -1), part.lse.reshape(shape))
-            out = merge(exact, part).out
-        holds_all = kept_slots.holds_all(listed, length, spec.num_q_heads)
-        diagnostics = Diagnostics(listed, exact.lse, holds_all.all(-1), holds_all)
-        return state, out.astype(q.dtype), diagnostics
-
-    def traffic(spec, length):
-        sizes = plan(spec)
-        lists = spec.group if per == "query" else 1
-        # As at the end of the run, when every generated token is there.
-        read = num_sinks + sizes.retrieved + sizes.outliers + sizes.newest
-        kv = lists * buffers.kv_bytes(spec, min(read, length))
-        if selector == "oracle":
-            metadata = buffers.kv_bytes(spec, length) // 2
-        else:
-            metadata = buffers.kv_bytes(spec, -(-length // page_size))
-        if sizes.estimator is not None:
-            weights = file.layer(spec.layer)[0] if is_learned else None
-            rows = spec.batch * spec.num_kv_heads
-            metadata += 4 * rows * sizes.estimator.elements(spec.head_dim)
-            metadata += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
-        return Traffic(kv=kv, metadata=metadata)
-
+    options = Options(
+        budget,
+        num_sinks,
+        tail,
+        feature_map,
+        features,
+        selector,
+        page_size,
+        per,
+        group_reduce,
+        mass_cap,
+        lam,
+        num_outliers,
+        charge,
+        window,
+        calibration,
+    )
     return Method(
-        init=init,
+        init=functools.partial(init, options),
         prefill=prefill,
-        finish=finish,
-        append=append,
-        inspect_step=inspect_step,
-        traffic=traffic,
+        finish=functools.partial(finish, options),
+        append=functools.partial(append, options),
+        inspect_step=functools.partial(inspect_step, options),
+        traffic=functools.partial(traffic, options),
         exact_prompt=True,
     )
 
 
-def _weights_of(params):
-    return params if isinstance(params, feature_maps.Learned) else None
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> CompletionPrompt:
+    """Makes an empty store, with room for the queries that maps are fitted to."""
+    gain, weights = None, weights if options.is_learned else None
+    if options.file is not None:
+        from_file, gain = options.file.layer(spec.layer)
+        weights = from_file if weights is None else weights
+        map_files.check(options.file, weights, gain, spec)
+        gain = None if gain is None else jnp.asarray(gain, jnp.float32)
+    sizes = allot(options, spec, weights)
+    if options.selector == "oracle":
+        store = contiguous.contiguous(spec)
+    else:
+        store = paged.paged(spec, options.page_size)
+    if sizes.estimator is None:
+        return CompletionPrompt(store, None, None, None)
+    if weights is not None:
+        weights = jax.tree.map(jnp.asarray, weights)
+    queries = None
+    if not options.is_learned or sizes.outliers:
+        shape = (spec.batch, spec.num_q_heads, options.calibration, spec.head_dim)
+        queries = buffers.allocate(shape, spec.dtype)
+    return CompletionPrompt(store, queries, weights, gain)
 
 
-def _check(budget, num_sinks, tail, features, selector, page_size, per, charge, window):
-    known = {
-        "selector": (selector, ("oracle", "pages")),
-        "per": (per, ("kv", "query")),
-        "charge": (charge, ("step", "request", "none")),
-    }
-    for name, (value, choices) in known.items():
-        if value not in choices:
-            raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}.")
-    if num_sinks < 0 or tail < 0 or num_sinks + tail > budget or budget < 1:
-        raise ValueError(
-            f"{num_sinks=} and {tail=} must be at least 0 and together at most "
-            f"{budget=} tokens, which must be positive."
+def prefill(
+    state: CompletionPrompt,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[CompletionPrompt, Float[Array, "B Hq T D"]]:
+    """Attends to everything, and keeps the newest queries."""
+    store, chunk = shared_step.read_chunk(state.store, q, k, v, lengths)
+    queries = state.queries
+    if queries is not None:
+        queries = buffers.write_newest(
+            queries, chunk.rotated, chunk.positions, store.length
         )
-    for name, value in (("features", features), ("page_size", page_size)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1.")
-    if window is not None and (window < 0 or window + tail < 1):
-        raise ValueError(
-            f"{window=} must be at least 0, and with {tail=} at least 1: the newest "
-            "token is attended to exactly."
-        )
+    return state._replace(store=store, queries=queries), chunk.out
+
+
+def finish(options: Options, state: CompletionPrompt) -> CompletionState:
+    """Fits the map, and sums up the middle of the prompt."""
+    store, num_sinks = state.store, options.num_sinks
+    sizes = allot(options, store.spec, state.weights)
+    middle_end = jnp.maximum(store.length - options.tail, num_sinks)
+    if sizes.estimator is None:
+        return CompletionState(store, middle_end, None, None, None, None)
+    params, outliers, summary = prompt_summary.complete(
+        sizes.estimator,
+        sizes.outliers,
+        num_sinks,
+        store,
+        state.queries,
+        state.weights,
+        middle_end,
+    )
+    return CompletionState(store, middle_end, outliers, params, summary, state.gain)
+
+
+def append(
+    options: Options,
+    state: CompletionState,
+    k: Float[Array, "B Hkv 1 D"],
+    v: Float[Array, "B Hkv 1 D"],
+) -> CompletionState:
+    """Writes the next token; with a `window`, folds the one that leaves it."""
+    state = state._replace(store=slots_or_pages.extend(state.store, k, v))
+    if options.window is None:
+        return state
+    # At most one token leaves the exact window a step.
+    store, end = state.store, state.middle_end
+    is_due = end < store.length - options.tail - options.window
+    state = state._replace(middle_end=end + is_due.astype(jnp.int32))
+    estimator = allot(options, store.spec, learned_weights(state.params)).estimator
+    if estimator is None:
+        return state
+    heads = store.spec.num_kv_heads
+    where = jnp.broadcast_to(end[:, None, None], (end.shape[0], heads, 1))
+    k, v = slots_or_pages.fetch(store, where)
+    valid = jnp.broadcast_to(is_due[:, None, None], where.shape)
+    if not options.is_learned:  # a map that was fitted to no token stands for none
+        valid &= estimator.stands_for(state.summary)[..., None]
+    return state._replace(
+        summary=estimator.fold(state.params, state.summary, k, v, valid)
+    )
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts the bytes at the end of the run, when every generated token is there."""
+    sizes = allot(options, spec)
+    lists = spec.group if options.per == "query" else 1
+    read = options.num_sinks + sizes.retrieved + sizes.outliers + sizes.newest
+    kv = lists * buffers.kv_bytes(spec, min(read, length))
+    if options.selector == "oracle":
+        metadata = buffers.kv_bytes(spec, length) // 2
+    else:
+        metadata = buffers.kv_bytes(spec, -(-length // options.page_size))
+    if sizes.estimator is not None:
+        weights = options.weights_of(spec.layer)
+        rows = spec.batch * spec.num_kv_heads
+        metadata += 4 * rows * sizes.estimator.elements(spec.head_dim)
+        metadata += sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(weights))
+    return Traffic(kv=kv, metadata=metadata)

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
-from kvjax.methods.topk_completion import estimators, feature_maps, slots_or_pages
+from kvjax.methods.topk_completion import estimators, feature_maps
 from kvjax.methods.topk_completion.estimators import Estimator
-from kvjax.methods.topk_completion.slots_or_pages import Store
+from kvjax.stores import buffers, slots_or_pages
+from kvjax.stores.slots_or_pages import Store
 
 OUTLIER_QUERIES = 16  # newest ones, that say which keys the map overestimates
 
@@ -24,20 +25,13 @@ def is_middle(
     middle_end: Int[Array, "B"],
     outliers: Int[Array, "B Hkv M"] | None,
 ) -> Bool[Array, "B Hkv S"]:
-    """Which tokens a summary stands for: the middle without the outliers."""
+    """Says which tokens a summary stands for: the middle without the outliers."""
     slots = jnp.arange(k.shape[2], dtype=jnp.int32)
     inside = (slots >= num_sinks) & (slots < middle_end[:, None, None])
     inside = jnp.broadcast_to(inside, k.shape[:3])
     if outliers is None:
         return inside
     return inside & ~selection.is_listed(outliers, k.shape[2])
-
-
-def newest_positions(length: Int[Array, "B"], size: int) -> Int[Array, "B W"]:
-    """Of the slots of a ring: negative where the prompt is shorter."""
-    last = length[:, None] - 1
-    slots = jnp.arange(size, dtype=jnp.int32)
-    return last - (last - slots) % size
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -50,7 +44,7 @@ def complete(
     weights: Any,
     middle_end: Int[Array, "B"],
 ) -> tuple[Any, Int[Array, "B Hkv M"] | None, Any]:
-    """Map, outliers and summary of a prompt: one program, jitted or not.
+    """Makes map, outliers and summary of a prompt: one program, jitted or not.
 
     Args:
         queries: the newest, rotated, a ring; of a learned map for its outliers alone.
@@ -76,16 +70,23 @@ def complete(
 def calibration(
     store: Store, queries: Float[Array, "B Hq W D"], inside: Bool[Array, "B Hkv S"]
 ) -> feature_maps.Prompt:
-    """What a map is fitted to: the queries of a group head by head."""
+    """Collects what a map is fitted to: the queries of a group head by head."""
     spec, size = store.spec, queries.shape[2]
-    is_query = newest_positions(store.length, size) >= 0
+    is_query = buffers.newest_positions(store.length, size) >= 0
     x = queries.astype(jnp.float32) * spec.sm_scale
     x = x.reshape(spec.batch, spec.num_kv_heads, spec.group * size, spec.head_dim)
     is_query = jnp.tile(is_query, (1, spec.group))
     return feature_maps.Prompt(slots_or_pages.views(store)[0], inside, x, is_query)
 
 
-def _outliers(feature_map, params, store, queries, inside, num):
+def _outliers(
+    feature_map: feature_maps.FeatureMap,
+    params: Any,
+    store: Store,
+    queries: Float[Array, "B Hq W D"],
+    inside: Bool[Array, "B Hkv S"],
+    num: int,
+) -> Int[Array, "B Hkv M"]:
     spec, size = store.spec, queries.shape[2]
     newest = jnp.arange(min(OUTLIER_QUERIES, size), dtype=jnp.int32)
     positions = store.length[:, None] - 1 - newest

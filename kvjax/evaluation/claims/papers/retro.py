@@ -150,7 +150,7 @@ def _bytes(session: Session) -> Measured:
         head_dim=128,
         rope=Rope(128),
         dtype="bfloat16",
-        sm_scale=None,
+        sm_scale=128**-0.5,
     )
     quest = f"quest:budget=256,budget_ratio={SHARE}"
     plain, ours = (

@@ -1,9 +1,10 @@
 """Every token of a row, in slots or in pages: what methods do alike with either store.
 
-`selector` decides which: pages carry the extremes of their keys, slots do not.
+Pages carry the extremes of their keys, slots do not.
 """
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from jaxtyping import Array, Float, Int
 
@@ -11,11 +12,15 @@ from kvjax.attention.partials import Partial
 from kvjax.stores import buffers, contiguous, paged
 
 Store = contiguous.Contiguous | paged.Paged
+AnyStore = TypeVar("AnyStore", bound=Store)
 
 
 def extend(
-    store: Store, k: Array, v: Array, lengths: Int[Array, "B"] | None = None
-) -> Store:
+    store: AnyStore,
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"] | None = None,
+) -> AnyStore:
     """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
     return _pick(store, contiguous.extend, paged.extend)(store, k, v, lengths)
 
@@ -23,12 +28,12 @@ def extend(
 def attend_all(
     store: Store, q: Float[Array, "B Hq T D"], positions: Int[Array, "B T"]
 ) -> Partial:
-    """Causal attention of rotated queries at `positions` over every token."""
+    """Attends causally from rotated queries at `positions` to every token."""
     return _pick(store, contiguous.attend, paged.attend_all)(store, q, positions)
 
 
 def views(store: Store) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
-    """Keys and values with every token in the slot of its position."""
+    """Returns keys and values with every token in the slot of its position."""
     if isinstance(store, paged.Paged):
         return paged.views(store)
     return store.k, store.v
@@ -37,7 +42,7 @@ def views(store: Store) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv 
 def fetch(
     store: Store, positions: Int[Array, "B H N"]
 ) -> tuple[Float[Array, "B H N D"], Float[Array, "B H N D"]]:
-    """Keys and values at `positions`, -1 = anything; H is Hkv, or Hq lists.
+    """Reads keys and values at `positions`, -1 = anything; H is Hkv, or Hq lists.
 
     Each is read once, whatever is made of it.
     """
