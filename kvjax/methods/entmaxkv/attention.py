@@ -57,8 +57,9 @@ def fastest(
     def kernel(
         q: Array, pages: Array, page_ids: Array, positions: Array, *_: Array
     ) -> tuple[Array, Array]:
-        given = {"sm_scale": sm_scale, "alpha": alpha}
-        out, value = page_attention(q, pages, page_ids, positions, **given)
+        out, value = page_attention(
+            q, pages, page_ids, positions, sm_scale=sm_scale, alpha=alpha
+        )
         return out[:, :, 0], value[:, :, 0]
 
     arrays = q, pages, page_ids, positions, found.out, found.value
@@ -333,14 +334,21 @@ def _threshold(scored: _Scored, alpha: float) -> Float[Array, "B H L 1"]:
     number = scored.scores.shape[0] * scored.scores.shape[-1]
     top = _finite(scored.top)
 
-    def sums(tau: Float[Array, "B H L 1"]) -> tuple[Array, ...]:
-        def add(block: Index, totals: tuple[Array, ...]) -> tuple[Array, ...]:
+    def sums(tau: Float[Array, "B H L 1"]) -> tuple[Array, Array]:
+        def add(block: Index, totals: tuple[Array, Array]) -> tuple[Array, Array]:
             z = equations.shifted(scored.scores[block], top, alpha)
-            parts = equations.powers(jnp.maximum(z - tau, 0.0), alpha)
-            pairs = zip(totals, parts, strict=True)
-            return tuple(total + part.sum(-1, keepdims=True) for total, part in pairs)
+            first, second = (
+                total + part.sum(-1, keepdims=True)
+                for total, part in zip(
+                    totals,
+                    equations.powers(jnp.maximum(z - tau, 0.0), alpha),
+                    strict=True,
+                )
+            )
+            return first, second
 
-        return _over_blocks(scored, add, (jnp.zeros_like(tau),) * 2)
+        nothing = jnp.zeros_like(tau)
+        return _over_blocks(scored, add, (nothing, nothing))
 
     start = jnp.full_like(scored.top, -1.0)
     return equations.find_tau(sums, start, number, alpha)

@@ -258,10 +258,10 @@ def inspect_step(
         left_out = (scores > -jnp.inf).sum(-1, dtype=jnp.int32) - (count - 1)
         state = state._replace(overflow=state.overflow + left_out)
 
-    given = {"sm_scale": spec.sm_scale, "alpha": spec.alpha}
+    sm_scale, alpha = spec.sm_scale, spec.alpha
     if options.certified:
         found, ids, exact = attention.attend_certified(
-            row, store.pages, bounds, ids, length, **given
+            row, store.pages, bounds, ids, length, sm_scale=sm_scale, alpha=alpha
         )
         out, value = found.out, found.value
     else:
@@ -270,17 +270,24 @@ def inspect_step(
             store.pages,
             ids,
             length,
-            **given,
+            sm_scale=sm_scale,
+            alpha=alpha,
             tau_mode=options.tau_mode,
             tau_hat=tau_hat,
         )
         out, value = found.out, found.value
         if options.tau_mode == "exact":
             out, value = attention.fastest(
-                found, rotated, store.pages, ids, positions, **given
+                found,
+                rotated,
+                store.pages,
+                ids,
+                positions,
+                sm_scale=sm_scale,
+                alpha=alpha,
             )
         exact = page_bounds.certificate(
-            bounds, ids, found.tau, length, alpha=spec.alpha, page_size=page_size
+            bounds, ids, found.tau, length, alpha=alpha, page_size=page_size
         )
         # An estimated threshold proves nothing.
         exact &= options.tau_mode == "exact"

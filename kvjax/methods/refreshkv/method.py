@@ -91,8 +91,8 @@ def refreshkv(
     group_reduce: selection.Reduce = "max",
     max_gap: int | None = None,
     self_mode: policy.SelfMode = "paper",
-    qc_rope: Literal["post", "pre"] = "post",
-    qc_batch: Literal["any", "per_row"] = "per_row",
+    qc_rope: policy.QcRope = "post",
+    qc_batch: policy.QcBatch = "per_row",
     full_attend: bool = True,
     refresh: bool = True,
 ) -> Method:

@@ -158,6 +158,7 @@ def inspect_step(
     store, window = state
     rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
     chosen = choose(options, store, rotated)
+    out, lse = history.attention_so_far(window, positions)
     # O_up: attention over the union, of the stored output and the supplement.
     updated = Partial(
         *page_attention(
@@ -166,7 +167,7 @@ def inspect_step(
             chosen,
             positions,
             history.unseen(window, chosen, positions),
-            initial=tuple(history.attention_so_far(window, positions)),
+            initial=(out, lse),
             sm_scale=store.spec.sm_scale,
         )
     )

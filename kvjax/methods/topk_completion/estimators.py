@@ -164,12 +164,13 @@ def read_pages(
     """
     spec = store.spec
     k, v = slots_or_pages.fetch(store, always)
-    initial = decode_attention(q, k, v, positions, always, sm_scale=spec.sm_scale)
+    out, lse = decode_attention(q, k, v, positions, always, sm_scale=spec.sm_scale)
     grouped = (spec.batch, spec.num_kv_heads, spec.group)
+    feature_map = None if estimator is None else estimator.feature_map
     surrogate = whole = None
-    if estimator is not None:
+    if feature_map is not None:
         surrogate, whole = _surrogate_of(
-            estimator.feature_map,
+            feature_map,
             params,
             summary,
             q.reshape(*grouped, spec.head_dim),
@@ -180,12 +181,12 @@ def read_pages(
         store.pages,
         pages,
         middle_end[:, None] - 1,
-        initial=initial,
+        initial=(out, lse),
         surrogate=surrogate,
         sm_scale=spec.sm_scale,
         first_position=num_sinks,
     )
-    if estimator is None:
+    if whole is None:
         return Partial(out, lse), None
     values, mass = sums
     values = values.reshape(*grouped, spec.head_dim)

@@ -41,7 +41,8 @@ class Options:
     charge: Literal["step", "request", "none"]
     window: int | None
     calibration: int
-    # Of the map's file, read when the options are made; its name is `feature_map`.
+    # What `feature_map` names: a map that is fitted, "moment", or what its file holds.
+    kind: str = dataclasses.field(init=False)
     file: map_files.MapFile | None = dataclasses.field(
         init=False, compare=False, repr=False
     )
@@ -54,9 +55,11 @@ class Options:
             raise ValueError(f"{lam=} must be in [0, 1].")
         if calibration < 1:
             raise ValueError(f"{calibration=} must be at least 1 query.")
-        file = None
-        if self.feature_map not in (*feature_maps.NAMES, "moment"):
+        kind, file = self.feature_map, None
+        if kind not in (*feature_maps.NAMES, "moment"):
             file = map_files.load(self.feature_map)
+            kind = file.kind
+        object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "file", file)
         self._check_together()
 
@@ -98,11 +101,6 @@ class Options:
                 f"{mass_cap=} needs the largest score of a group: with {group_reduce=} "
                 "give mass_cap=false, or per='query'."
             )
-
-    @property
-    def kind(self) -> str:
-        """The kind of map: the name of one that is fitted, "moment" or "learned"."""
-        return self.feature_map if self.file is None else self.file.kind
 
     @property
     def is_learned(self) -> bool:

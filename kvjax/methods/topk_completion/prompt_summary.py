@@ -62,15 +62,25 @@ def complete(
     outliers = None
     if num_outliers:
         feature_map = estimator.feature_map
+        if feature_map is None or queries is None:
+            raise ValueError(f"{num_outliers=} need a feature map, and queries.")
         outliers = _outliers(feature_map, params, store, queries, inside, num_outliers)
         inside = is_middle(k, num_sinks, middle_end, outliers)
     return params, outliers, estimator.summarise(params, k, v, inside)
 
 
 def calibration(
-    store: Store, queries: Float[Array, "B Hq W D"], inside: Bool[Array, "B Hkv S"]
+    store: Store,
+    queries: Float[Array, "B Hq W D"] | None,
+    inside: Bool[Array, "B Hkv S"],
 ) -> feature_maps.Prompt:
-    """Collects what a map is fitted to: the queries of a group head by head."""
+    """Collects what a map is fitted to: the queries of a group head by head.
+
+    Raises:
+        ValueError: if there are no queries.
+    """
+    if queries is None:
+        raise ValueError("a map is fitted to queries, and none were kept.")
     spec, size = store.spec, queries.shape[2]
     is_query = buffers.newest_positions(store.length, size) >= 0
     x = queries.astype(jnp.float32) * spec.sm_scale
