@@ -296,18 +296,57 @@ def remember_spec(method: Method, spec: str) -> None:
     _SPECS[method] = spec
 
 
+class Rotation(Protocol):
+    """A rotation of queries or keys by their positions: :class:`kvjax.rope.Rope`."""
+
+    @property
+    def static_until(self) -> float:
+        """The longest length, in tokens, at which earlier rotations still hold."""
+        ...
+
+    def __call__(
+        self,
+        x: Float[Array, "B H T D"],
+        positions: Int[Array, "B T"],
+        length: Int[Array, "B"] | None = None,
+    ) -> Float[Array, "B H T D"]: ...
+
+
 @runtime_checkable
 class DecoderLM(Protocol):
     """What the decode loop needs of a model: pure functions, static and hashable.
 
     `cache_spec` is that of one layer: layers may differ in their rope. `states` is a
-    tuple, one method state per layer. Hidden states go through `logits` separately so
-    that a prompt's logits are computed only where they are wanted.
+    tuple, one method state per layer. Hidden states have the cache's dtype; they go
+    through `logits` separately so that a prompt's logits are computed only where they
+    are wanted.
     """
 
-    num_layers: int
-    context: int  # longest sequence the model was made for, tokens
-    vocab_size: int
+    @property
+    def num_layers(self) -> int: ...
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model was made for, tokens."""
+        ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def width(self) -> int:
+        """Elements of a hidden state, E."""
+        ...
+
+    @property
+    def alpha(self) -> float:
+        """The normaliser of attention: 1 is softmax, above 1 alpha-entmax."""
+        ...
+
+    @property
+    def rope(self) -> Rotation:
+        """The rotation of the layers that rotate; some may not."""
+        ...
 
     def cache_spec(
         self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
@@ -355,15 +394,6 @@ def layer_specs(
         decoder.cache_spec(batch, capacity, max_new_tokens, layer)
         for layer in range(decoder.num_layers)
     )
-
-
-def dynamic_rope(decoder: LayeredLM) -> Any | None:
-    """Returns the rope of a layer that turns with the running length, None without one.
-
-    Keys of such a layer depend on how many tokens come at once.
-    """
-    ropes = (spec.rope for spec in layer_specs(decoder, 1, 1))
-    return next((r for r in ropes if getattr(r, "kind", None) == "dynamic"), None)
 
 
 @runtime_checkable

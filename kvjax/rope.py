@@ -112,6 +112,15 @@ class Rope:
         turned = (first * cos - second * sin, second * cos + first * sin)
         return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
+    @property
+    def static_until(self) -> float:
+        """The longest length, in tokens, at which earlier rotations still hold.
+
+        Infinite but for `dynamic`, whose frequencies stretch with the running length
+        beyond `original_context`: keys rotated before are then not those of now.
+        """
+        return self.original_context if self.kind == "dynamic" else math.inf
+
     def attention_scale(self) -> float:
         """The factor on rotated queries and keys: 1 but for `yarn`."""
         if self.kind != "yarn":

@@ -1,8 +1,8 @@
 """Flax decoders. They know `kvjax.interface` and `kvjax.rope`, and no method.
 
 :func:`load` reads a checkpoint in the Hugging Face layout, or a GGUF file, and
-:func:`save_pretrained` writes the former. Adding a model is a folder, and an entry per
-`model_type` in `FAMILIES`.
+:func:`save_pretrained` writes the former. Adding a family of models is a folder, and a
+line in `FAMILIES`: see :class:`models.family.Family`.
 """
 
 import json
@@ -13,10 +13,12 @@ from typing import Any
 import jax
 
 from kvjax import files
-from kvjax.interface import LanguageModel
+from kvjax.interface import DecoderLM, LanguageModel
 from models import embedded, gguf, llama, published
+from models.family import Family, Footprint
+from models.llama.tokenizer import read_json
 
-FAMILIES = dict.fromkeys(llama.MODEL_TYPES, llama)
+FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
 
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
 _NOT_NEEDED = ["original/*", "consolidated*", "onnx/*"]
@@ -61,19 +63,14 @@ def load(
             f"{directory} has no config.json; give the directory of a checkpoint in "
             "the Hugging Face layout, or a file that ends in .gguf."
         )
-    config = llama.tokenizer.read_json(directory / "config.json")
-    family = config.get("model_type")
-    if not isinstance(family, str) or family not in FAMILIES:
-        raise ValueError(
-            f"{directory}: model_type={family!r} is not supported; supported: "
-            f"{', '.join(FAMILIES)}."
-        )
-    generation = llama.tokenizer.read_json(directory / "generation_config.json")
-    tokenizer = llama.tokenizer.load(directory)
+    config = read_json(directory / "config.json")
+    family = _family_of(config, f"{directory}: ")
+    generation = read_json(directory / "generation_config.json")
+    tokenizer = family.load_tokenizer(directory)
     candidates = (
         generation.get("eos_token_id"),
         config.get("eos_token_id"),
-        tokenizer.eos_id,
+        getattr(tokenizer, "eos_id", None),
     )
     eos = next((ids for ids in candidates if ids is not None), ())
     eos_ids = eos if isinstance(eos, list | tuple) else [eos]
@@ -81,7 +78,7 @@ def load(
         raise ValueError(
             f"{directory}: eos_token_id={eos!r} must be a token id or a list of them."
         )
-    decoder, params = FAMILIES[family].load(directory, config, dtype, device)
+    decoder, params = family.load(directory, config, dtype, device)
     return LanguageModel(
         decoder=decoder,
         params=params,
@@ -94,7 +91,7 @@ def load(
 
 def load_decoder(
     name: str | Path, *, dtype: jax.typing.DTypeLike | None = None
-) -> llama.LlamaDecoder:
+) -> DecoderLM:
     """The decoder alone, from a `config.json` or a GGUF header: no weights are read.
 
     Args:
@@ -113,8 +110,8 @@ def load_decoder(
         path = path / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no config.json.")
-    config = llama.tokenizer.read_json(path)
-    return llama.LlamaDecoder(llama.from_hf(config, dtype=dtype))
+    config = read_json(path)
+    return _family_of(config).load_decoder(config, dtype)
 
 
 def save_pretrained(
@@ -130,26 +127,44 @@ def save_pretrained(
 
     Raises:
         FileExistsError: if `directory` exists and is not empty.
-        ValueError: if the parameters do not fit the configuration, or its dtype.
+        ValueError: if the parameters do not fit the configuration, or its dtype, or
+            the decoder is of no family.
         OSError: if it cannot be written; nothing is left of it then.
     """
     directory = Path(directory).expanduser()
     check_new(directory)
+    family = _family_with(model.decoder)
     with files.replacing(directory) as partial:
         partial.mkdir()
-        decoder = model.decoder
-        config = llama.to_hf(decoder.config)
+        config = family.save(model.params, model.decoder, partial, max_shard_bytes)
         generation = dict(model.generation or {})
         if model.eos_ids:
             eos = model.eos_ids[0] if len(model.eos_ids) == 1 else list(model.eos_ids)
             config["eos_token_id"] = generation["eos_token_id"] = eos
-        if (bos := model.tokenizer.bos_id) is not None:
+        if (bos := getattr(model.tokenizer, "bos_id", None)) is not None:
             config["bos_token_id"] = bos
             generation.setdefault("bos_token_id", bos)
         _write_json(partial / "config.json", config)
         _write_json(partial / "generation_config.json", generation)
-        llama.tokenizer.save(model.tokenizer, partial)
-        llama.weights.save(model.params, decoder.config, partial, max_shard_bytes)
+        family.save_tokenizer(model.tokenizer, partial)
+
+
+def footprint(decoder: DecoderLM) -> Footprint:
+    """Returns the bytes of a model's weights, from its sizes alone.
+
+    Raises:
+        ValueError: if the decoder is of no family.
+    """
+    return _family_with(decoder).footprint(decoder)
+
+
+def notes(decoder: DecoderLM) -> tuple[str, ...]:
+    """Returns what a user must know of a loaded model, one line each; mostly none.
+
+    Raises:
+        ValueError: if the decoder is of no family.
+    """
+    return _family_with(decoder).notes(decoder)
 
 
 def check_new(directory: str | Path) -> None:
@@ -159,6 +174,26 @@ def check_new(directory: str | Path) -> None:
         raise FileExistsError(
             f"{directory} exists; remove it or choose another directory."
         )
+
+
+def _family_of(config: dict[str, Any], where: str = "") -> Family:
+    """The family of a `config.json`."""
+    name = config.get("model_type")
+    for family in FAMILIES:
+        if name in family.model_types:
+            return family
+    known = ", ".join(name for family in FAMILIES for name in family.model_types)
+    raise ValueError(
+        f"{where}model_type={name!r} is not supported; supported: {known}."
+    )
+
+
+def _family_with(decoder: DecoderLM) -> Family:
+    """The family that a decoder is of."""
+    for family in FAMILIES:
+        if isinstance(decoder, family.decoder):
+            return family
+    raise ValueError(f"no family of models has decoders {type(decoder).__name__}.")
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

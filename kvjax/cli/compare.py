@@ -32,7 +32,6 @@ from kvjax.cli.options import (
     shown_name,
     with_budget,
 )
-from kvjax.cli.plan import sizes_of, weights_of
 from kvjax.cli.progress import show_progress
 from kvjax.report import documents, earlier, html_page, table
 
@@ -110,7 +109,7 @@ def compare(
 
     def part(name: str | None, place: int) -> _Part:
         decoder = load_decoder(name, dtype)
-        specs = method or _every(decoder.cache_spec(1, 1).alpha)
+        specs = method or _every(decoder.alpha)
         methods = _methods(specs, context, budget)
         before = found[place] if place < len(found) else None
         fixed, room = _fitted(decoder, methods, settings, batch, before)
@@ -234,6 +233,7 @@ def _fitted(
     Raises:
         ValueError: if what one row takes, temporaries aside, exceeds the memory.
     """
+    import models
     from kvjax.evaluation import compare as comparison
     from kvjax.evaluation import memory
 
@@ -242,14 +242,14 @@ def _fitted(
     wanted = batch or had
     if wanted is None:
         wanted = comparison.batch_that_fits(decoder, methods, settings, room)
-    weights, sizes = weights_of(decoder), sizes_of(decoder)
+    footprint = models.footprint(decoder)
     free = memory.free_bytes()
     found = memory.fit(
         decoder,
         methods,
         dataclasses.replace(settings, batch=wanted),
-        weights=weights.held,
-        sizes=sizes,
+        weights=footprint.held,
+        mlp_width=footprint.mlp_width,
         room=room,
         free=free,
     )

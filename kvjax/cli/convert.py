@@ -36,7 +36,7 @@ def convert(
     document = {
         "folder": str(folder),
         "model": model.name,
-        "dtype": str(model.decoder.config.dtype),
+        "dtype": str(model.decoder.cache_spec(1, 1).dtype),
         "bytes": sum(path.stat().st_size for path in folder.rglob("*")),
     }
     if as_json:

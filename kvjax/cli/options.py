@@ -232,9 +232,9 @@ def checked_dtype(dtype: str | None) -> str | None:
 
 def print_notes(decoder) -> None:
     """Prints what a user must know of a model to stderr: results go to stdout."""
-    from models import llama
+    import models
 
-    for note in llama.notes(decoder.config):
+    for note in models.notes(decoder):
         print(f"kvjax: note: {note}", file=sys.stderr)
 
 

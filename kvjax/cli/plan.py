@@ -1,6 +1,5 @@
 """`kvjax plan`: the memory a model takes at a context, and the rate its bytes allow."""
 
-import dataclasses
 import inspect
 import json
 from collections.abc import Mapping
@@ -100,7 +99,8 @@ def plan(
     name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
     print_notes(decoder)
-    weights, sizes = weights_of(decoder), sizes_of(decoder)
+    held, read, mlp_width = models.footprint(decoder)
+    weights = planning.Weights(held, read)
     given = method or registry.names(decoder.alpha)
     specs = dict.fromkeys(with_budget(spec, b) for spec in given for b in budgets)
     rows = []
@@ -110,7 +110,7 @@ def plan(
                 decoder,
                 registry.parse(spec),
                 weights=weights,
-                sizes=sizes,
+                mlp_width=mlp_width,
                 context=context,
                 new_tokens=new_tokens,
                 batch=batch,
@@ -121,7 +121,7 @@ def plan(
         rows.append(_row(spec, found, devices, margin))
     document = {
         "model": name,
-        "dtype": str(decoder.config.dtype),
+        "dtype": str(decoder.cache_spec(1, 1).dtype),
         "context": context,
         "model_context": decoder.context,
         "new_tokens": new_tokens,
@@ -146,30 +146,6 @@ def _refuse(given: Mapping[str, object], beside: str) -> None:
         if value != usual[name].default:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option} has no meaning beside {beside}: leave it out.")
-
-
-def weights_of(decoder):
-    """Returns the bytes of a model's weights, from its sizes alone."""
-    from kvjax.stores.buffers import num_bytes
-    from models import llama
-
-    # Layers are alike: two models of one and two of them say it all, in a tenth of
-    # the time that flax takes to make the shapes of 32.
-    one, two = (
-        llama.LlamaDecoder(dataclasses.replace(decoder.config, num_layers=layers))
-        for layers in (1, 2)
-    )
-    shapes = one.param_shapes()
-    layer = num_bytes(two.param_shapes()) - num_bytes(shapes)
-    held = num_bytes(shapes) + (decoder.num_layers - 1) * layer
-    # Of an embedding that is not the output matrix too, a step reads a line a row.
-    unread = 0 if decoder.config.tied_embeddings else num_bytes(shapes["embedding"])
-    return planning.Weights(held, held - unread)
-
-
-def sizes_of(decoder):
-    """Returns the sizes of a model's hidden states."""
-    return planning.Sizes(decoder.config.width, decoder.config.mlp_width)
 
 
 def _row(spec, found, devices, margin) -> dict:

@@ -93,13 +93,6 @@ class Weights(NamedTuple):
     read: int
 
 
-class Sizes(NamedTuple):
-    """Of the shapes a plan needs and `DecoderLM` does not say."""
-
-    width: int  # E
-    mlp_width: int
-
-
 class Plan(NamedTuple):
     """Bytes of one model under one method, all rows and layers together."""
 
@@ -140,7 +133,7 @@ def plan(
     method: Method,
     *,
     weights: Weights,
-    sizes: Sizes,
+    mlp_width: int,
     context: int,
     new_tokens: int = 128,
     batch: int = 1,
@@ -152,7 +145,7 @@ def plan(
         decoder: of any size; no weights are needed.
         method: any that suits the model.
         weights: bytes of the model's.
-        sizes: of its hidden states.
+        mlp_width: elements of the widest hidden state inside of a layer.
         context: tokens of a row when the last one is generated.
         new_tokens: generated ones among them.
         batch: rows.
@@ -182,7 +175,7 @@ def plan(
     # A chunk's hidden states and heads; and XLA copies a layer's cache up to twice for
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
     heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
-    wide = (2 * sizes.width + 3 * sizes.mlp_width + heads) * itemsize
+    wide = (2 * decoder.width + 3 * mlp_width + heads) * itemsize
     prompt_temporaries = batch * chunk_size * wide + 2 * max(before) + logits
     # One layer's attention logits twice, in float32, where no kernel keeps them small.
     decode_temporaries = 2 * 4 * batch * spec.num_q_heads * context + 2 * logits

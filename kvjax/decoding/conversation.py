@@ -5,6 +5,7 @@ conversation, not of the turns put behind each other: where the template writes 
 turns differently once there are later ones, they are read anew.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax.decoding import saved_prompt
-from kvjax.interface import LanguageModel, Method, dynamic_rope
+from kvjax.interface import LanguageModel, Method
 from kvjax.registry import as_method
 
 Message = Mapping[str, str]
@@ -87,7 +88,8 @@ def go_on(
     method = as_method(method)
     ids = tokens(model.tokenizer, messages, reply=reply)
     (old,) = before.prompts
-    fits = tuple(ids[: len(old)]) == old and dynamic_rope(model.decoder) is None
+    is_static = model.decoder.rope.static_until == math.inf
+    fits = tuple(ids[: len(old)]) == old and is_static
     if room is None and not (fits and len(ids) == len(old)):
         check_room(model, method, before, 1, behind=len(ids))
     if fits and room is None:

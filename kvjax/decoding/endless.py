@@ -32,6 +32,7 @@ from kvjax.decoding.generate import (
     ended,
     last_hidden,
 )
+from kvjax.decoding.hidden import no_hidden
 from kvjax.decoding.prompt_chunks import PAD
 from kvjax.decoding.sampling import shown
 from kvjax.decoding.scoring import POSITIONS
@@ -179,7 +180,7 @@ def read(
 def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
     decoder, tokenizer = model.decoder, model.tokenizer
     states = empty_states(decoder, method, 1, decoder.context, 1)
-    hidden = _no_hidden(decoder, method, model.params, states)
+    hidden = no_hidden(decoder, 1)
     seen = np.zeros((1, decoder.vocab_size), bool)
     newest: list[int] = []
     progress, before = Progress(0, 0, 0, 0.0), ""
@@ -239,17 +240,6 @@ def _check_position(tokens):
             f"the text has more than {_LAST_POSITION} tokens, the last position of a "
             "32-bit integer: begin anew."
         )
-
-
-def _no_hidden(decoder, method, params, states):
-    one = jax.ShapeDtypeStruct((1, 1), jnp.int32)
-    length = jax.ShapeDtypeStruct((1,), jnp.int32)
-
-    def prefill(params, states, tokens, lengths):
-        return decoder.prefill(params, states, tokens, lengths, method)[1]
-
-    shape = jax.eval_shape(prefill, params, states, one, length)
-    return jnp.zeros((1, shape.shape[2]), shape.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)

@@ -4,6 +4,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.interface import DecoderLM
+
+
+def no_hidden(decoder: DecoderLM, batch: int) -> Float[Array, "B E"]:
+    """Returns what stands for hidden states before the first token of a prompt."""
+    return jnp.zeros((batch, decoder.width), decoder.cache_spec(1, 1).dtype)
+
 
 @jax.jit
 def newer(

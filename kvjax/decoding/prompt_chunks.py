@@ -4,7 +4,6 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from kvjax import interface
 from kvjax.interface import DecoderLM
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
@@ -39,8 +38,7 @@ def chunks(
 
 def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
     padded = bucket(longest)
-    rope = interface.dynamic_rope(decoder)
-    if rope is not None and longest > rope.original_context:
+    if longest > decoder.rope.static_until:
         # Its frequencies depend on the whole prompt's length: all keys rotate at once.
         return padded
     # Chunks of one size, so that the last one is not mostly padding.

@@ -8,6 +8,7 @@ model, method or dtype is refused. Needs orbax: `pip install 'kvjax[train]'`.
 import hashlib
 import itertools
 import json
+import math
 import pathlib
 from collections.abc import Generator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -41,8 +42,9 @@ from kvjax.decoding.generate import (
     newer,
     prefill_chunk,
 )
+from kvjax.decoding.hidden import no_hidden
 from kvjax.decoding.sampling import Sampling, mentioned
-from kvjax.interface import LanguageModel, Method, State, dynamic_rope
+from kvjax.interface import LanguageModel, Method, State
 from kvjax.registry import as_method
 from kvjax.text import encoding
 
@@ -149,7 +151,7 @@ def extend(
     ]
     if not any(map(len, more)):
         return prefix
-    if dynamic_rope(model.decoder) is not None:
+    if model.decoder.rope.static_until < math.inf:
         raise ValueError(
             "the model's rope is 'dynamic', which rotates all keys of a prompt at "
             "once: read the whole prompt anew."
@@ -382,9 +384,7 @@ def restore(
         lambda: empty_states(model.decoder, method, len(lengths), longest, room)
     )
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
-    # Its width is in no protocol: as it was saved.
-    shape, dtype = found["leaves"]["['hidden']"]
-    hidden = jax.ShapeDtypeStruct(tuple(shape), dtype)
+    hidden = jax.eval_shape(lambda: no_hidden(model.decoder, len(lengths)))
     like = _flat(shapes, hidden, tokens)
     if array_files.describe(like) != found["leaves"]:
         raise ValueError(

@@ -4,12 +4,13 @@ A method that can take tokens back drafts with its small reads; one exact pass o
 draft then costs about as much as one token of full attention.
 """
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.interface import DecoderLM, Method, Params, State, dynamic_rope
+from kvjax.interface import DecoderLM, Method, Params, State
 
 
 class Verified(NamedTuple):
@@ -64,7 +65,7 @@ def verify(
         ValueError: if the method cannot take tokens back, or the model's rope is
             `dynamic`: its keys depend on how many come at once.
     """
-    if dynamic_rope(decoder) is not None:
+    if decoder.rope.static_until < math.inf:
         raise ValueError(
             "the model's rope is 'dynamic', which would rotate a draft's keys as no "
             "single step does: decode token by token."

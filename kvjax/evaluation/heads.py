@@ -157,7 +157,7 @@ def inspect(
         **scores,
         maps=_maps(model, text, scores, min(context, MAP_TOKENS), seed),
         model=model.name,
-        alpha=decoder.cache_spec(1, context).alpha,
+        alpha=decoder.alpha,
         context=context,
         windows=windows,
         text=text_name,

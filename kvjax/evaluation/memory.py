@@ -47,7 +47,7 @@ def fit(
     settings: Settings,
     *,
     weights: int,
-    sizes: planning.Sizes,
+    mlp_width: int,
     room: int,
     free: int | None,
 ) -> Fit:
@@ -61,7 +61,7 @@ def fit(
         methods: by name, the reference among them.
         settings: their batch is the most.
         weights: bytes of the model's.
-        sizes: of its hidden states.
+        mlp_width: elements of the widest hidden state inside of a layer.
         room: bytes of the states of methods that read together, at most.
         free: bytes, before the weights are there; None: as many as it takes.
     """
@@ -70,7 +70,7 @@ def fit(
             decoder,
             method,
             weights=planning.Weights(weights, weights),
-            sizes=sizes,
+            mlp_width=mlp_width,
             context=settings.context,
             new_tokens=settings.new_tokens,
             chunk_size=settings.chunk_size,

@@ -1,5 +1,6 @@
 """A cache of the tokens that were chosen, in slots of their own for each KV head."""
 
+import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -96,6 +97,7 @@ def turns_alike(spec: CacheSpec, length: Int[Array, "B"]) -> Bool[Array, "B 1"]:
     length: :func:`kvjax.full` keeps keys as they were rotated, and a method that
     rotates them anew is then another model, however many tokens it keeps.
     """
-    if getattr(spec.rope, "kind", None) != "dynamic":
+    until = getattr(spec.rope, "static_until", math.inf)  # of a function there is none
+    if math.isinf(until):
         return jnp.ones_like(length, bool)[:, None]
-    return (length <= spec.rope.original_context)[:, None]
+    return (length <= int(until))[:, None]

@@ -191,8 +191,16 @@ class LlamaDecoder:
         return self.config.vocab_size
 
     @property
+    def width(self) -> int:
+        return self.config.width
+
+    @property
+    def rope(self) -> Rope:
+        rotated = set(range(self.num_layers)) - set(self.config.unrotated_layers)
+        return self._rope_of(min(rotated, default=0))
+
+    @property
     def alpha(self) -> float:
-        """Of the attention: 1 is softmax, above 1 alpha-entmax."""
         return self.config.attention_alpha
 
     def init(self, seed: int = 0) -> Params:
@@ -211,9 +219,6 @@ class LlamaDecoder:
         self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
     ) -> CacheSpec:
         """What a method may know of one layer of this model."""
-        rope = self.config.rope
-        if layer in self.config.unrotated_layers:
-            rope = Rope(rope.head_dim, kind="none")
         return CacheSpec(
             batch=batch,
             num_q_heads=self.config.num_q_heads,
@@ -221,11 +226,17 @@ class LlamaDecoder:
             head_dim=self.config.head_dim,
             capacity=capacity,
             dtype=self.config.dtype,
-            rope=rope,
+            rope=self._rope_of(layer),
             max_new_tokens=max_new_tokens,
             layer=layer,
             alpha=self.alpha,
         )
+
+    def _rope_of(self, layer: int) -> Rope:
+        rope = self.config.rope
+        if layer in self.config.unrotated_layers:
+            return Rope(rope.head_dim, kind="none")
+        return rope
 
     def hidden(
         self,

@@ -23,14 +23,14 @@ from models.llama import LlamaDecoder
 CONFIG = pathlib.Path(__file__).parents[2] / "docs/configs/llama-3.1-8b.json"
 EIGHT_B = models.load_decoder(CONFIG)
 WEIGHTS = planning.Weights(100, 60)
-SIZES = planning.Sizes(4096, 14336)
+MLP_WIDTH = 14336
 
 
 @pytest.mark.parametrize("spec", ["full", "snapkv", "dense_layers:first=1+h2o"])
 def test_states_are_those_that_are_allocated(spec):
     decoder = tiny_model().decoder
     method = registry.parse(spec, **SMALL)
-    options = {"weights": WEIGHTS, "sizes": SIZES, "context": 90}
+    options = {"weights": WEIGHTS, "mlp_width": MLP_WIDTH, "context": 90}
     plan = planning.plan(decoder, method, new_tokens=20, batch=3, **options)
     states = list(jax.jit(lambda: empty_states(decoder, method, 3, 70, 20))())
     assert plan.prompt_state == num_bytes(states)
@@ -69,13 +69,13 @@ def test_the_peak_is_the_worst_moment():
 def test_eight_billion_parameters_at_128k():
     """By hand, and the temporaries by what was compiled for NOTES."""
     held = 8_030_261_248 * 2
-    weights = cli.plan.weights_of(EIGHT_B)
+    weights = planning.Weights(*models.footprint(EIGHT_B)[:2])
     assert weights == (held, held - 128_256 * 4096 * 2)
     plan = planning.plan(
         EIGHT_B,
         registry.parse("full"),
         weights=weights,
-        sizes=cli.plan.sizes_of(EIGHT_B),
+        mlp_width=models.footprint(EIGHT_B).mlp_width,
         context=131_072,
     )
     cache = 2 * 32 * 8 * 131_072 * 128 * 2
@@ -96,7 +96,7 @@ def test_weights_are_those_of_the_model(tied):
     )
     decoder = LlamaDecoder(config)
     params = jax.eval_shape(decoder.init)
-    weights = cli.plan.weights_of(decoder)
+    weights = models.footprint(decoder)
     assert weights.held == num_bytes(params)
     unread = 0 if tied else num_bytes(params["embedding"])
     assert weights.read == weights.held - unread
@@ -113,7 +113,11 @@ def test_weights_are_those_of_the_model(tied):
 def test_sizes_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
         planning.plan(
-            EIGHT_B, registry.parse("full"), weights=WEIGHTS, sizes=SIZES, **options
+            EIGHT_B,
+            registry.parse("full"),
+            weights=WEIGHTS,
+            mlp_width=MLP_WIDTH,
+            **options,
         )
 
 

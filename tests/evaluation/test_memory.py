@@ -7,7 +7,6 @@ from tiny import tiny_model
 
 import kvjax
 from kvjax import accounting
-from kvjax.cost import planning
 from kvjax.evaluation import compare, compare_inputs, memory
 from kvjax.stores.buffers import num_bytes
 
@@ -17,7 +16,7 @@ METHODS = {
     name: kvjax.parse(name)
     for name in ("full", "quest:budget=32", "h2o:budget=32", "snapkv:budget=48")
 }
-SIZES = planning.Sizes(32, 48)
+MLP_WIDTH = 48
 WEIGHTS = num_bytes(MODEL.params)
 
 
@@ -27,7 +26,7 @@ def fit(free, room=compare.ROOM, **settings):
         METHODS,
         dataclasses.replace(SETTINGS, **settings),
         weights=WEIGHTS,
-        sizes=SIZES,
+        mlp_width=MLP_WIDTH,
         room=room,
         free=free,
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import checkpoints
 import jax
@@ -18,7 +19,7 @@ from tokenizers_made import write_byte_level
 import models
 from kvjax import files, registry
 from kvjax.decoding.scoring import score
-from kvjax.interface import dynamic_rope, layer_specs
+from kvjax.interface import layer_specs
 from kvjax.training import step
 from kvjax.training.batch import Batch
 from models import llama
@@ -191,9 +192,11 @@ def test_dynamic_rope_is_seen_behind_an_unrotated_layer():
     scaled = {"rope_scaling": {"type": "dynamic", "factor": 2.0}}
     given = _of("smollm3", **scaled)
     decoder = llama.LlamaDecoder(llama.from_hf(given))
-    assert dynamic_rope(decoder) == decoder.config.rope
+    assert decoder.config.unrotated_layers
+    assert decoder.rope == decoder.config.rope
+    assert decoder.rope.static_until == 64
     plain = dataclasses.replace(decoder.config, unrotated_layers=(0, 1))
-    assert dynamic_rope(llama.LlamaDecoder(plain)) is None
+    assert llama.LlamaDecoder(plain).rope.static_until == math.inf
 
 
 COVERING = {"budget": 64, "page_size": 4, "kernel": 3, "features": 2, "tail": 1}

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax.decoding.generate import empty_states, finish, last_hidden, recent
+from kvjax.decoding.hidden import no_hidden
 from kvjax.decoding.prompt_chunks import PAD
 from kvjax.decoding.scoring import POSITIONS
 from kvjax.interface import LanguageModel, Method
@@ -159,7 +160,7 @@ def read(
     """
     decoder, params = model.decoder, model.params
     states = empty_states(decoder, method, shape.batch, shape.prompt, shape.steps)
-    hidden = no_hidden(model, method, states, shape.batch)
+    hidden = no_hidden(decoder, shape.batch)
     scores = []
     for start in range(0, max(map(len, prompts)), shape.chunk):
         chunk = np.full((shape.batch, shape.chunk), PAD, np.int32)
@@ -177,20 +178,6 @@ def read(
     if scored:
         found = (np.concatenate(x, axis=1)[:, 1:] for x in zip(*scores, strict=True))
     return Read(finish(method, states), hidden, window, *found)
-
-
-def no_hidden(
-    model: LanguageModel, method: Method, states: tuple, batch: int
-) -> jax.Array:
-    """What comes before a prompt's first chunk, `(B, E)`."""
-    one = jax.ShapeDtypeStruct((batch, 1), jnp.int32)
-    length = jax.ShapeDtypeStruct((batch,), jnp.int32)
-
-    def prefill(params, states, tokens, lengths):
-        return model.decoder.prefill(params, states, tokens, lengths, method)[1]
-
-    shape = jax.eval_shape(prefill, model.params, states, one, length)
-    return jnp.zeros((batch, shape.shape[2]), shape.dtype)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)

@@ -1,0 +1,50 @@
+"""What a model family is to :mod:`models`: how its checkpoints are read and written.
+
+A family is a folder that makes one :class:`Family`, and a line in `models.FAMILIES`.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from kvjax.interface import DecoderLM, Params, Tokenizer
+
+Config = Mapping[str, Any]  # a decoded config.json
+Dtype = jax.typing.DTypeLike | None  # None keeps the checkpoint's
+
+
+class Footprint(NamedTuple):
+    """Sizes of a model that its decoder does not say, from its shapes alone."""
+
+    held: int  # bytes of all weights
+    read: int  # bytes of them that a decode step must read
+    mlp_width: int  # elements of the widest hidden state inside of a layer
+
+
+class Family(NamedTuple):
+    """The functions of one family, over checkpoint folders in its layout.
+
+    Fields:
+        model_types: values of `model_type` in `config.json` that are its own.
+        decoder: the class of its decoders, a :class:`kvjax.interface.DecoderLM`.
+        load_decoder: `load_decoder(config, dtype) -> decoder`, without any weights.
+        load: `load(directory, config, dtype, device) -> (decoder, params)`.
+        save: `save(params, decoder, directory, max_shard_bytes) -> config` writes the
+            weights, and returns what `config.json` is to hold.
+        load_tokenizer: `load_tokenizer(directory) -> tokenizer`.
+        save_tokenizer: `save_tokenizer(tokenizer, directory)`.
+        footprint: `footprint(decoder) -> Footprint`.
+        notes: `notes(decoder) -> lines` that a user must know of a loaded model.
+    """
+
+    model_types: tuple[str, ...]
+    decoder: type
+    load_decoder: Callable[[Config, Dtype], DecoderLM]
+    load: Callable[[Path, Config, Dtype, Any], tuple[DecoderLM, Params]]
+    save: Callable[[Params, Any, Path, int], dict[str, Any]]
+    load_tokenizer: Callable[[Path], Tokenizer]
+    save_tokenizer: Callable[[Any, Path], None]
+    footprint: Callable[[Any], Footprint]
+    notes: Callable[[Any], tuple[str, ...]]
