@@ -77,18 +77,40 @@ def check_lists(diagnostics: Diagnostics, spec: CacheSpec) -> None:
         )
 
 
-@functools.cache
-def is_constant(method: Method, decoder: DecoderLM) -> bool:
-    """Whether no layer's state grows with the context: inputs of any length fit.
+# Tokens of a prompt, and generated ones: beyond every budget and window.
+_MANY, _MORE = 1 << 24, 1 << 25
 
-    Such a method re-numbers positions, or has none: the model's context is no limit.
+
+@functools.cache
+def grows_with_prompt(method: Method, decoder: DecoderLM) -> bool:
+    """Says whether any layer holds more the longer the prompt is, read or decoded."""
+    return _held(method, decoder, _MANY, _MANY) != _held(method, decoder, _MORE, _MANY)
+
+
+@functools.cache
+def grows_with_generated(method: Method, decoder: DecoderLM) -> bool:
+    """Says whether any layer holds more the more tokens are to be generated."""
+    return _held(method, decoder, _MANY, _MANY) != _held(method, decoder, _MANY, _MORE)
+
+
+def reads_any_length(method: Method, decoder: DecoderLM) -> bool:
+    """Says whether prompts of any length fit, beyond the model's context too.
+
+    Such a method holds no more for a longer prompt, and re-numbers positions.
     """
-    held = []
-    for capacity in (1 << 24, 1 << 25):
-        specs = layer_specs(decoder, 1, capacity, capacity)
-        sizes = [(prompt_bytes(method, s), state_bytes(method, s)) for s in specs]
-        held.append(sizes)
-    return held[0] == held[1]
+    return method.renumbers and not grows_with_prompt(method, decoder)
+
+
+def is_endless(method: Method, decoder: DecoderLM) -> bool:
+    """Says whether a text may grow for ever, read and generated, in the same memory."""
+    reads = reads_any_length(method, decoder)
+    return reads and not grows_with_generated(method, decoder)
+
+
+def _held(method, decoder, prompt, generated) -> list[tuple[int, int]]:
+    """Bytes of each layer, while a prompt is read and while tokens are generated."""
+    specs = layer_specs(decoder, 1, prompt + generated, generated)
+    return [(prompt_bytes(method, s), state_bytes(method, s)) for s in specs]
 
 
 def traffic(

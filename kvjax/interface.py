@@ -242,6 +242,8 @@ class Method(NamedTuple):
         rewind: None unless tokens can be taken back.
         exact_prompt: `prefill` returns exact attention over the prompt, whatever the
             options. Such methods can read a prompt together: the model runs once.
+        renumbers: no query meets a key at a distance that grows with the text, because
+            positions are re-numbered: the model's context is no limit to them.
     """
 
     init: InitFn
@@ -254,6 +256,7 @@ class Method(NamedTuple):
     select: SelectFn | None = None
     rewind: RewindFn | None = None
     exact_prompt: bool = False
+    renumbers: bool = False
 
     def __repr__(self) -> str:
         """The spec string where the method was made of one, else its factory."""

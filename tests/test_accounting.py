@@ -227,3 +227,26 @@ def test_lists_of_no_ones_heads_are_refused(lists):
 def test_every_methods_lists_can_be_counted(spec):
     decoder = tiny_model(num_layers=1).decoder
     accounting.check_diagnostics(registry.parse(spec), decoder)
+
+
+# Of the methods for softmax: what holds no more for a longer prompt, or for more tokens
+# to generate.
+CONSTANT = {"cascade", "streaming_llm"}
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_what_grows_with_the_text(name):
+    method = registry.parse(name)
+    decoder = tiny_model(num_layers=1, attention_alpha=alpha_of(name)).decoder
+    assert accounting.grows_with_prompt(method, decoder) == (name not in CONSTANT)
+    assert accounting.grows_with_generated(method, decoder) == (name not in CONSTANT)
+    assert method.renumbers == (name in CONSTANT)
+    assert accounting.is_endless(method, decoder) == (name in CONSTANT)
+
+
+def test_one_dense_layer_is_enough_to_grow():
+    decoder = tiny_model(num_layers=2).decoder
+    for first, is_endless in [(0, True), (1, False), (2, False)]:
+        method = registry.parse(f"dense_layers:first={first}+streaming_llm")
+        assert accounting.is_endless(method, decoder) == is_endless
+        assert method.renumbers == is_endless

@@ -68,6 +68,23 @@ def test_dynamic_stretches_the_base_beyond_the_context(length):
     _check(rope, _plain(8, base), length=length)
 
 
+def test_earlier_rotations_hold_up_to_a_length():
+    """Keys rotated at one length are those of another, up to `static_until`."""
+    x, at = jnp.ones((1, 1, 1, 8)), jnp.array([[40]])
+
+    def turned(rope, length):
+        return np.asarray(rope(x, at, jnp.array([length])))
+
+    dynamic = Rope(8, kind="dynamic", factor=2.0, original_context=100)
+    assert dynamic.static_until == 100
+    assert (turned(dynamic, 50) == turned(dynamic, 100)).all()
+    assert (turned(dynamic, 50) != turned(dynamic, 101)).any()
+    for kind in ("default", "linear", "llama3", "yarn", "none"):
+        rope = Rope(8, kind=kind, factor=2.0, original_context=100)
+        assert rope.static_until == math.inf
+        assert (turned(rope, 50) == turned(rope, 10_000)).all()
+
+
 def test_llama3_keeps_the_fast_and_stretches_the_slow():
     rope = Rope(
         64,

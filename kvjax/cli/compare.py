@@ -320,7 +320,7 @@ def _kept(part: _Part) -> list:
     return [
         kept_tokens.kept(part.model, method, tokens, every=every, name=name)
         for name, method in methods.items()
-        if accounting.is_constant(method, part.model.decoder)
+        if not accounting.grows_with_prompt(method, part.model.decoder)
     ]
 
 

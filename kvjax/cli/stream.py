@@ -77,6 +77,7 @@ def stream(
         parsed,
         endless.pieces(all_blocks(), name=str(text)),
         chunk_size=chunk_size,
+        room=max(new_tokens, 1),
     )
     to = sys.stdout if as_json or not new_tokens else sys.stderr
     start, shown, latest = time.perf_counter(), None, None

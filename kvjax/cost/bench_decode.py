@@ -132,7 +132,7 @@ def _check(model, methods, context, generated) -> None:
             "steps or repeats."
         )
     for name, method in methods.items():
-        is_bound = not accounting.is_constant(method, model.decoder)
+        is_bound = not accounting.reads_any_length(method, model.decoder)
         if is_bound and context > model.decoder.context:
             raise ValueError(
                 f"{context=} exceeds the {model.decoder.context} tokens the model was "

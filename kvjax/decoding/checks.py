@@ -29,7 +29,7 @@ def check_prompts(
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} has no tokens: give it at least one.")
         is_long = len(prompt) + max_new_tokens > decoder.context
-        if is_long and not accounting.is_constant(method, decoder):
+        if is_long and not accounting.reads_any_length(method, decoder):
             raise ValueError(
                 f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens=} that "
                 f"exceeds the model's context of {decoder.context}: shorten either."

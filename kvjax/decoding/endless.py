@@ -87,16 +87,24 @@ class Read(NamedTuple):
     newest: list[int]  # the last tokens, `method.rows` or more
     seen: Bool[np.ndarray, "1 V"]  # tokens of the vocabulary that the text has
     progress: Progress
+    room: int  # tokens to generate that a method which holds each has slots for
 
 
 def check_method(
     model: LanguageModel, method: Method | str, name: str = "this method"
 ) -> None:
-    """Raises ValueError unless the method holds no more the longer the text."""
-    if not accounting.is_constant(as_method(method), model.decoder):
+    """Raises ValueError unless a text of any length can be read under the method."""
+    method = as_method(method)
+    if accounting.grows_with_prompt(method, model.decoder):
         raise ValueError(
             f"what {name} holds grows with the text: an endless one needs a method of "
             "constant memory, such as cascade:budget=1024 or streaming_llm:budget=1024."
+        )
+    if not method.renumbers:
+        raise ValueError(
+            f"positions under {name} grow with the text, beyond the "
+            f"{model.decoder.context} that the model was made for: an endless one "
+            "needs a method that re-numbers them, such as cascade:budget=1024."
         )
 
 
@@ -150,6 +158,7 @@ def read(
     texts: Iterable[str],
     *,
     chunk_size: int = 512,
+    room: int = 1,
 ) -> Generator[Progress, None, Read]:
     """Reads a text and scores it on the way: a generator that returns :class:`Read`.
 
@@ -159,27 +168,31 @@ def read(
         texts: pieces of one text, such as :func:`pieces` makes. Each is cut into tokens
             behind the one before it, as the whole text is wherever a token begins.
         chunk_size: most tokens processed at once.
+        room: tokens that may be generated behind it, under a method that holds each of
+            them; other methods have room for any number.
 
     Returns:
         A generator of the running :class:`Progress`, one a piece.
 
     Raises:
-        ValueError: if the method's state grows with the text, `chunk_size` < 1, a piece
-            is no text, logits are not finite, or, once at its end, the text has no
-            tokens.
+        ValueError: if the method's state or its positions grow with the text,
+            `chunk_size` or `room` is below 1, a piece is no text, logits are not
+            finite, or, once at its end, the text has no tokens.
     """
     method = as_method(method)
     check_model(model)
     check_method(model, method)
-    check_counts(chunk_size=chunk_size)
+    check_counts(chunk_size=chunk_size, room=room)
+    if not accounting.grows_with_generated(method, model.decoder):
+        room = 1  # for whatever room, the same programs
     if isinstance(texts, str | bytes):
         raise ValueError(f"texts={shown(texts)} is one text: put it in a list.")
-    return _read(model, method, texts, chunk_size)
+    return _read(model, method, texts, chunk_size, room)
 
 
-def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
+def _read(model, method, texts, chunk_size, room) -> Generator[Progress, None, Read]:
     decoder, tokenizer = model.decoder, model.tokenizer
-    states = empty_states(decoder, method, 1, decoder.context, 1)
+    states = empty_states(decoder, method, 1, decoder.context, room)
     hidden = no_hidden(decoder, 1)
     seen = np.zeros((1, decoder.vocab_size), bool)
     newest: list[int] = []
@@ -231,7 +244,7 @@ def _read(model, method, texts, chunk_size) -> Generator[Progress, None, Read]:
         yield progress
     if not progress.tokens:
         raise ValueError("the text is empty: give some.")
-    return Read(states, hidden, newest, seen, progress)
+    return Read(states, hidden, newest, seen, progress, room)
 
 
 def _check_position(tokens):
@@ -275,10 +288,18 @@ def extend(
     those of :func:`kvjax.decoding.generate.continued`.
 
     Raises:
-        ValueError: as there, and beyond that position.
+        ValueError: as there, beyond that position, and beyond the text's `room` under a
+            method that holds each generated token.
     """
     method = as_method(method)
-    check_counts(max_new_tokens=options.get("max_new_tokens"))
-    _check_position(text.progress.tokens + options["max_new_tokens"])
+    max_new_tokens = options.get("max_new_tokens")
+    check_counts(max_new_tokens=max_new_tokens)
+    _check_position(text.progress.tokens + max_new_tokens)
+    is_bound = accounting.grows_with_generated(method, model.decoder)
+    if is_bound and max_new_tokens > text.room:
+        raise ValueError(
+            f"{max_new_tokens=} exceeds the room={text.room} that the text was read "
+            "with, and this method holds each generated token: read it with more."
+        )
     prefilled = ended(method, text.states, text.hidden, [text.newest])
     return continued(model, method, prefilled, seen=text.seen, **options)

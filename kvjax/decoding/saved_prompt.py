@@ -159,7 +159,8 @@ def extend(
     check_vocabulary(model.decoder, more)
     prompts = tuple((*old, *new) for old, new in zip(prefix.prompts, more, strict=True))
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
-    check_room(model, method, prefix, after + 1 - before)
+    longer = 0 if accounting.reads_any_length(method, model.decoder) else after - before
+    check_room(model, method, prefix, longer + 1)
     states, hidden = _read(
         model, method, prefix.states, prefix.hidden, more, chunk_size
     )
@@ -177,8 +178,11 @@ def tokens_left(
     model: LanguageModel, method: Method | str, prefix: Prefix
 ) -> int | None:
     """Returns how many tokens may follow; None for a method of constant memory."""
-    if accounting.is_constant(as_method(method), model.decoder):
+    method, decoder = as_method(method), model.decoder
+    if accounting.is_endless(method, decoder):
         return None  # what does not grow has room for everything
+    if accounting.reads_any_length(method, decoder):
+        return prefix.room  # taken by what is generated, whatever was read
     return prefix.longest + prefix.room - max(map(len, prefix.prompts))
 
 

@@ -87,7 +87,8 @@ def score(
         )
     decoder = model.decoder
     longest = int(lengths.max())
-    if longest > decoder.context and not accounting.is_constant(method, decoder):
+    is_long = longest > decoder.context
+    if is_long and not accounting.reads_any_length(method, decoder):
         raise ValueError(
             f"a row has {longest} tokens, more than the model's context of "
             f"{decoder.context}: shorten it."

@@ -48,6 +48,7 @@ def reader(methods: tuple[Method, ...]) -> Method:
         inspect_step=decode,
         traffic=decode,
         exact_prompt=methods[0].exact_prompt,
+        renumbers=all(method.renumbers for method in methods),
     )
 
 

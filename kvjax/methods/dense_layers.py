@@ -110,6 +110,7 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         rows=method.rows,
         rewind=rewinds,
         exact_prompt=method.exact_prompt and dense.exact_prompt,
+        renumbers=method.renumbers and (dense.renumbers or first == 0),
     )
 
 

@@ -92,6 +92,7 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         append=functools.partial(append, options),
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
+        renumbers=True,
     )
 
 

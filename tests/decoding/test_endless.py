@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import Array
 from text_families import FAMILIES, surround
 from tiny import TEXT, tiny_model
 
 from kvjax import accounting, registry
-from kvjax.decoding import endless, generate
+from kvjax.decoding import endless, generate, saved_prompt
 from kvjax.decoding.scoring import score
 from kvjax.text import encoding
 from models import embedded
@@ -147,12 +150,95 @@ def test_only_methods_of_constant_memory(model):
     constant = [
         name
         for name in registry.names(1.0)
-        if accounting.is_constant(registry.parse(name), model.decoder)
+        if accounting.is_endless(registry.parse(name), model.decoder)
     ]
     assert constant == ["cascade", "streaming_llm"]
     dense = registry.parse("dense_layers:first=1+" + CASCADE)
     with pytest.raises(ValueError, match="what this method holds grows with the text"):
         endless.read(model, dense, [TEXT])
+
+
+class Slots(NamedTuple):
+    """A method's state, and a slot for every token that is to be generated."""
+
+    state: Any
+    slots: Array
+    used: Array
+
+
+def with_slots(method):
+    """The method, which notes in a slot of its own each token that it generates."""
+
+    def init(spec, weights=None):
+        slots = jnp.zeros((spec.batch, spec.max_new_tokens), jnp.int32)
+        return Slots(method.init(spec, weights), slots, jnp.int32(0))
+
+    def inside(function):
+        def run(state, *arguments):
+            inner, *rest = function(state.state, *arguments)
+            return state._replace(state=inner), *rest
+
+        return run
+
+    def append(state, k, v):
+        slots = state.slots.at[:, state.used].set(1)
+        return Slots(method.append(state.state, k, v), slots, state.used + 1)
+
+    return method._replace(
+        init=init,
+        prefill=inside(method.prefill),
+        finish=lambda state: state._replace(state=method.finish(state.state)),
+        append=append,
+        inspect_step=inside(method.inspect_step),
+    )
+
+
+def test_slots_for_new_tokens_bound_what_is_generated_and_not_what_is_read(model):
+    """The state is constant but for a slot of each new token: the text is endless."""
+    method, plain = with_slots(registry.parse(STREAMING)), registry.parse(STREAMING)
+    decoder = model.decoder
+    assert not accounting.grows_with_prompt(method, decoder)
+    assert accounting.grows_with_generated(method, decoder)
+    assert accounting.reads_any_length(method, decoder)
+    assert not accounting.is_endless(method, decoder)
+    text, options = TEXT[:150], {"eos_ids": ()}  # of a context of 64
+    (expected,) = generate.generate(model, plain, [text], max_new_tokens=12, **options)
+    _, read = all_of(endless.read(model, method, [text[:99], text[99:]], room=12))
+    with pytest.raises(ValueError, match="max_new_tokens=13 exceeds the room=12"):
+        endless.extend(model, method, read, max_new_tokens=13, **options)
+    assert read.states[0].slots.shape == (1, 12)
+    _, (found,) = all_of(
+        endless.extend(model, method, read, max_new_tokens=12, **options)
+    )
+    assert found == expected
+    # A prefix too takes more of the prompt than it had room for, and generates as much.
+    prefix = saved_prompt.read(model, method, [text[:99]], room=12)
+    longer = saved_prompt.extend(model, method, prefix, [text[99:]])
+    assert saved_prompt.tokens_left(model, method, longer) == 12
+    with pytest.raises(ValueError, match="has room for 12 tokens more"):
+        saved_prompt.generate(model, method, longer, max_new_tokens=13, **options)
+    (found,) = saved_prompt.generate(model, method, longer, **options)
+    assert found.tokens == expected.tokens
+
+
+def test_absolute_positions_end_with_the_models_context(model):
+    """However little the method holds."""
+    method = registry.parse(STREAMING)._replace(renumbers=False)
+    decoder = model.decoder
+    assert not accounting.grows_with_prompt(method, decoder)
+    assert not accounting.grows_with_generated(method, decoder)
+    assert not accounting.reads_any_length(method, decoder)
+    with pytest.raises(ValueError, match=r"positions under this method grow .* the 64"):
+        endless.read(model, method, [TEXT])
+    tokens = model.tokenizer.encode(TEXT[:70])
+    with pytest.raises(ValueError, match="exceeds the model's context of 64"):
+        generate.generate(model, method, [tokens], max_new_tokens=2)
+    with pytest.raises(ValueError, match="more than the model's context of 64"):
+        score(model, method, [tokens], prefill=60)
+    prefix = saved_prompt.read(model, method, [tokens[:40]], room=20)
+    assert saved_prompt.tokens_left(model, method, prefix) == 20
+    with pytest.raises(ValueError, match="has room for 20 tokens more"):
+        saved_prompt.extend(model, method, prefix, [tokens[40:]])
 
 
 def test_mistakes(model):

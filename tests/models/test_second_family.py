@@ -72,7 +72,7 @@ def test_the_command_line_takes_it(folder, capsys, tmp_path, monkeypatch):
     try:
         options = ["--model", str(folder), "--method", "snapkv"]
         asked = [*options, "--budget", "16", "--max-new-tokens", "3"]
-        assert cli.run(["generate", TEXT, *asked]) == 0
+        assert cli.run(["generate", "--prompt", TEXT, *asked]) == 0
         captured = capsys.readouterr()
         (done,) = generate(
             MODEL, registry.parse("snapkv:budget=16"), [TEXT], max_new_tokens=3

@@ -191,6 +191,7 @@ def cascade(
         append=functools.partial(append, options),
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
+        renumbers=True,
     )
 
 
