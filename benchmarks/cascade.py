@@ -28,7 +28,8 @@ from entries import add
 
 import models
 from kvjax import files, registry
-from kvjax.decoding.generate import empty_states, generate, prefill
+from kvjax.decoding import reader
+from kvjax.decoding.generate import generate
 from kvjax.decoding.scoring import score
 from kvjax.evaluation import statistics
 from kvjax.evaluation.tasks import needles
@@ -150,7 +151,7 @@ def long_text(length):
 
 def once(model, method, length):
     wall, cpu = time.perf_counter(), time.process_time()
-    done = prefill(model, method, [long_text(length)], max_new_tokens=1, chunk_size=512)
+    done = reader.prefill(model, method, [long_text(length)], max_new_tokens=1)
     jax.block_until_ready(done)
     return time.perf_counter() - wall, time.process_time() - cpu
 
@@ -178,31 +179,26 @@ def prefill_times(args):
 def memory(args):
     """One prompt, chunk by chunk: the peak of this process so far, at each length."""
     model, (name,) = load(), args.method
-    decoder, method = model.decoder, registry.parse(name, budget=args.budget)
-    chunk = 512
-
-    @functools.partial(jax.jit, donate_argnums=1)
-    def read(params, states, tokens):
-        lengths = jax.numpy.full((1,), chunk, jax.numpy.int32)
-        return decoder.prefill(params, states, tokens, lengths, method)[0]
-
+    method, chunk = registry.parse(name, budget=args.budget), 512
+    lengths = np.full((1,), chunk, np.int32)
     text = load().tokenizer.encode(embedded.heldout_text())
     text = np.array(text, np.int32)
-    states = empty_states(decoder, method, 1, max(args.lengths), 1)
+    reading = reader.begin(model.decoder, method, 1, max(args.lengths), 1)
     start = time.perf_counter()
     cpu = time.process_time()
     for done in range(0, max(args.lengths), chunk):
         where = np.arange(done, done + chunk) % len(text)
-        states = read(model.params, states, text[None, where])
+        part = text[None, where], lengths
+        reading = reader.read(model, method, reading, [part])
         if done + chunk in args.lengths:
-            jax.block_until_ready(states)
+            jax.block_until_ready(reading)
             yield {
                 "part": "memory",
                 "method": name,
                 "budget": args.budget,
                 "length": done + chunk,
                 "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-                "state_bytes": buffers.num_bytes(states),
+                "state_bytes": buffers.num_bytes(reading.states),
                 "seconds": round(time.perf_counter() - start, 1),
                 "cpu_seconds": round(time.process_time() - cpu, 1),
             }

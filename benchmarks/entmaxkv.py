@@ -24,7 +24,8 @@ import kvjax
 import models
 from kvjax import dense, files
 from kvjax.attention import selection
-from kvjax.decoding.generate import prefill
+from kvjax.decoding.feeding import CHOOSE, feed
+from kvjax.decoding.reader import prefill
 from kvjax.evaluation import compare, compare_inputs, fidelity
 from kvjax.evaluation.tasks import needles
 from kvjax.stores import contiguous
@@ -168,17 +169,6 @@ def measure_windows(model, groups, args, say, save):
     return entries
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def greedy(decoder, method, steps, params, states, hidden):
-    def step(carry, _):
-        states, hidden = carry
-        token = jnp.argmax(decoder.logits(params, hidden), axis=-1).astype(jnp.int32)
-        states, hidden = decoder.decode_step(params, states, token[:, None], method)
-        return (states, hidden[:, -1]), token
-
-    return jax.lax.scan(step, (states, hidden), length=steps)[1].T
-
-
 def measure_keys(model, methods, args, say, save):
     """Pass keys, `batch` at a time, until `n` or out of time."""
     examples = needles.passkey(
@@ -204,10 +194,10 @@ def measure_keys(model, methods, args, say, save):
         )
         for label, method in methods.items():
             states = tuple(adapted(method, state) for state in read.states)
-            tokens = greedy(
-                model.decoder, method, steps, model.params, states, read.hidden
-            )
-            for example, row in zip(group, np.asarray(tokens).tolist(), strict=True):
+            own = read._replace(states=jax.tree.map(jnp.copy, states))
+            wanted = np.full((args.batch, steps), CHOOSE, np.int32)
+            tokens = feed(model, method, own, wanted).tokens
+            for example, row in zip(group, tokens.tolist(), strict=True):
                 row = row[: example.answer_tokens + 2]
                 answer = continuation(model.tokenizer.decode, example.prompt, row)
                 scores[label].append(example.score(answer))

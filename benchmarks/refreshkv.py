@@ -35,7 +35,8 @@ from entries import add
 import kvjax
 import models
 from kvjax import accounting, files, registry
-from kvjax.decoding.generate import prefill
+from kvjax.decoding.feeding import CHOOSE, feed
+from kvjax.decoding.reader import prefill
 from kvjax.decoding.scoring import score
 from kvjax.evaluation import compare, compare_inputs, compare_runs, statistics
 from kvjax.evaluation.tasks import haystack, needles
@@ -64,26 +65,6 @@ def load(name):
     return models.load(name, dtype="float32")
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def decode(decoder, method, params, states, hidden, wanted):
-    """Feeds `wanted (B, T)`, or where it is -1 what is likeliest.
-
-    Returns the states, the tokens and their log-probabilities.
-    """
-
-    def step(carry, wanted):
-        states, hidden = carry
-        log_probs = jax.nn.log_softmax(decoder.logits(params, hidden))
-        likeliest = jnp.argmax(log_probs, -1).astype(jnp.int32)
-        token = jnp.where(wanted < 0, likeliest, wanted)
-        chosen = jnp.take_along_axis(log_probs, token[:, None], -1)[:, 0]
-        states, hidden = decoder.decode_step(params, states, token[:, None], method)
-        return (states, hidden[:, -1]), (token, chosen)
-
-    (states, _), found = jax.lax.scan(step, (states, hidden), wanted.T)
-    return states, *(x.T for x in found)
-
-
 def strides(states):
     """Steps by full steps of every layer and row; nothing of other methods."""
     made = [s for s in states if isinstance(s, RefreshKVState)]
@@ -106,21 +87,19 @@ def answered(model, method, examples, batch, *, forced):
         group = examples[first : first + batch]
         group += [group[-1]] * (batch - len(group))
         prompts = [example.prompt for example in group]
-        wanted = np.full((batch, longest), -1, np.int32)
+        wanted = np.full((batch, longest), CHOOSE, np.int32)
         if forced:
             for row, example in enumerate(group):
                 whole = haystack.whole(model.tokenizer, example)
                 right = whole[len(example.prompt) :]
                 wanted[row, : len(right)] = right
         start = prefill(model, method, prompts, max_new_tokens=longest)
-        states, said, likely = decode(
-            model.decoder, method, model.params, start.states, start.hidden, wanted
-        )
-        likely = np.where((wanted < 0) & forced, np.nan, likely)
+        fed = feed(model, method, start, wanted)
+        likely = np.where((wanted < 0) & forced, np.nan, fed.log_probs)
         kept = min(batch, len(examples) - first)
-        tokens += np.asarray(said)[:kept].tolist()
+        tokens += fed.tokens[:kept].tolist()
         log_probs += list(likely[:kept])
-        found += [x[:kept] for x in strides(states)]
+        found += [x[:kept] for x in strides(fed.states)]
     return tokens, log_probs, found
 
 

@@ -33,7 +33,8 @@ from entries import add
 import kvjax
 import models
 from kvjax import accounting, files, registry
-from kvjax.decoding.generate import prefill
+from kvjax.decoding import finite, loop
+from kvjax.decoding.reader import prefill
 from kvjax.evaluation import statistics
 from kvjax.evaluation.claims.measure import steps as measure_steps
 from kvjax.evaluation.tasks import chain, extraction, haystack
@@ -60,28 +61,19 @@ def named(args):
     return {name: registry.parse(specs[name]) for name in chosen}
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def forced(decoder, method, params, states, recent, tokens, targets):
-    """Feeds `tokens (B, T)`: log-probabilities of `targets`, and what revising did."""
+def judged(logits, index, memory, given):
+    tokens = given[:, index]
+    return tokens, memory, finite.log_prob(logits, tokens)
 
-    def step(carry, given):
-        states, recent = carry
-        token, target = given
-        recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
-        after, hidden = decoder.decode_step(params, states, recent, method)
-        logits = decoder.logits(params, hidden[:, -1])
-        chosen = jnp.take_along_axis(logits, target[:, None], axis=1)[:, 0]
-        found = {"log_prob": chosen - jax.nn.logsumexp(logits, axis=-1)}
-        if method.rows > 1:
-            pairs = zip(states, after, strict=True)
-            layers = [told(*pair) for pair in pairs]
-            found |= jax.tree.map(lambda *x: jnp.stack(x), *layers)
-        return (after, recent), found
 
-    (states, recent), found = jax.lax.scan(
-        step, (states, recent), (tokens.T, targets.T)
-    )
-    return states, recent, found
+def revised(before, after):
+    """What revising did in each layer of a step."""
+    layers = [told(*pair) for pair in zip(before, after, strict=True)]
+    return jax.tree.map(lambda *x: jnp.stack(x), *layers)
+
+
+JUDGED = loop.Rule(judged)
+REVISED = loop.Rule(judged, watch=revised)
 
 
 def told(before, after):
@@ -114,21 +106,26 @@ def text(args):
             [row[:before] for row in windows],
             max_new_tokens=args.new_tokens,
         )
-        parts = []
+        parts, run = [], loop.steps(REVISED if method.rows > 1 else JUDGED)
+        window = loop.pushed(recent, jnp.asarray(rows[:, before]))
         for first in range(before, args.context - 1, STEPS):
-            last = min(first + STEPS, args.context - 1)
-            states, recent, found = forced(
+            taken = run(
                 model.decoder,
                 method,
+                STEPS,
                 model.params,
                 states,
-                recent,
-                rows[:, first:last],
-                rows[:, first + 1 : last + 1],
+                window,
+                None,
+                jnp.asarray(
+                    np.pad(rows, ((0, 0), (0, STEPS)))[:, first + 1 :][:, :STEPS]
+                ),
+                np.int32(min(STEPS, args.context - 1 - first)),
             )
-            parts.append(jax.tree.map(np.asarray, found))
-        found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        likely = found["log_prob"].T.astype(np.float64)  # windows, steps
+            states, window, count = taken.states, taken.window, int(taken.count)
+            parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], taken.kept))
+        likely, found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+        likely = likely.T.astype(np.float64)  # windows, steps
         finished = slice(before, args.context - max(args.windows))
         entry = {
             "part": "text",
@@ -421,10 +418,19 @@ def times(args):
         def run(method=method, ready=ready):
             states = jax.tree.map(jnp.copy, ready.states)
             jax.block_until_ready(states)
-            ahead = row[None, before:-1]
+            window = loop.pushed(ready.recent, jnp.asarray(row[None, before]))
+            ahead = row[None, before + 1 :]
             start = time.perf_counter()
-            done = plain_steps(
-                model.decoder, method, model.params, states, ready.recent, ahead
+            done = loop.steps(LIKELIEST)(
+                model.decoder,
+                method,
+                steps,
+                model.params,
+                states,
+                window,
+                None,
+                ahead,
+                np.int32(steps),
             )
             jax.block_until_ready(done)
             return (time.perf_counter() - start) / steps
@@ -449,16 +455,11 @@ def times(args):
         }
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def plain_steps(decoder, method, params, states, recent, tokens):
-    def step(carry, token):
-        states, recent = carry
-        recent = jnp.concatenate([recent[:, 1:], token[:, None]], axis=1)
-        states, hidden = decoder.decode_step(params, states, recent, method)
-        return (states, recent), decoder.logits(params, hidden[:, -1]).argmax(-1)
+def likeliest(logits, index, memory, given):
+    return given[:, index], memory, logits.argmax(-1)
 
-    (states, _), found = jax.lax.scan(step, (states, recent), tokens.T)
-    return states, found
+
+LIKELIEST = loop.Rule(likeliest)
 
 
 PARTS = {

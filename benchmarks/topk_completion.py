@@ -32,7 +32,8 @@ from entries import add
 
 import models
 from kvjax import dense, files, registry
-from kvjax.decoding.generate import prefill
+from kvjax.decoding import finite, loop
+from kvjax.decoding.reader import prefill
 from kvjax.evaluation import statistics
 from kvjax.evaluation.tasks import haystack, needles
 from kvjax.interface import CacheSpec, Method
@@ -114,21 +115,44 @@ def recorder(state, steps):
     return Recorded(state.store, kv, kv, q, q, entropy, jnp.int32(0))
 
 
+def judged(logits, index, memory, given):
+    tokens = given[:, index]
+    return tokens, memory, finite.likelihood(logits, tokens)
+
+
+JUDGED = loop.Rule(judged)
+
+
 @functools.partial(jax.jit, static_argnames=("decoder", "method"))
 def forced(decoder, method, params, states, last, tokens):
     """Log-probability of each given token, whether it is likeliest, final states."""
-
-    def step(carry, token):
-        states, hidden = carry
-        logits = decoder.logits(params, hidden)
-        chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-        nats = chosen - jax.nn.logsumexp(logits, axis=-1)
-        is_best = logits.argmax(-1) == token
-        states, hidden = decoder.decode_step(params, states, token[:, None], method)
-        return (states, hidden[:, 0]), (nats, is_best)
-
-    (states, _), found = jax.lax.scan(step, (states, last), tokens.T)
-    return (*(x.T for x in found), states)
+    batch, steps = tokens.shape
+    window, _, first = loop.choose_first(
+        JUDGED,
+        decoder,
+        params,
+        last,
+        jnp.zeros((batch, method.rows), jnp.int32),
+        None,
+        tokens,
+    )
+    taken = loop.take_steps(
+        JUDGED,
+        decoder,
+        method,
+        steps,
+        params,
+        states,
+        window,
+        None,
+        jnp.roll(tokens, -1, axis=1),
+        jnp.int32(steps),
+    )
+    # What the last step says is of no token that is given.
+    found = jax.tree.map(
+        lambda x, rest: jnp.concatenate([x[None], rest[:-1]]).T, first, taken.kept[0]
+    )
+    return *found, taken.states
 
 
 @functools.partial(jax.jit, static_argnames="method")

@@ -15,7 +15,8 @@ import numpy as np
 from kvjax import accounting
 from kvjax.cost import bench_kernels
 from kvjax.decoding import timing
-from kvjax.decoding.generate import continued, prefill
+from kvjax.decoding.generate import continued
+from kvjax.decoding.reader import prefill
 from kvjax.interface import LanguageModel, Method
 from kvjax.registry import as_method
 from kvjax.stores.buffers import num_bytes

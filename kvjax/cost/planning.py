@@ -1,6 +1,6 @@
 """What a model takes at a context under a method, before anything is allocated.
 
-Bytes of states are those of the very buffers that `kvjax.decoding.generate` would
+Bytes of states are those of the very buffers that `kvjax.decoding.reader` would
 allocate, by `jax.eval_shape`; bytes of a step are the methods' own `traffic`.
 Temporaries are an estimate, and a rate is what the memory's bandwidth allows:
 arithmetic is not counted.
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from kvjax import accounting
-from kvjax.decoding.generate import empty_states
+from kvjax.decoding.reader import empty_states
 from kvjax.interface import DecoderLM, Method
 from kvjax.stores.buffers import num_bytes
 

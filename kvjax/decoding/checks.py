@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from kvjax import accounting
-from kvjax.decoding.sampling import Sampling, shown, validate
+from kvjax.decoding.sampling import shown
 from kvjax.interface import DecoderLM, LanguageModel, Method, Tokenizer
 from kvjax.text import encoding
 
@@ -19,12 +19,10 @@ def check_prompts(
     method: Method,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
-    chunk_size: int,
 ) -> None:
     """Raises ValueError unless the prompts, from :func:`token_rows`, fit the model."""
     if not prompts:
         raise ValueError("prompts is empty: give at least one.")
-    check_counts(max_new_tokens=max_new_tokens, chunk_size=chunk_size)
     for row, prompt in enumerate(prompts):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} has no tokens: give it at least one.")
@@ -37,26 +35,22 @@ def check_prompts(
     check_vocabulary(decoder, prompts)
 
 
-def check_options(
-    sampling: Sampling,
-    stop: Sequence[str] = (),
-    stream_every: int = 16,
-    seed: int = 0,
-    eos_ids: Collection[int] | None = None,
-) -> None:
-    """Raises ValueError unless each is in its range."""
-    validate(sampling)
-    check_seed(seed)
-    if eos_ids is not None:
-        is_listed = isinstance(eos_ids, Set) or _is_series(eos_ids)
-        if not (is_listed and isinstance(eos_ids, Collection)) or not all(
-            _is_whole(token) and 0 <= token < 1 << 31 for token in eos_ids
-        ):
-            raise ValueError(
-                f"eos_ids={shown(eos_ids)} must be token ids, integers from 0 on, such "
-                "as (2,); () is none, None the model's own."
-            )
-    check_counts(stream_every=stream_every)
+def check_eos_ids(eos_ids: Collection[int] | None) -> None:
+    """Raises ValueError unless they are token ids; None is the model's own."""
+    if eos_ids is None:
+        return
+    is_listed = isinstance(eos_ids, Set) or _is_series(eos_ids)
+    if not (is_listed and isinstance(eos_ids, Collection)) or not all(
+        _is_whole(token) and 0 <= token < 1 << 31 for token in eos_ids
+    ):
+        raise ValueError(
+            f"eos_ids={shown(eos_ids)} must be token ids, integers from 0 on, such "
+            "as (2,); () is none, None the model's own."
+        )
+
+
+def check_stop(stop: Sequence[str]) -> None:
+    """Raises ValueError unless they are texts that can end a row."""
     is_listed = isinstance(stop, Sequence) and not isinstance(stop, str)
     if not is_listed or not all(isinstance(text, str) and text for text in stop):
         raise ValueError(

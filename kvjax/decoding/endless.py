@@ -5,38 +5,27 @@ holds more than a piece of the text.
 """
 
 import codecs
-import functools
 import math
 import re
 import sys
 from collections.abc import Generator, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from kvjax import accounting, files
-from kvjax.decoding import finite
+from kvjax.decoding import finite, reader
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
     check_text,
     check_vocabulary,
 )
-from kvjax.decoding.generate import (
-    Generation,
-    continued,
-    empty_states,
-    ended,
-    last_hidden,
-)
-from kvjax.decoding.hidden import no_hidden
-from kvjax.decoding.prompt_chunks import PAD
+from kvjax.decoding.generate import Generation, go_on
+from kvjax.decoding.options import Options
 from kvjax.decoding.sampling import shown
-from kvjax.decoding.scoring import POSITIONS
-from kvjax.interface import DecoderLM, LanguageModel, Method, State
+from kvjax.interface import LanguageModel, Method, State
 from kvjax.registry import as_method
 from kvjax.text import encoding
 from kvjax.text.stream import CONTEXT, PARTIAL
@@ -87,7 +76,7 @@ class Read(NamedTuple):
     newest: list[int]  # the last tokens, `method.rows` or more
     seen: Bool[np.ndarray, "1 V"]  # tokens of the vocabulary that the text has
     progress: Progress
-    room: int  # tokens to generate that a method which holds each has slots for
+    room: int = 1  # tokens to generate, for a method that holds each of them
 
 
 def check_method(
@@ -182,18 +171,18 @@ def read(
     method = as_method(method)
     check_model(model)
     check_method(model, method)
-    check_counts(chunk_size=chunk_size, room=room)
+    options = Options(chunk_size=chunk_size)
+    check_counts(room=room)
     if not accounting.grows_with_generated(method, model.decoder):
         room = 1  # for whatever room, the same programs
     if isinstance(texts, str | bytes):
         raise ValueError(f"texts={shown(texts)} is one text: put it in a list.")
-    return _read(model, method, texts, chunk_size, room)
+    return _read(model, method, texts, options.chunk_size, room)
 
 
 def _read(model, method, texts, chunk_size, room) -> Generator[Progress, None, Read]:
     decoder, tokenizer = model.decoder, model.tokenizer
-    states = empty_states(decoder, method, 1, decoder.context, room)
-    hidden = no_hidden(decoder, 1)
+    reading = reader.begin(decoder, method, 1, decoder.context, room)
     seen = np.zeros((1, decoder.vocab_size), bool)
     newest: list[int] = []
     progress, before = Progress(0, 0, 0, 0.0), ""
@@ -214,37 +203,29 @@ def _read(model, method, texts, chunk_size, room) -> Generator[Progress, None, R
             continue
         check_vocabulary(decoder, [tokens])
         _check_position(progress.tokens + len(tokens))
-        nats, predicted = 0.0, len(tokens) - (progress.tokens == 0)
-        for start in range(0, len(tokens), chunk_size):
-            chunk = tokens[start : start + chunk_size]
-            padded = np.full((1, chunk_size), PAD, np.int32)
-            padded[0, : len(chunk)] = chunk
-            states, hidden, likely = _read_chunk(
-                decoder,
-                method,
-                model.params,
-                states,
-                padded,
-                np.array([len(chunk)], np.int32),
-                hidden,
-            )
-            is_first = progress.tokens == 0 and start == 0
-            own = np.asarray(likely)[0, int(is_first) : len(chunk)]
-            at = progress.tokens + start
-            finite.check(decoder, own, f"in tokens {at + 1} to {at + len(chunk)}")
+        at, nats = progress.tokens, 0.0
+        parts = reader.cut([tokens], chunk_size)
+        for now, likely in reader.read_and_judge(
+            model, method, reading, parts, finite.log_prob
+        ):
+            reading = now
+            own = likely[0, int(at == 0) :]
+            end = at + likely.shape[1]
+            finite.check(decoder, own, f"in tokens {at + 1} to {end}")
             nats -= float(own.sum(dtype=np.float64))
+            at = end
         seen[0, tokens] = True
         newest = [*newest, *tokens][-max(method.rows, CONTEXT) :]
         progress = Progress(
-            progress.tokens + len(tokens),
+            at,
             progress.num_bytes + num_bytes,
-            progress.predicted + predicted,
+            progress.predicted + len(tokens) - (progress.tokens == 0),
             progress.nats + nats,
         )
         yield progress
     if not progress.tokens:
         raise ValueError("the text is empty: give some.")
-    return Read(states, hidden, newest, seen, progress, room)
+    return Read(*reading, newest, seen, progress, room)
 
 
 def _check_position(tokens):
@@ -255,45 +236,21 @@ def _check_position(tokens):
         )
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _read_chunk(
-    decoder: DecoderLM,
-    method: Method,
-    params: Any,
-    states: tuple[State, ...],
-    tokens: Array,
-    lengths: Array,
-    previous: Array,
-):
-    """States, the last hidden state, and `(1, T)` log-probabilities of the tokens."""
-    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
-    before = jnp.concatenate([previous[:, None], hidden[:, :-1]], axis=1)
-
-    def one_position(args):  # (1, E), (1,): all logits of a chunk may not fit
-        hidden, token = args
-        return finite.log_prob(decoder.logits(params, hidden), token)
-
-    likely = jax.lax.map(
-        one_position, (before.swapaxes(0, 1), tokens.T), batch_size=POSITIONS
-    )
-    return states, last_hidden(hidden, lengths, previous), likely.T
-
-
 def extend(
     model: LanguageModel, method: Method | str, text: Read, **options: Any
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     """Continues a text that was read, which is used up.
 
-    `options` are `max_new_tokens`, which only the last position of 32 bits bounds, and
-    those of :func:`kvjax.decoding.generate.continued`.
+    `options` are those of :class:`kvjax.decoding.options.Options`; only the last
+    position of 32 bits bounds `max_new_tokens`.
 
     Raises:
-        ValueError: as there, beyond that position, and beyond the text's `room` under a
-            method that holds each generated token.
+        ValueError: as :func:`kvjax.decoding.generate.generate`, beyond that position,
+            and beyond the text's `room` under a method that holds each generated token.
     """
     method = as_method(method)
-    max_new_tokens = options.get("max_new_tokens")
-    check_counts(max_new_tokens=max_new_tokens)
+    wanted = Options(**options)
+    max_new_tokens = wanted.max_new_tokens
     _check_position(text.progress.tokens + max_new_tokens)
     is_bound = accounting.grows_with_generated(method, model.decoder)
     if is_bound and max_new_tokens > text.room:
@@ -301,5 +258,7 @@ def extend(
             f"{max_new_tokens=} exceeds the room={text.room} that the text was read "
             "with, and this method holds each generated token: read it with more."
         )
-    prefilled = ended(method, text.states, text.hidden, [text.newest])
-    return continued(model, method, prefilled, seen=text.seen, **options)
+    check_model(model)
+    reading = reader.Reading(text.states, text.hidden)
+    prefilled = reader.ended(method, reading, [text.newest])
+    return go_on(model, method, prefilled, wanted, text.seen)

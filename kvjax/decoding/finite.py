@@ -41,6 +41,13 @@ def log_prob(
     return jnp.where(is_finite(logits), found, jnp.nan)
 
 
+def likelihood(
+    logits: Float[Array, "*B V"], targets: Int[Array, "*B"]
+) -> tuple[Float[Array, "*B"], Bool[Array, "*B"]]:
+    """Returns :func:`log_prob`, and whether each target is the likeliest token."""
+    return log_prob(logits, targets), jnp.argmax(logits, axis=-1) == targets
+
+
 def check(decoder: Any, log_probs: Float[np.ndarray, "*B"], where: str) -> None:
     """Raises NotFiniteError if :func:`log_prob` was asked of what is not finite."""
     if np.isnan(log_probs).any():

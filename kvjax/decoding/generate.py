@@ -4,34 +4,24 @@ The loop runs up to `stream_every` steps on the device before the host looks at 
 tokens: text streams, and no step waits. A model and a method are arguments here.
 """
 
-import functools
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
-from kvjax import interface
-from kvjax.decoding import loop, timing
-from kvjax.decoding.checks import (
-    check_counts,
-    check_model,
-    check_options,
-    check_prompts,
-    token_rows,
-)
+from kvjax.decoding import loop, reader, timing
+from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.detokenize import TextRow
-from kvjax.decoding.finite import not_finite
-from kvjax.decoding.hidden import last_hidden, newer
-from kvjax.decoding.prompt_chunks import bucket, chunks, recent
-from kvjax.decoding.sampling import Sampling, active, mentioned, row_keys
-from kvjax.interface import DecoderLM, LanguageModel, Method, State, with_layer
+from kvjax.decoding.finite import is_finite, not_finite
+from kvjax.decoding.options import Options
+from kvjax.decoding.reader import NO_TOKEN, PAD, Prefilled
+from kvjax.decoding.reader import prefill as prefill
+from kvjax.decoding.sampling import Sampling, active, mentioned, row_keys, sample
+from kvjax.interface import LanguageModel, Method
 from kvjax.registry import as_method
-from kvjax.text.stream import CONTEXT
-
-NO_TOKEN = -1  # where a row has none
 
 
 class Generation(NamedTuple):
@@ -40,16 +30,6 @@ class Generation(NamedTuple):
     tokens: list[int]  # generated, with the EOS token if there was one
     text: str  # without the EOS token, cut before a stop string
     finish_reason: str  # "eos", "stop" or "length"
-
-
-class Prefilled(NamedTuple):
-    """A prompt in the caches, ready to decode."""
-
-    states: tuple[State, ...]  # one a layer, `finish` applied
-    hidden: Float[Array, "B E"]  # of each row's last prompt token
-    recent: Int[Array, "B R"]  # the newest `method.rows` tokens of each row
-    # Those whose text the new one follows; `recent` if None.
-    before: Int[np.ndarray, "B C"] | None = None
 
 
 def generate(
@@ -96,10 +76,7 @@ def generate(
     """
     if on_text is not None and not callable(on_text):
         raise ValueError(f"{on_text=} must be a function of a row and its new text.")
-    events = _start(
-        model,
-        as_method(method),
-        prompts,
+    options = Options(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
@@ -108,6 +85,7 @@ def generate(
         chunk_size=chunk_size,
         stream_every=stream_every,
     )
+    events = _start(model, method, prompts, options)
     while True:
         try:
             row, text = next(events)
@@ -130,15 +108,12 @@ def stream(
     chunk_size: int = 512,
     stream_every: int = 16,
 ) -> Iterator[tuple[int, str]]:
-    """:func:`generate` as an iterator of `(row, new text)`.
+    """Yields `(row, new text)` while it continues the prompts as :func:`generate` does.
 
     What it yields for a row adds up to that row's text: nothing past a stop string, no
     beginning of one, and no part of a character.
     """
-    return _start(
-        model,
-        as_method(method),
-        prompts,
+    options = Options(
         max_new_tokens=max_new_tokens,
         sampling=sampling,
         stop=stop,
@@ -147,159 +122,26 @@ def stream(
         chunk_size=chunk_size,
         stream_every=stream_every,
     )
+    return _start(model, method, prompts, options)
 
 
-def prefill(
-    model: LanguageModel,
-    method: Method | str,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    chunk_size: int = 512,
-    longest: int = 0,
-) -> Prefilled:
-    """Runs the prompts through the model, leaving room for `max_new_tokens` each.
-
-    Prompts of up to `longest` tokens then share their compiled code, even in buckets.
-
-    Raises:
-        ValueError: as :func:`generate`.
-    """
+def _start(model, method, prompts, options: Options):
+    """Checks every argument now; the work begins with the first `next`."""
     method = as_method(method)
     check_model(model)
-    prompts = token_rows(prompts)
-    check_prompts(model.decoder, method, prompts, max_new_tokens, chunk_size)
-    longest = max(longest, *map(len, prompts))
-    decoder, params = model.decoder, model.params
-    with timing.stretch("prompt") as part:
-        states = empty_states(decoder, method, len(prompts), longest, max_new_tokens)
-        hidden = None
-        for tokens, lengths in chunks(decoder, prompts, chunk_size, longest):
-            states, newest = prefill_chunk(
-                decoder, method, params, states, tokens, lengths
-            )
-            hidden = newer(timing.settled(newest), lengths, hidden)
-        part.tokens = sum(map(len, prompts))
-        return ended(method, states, hidden, prompts)
-
-
-def ended(
-    method: Method,
-    states: tuple[State, ...],
-    hidden: Float[Array, "B E"],
-    prompts: Sequence[Sequence[int]],
-) -> Prefilled:
-    """Ends prompts that were read, up to `states` and `hidden`, which are used up."""
-    newest = jnp.asarray(recent(prompts, method.rows))
-    before = recent(prompts, CONTEXT, NO_TOKEN)
-    states = timing.settled(finish(method, states))
-    return Prefilled(states, hidden, newest, before)
-
-
-def empty_states(
-    decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
-) -> tuple[State, ...]:
-    """States of every layer for prompts up to `longest` tokens, in bucketed sizes."""
-    new_tokens = bucket(max_new_tokens)
-    capacity = bucket(longest + new_tokens)
-    specs = interface.layer_specs(decoder, batch, capacity, new_tokens)
-    return _init(method, specs)
-
-
-def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
-    """Ends the prompt. Layer by layer: at most one layer is held in both shapes."""
-    states = list(states)
-    for layer in range(len(states)):
-        # Without the layer's number one program serves all. Not donated: shapes may
-        # change, and a buffer passed through is not copied.
-        finished = _finish(method, with_layer(states[layer], 0))
-        states[layer] = with_layer(finished, layer)
-    return tuple(states)
-
-
-def drop_programs(*, reading: bool = True) -> None:
-    """Frees what was compiled to decode, and to read prompts, of every method."""
-    read = (_init, prefill_chunk, _finish) if reading else ()
-    for program in (loop.first_token, loop.decode, *read):
-        program.clear_cache()
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _init(method, specs):
-    return tuple(map(method.init, specs))
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(method, state):
-    return method.finish(state)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def prefill_chunk(decoder, method, params, states, tokens, lengths):
-    """States with a chunk read, and its newest hidden states; `states` are used up.
-
-    The first chunk and those behind it run the same program: see :func:`newer`.
-    """
-    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
-    return states, last_hidden(hidden, lengths, None)
-
-
-def _start(model, method, prompts, *, stop, stream_every, sampling, **options):
-    """Checks every argument now; the work begins with the first `next`."""
-    check_model(model)
-    check_options(sampling, stop, stream_every, options["seed"], options["eos_ids"])
     prompts = token_rows(prompts, model.tokenizer)
-    check_prompts(
-        model.decoder,
-        method,
-        prompts,
-        options["max_new_tokens"],
-        options["chunk_size"],
-    )
-    return _events(
-        model,
-        method,
-        prompts,
-        stop=tuple(stop),
-        stream_every=stream_every,
-        sampling=sampling,
-        **options,
-    )
+    check_prompts(model.decoder, method, prompts, options.max_new_tokens)
+    return _events(model, method, prompts, options)
 
 
 def _events(
-    model: LanguageModel,
-    method: Method,
-    prompts: list[list[int]],
-    *,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop: tuple[str, ...],
-    eos_ids: Sequence[int] | None,
-    seed: int,
-    chunk_size: int,
-    stream_every: int,
+    model: LanguageModel, method: Method, prompts: list[list[int]], options: Options
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     seen = None
-    if active(sampling).repetition_penalty is not None:
+    if active(options.sampling).repetition_penalty is not None:
         seen = mentioned(prompts, model.decoder.vocab_size)
-    prefilled = prefill(
-        model, method, prompts, max_new_tokens=max_new_tokens, chunk_size=chunk_size
-    )
-    return (
-        yield from continued(
-            model,
-            method,
-            prefilled,
-            max_new_tokens=max_new_tokens,
-            sampling=sampling,
-            stop=stop,
-            eos_ids=eos_ids,
-            seed=seed,
-            stream_every=stream_every,
-            seen=seen,
-        )
-    )
+    prefilled = reader.read_whole(model, method, prompts, options)
+    return (yield from go_on(model, method, prefilled, options, seen))
 
 
 def continued(
@@ -308,81 +150,66 @@ def continued(
     prefilled: Prefilled,
     *,
     max_new_tokens: int,
-    sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
-    eos_ids: Sequence[int] | None = None,
-    seed: int = 0,
-    stream_every: int = 16,
     seen: Bool[np.ndarray, "B V"] | None = None,
+    **options: Any,
 ) -> Generator[tuple[int, str], None, list[Generation]]:
-    """What :func:`stream` yields and :func:`generate` returns, from a prompt's end.
+    """Continues prompts that were read: yields as :func:`stream`.
 
-    `prefilled` is used up; it must have been made with room for `max_new_tokens`.
-    `seen` are the tokens of each prompt, which a repetition penalty needs; other
-    arguments as there.
+    The generator returns what :func:`generate` does.
+
+    Args:
+        prefilled: the prompts, read with room for `max_new_tokens`; used up.
+        max_new_tokens: most tokens a row generates.
+        seen: tokens of each prompt, which a repetition penalty needs.
+        **options: others of :func:`generate`: `sampling`, `stop`, `eos_ids`, `seed`,
+            `stream_every`.
 
     Raises:
         ValueError: as :func:`generate`, at once.
     """
-    check_options(sampling, stop, stream_every, seed, eos_ids)
+    checked = Options(max_new_tokens=max_new_tokens, **options)
     check_model(model)
-    check_counts(max_new_tokens=max_new_tokens)
-    return _continued(
-        model,
-        as_method(method),
-        prefilled,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=tuple(stop),
-        eos_ids=eos_ids,
-        seed=seed,
-        stream_every=stream_every,
-        seen=seen,
-    )
+    return go_on(model, as_method(method), prefilled, checked, seen)
 
 
-def _continued(
-    model,
-    method,
-    prefilled,
-    *,
-    max_new_tokens,
-    sampling,
-    stop,
-    eos_ids,
-    seed,
-    stream_every,
-    seen,
-):
-    decoder, params = model.decoder, model.params
-    eos_ids = frozenset(model.eos_ids if eos_ids is None else eos_ids)
+def go_on(
+    model: LanguageModel,
+    method: Method,
+    prefilled: Prefilled,
+    options: Options,
+    seen: Bool[np.ndarray, "B V"] | None = None,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """Runs :func:`continued` with options that were checked."""
+    decoder, params, eos_ids = model.decoder, model.params, options.ends(model)
     eos_array = np.array(sorted(eos_ids), np.int32)
-    sampling = active(sampling)
+    sampling = active(options.sampling)
     states, hidden, window, before = prefilled
     batch = len(window)
-    keys = None if sampling.temperature is None else row_keys(seed, batch)
+    keys = None if sampling.temperature is None else row_keys(options.seed, batch)
     seen = None if sampling.repetition_penalty is None else seen
+    given = keys, sampling, eos_array
     none, all_rows = np.zeros(batch, bool), np.ones(batch, bool)
-    tail = loop.Tail(window, none, all_rows, seen)
     with timing.stretch("prompt"):
-        newest, tail = loop.first_token(
-            decoder, params, hidden, tail, keys, sampling, eos_array
+        tail = Tail(np.int32(0), none, all_rows, seen)
+        newest, tail, tokens = loop.first(SAMPLED)(
+            decoder, params, hidden, window, tail, given
         )
-        block, produced = np.asarray(newest)[:, None], 1
+        block, produced = np.asarray(tokens)[:, None], 1
     behind = np.asarray(window if before is None else before)
     behind = [[token for token in row if token != NO_TOKEN] for row in behind.tolist()]
     rows = [
-        TextRow(model.tokenizer, stop, eos_ids, max_new_tokens, row) for row in behind
+        TextRow(model.tokenizer, options.stop, eos_ids, options.max_new_tokens, row)
+        for row in behind
     ]
     part = timing.Stretch("decode")  # of the block; the first comes of the prompt
     while True:
         finite = np.asarray(tail.finite)
         taken = sum(len(row.tokens) for row in rows)
         for index, row in enumerate(rows):
-            said = block[index] if finite[index] else block[index, :-1]
-            if row.finish_reason is not None or not len(said):
+            new = block[index] if finite[index] else block[index, :-1]
+            if row.finish_reason is not None or not len(new):
                 continue
-            text = row.push(said.tolist())
+            text = row.push(new.tolist())
             part.tokens = sum(len(row.tokens) for row in rows) - taken
             if text:
                 yield index, text
@@ -393,18 +220,58 @@ def _continued(
         if done.all():
             return [Generation(row.tokens, row.text, row.finish_reason) for row in rows]
         with timing.stretch("decode") as part:
-            states, tail, block, count = loop.decode(
+            left = options.max_new_tokens - produced
+            steps = loop.steps(SAMPLED)(
                 decoder,
                 method,
-                stream_every,
+                options.stream_every,
                 params,
                 states,
+                newest,
                 tail._replace(done=done, finite=all_rows),
-                keys,
-                np.int32(produced),
-                np.int32(min(stream_every, max_new_tokens - produced)),
-                sampling,
-                eos_array,
+                given,
+                np.int32(min(options.stream_every, left)),
             )
-            block = np.asarray(block)[:, : int(count)]
+            states, newest, tail, (tokens, _), count = steps
+            block = np.asarray(tokens)[: int(count)].T
         produced += int(count)
+
+
+class Tail(NamedTuple):
+    """What a step of generation remembers of each row, beside states and window."""
+
+    count: Int[Array, ""]  # tokens of a row that were chosen
+    done: Bool[Array, "B"]
+    finite: Bool[Array, "B"]  # the logits that chose the newest token were
+    seen: Bool[Array, "B V"] | None  # only under a repetition penalty
+
+
+def _sampled(logits, index, tail, given):
+    """Next tokens, and the tail with them in."""
+    del index
+    keys, sampling, eos_ids = given
+    if keys is not None:
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, tail.count)
+    tokens = sample(keys, logits, tail.seen, sampling)
+    tokens = jnp.where(tail.done, PAD, tokens)
+    finite = is_finite(logits) | tail.done
+    done = tail.done | (tokens[:, None] == eos_ids).any(-1)
+    seen = tail.seen
+    if seen is not None:
+        seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
+    return tokens, Tail(tail.count + 1, done, finite, seen), tokens
+
+
+def _is_over(tail: Tail) -> Bool[Array, ""]:
+    """Says whether every row is done, or one is broken."""
+    return tail.done.all() | ~tail.finite.all()
+
+
+SAMPLED = loop.Rule(_sampled, _is_over)
+
+
+def drop_programs(*, reading: bool = True) -> None:
+    """Frees what was compiled to decode, and to read prompts, of every method."""
+    loop.drop_programs(SAMPLED)
+    if reading:
+        reader.drop_programs()

@@ -1,92 +1,140 @@
-"""The programs of the decode loop: several steps on the device, states in place.
+"""The one loop of decode steps: several on the device, states in place.
 
-`kvjax.decoding.generate` is the host's side: it looks at the tokens after every block
-of steps.
+What becomes of the logits of each step is a :class:`Rule`: a sampled token and its
+checks (:mod:`kvjax.decoding.generate`), a given token and how likely it was
+(:mod:`kvjax.decoding.scoring`, :mod:`kvjax.decoding.feeding`).
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Float, Int
 
-from kvjax.decoding.finite import is_finite
-from kvjax.decoding.prompt_chunks import PAD
-from kvjax.decoding.sampling import sample
+from kvjax.interface import DecoderLM, Method, Params, State
 
 
-class Tail(NamedTuple):
-    """Of the loop's carry, all but the states: small."""
+class Rule(NamedTuple):
+    """What a step makes of its logits; static, so use one object for many calls.
 
-    window: Int[Array, "B R"]  # newest tokens of each row, what the next step feeds
-    done: Bool[Array, "B"]
-    finite: Bool[Array, "B"]  # the logits that chose the newest token were
-    seen: Bool[Array, "B V"] | None  # only under a repetition penalty
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def first_token(decoder, params, hidden, tail, keys, sampling, eos_ids):
-    """Next tokens `(B,)` after a prompt, and the tail with them in."""
-    return _choose(decoder, params, hidden, tail, keys, 0, sampling, eos_ids)
-
-
-def _choose(decoder, params, hidden, tail, keys, step, sampling, eos_ids):
-    """Next tokens `(B,)` from the hidden state `(B, E)`, and the tail with them in."""
-    window, done, _, seen = tail
-    if keys is not None:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-    logits = decoder.logits(params, hidden)
-    tokens = sample(keys, logits, seen, sampling)
-    tokens = jnp.where(done, PAD, tokens)
-    finite = is_finite(logits) | done
-    done = done | (tokens[:, None] == eos_ids).any(-1)
-    if seen is not None:
-        seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
-    window = jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
-    return tokens, Tail(window, done, finite, seen)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def decode(
-    decoder,
-    method,
-    size,
-    params,
-    states,
-    tail,
-    keys,
-    first_step,
-    limit,
-    sampling,
-    eos_ids,
-):
-    """Up to `limit <= size` steps; ends early once every row is done, or one is broken.
-
-    Returns the states, the tail, tokens `(B, size)` and how many columns are filled.
+    Fields:
+        choose: `choose(logits, index, memory, given) -> (tokens, memory, out)`: of
+            logits `(B, V)` the tokens `(B,)` that are fed next, what to remember until
+            the next step, and what to keep of this one. `index` counts the steps of
+            a call; `memory` and `given` are the caller's.
+        is_over: `is_over(memory) -> ()`: whether to end before the limit.
+        watch: `watch(before, after) -> arrays` to keep of a step's states.
     """
 
-    def running(carry):
-        count, _, tail, _ = carry
-        return (count < limit) & ~tail.done.all() & tail.finite.all()
+    choose: Callable[..., tuple[Array, Any, Any]]
+    is_over: Callable[[Any], Array] | None = None
+    watch: Callable[[tuple[State, ...], tuple[State, ...]], Any] | None = None
 
-    def step(carry):
-        count, states, tail, tokens = carry
-        states, hidden = decoder.decode_step(params, states, tail.window, method)
-        newest, tail = _choose(
-            decoder,
-            params,
-            hidden[:, -1],
-            tail,
-            keys,
-            first_step + count,
-            sampling,
-            eos_ids,
+
+class Steps(NamedTuple):
+    """Decode steps that were taken."""
+
+    states: tuple[State, ...]
+    window: Int[Array, "B R"]  # the newest tokens of each row; the last is not fed yet
+    memory: Any
+    kept: Any  # of every step what `choose` keeps and what `watch` does, `(size, ...)`
+    count: Int[Array, ""]  # steps of them that were taken
+
+
+def pushed(window: Int[Array, "B R"], tokens: Int[Array, "B"]) -> Int[Array, "B R"]:
+    """Returns the window one token later."""
+    return jnp.concatenate([window[:, 1:], tokens[:, None]], axis=1)
+
+
+def choose_first(
+    rule: Rule,
+    decoder: DecoderLM,
+    params: Params,
+    hidden: Float[Array, "B E"],
+    window: Int[Array, "B R"],
+    memory: Any,
+    given: Any,
+) -> tuple[Int[Array, "B R"], Any, Any]:
+    """Chooses the tokens that follow a prompt, by its hidden states.
+
+    Returns the window with them in, the memory, and what `choose` keeps.
+    """
+    logits = decoder.logits(params, hidden)
+    tokens, memory, out = rule.choose(logits, jnp.int32(0), memory, given)
+    return pushed(window, tokens), memory, out
+
+
+def take_steps(
+    rule: Rule,
+    decoder: DecoderLM,
+    method: Method,
+    size: int,
+    params: Params,
+    states: tuple[State, ...],
+    window: Int[Array, "B R"],
+    memory: Any,
+    given: Any,
+    limit: Int[Array, ""],
+) -> Steps:
+    """Takes up to `limit <= size` steps, each on the tokens that the last one chose."""
+    batch, spec = window.shape[0], decoder.cache_spec(1, 1)
+    hidden = jax.ShapeDtypeStruct((batch, decoder.width), spec.dtype)
+
+    def look(hidden, before, after):
+        """What a step keeps, as shapes: the model is traced no second time for it."""
+        logits = decoder.logits(params, hidden)
+        out = rule.choose(logits, jnp.int32(0), memory, given)[2]
+        return out, () if rule.watch is None else rule.watch(before, after)
+
+    shapes = jax.eval_shape(look, hidden, states, states)
+    kept = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
+
+    def running(carry: Steps):
+        goes_on = carry.count < limit
+        if rule.is_over is not None:
+            goes_on &= ~rule.is_over(carry.memory)
+        return goes_on
+
+    def step(carry: Steps):
+        states, hidden = decoder.decode_step(params, carry.states, carry.window, method)
+        logits = decoder.logits(params, hidden[:, -1])
+        tokens, memory, out = rule.choose(logits, carry.count, carry.memory, given)
+        seen = () if rule.watch is None else rule.watch(carry.states, states)
+        kept = jax.tree.map(
+            lambda x, new: x.at[carry.count].set(new), carry.kept, (out, seen)
         )
-        tokens = tokens.at[:, count].set(newest)
-        return count + 1, states, tail, tokens
+        window = pushed(carry.window, tokens)
+        return Steps(states, window, memory, kept, carry.count + 1)
 
-    tokens = jnp.full((tail.done.size, size), PAD, jnp.int32)
-    carry = (jnp.int32(0), states, tail, tokens)
-    count, states, tail, tokens = jax.lax.while_loop(running, step, carry)
-    return states, tail, tokens, count
+    begun = Steps(states, window, memory, kept, jnp.int32(0))
+    return jax.lax.while_loop(running, step, begun)
+
+
+@functools.cache
+def first(rule: Rule) -> Any:
+    """Returns :func:`choose_first` of a rule as a program."""
+    return jax.jit(functools.partial(choose_first, rule), static_argnums=0)
+
+
+@functools.cache
+def steps(rule: Rule) -> Any:
+    """Returns :func:`take_steps` of a rule as a program that uses its states up."""
+    run = functools.partial(take_steps, rule)
+    return jax.jit(run, static_argnums=(0, 1, 2), donate_argnums=4)
+
+
+def drop_programs(rule: Rule) -> None:
+    """Frees what was compiled of a rule, for every method."""
+    for program in (first(rule), steps(rule)):
+        program.clear_cache()
+
+
+def _next_given(logits, index, memory, given):
+    del logits
+    return given[:, index], memory, ()
+
+
+# Feeds given tokens `(B, size)`, for what methods record in their states, or a watch.
+GIVEN = Rule(_next_given)

@@ -20,11 +20,10 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
 from kvjax import accounting, array_files, files
-from kvjax.decoding import timing
+from kvjax.decoding import reader, timing
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
-    check_options,
     check_prompts,
     check_text,
     check_vocabulary,
@@ -33,17 +32,10 @@ from kvjax.decoding.checks import (
     token_rows,
 )
 from kvjax.decoding.finite import not_finite
-from kvjax.decoding.generate import (
-    Generation,
-    chunks,
-    continued,
-    empty_states,
-    ended,
-    newer,
-    prefill_chunk,
-)
-from kvjax.decoding.hidden import no_hidden
-from kvjax.decoding.sampling import Sampling, mentioned
+from kvjax.decoding.generate import Generation, go_on
+from kvjax.decoding.options import Options
+from kvjax.decoding.reader import Reading
+from kvjax.decoding.sampling import mentioned
 from kvjax.interface import LanguageModel, Method, State
 from kvjax.registry import as_method
 from kvjax.text import encoding
@@ -94,25 +86,23 @@ def read(
     method = as_method(method)
     check_model(model)
     check_counts(room=room)
+    options = Options(max_new_tokens=room, chunk_size=chunk_size)
     prompts = token_rows(prompts, model.tokenizer)
-    check_prompts(model.decoder, method, prompts, room, chunk_size)
+    check_prompts(model.decoder, method, prompts, options.max_new_tokens)
     longest = max(map(len, prompts))
-    states = empty_states(model.decoder, method, len(prompts), longest, room)
-    states, hidden = _read(model, method, states, None, prompts, chunk_size)
+    begun = reader.begin(model.decoder, method, len(prompts), longest, room)
+    states, hidden = _read(model, method, begun, prompts, options)
     return Prefix(states, hidden, tuple(map(tuple, prompts)), longest, int(room))
 
 
-def _read(model, method, states, hidden, pieces, chunk_size):
+def _read(model, method, reading, pieces, options: Options) -> Reading:
     with timing.stretch("prompt") as part:
-        for tokens, lengths in chunks(model.decoder, pieces, chunk_size):
-            states, newest = prefill_chunk(
-                model.decoder, method, model.params, states, tokens, lengths
-            )
-            hidden = newer(timing.settled(newest), lengths, hidden)
+        parts = reader.chunks(model.decoder, pieces, options.chunk_size)
+        reading = reader.read(model, method, reading, parts)
         part.tokens = sum(map(len, pieces))
-    if not bool(jnp.isfinite(hidden).all()):
+    if not bool(jnp.isfinite(reading.hidden).all()):
         raise not_finite(model.decoder, "after the prompt")
-    return states, hidden
+    return reading
 
 
 def extend(
@@ -138,7 +128,7 @@ def extend(
     """
     method = as_method(method)
     check_model(model)
-    check_counts(chunk_size=chunk_size)
+    options = Options(chunk_size=chunk_size)
     more = rows_of(more, "more")
     if len(more) != len(prefix.prompts):
         raise ValueError(
@@ -161,9 +151,8 @@ def extend(
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     longer = 0 if accounting.reads_any_length(method, model.decoder) else after - before
     check_room(model, method, prefix, longer + 1)
-    states, hidden = _read(
-        model, method, prefix.states, prefix.hidden, more, chunk_size
-    )
+    begun = Reading(prefix.states, prefix.hidden)
+    states, hidden = _read(model, method, begun, more, options)
     return prefix._replace(states=states, hidden=hidden, prompts=prompts)
 
 
@@ -206,11 +195,7 @@ def stream(
     prefix: Prefix,
     *,
     max_new_tokens: int | None = None,
-    sampling: Sampling = Sampling(),
-    stop: Sequence[str] = (),
-    eos_ids: Sequence[int] | None = None,
-    seed: int = 0,
-    stream_every: int = 16,
+    **options: Any,
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     """Goes on from a prefix, which is used up: yields `(row, new text)`.
 
@@ -224,26 +209,17 @@ def stream(
             range.
     """
     method = as_method(method)
-    check_options(sampling, stop, stream_every, seed, eos_ids)
+    check_model(model)
     if max_new_tokens is None:
         left = tokens_left(model, method, prefix)
         max_new_tokens = NEW_TOKENS if left is None else max(left, 1)
-    check_counts(max_new_tokens=max_new_tokens)
-    check_room(model, method, prefix, max_new_tokens)
+    wanted = Options(max_new_tokens=max_new_tokens, **options)
+    check_room(model, method, prefix, wanted.max_new_tokens)
     with timing.stretch("prompt"):
-        prefilled = ended(method, prefix.states, prefix.hidden, prefix.prompts)
-    return continued(
-        model,
-        method,
-        prefilled,
-        max_new_tokens=max_new_tokens,
-        sampling=sampling,
-        stop=stop,
-        eos_ids=eos_ids,
-        seed=seed,
-        stream_every=stream_every,
-        seen=mentioned(prefix.prompts, model.decoder.vocab_size),
-    )
+        reading = Reading(prefix.states, prefix.hidden)
+        prefilled = reader.ended(method, reading, prefix.prompts)
+    seen = mentioned(prefix.prompts, model.decoder.vocab_size)
+    return go_on(model, method, prefilled, wanted, seen)
 
 
 def generate(
@@ -385,10 +361,10 @@ def restore(
         if key != "model" and found[key] != value:
             raise ValueError(_refusal(folder, key, found, model, value))
     shapes = jax.eval_shape(
-        lambda: empty_states(model.decoder, method, len(lengths), longest, room)
+        lambda: reader.empty_states(model.decoder, method, len(lengths), longest, room)
     )
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
-    hidden = jax.eval_shape(lambda: no_hidden(model.decoder, len(lengths)))
+    hidden = jax.eval_shape(lambda: reader.no_hidden(model.decoder, len(lengths)))
     like = _flat(shapes, hidden, tokens)
     if array_files.describe(like) != found["leaves"]:
         raise ValueError(

@@ -8,34 +8,23 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
 from kvjax import accounting
-from kvjax.decoding import finite
+from kvjax.decoding import finite, loop, reader
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
     check_vocabulary,
     token_rows,
 )
-from kvjax.decoding.generate import (
-    Prefilled,
-    chunks,
-    empty_states,
-    finish,
-    last_hidden,
-    recent,
-)
-from kvjax.decoding.generate import prefill as read_prompts
-from kvjax.decoding.prompt_chunks import PAD
+from kvjax.decoding.options import Options
+from kvjax.decoding.reader import PAD, Prefilled
 from kvjax.interface import LanguageModel, Method
 from kvjax.registry import as_method
 
 STEPS = 64  # teacher-forced tokens between two looks of the host
-POSITIONS = 64  # prompt positions whose logits exist at once
 
 
 class Scores(NamedTuple):
@@ -58,7 +47,7 @@ def score(
     prompt_scores: bool = True,
     return_logits: bool = False,
 ) -> Scores:
-    """How likely each token is, with the first `prefill` of every row as the prompt.
+    """Says how likely each token is after the first `prefill` of every row, a prompt.
 
     Args:
         tokens: one list or array of token ids a row, each longer than `prefill`.
@@ -76,7 +65,7 @@ def score(
     """
     method = as_method(method)
     check_model(model)
-    check_counts(prefill=prefill, chunk_size=chunk_size)
+    check_counts(prefill=prefill)
     tokens = token_rows(tokens)
     lengths = np.array([len(row) for row in tokens], np.int32)
     if not tokens or not 1 <= prefill < lengths.min():
@@ -94,33 +83,45 @@ def score(
             f"{decoder.context}: shorten it."
         )
     check_vocabulary(decoder, tokens)
-    padded = np.full((len(tokens), longest + 1), PAD, np.int32)
+    options = Options(max_new_tokens=longest - prefill, chunk_size=chunk_size)
+    padded = np.full((len(tokens), longest - prefill), PAD, np.int32)
     for row, line in enumerate(tokens):
-        padded[row, : len(line)] = line
-
+        padded[row, : len(line) - prefill] = line[prefill:]
     prompts = [row[:prefill] for row in tokens]
+    read_from = np.full((len(tokens), prefill), np.nan, np.float32)
     if prompt_scores:
-        read = _read_and_score(model, method, padded, prompts, longest, chunk_size)
-        states, hidden, window, prompt_log_probs = read
+        prefilled, where = _read_and_score(model, method, prompts, options, read_from)
     else:
-        states, hidden, window, _ = read_prompts(
-            model,
-            method,
-            prompts,
-            max_new_tokens=longest - prefill,
-            chunk_size=chunk_size,
-        )
-        prompt_log_probs = np.full((len(tokens), prefill), np.nan, np.float32)
-    decoded = continue_scores(
-        model,
-        method,
-        Prefilled(states, hidden, window),
-        padded[:, prefill:longest],
-        return_logits=return_logits,
-    )
-    log_probs = np.concatenate([prompt_log_probs, decoded.log_probs], axis=1)
+        prefilled = reader.read_whole(model, method, prompts, options)
+    first, decoded = _continue(model, method, prefilled, padded, return_logits)
+    if prompt_scores:
+        finite.check(decoder, first, where)
+        read_from[:, -1] = first
+    log_probs = np.concatenate([read_from, decoded.log_probs], axis=1)
     log_probs[np.arange(longest - 1) >= lengths[:, None] - 1] = np.nan
     return Scores(log_probs, decoded.logits)
+
+
+def _read_and_score(model, method, prompts, options, log_probs):
+    """Reads prompts and fills in how likely their own tokens are, but for the first.
+
+    Returns them, ready to decode, and where their last chunk was, for messages.
+    """
+    decoder, (batch, length) = model.decoder, log_probs.shape
+    reading = reader.begin(decoder, method, batch, length, options.max_new_tokens)
+    parts = reader.chunks(decoder, prompts, options.chunk_size)
+    start, where = 0, ""
+    for now, likely in reader.read_and_judge(
+        model, method, reading, parts, finite.log_prob
+    ):
+        reading = now
+        end = start + likely.shape[1]
+        where = f"in tokens {start + 1} to {end}"
+        finite.check(decoder, likely, where)
+        # Nothing predicts the first token of all.
+        log_probs[:, max(start - 1, 0) : end - 1] = likely[:, int(start == 0) :]
+        start = end
+    return reader.ended(method, reading, prompts), where
 
 
 def continue_scores(
@@ -142,107 +143,60 @@ def continue_scores(
         :class:`Scores`, of the tokens alone: log-probabilities `(B, n - 1)` of all but
         the first, which the prompt predicts.
     """
-    method = as_method(method)
-    decoder, params = model.decoder, model.params
-    states, hidden, window, _ = prefilled
-    log_probs: list[np.ndarray] = [np.zeros((len(tokens), 0), np.float32)]
-    logits = []
-    if return_logits:
-        logits.append(np.asarray(_logits(decoder, params, hidden))[:, None])
-    steps = tokens.shape[1] - 1
-    for start in range(0, steps, STEPS):
-        ahead = np.full((len(tokens), STEPS + 1), PAD, np.int32)
-        piece = tokens[:, start : start + STEPS + 1]
-        ahead[:, : piece.shape[1]] = piece
-        limit = min(STEPS, steps - start)
-        states, window, likely, chosen = _score_steps(
+    return _continue(model, as_method(method), prefilled, tokens, return_logits)[1]
+
+
+def _continue(model, method, prefilled, tokens, return_logits):
+    """Log-probabilities `(B,)` of the first tokens, and :class:`Scores` of the rest."""
+    decoder, params, rule = model.decoder, model.params, _rule(return_logits)
+    batch, count = tokens.shape
+    ahead = np.full((batch, count + STEPS), PAD, np.int32)
+    ahead[:, :count] = tokens
+    states = prefilled.states
+    window, _, kept = loop.first(rule)(
+        decoder, params, prefilled.hidden, prefilled.recent, None, ahead[:, :1]
+    )
+    first, *logits = (np.asarray(x)[None] for x in kept)
+    log_probs, parts = [np.zeros((0, batch), np.float32)], [logits]
+    for start in range(1, count, STEPS):
+        taken = loop.steps(rule)(
             decoder,
             method,
-            return_logits,
+            STEPS,
             params,
             states,
             window,
-            ahead,
-            np.int32(limit),
+            None,
+            ahead[:, start : start + STEPS],
+            np.int32(min(STEPS, count - start)),
         )
-        log_probs.append(np.asarray(likely)[:, :limit])
-        at = f"at one of the tokens {start + 1} to {start + limit} after the prompt"
-        finite.check(decoder, log_probs[-1], at)
-        if return_logits:
-            logits.append(np.asarray(chosen)[:, :limit])
-    return Scores(
-        np.concatenate(log_probs, axis=1),
-        np.concatenate(logits, axis=1) if return_logits else None,
-    )
+        states, window, size = taken.states, taken.window, int(taken.count)
+        likely, *logits = (np.asarray(x)[:size] for x in taken.kept[0])
+        at = f"at one of the tokens {start} to {start + size - 1} after the prompt"
+        finite.check(decoder, likely, at)
+        log_probs.append(likely)
+        parts.append(logits)
+    whole = None
+    if return_logits:
+        whole = np.concatenate([x for (x,) in parts]).swapaxes(0, 1)
+    return first[0], Scores(np.concatenate(log_probs).T, whole)
 
 
 def drop_programs() -> None:
     """Frees what was compiled to score tokens, of every method."""
-    for program in (_logits, _score_chunk, _score_steps):
-        program.clear_cache()
+    reader.program(finite.log_prob).clear_cache()
+    for return_logits in (False, True):
+        loop.drop_programs(_rule(return_logits))
 
 
-def _read_and_score(model, method, padded, prompts, longest, chunk_size):
-    """As `read_prompts`, with the log-probabilities of what the prompts predict."""
-    decoder, params = model.decoder, model.params
-    length = len(prompts[0])
-    states = empty_states(decoder, method, len(prompts), length, longest - length)
-    hidden, log_probs, start = None, [], 0
-    for chunk, fresh in chunks(decoder, prompts, chunk_size):
-        targets = np.full_like(chunk, PAD)
-        ahead = padded[:, start + 1 : start + 1 + chunk.shape[1]]
-        targets[:, : ahead.shape[1]] = ahead
-        states, hidden, likely = _score_chunk(
-            decoder, method, params, states, chunk, targets, fresh, hidden
-        )
-        log_probs.append(np.asarray(likely)[:, : int(fresh.max())])
-        end = start + int(fresh.max())
-        finite.check(decoder, log_probs[-1], f"in tokens {start + 1} to {end}")
-        start += chunk.shape[1]
-    window = jnp.asarray(recent(prompts, method.rows))
-    return finish(method, states), hidden, window, np.concatenate(log_probs, axis=1)
+@functools.cache
+def _rule(return_logits: bool) -> loop.Rule:
+    """Feeds given tokens, and keeps how likely each is, and the logits if wanted."""
 
+    def choose(logits, index, memory, given):
+        tokens = given[:, index]
+        likely = finite.log_prob(logits, tokens)
+        kept = (likely, logits) if return_logits else (likely,)
+        return tokens, memory, kept
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(decoder, params, hidden):
-    return decoder.logits(params, hidden)
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _score_chunk(decoder, method, params, states, tokens, targets, lengths, previous):
-    states, hidden = decoder.prefill(params, states, tokens, lengths, method)
-
-    def one_position(args):  # (B, E), (B,): all logits of a chunk may not fit
-        hidden, targets = args
-        return finite.log_prob(decoder.logits(params, hidden), targets)
-
-    by_position = hidden.swapaxes(0, 1), targets.T
-    likely = jax.lax.map(one_position, by_position, batch_size=POSITIONS)
-    return states, last_hidden(hidden, lengths, previous), likely.T
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=4)
-def _score_steps(decoder, method, return_logits, params, states, window, tokens, limit):
-    """Feeds `tokens[:, :limit]`; log-probabilities `(B, STEPS)` of those one later."""
-    batch = tokens.shape[0]
-
-    def running(carry):
-        return carry[0] < limit
-
-    def step(carry):
-        index, states, window, likely, kept = carry
-        window = jnp.concatenate([window[:, 1:], tokens[:, index][:, None]], axis=1)
-        states, hidden = decoder.decode_step(params, states, window, method)
-        logits = decoder.logits(params, hidden[:, -1])
-        likely = likely.at[:, index].set(finite.log_prob(logits, tokens[:, index + 1]))
-        if return_logits:
-            kept = kept.at[:, index].set(logits)
-        return index + 1, states, window, likely, kept
-
-    likely = jnp.zeros((batch, STEPS), jnp.float32)
-    kept = None
-    if return_logits:
-        kept = jnp.zeros((batch, STEPS, decoder.vocab_size), jnp.float32)
-    carry = (jnp.int32(0), states, window, likely, kept)
-    _, states, window, likely, kept = jax.lax.while_loop(running, step, carry)
-    return states, window, likely, kept
+    return loop.Rule(choose)

@@ -17,9 +17,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from kvjax.decoding import generate, scoring
+from kvjax.decoding import generate, reader, scoring
 from kvjax.decoding.finite import NotFiniteError
-from kvjax.decoding.generate import Prefilled, continued, prefill
+from kvjax.decoding.generate import continued
+from kvjax.decoding.reader import Prefilled
 from kvjax.decoding.scoring import continue_scores
 from kvjax.evaluation import fidelity, together
 from kvjax.evaluation.tasks.haystack import Prompted
@@ -78,7 +79,7 @@ def retrieve(
     Args:
         methods: which read together; several must all have exact prompts.
         longest: tokens of a prompt to make room for, where none is so long; see
-            :func:`kvjax.decoding.generate.prefill`.
+            :func:`kvjax.decoding.reader.prefill`.
         on_answers: called with a method's place, the number of a batch's first example,
             and what was answered, batch by batch.
         timed: the last `TIMED` batches generate exactly `new_tokens`, and are timed;
@@ -175,23 +176,22 @@ def _timed(events, tokens: int):
 def seconds_to_read(
     model: LanguageModel,
     method: Method,
-    prompt: Sequence[int],
+    tokens: Sequence[int],
     *,
     new_tokens: int,
     chunk_size: int = 512,
 ) -> float:
-    """Seconds that reading one row's prompt takes the method alone, compiled before."""
-    decoder, options = model.decoder, {"max_new_tokens": new_tokens}
-    states = generate.empty_states(decoder, method, 1, len(prompt), new_tokens)
-    tokens, lengths = next(generate.chunks(decoder, [prompt], chunk_size))
-    states, newest = generate.prefill_chunk(
-        decoder, method, model.params, states, tokens, lengths
-    )
-    generate.newer(generate.newer(newest, lengths, None), lengths, newest)
-    jax.block_until_ready(generate.finish(method, states))
-    del states
+    """Returns the seconds that one row's prompt takes the method alone, compiled."""
+    decoder = model.decoder
+    begun = reader.begin(decoder, method, 1, len(tokens), new_tokens)
+    first = next(reader.chunks(decoder, [tokens], chunk_size))
+    read = reader.read(model, method, begun, [first])
+    jax.block_until_ready(reader.finish(method, read.states))
+    del begun, read
     start = time.perf_counter()
-    read = prefill(model, method, [prompt], chunk_size=chunk_size, **options)
+    read = reader.prefill(
+        model, method, [tokens], max_new_tokens=new_tokens, chunk_size=chunk_size
+    )
     jax.block_until_ready(read)
     return time.perf_counter() - start
 
@@ -212,7 +212,7 @@ def predict(
     is ``new_tokens - 1``.
 
     Raises:
-        ValueError: as :func:`kvjax.decoding.generate.prefill`.
+        ValueError: as :func:`kvjax.decoding.reader.prefill`.
     """
     parts = []
     groups = list(_batches(windows, batch))
@@ -239,7 +239,7 @@ def layer_fidelity(
     """What attention loses in each layer over the windows' last tokens.
 
     Raises:
-        ValueError: as :func:`kvjax.decoding.generate.prefill` and
+        ValueError: as :func:`kvjax.decoding.reader.prefill` and
             :func:`kvjax.evaluation.fidelity.side_by_side`.
     """
     leader = fidelity.in_steps_of(reference, candidate.rows)

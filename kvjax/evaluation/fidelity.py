@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import accounting, dense
 from kvjax.attention.selection import is_listed
+from kvjax.decoding import loop
 from kvjax.interface import DecoderLM, Method, Params, State
 from kvjax.stores import contiguous
 
@@ -227,18 +228,17 @@ def layers(states: tuple[State, ...]) -> LayerFidelity:
     return LayerFidelity(*map(mean, LayerFidelity._fields))
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "method"), donate_argnums=(3,))
 def teacher_forced(
     decoder: DecoderLM,
     method: Method,
     params: Params,
     states: tuple[State, ...],
-    tokens: Int[Array, "B T"],
-    recent: Int[Array, "B R"] | None = None,
+    tokens: Int[Array | np.ndarray, "B T"],
+    recent: Int[Array | np.ndarray, "B R"] | None = None,
 ) -> tuple[State, ...]:
     """Decodes given tokens and returns the states: for methods that keep a record.
 
-    `states` are those of a prompt, after `finish`, and `recent` its newest
+    `states` are those of a prompt, after `finish`, and used up; `recent` its newest
     `method.rows` tokens, which methods of one row do not need; `tokens` are what comes
     next.
 
@@ -248,14 +248,20 @@ def teacher_forced(
     if recent is None:
         if method.rows > 1:
             raise ValueError(f"{method.rows=} needs the newest tokens: give recent.")
-        recent = jnp.zeros_like(tokens[:, :1])
+        recent = np.zeros((len(tokens), 1), np.int32)
+    return _fed(loop.GIVEN, decoder, method, params, states, tokens, recent).states
 
-    def step(carry, token):
-        states, window = carry
-        window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
-        return (decoder.decode_step(params, states, window, method)[0], window), None
 
-    return jax.lax.scan(step, (states, recent), tokens.T)[0][0]
+def _fed(rule, decoder, method, params, states, tokens, recent) -> loop.Steps:
+    """Feeds given tokens behind a prompt; the states are used up."""
+    window, tokens = np.array(recent), np.asarray(tokens)
+    size = tokens.shape[1]
+    window = np.concatenate([window[:, 1:], tokens[:, :1]], axis=1)
+    ahead = np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1)
+    run = loop.steps(rule)
+    return run(
+        decoder, method, size, params, states, window, None, ahead, np.int32(size)
+    )
 
 
 class Steps(NamedTuple):
@@ -266,39 +272,66 @@ class Steps(NamedTuple):
     v: Float[Array, "T B Hkv R D"]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+class Recorded(NamedTuple):
+    """A layer's state, and the inputs of its newest step."""
+
+    state: State
+    q: Float[Array, "B Hq R D"]
+    k: Float[Array, "B Hkv R D"]
+    v: Float[Array, "B Hkv R D"]
+
+
+@functools.cache
+def _recording(method: Method) -> Method:
+    """The method over :class:`Recorded` states, for decode steps."""
+
+    def append(state, k, v):
+        return state._replace(state=method.append(state.state, k, v), k=k, v=v)
+
+    def inspect_step(state, q):
+        inner, out, found = method.inspect_step(state.state, q)
+        return state._replace(state=inner, q=q), out, found
+
+    return method._replace(append=append, inspect_step=inspect_step)
+
+
+def _newest(before: tuple[State, ...], after: tuple[State, ...]) -> tuple[Steps, ...]:
+    del before
+    return tuple(Steps(layer.q, layer.k, layer.v) for layer in after)
+
+
+_RECORDED = loop.GIVEN._replace(watch=_newest)
+
+
 def record_steps(
     decoder: DecoderLM,
     method: Method,
     params: Params,
     states: tuple[State, ...],
-    tokens: Int[Array, "B T"],
-    recent: Int[Array, "B R"],
+    tokens: Int[Array | np.ndarray, "B T"],
+    recent: Int[Array | np.ndarray, "B R"],
 ) -> tuple[Steps, ...]:
     """Decodes given tokens and returns what each layer was given.
 
     Arguments as of :func:`teacher_forced`; the states stay as they are.
     """
+    spec = decoder.cache_spec(1, 1)
 
-    def step(carry, token):
-        states, window = carry
-        window = jnp.concatenate([window[:, 1:], token[:, None]], axis=1)
-        appended, queries = [], []
+    def nothing(heads):
+        return jnp.zeros((len(tokens), heads, method.rows, spec.head_dim), spec.dtype)
 
-        def append(state, k, v):
-            appended.append((k, v))
-            return method.append(state, k, v)
-
-        def inspect_step(state, q):
-            queries.append(q)
-            return method.inspect_step(state, q)
-
-        recorder = method._replace(append=append, inspect_step=inspect_step)
-        states, _ = decoder.decode_step(params, states, window, recorder)
-        pairs = zip(queries, appended, strict=True)
-        return (states, window), tuple(Steps(q, *kv) for q, kv in pairs)
-
-    return jax.lax.scan(step, (states, recent), tokens.T)[1]
+    begun = tuple(
+        Recorded(
+            jax.tree.map(jnp.copy, state),
+            nothing(spec.num_q_heads),
+            nothing(spec.num_kv_heads),
+            nothing(spec.num_kv_heads),
+        )
+        for state in states
+    )
+    recorder = _recording(method)
+    taken = _fed(_RECORDED, decoder, recorder, params, begun, tokens, recent)
+    return taken.kept[1]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
@@ -314,5 +347,6 @@ def run_layer(method: Method, state: State, steps: Steps) -> State:
 
 def drop_programs() -> None:
     """Frees what was compiled to compare layers, of every method."""
-    for program in (teacher_forced, record_steps, run_layer):
-        program.clear_cache()
+    for rule in (loop.GIVEN, _RECORDED):
+        loop.drop_programs(rule)
+    run_layer.clear_cache()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from kvjax.decoding.generate import prefill
+from kvjax.decoding.reader import prefill
 from kvjax.evaluation import fidelity
 from kvjax.interface import LanguageModel, Method
 

@@ -4,13 +4,11 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
+from kvjax.decoding import reader
 from kvjax.decoding.checks import check_vocabulary
-from kvjax.decoding.generate import empty_states, finish
-from kvjax.decoding.prompt_chunks import PAD
 from kvjax.interface import LanguageModel, Method
 
 
@@ -59,10 +57,6 @@ def kept(
         raise ValueError(f"{head=}: the model has {spec.num_kv_heads} KV heads.")
 
     @jax.jit
-    def read(params, states, chunk, length):
-        return decoder.prefill(params, states, chunk, length, method)[0]
-
-    @jax.jit
     def probe(params, states, token):
         attended = []
 
@@ -75,17 +69,23 @@ def kept(
         decoder.decode_step(params, states, token, recorder)
         return attended[layer]
 
-    states = empty_states(decoder, method, 1, len(tokens), 1)
+    reading = reader.begin(decoder, method, 1, len(tokens), 1)
     times, positions = [], []
     # The newest token of a moment is asked by a decode step, and read afterwards.
     for start in range(0, len(tokens) // every * every, every):
-        chunk = np.full((1, every), PAD, np.int32)
-        chunk[0] = tokens[start : start + every]
-        before = read(params, states, jnp.asarray(chunk), jnp.asarray([every - 1]))
-        newest = np.full((1, method.rows), chunk[0, -1], np.int32)
-        found = np.asarray(probe(params, finish(method, before), newest))[0]
+        before, newest = np.zeros((2, 1, every), np.int32)
+        before[0] = tokens[start : start + every]
+        newest[0, 0] = before[0, -1]
+        reading = reader.read(model, method, reading, [(before, _count(every - 1))])
+        ended = reader.finish(method, reading.states)
+        window = np.full((1, method.rows), newest[0, 0], np.int32)
+        found = np.asarray(probe(params, ended, window))[0]
+        reading = reader.read(model, method, reading, [(newest, _count(1))])
         found = found[head * found.shape[0] // spec.num_kv_heads]
         times.append(start + every)
         positions.append(np.unique(found[found >= 0]))
-        states = read(params, states, jnp.asarray(chunk), jnp.asarray([every]))
     return Kept(name, times, positions, layer % decoder.num_layers, head)
+
+
+def _count(tokens: int) -> Int[np.ndarray, "1"]:
+    return np.array([tokens], np.int32)

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from kvjax.decoding import finite
+from kvjax.decoding.reader import by_position
 from kvjax.evaluation import statistics
 from kvjax.evaluation.statistics import Interval
 from kvjax.evaluation.tasks import haystack
@@ -25,7 +25,6 @@ from kvjax.text.stream import continuation
 # attention(layer, q, k, v) -> out, causal, q and k not yet rotated; head-major
 Attention = Callable[[int, Array, Array, Array], Array]
 
-POSITIONS = 64  # whose logits exist at once
 _PAD = 0  # what fills a row up; causal, so nothing before it sees it
 
 
@@ -85,17 +84,7 @@ def run(
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _forward(decoder, attention, params, tokens):
     hidden = decoder.hidden(params, tokens, attention)[:, :-1]
-    targets = tokens[:, 1:]
-
-    def one_position(args):  # (B, E), (B,): all logits of a row may not fit
-        hidden, targets = args
-        logits = decoder.logits(params, hidden)
-        log_probs = finite.log_prob(logits, targets)
-        return log_probs, jnp.argmax(logits, axis=-1) == targets
-
-    by_position = hidden.swapaxes(0, 1), targets.T
-    found = jax.lax.map(one_position, by_position, batch_size=POSITIONS)
-    return tuple(x.T for x in found)
+    return by_position(decoder, finite.likelihood, params, hidden, tokens[:, 1:])
 
 
 def answers(

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.decoding.generate import Prefilled, prefill, recent
+from kvjax.decoding.reader import Prefilled, prefill, recent
 from kvjax.interface import LanguageModel, Method
 
 
@@ -56,25 +56,16 @@ def read(
     model: LanguageModel,
     methods: Sequence[Method],
     prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    chunk_size: int,
-    longest: int = 0,
+    **options: int,
 ) -> list[Prefilled]:
     """Reads the prompts for all methods; one :class:`Prefilled` a method, in order.
 
+    `options` are those of :func:`kvjax.decoding.reader.prefill`.
+
     Raises:
-        ValueError: as :func:`kvjax.decoding.generate.prefill`.
+        ValueError: as there.
     """
-    both = reader(tuple(methods))
-    read = prefill(
-        model,
-        both,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        chunk_size=chunk_size,
-        longest=longest,
-    )
+    read = prefill(model, reader(tuple(methods)), prompts, **options)
     return [
         read._replace(
             states=tuple(layer[index] for layer in read.states),

@@ -12,7 +12,7 @@ import pytest
 import models
 from kvjax import cli
 from kvjax.cli import decode
-from kvjax.decoding import generate, saved_prompt
+from kvjax.decoding import reader, saved_prompt
 
 PAGE = pathlib.Path(__file__).parents[2] / "docs" / "chat.md"
 
@@ -152,11 +152,10 @@ def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path, monkey
 
     def read(*arguments):
         now[0] += 7.0
-        return prefill_chunk(*arguments)
+        return read_chunk(*arguments)
 
-    prefill_chunk = saved_prompt.prefill_chunk
-    monkeypatch.setattr(generate, "prefill_chunk", read)
-    monkeypatch.setattr(saved_prompt, "prefill_chunk", read)
+    read_chunk = reader.program(None)
+    monkeypatch.setattr(prompt, "reader", lambda judge: read)
     clock = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(decode, "time", clock)
     alone = json.loads(run("generate", *options, "--json", "--max-new-tokens", "5"))

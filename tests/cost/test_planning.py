@@ -16,7 +16,7 @@ from tiny import SMALL, tiny_model
 import models
 from kvjax import accounting, cli, registry
 from kvjax.cost import planning
-from kvjax.decoding.generate import empty_states
+from kvjax.decoding.reader import empty_states
 from kvjax.stores.buffers import num_bytes
 from models.llama import LlamaDecoder
 

@@ -10,8 +10,10 @@ from tiny import EOS, SMALL, ByteTokenizer, dense, tiny_model
 import kvjax
 from kvjax import registry
 from kvjax.decoding import generate as decoding_generate
-from kvjax.decoding import loop
-from kvjax.decoding.generate import Generation, bucket, generate, prefill, stream
+from kvjax.decoding import loop, reader
+from kvjax.decoding.detokenize import TextRow
+from kvjax.decoding.generate import Generation, generate, prefill, stream
+from kvjax.decoding.reader import bucket
 from kvjax.decoding.sampling import Sampling, active
 from kvjax.interface import LanguageModel, layer_specs
 from kvjax.rope import Rope
@@ -62,27 +64,32 @@ def decode_arguments(method, batch, capacity, new_tokens):
     decoder = MODEL.decoder
     specs = layer_specs(decoder, batch, capacity, new_tokens)
 
-    def prompt():
-        states = decoding_generate._init(method, specs)
+    def ended():
+        states = reader._init(method, specs)
         tokens = jnp.zeros((batch, 8), jnp.int32)
         lengths = jnp.full((batch,), 8, jnp.int32)
         states, _ = decoder.prefill(MODEL.params, states, tokens, lengths, method)
-        return decoding_generate.finish(method, states)
+        return reader.finish(method, states)
 
-    states = jax.eval_shape(prompt)
+    states = jax.eval_shape(ended)
     flags = jax.ShapeDtypeStruct((batch,), bool)
     window = jax.ShapeDtypeStruct((batch, method.rows), jnp.int32)
-    tail = loop.Tail(window, flags, flags, None)
     step, sampling = np.int32(1), active(Sampling())
-    eos = np.array([EOS], np.int32)
-    arguments = (decoder, method, 16, MODEL.params, states, tail, None)
-    return states, (*arguments, step, step, sampling, eos)
+    tail = decoding_generate.Tail(step, flags, flags, None)
+    given = None, sampling, np.array([EOS], np.int32)
+    arguments = (decoder, method, 16, MODEL.params, states, window, tail)
+    return states, (*arguments, given, step)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_the_loop_updates_its_states_in_place(method, batch):
     states, arguments = decode_arguments(method, batch, 16384, 1024)
-    memory = loop.decode.lower(*arguments).compile().memory_analysis()
+    memory = (
+        loop.steps(decoding_generate.SAMPLED)
+        .lower(*arguments)
+        .compile()
+        .memory_analysis()
+    )
     held = buffers.num_bytes(states)
     assert memory.alias_size_in_bytes >= held
     extra = memory.temp_size_in_bytes + memory.output_size_in_bytes - held
@@ -103,10 +110,10 @@ def test_bucket_wastes_at_most_an_eighth():
 def test_nothing_compiles_again_within_a_bucket():
     method = kvjax.full()
     functions = [
-        decoding_generate._init,
-        decoding_generate.prefill_chunk,
-        decoding_generate._finish,
-        loop.decode,
+        reader._init,
+        reader.program(None),
+        reader._finish,
+        loop.steps(decoding_generate.SAMPLED),
     ]
 
     def compiled():
@@ -150,8 +157,8 @@ def test_greedy_decoding_repeats_the_whole_forward_pass():
 def test_dynamic_rope_gets_a_long_prompt_in_one_chunk():
     rope = Rope(8, kind="dynamic", factor=2.0, original_context=32)
     model = tiny_model(rope=rope)
-    assert len(list(decoding_generate.chunks(model.decoder, [[1] * 70], 16))) == 1
-    assert len(list(decoding_generate.chunks(model.decoder, [[1] * 32], 16))) == 2
+    assert len(list(reader.chunks(model.decoder, [[1] * 70], 16))) == 1
+    assert len(list(reader.chunks(model.decoder, [[1] * 32], 16))) == 2
     whole = run(kvjax.full(), model=model, eos_ids=())
     assert run(kvjax.full(), model=model, eos_ids=(), chunk_size=16) == whole
 
@@ -382,7 +389,7 @@ def test_decoding_piece_by_piece_is_decoding_at_once(seed):
             longest = max(longest, len(tokens))
             return bytes(tokens).decode(errors="replace")
 
-    row = decoding_generate.TextRow(Watched(), (), frozenset(), len(data))
+    row = TextRow(Watched(), (), frozenset(), len(data))
     text = "".join(row.push([token]) for token in data)
     assert text == row.text == data.decode(errors="replace")
     assert row.finish_reason == "length"
@@ -434,7 +441,7 @@ def test_mistakes_are_named_before_anything_runs(prompts, options, message):
 )
 def test_what_goes_on_from_a_prompt_is_checked_at_once(options, message):
     method = kvjax.full()
-    prefilled = decoding_generate.prefill(MODEL, method, [[1, 2, 3]], max_new_tokens=16)
+    prefilled = prefill(MODEL, method, [[1, 2, 3]], max_new_tokens=16)
     with pytest.raises(ValueError, match=message):
         decoding_generate.continued(MODEL, method, prefilled, **options)
     assert next(
@@ -452,7 +459,7 @@ def test_a_blank_behind_a_token_without_text_is_kept():
 
     tokens = [1, 0, 2, 0, 0, 3]
     for size in (1, 2, 6):
-        row = decoding_generate.TextRow(Stripping(), (), frozenset(), len(tokens))
+        row = TextRow(Stripping(), (), frozenset(), len(tokens))
         for start in range(0, len(tokens), size):
             row.push(tokens[start : start + size])
         assert row.text == "one two three"
@@ -484,11 +491,9 @@ def test_layers_share_the_program_that_ends_a_prompt():
     assert [state.spec.layer for state in read.states] == [0, 1, 2]
 
     # Each layer ends its own prompt.
-    states = decoding_generate.empty_states(model.decoder, method, 3, 70, 4)
-    for chunk in decoding_generate.chunks(model.decoder, PROMPTS, 512):
-        states, _ = decoding_generate.prefill_chunk(
-            model.decoder, method, model.params, states, *chunk
-        )
+    reading = reader.begin(model.decoder, method, 3, 70, 4)
+    parts = reader.chunks(model.decoder, PROMPTS, 512)
+    states = reader.read(model, method, reading, parts).states
     for ended, state in zip(read.states, states, strict=True):
         expected = jax.tree.leaves(method.finish(state))
         for a, b in zip(jax.tree.leaves(ended), expected, strict=True):

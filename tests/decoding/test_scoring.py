@@ -8,7 +8,7 @@ from tiny import SMALL, dense, tiny_model
 
 import kvjax
 from kvjax import registry
-from kvjax.decoding import scoring
+from kvjax.decoding import loop, scoring
 from kvjax.decoding.generate import generate
 from kvjax.decoding.scoring import score
 
@@ -99,11 +99,11 @@ def test_rows_do_not_see_each_other():
 
 
 def test_steps_compile_once_for_lengths_of_a_bucket():
-    method = kvjax.full()
+    method, steps = kvjax.full(), loop.steps(scoring._rule(False))
     score(MODEL, method, TOKENS, prefill=20)
-    before = scoring._score_steps._cache_size()
+    before = steps._cache_size()
     score(MODEL, method, [row[:-1] for row in TOKENS], prefill=20)
-    assert scoring._score_steps._cache_size() == before
+    assert steps._cache_size() == before
 
 
 @pytest.mark.parametrize(

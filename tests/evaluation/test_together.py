@@ -8,7 +8,8 @@ from tiny import SMALL, tiny_model
 
 import kvjax
 from kvjax import registry
-from kvjax.decoding.generate import bucket, continued, prefill, prefill_chunk
+from kvjax.decoding.generate import continued, prefill
+from kvjax.decoding.reader import bucket, program
 from kvjax.evaluation import compare, compare_inputs, compare_runs, fidelity, together
 
 MODEL = tiny_model(num_layers=2)
@@ -146,10 +147,10 @@ def test_the_batch_leaves_room_for_methods_to_read_together():
 def test_prompts_of_several_lengths_are_read_by_one_program():
     method = kvjax.full()
     assert bucket(40) != bucket(60)  # or one program would serve them anyway
-    before = prefill_chunk._cache_size()
+    before = program(None)._cache_size()
     for size in (60, 40, 64):
         prefill(MODEL, method, [PROMPTS[0][:size]], longest=64, **OPTIONS)
-    assert prefill_chunk._cache_size() == before + 1
+    assert program(None)._cache_size() == before + 1
 
 
 def test_making_room_for_longer_prompts_changes_no_token():

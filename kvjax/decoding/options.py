@@ -1,0 +1,55 @@
+"""What a generation may be asked for: one frozen object, checked once, when made."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+
+from kvjax.decoding.checks import check_counts, check_eos_ids, check_seed, check_stop
+from kvjax.decoding.sampling import Sampling, validate
+from kvjax.interface import LanguageModel
+
+_GREEDY = Sampling()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """The options of :func:`kvjax.decoding.generate.generate`, and of its parts.
+
+    Attributes:
+        max_new_tokens: most tokens a row generates, its EOS token included; the caches
+            have room for them.
+        sampling: greedy by default.
+        stop: a row ends at the first token whose text completes one of these.
+        eos_ids: tokens that end a row; None means the model's.
+        seed: of the random keys.
+        chunk_size: most prompt tokens processed at once.
+        stream_every: decode steps between two looks of the host.
+        longest: tokens of a prompt to make room for, where none is so long: prompts up
+            to there share their compiled code.
+
+    Raises:
+        ValueError: if one is of another type or out of its range.
+    """
+
+    max_new_tokens: int = 128
+    sampling: Sampling = _GREEDY
+    stop: Sequence[str] = ()
+    eos_ids: Collection[int] | None = None
+    seed: int = 0
+    chunk_size: int = 512
+    stream_every: int = 16
+    longest: int = 0
+
+    def __post_init__(self):
+        validate(self.sampling)
+        check_seed(self.seed)
+        check_eos_ids(self.eos_ids)
+        check_stop(self.stop)
+        counts = ("stream_every", "max_new_tokens", "chunk_size")
+        check_counts(**{name: getattr(self, name) for name in counts})
+        for name in (*counts, "seed"):  # NumPy's are integers too
+            object.__setattr__(self, name, int(getattr(self, name)))
+        object.__setattr__(self, "stop", tuple(self.stop))
+
+    def ends(self, model: LanguageModel) -> frozenset[int]:
+        """Returns the tokens that end a row."""
+        return frozenset(model.eos_ids if self.eos_ids is None else self.eos_ids)

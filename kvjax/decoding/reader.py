@@ -1,0 +1,286 @@
+"""The one reader of prompts: chunks of few shapes, through one program a method.
+
+A :class:`Reading` is a prompt that was read so far; :func:`ended`, a :class:`Prefilled`
+is ready to decode. With a judge, the reader also says of each token how likely it was.
+"""
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from kvjax import interface
+from kvjax.decoding import timing
+from kvjax.decoding.checks import check_model, check_prompts, token_rows
+from kvjax.decoding.options import Options
+from kvjax.interface import DecoderLM, LanguageModel, Method, Params, State, with_layer
+from kvjax.registry import as_method
+from kvjax.text.stream import CONTEXT
+
+PAD = 0  # what a finished row feeds and emits; any valid token does
+NO_TOKEN = -1  # where a row has none
+POSITIONS = 64  # positions whose logits exist at once
+
+# Of logits `(B, V)` and tokens `(B,)`: arrays of the tokens' shape.
+Judge = Callable[[Array, Array], Any]
+# Right-padded tokens `(B, T)`, and the real ones of each row.
+Chunk = tuple[np.ndarray, np.ndarray]
+
+
+class Reading(NamedTuple):
+    """Prompts in the caches, as far as they were read."""
+
+    states: tuple[State, ...]  # one a layer, `finish` not yet applied
+    hidden: Float[Array, "B E"]  # of each row's newest token; zeros before the first
+
+
+class Prefilled(NamedTuple):
+    """A prompt in the caches, ready to decode."""
+
+    states: tuple[State, ...]  # one a layer, `finish` applied
+    hidden: Float[Array, "B E"]  # of each row's last prompt token
+    recent: Int[Array, "B R"]  # the newest `method.rows` tokens of each row
+    # Those whose text the new one follows; `recent` if None.
+    before: Int[np.ndarray, "B C"] | None = None
+
+
+def prefill(
+    model: LanguageModel,
+    method: Method | str,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    chunk_size: int = 512,
+    longest: int = 0,
+) -> Prefilled:
+    """Runs the prompts through the model, leaving room for `max_new_tokens` each.
+
+    Prompts of up to `longest` tokens then share their compiled code, even in buckets.
+
+    Raises:
+        ValueError: as :func:`kvjax.decoding.generate.generate`.
+    """
+    method = as_method(method)
+    check_model(model)
+    prompts = token_rows(prompts)
+    options = Options(
+        max_new_tokens=max_new_tokens, chunk_size=chunk_size, longest=longest
+    )
+    check_prompts(model.decoder, method, prompts, options.max_new_tokens)
+    return read_whole(model, method, prompts, options)
+
+
+def read_whole(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+) -> Prefilled:
+    """Reads prompts that were checked, and ends them."""
+    decoder, longest = model.decoder, max(options.longest, *map(len, prompts))
+    with timing.stretch("prompt") as part:
+        reading = begin(decoder, method, len(prompts), longest, options.max_new_tokens)
+        parts = chunks(decoder, prompts, options.chunk_size, longest)
+        reading = read(model, method, reading, parts)
+        part.tokens = sum(map(len, prompts))
+        return ended(method, reading, prompts)
+
+
+def begin(
+    decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
+) -> Reading:
+    """Returns prompts of up to `longest` tokens of which nothing was read yet."""
+    states = empty_states(decoder, method, batch, longest, max_new_tokens)
+    return Reading(states, no_hidden(decoder, batch))
+
+
+def no_hidden(decoder: DecoderLM, batch: int) -> Float[Array, "B E"]:
+    """Returns what stands for hidden states before the first token of a prompt."""
+    return jnp.zeros((batch, decoder.width), decoder.cache_spec(1, 1).dtype)
+
+
+def empty_states(
+    decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
+) -> tuple[State, ...]:
+    """Returns states of every layer for prompts up to `longest`, in bucketed sizes."""
+    new_tokens = bucket(max_new_tokens)
+    capacity = bucket(longest + new_tokens)
+    specs = interface.layer_specs(decoder, batch, capacity, new_tokens)
+    return _init(method, specs)
+
+
+def read(
+    model: LanguageModel, method: Method, reading: Reading, parts: Iterable[Chunk]
+) -> Reading:
+    """Reads chunks of the prompts, one after the other; `reading` is used up."""
+    for now, _ in read_and_judge(model, method, reading, parts, None):
+        reading = now
+    return reading
+
+
+def read_and_judge(
+    model: LanguageModel,
+    method: Method,
+    reading: Reading,
+    parts: Iterable[Chunk],
+    judge: Judge | None,
+) -> Iterator[tuple[Reading, Any]]:
+    """Reads chunks of the prompts and judges each token by the logits before it.
+
+    Args:
+        reading: of what comes before them; used up.
+        judge: static: use one object for many calls; None judges nothing.
+
+    Returns:
+        An iterator of the reading behind each chunk, which the next one uses up, and
+        what the judge said of the chunk's tokens: arrays `(B, T)` on the host, T the
+        most that a row has in it. What it says of the first token of a prompt, and of
+        none, is undefined.
+    """
+    run = program(judge)
+    for tokens, lengths in parts:
+        reading, judged = run(
+            model.decoder, method, model.params, reading, tokens, lengths
+        )
+        reading = timing.settled(reading)
+        longest = int(lengths.max())
+        yield reading, jax.tree.map(lambda x, n=longest: np.asarray(x)[:, :n], judged)
+
+
+@functools.cache
+def program(judge: Judge | None) -> Any:
+    """Returns :func:`read_chunk` of a judge as a program that uses its reading up.
+
+    The first chunk and those behind it run the same program.
+    """
+    run = functools.partial(read_chunk, judge)
+    return jax.jit(run, static_argnums=(0, 1), donate_argnums=3)
+
+
+def read_chunk(
+    judge: Judge | None,
+    decoder: DecoderLM,
+    method: Method,
+    params: Params,
+    reading: Reading,
+    tokens: Int[Array, "B T"],
+    lengths: Int[Array, "B"],
+) -> tuple[Reading, Any]:
+    """Reads one right-padded chunk, whose rows have `lengths` tokens in it."""
+    states, hidden = decoder.prefill(params, reading.states, tokens, lengths, method)
+    judged = None
+    if judge is not None:
+        before = jnp.concatenate([reading.hidden[:, None], hidden[:, :-1]], axis=1)
+        judged = by_position(decoder, judge, params, before, tokens)
+    index = jnp.maximum(lengths - 1, 0)[:, None, None]
+    last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
+    newest = jnp.where((lengths > 0)[:, None], last, reading.hidden)
+    return Reading(states, newest), judged
+
+
+def by_position(
+    decoder: DecoderLM,
+    judge: Judge,
+    params: Params,
+    hidden: Float[Array, "B T E"],
+    tokens: Int[Array, "B T"],
+) -> Any:
+    """Judges tokens by hidden states, some positions at a time: not all logits fit."""
+
+    def one_position(at):  # (B, E), (B,)
+        hidden, tokens = at
+        return judge(decoder.logits(params, hidden), tokens)
+
+    pairs = hidden.swapaxes(0, 1), tokens.T
+    judged = jax.lax.map(one_position, pairs, batch_size=POSITIONS)
+    return jax.tree.map(jnp.transpose, judged)
+
+
+def ended(
+    method: Method, reading: Reading, prompts: Sequence[Sequence[int]]
+) -> Prefilled:
+    """Ends prompts that were read; `reading` is used up."""
+    newest = jnp.asarray(recent(prompts, method.rows))
+    before = recent(prompts, CONTEXT, NO_TOKEN)
+    states = timing.settled(finish(method, reading.states))
+    return Prefilled(states, reading.hidden, newest, before)
+
+
+def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
+    """Ends the prompt. Layer by layer: at most one layer is held in both shapes."""
+    finished = list(states)
+    for layer in range(len(finished)):
+        # Without the layer's number one program serves all. Not donated: shapes may
+        # change, and a buffer passed through is not copied.
+        state = _finish(method, with_layer(finished[layer], 0))
+        finished[layer] = with_layer(state, layer)
+    return tuple(finished)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(method, specs):
+    return tuple(map(method.init, specs))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _finish(method, state):
+    return method.finish(state)
+
+
+def drop_programs() -> None:
+    """Frees what was compiled to read prompts without a judge, of every method."""
+    for one in (_init, program(None), _finish):
+        one.clear_cache()
+
+
+def bucket(tokens: int) -> int:
+    """Returns the capacity to allocate: at most 1/8 above, eight steps an octave.
+
+    Prompts of nearby lengths share their shapes, and so their compiled code.
+    """
+    tokens = int(tokens)
+    step = 1 << max(0, tokens.bit_length() - 4)
+    return -(-tokens // step) * step
+
+
+def chunks(
+    decoder: DecoderLM,
+    prompts: Sequence[Sequence[int]],
+    chunk_size: int,
+    longest: int = 0,
+) -> Iterator[Chunk]:
+    """Cuts prompts into chunks whose size suits the longest of them."""
+    longest = max(longest, *map(len, prompts))
+    return cut(prompts, _chunk(decoder, longest, chunk_size))
+
+
+def cut(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
+    """Cuts prompts into right-padded chunks `(B, size)`."""
+    for start in range(0, max(map(len, prompts)), size):
+        pieces = [prompt[start : start + size] for prompt in prompts]
+        tokens = np.full((len(prompts), size), PAD, np.int32)
+        for row, piece in enumerate(pieces):
+            tokens[row, : len(piece)] = piece
+        yield tokens, np.array([len(piece) for piece in pieces], np.int32)
+
+
+def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
+    padded = bucket(longest)
+    if longest > decoder.rope.static_until:
+        # Its frequencies depend on the whole prompt's length: all keys rotate at once.
+        return padded
+    # Chunks of one size, so that the last one is not mostly padding.
+    return min(chunk_size, bucket(-(-padded // -(-padded // chunk_size))))
+
+
+def recent(prompts: Sequence[Sequence[int]], rows: int, fill: int = PAD) -> np.ndarray:
+    """Returns the last `rows` tokens of each prompt, with `fill` before them."""
+    out = np.full((len(prompts), rows), fill, np.int32)
+    for row, prompt in enumerate(prompts):
+        newest = prompt[-rows:]
+        out[row, rows - len(newest) :] = newest
+    return out
