@@ -1,4 +1,4 @@
-"""Bytes a method reads per token and holds, from shapes alone: one accounting."""
+"""The bytes a method reads per token and holds, from shapes alone: one accounting."""
 
 import functools
 
@@ -17,19 +17,19 @@ from kvjax.stores.buffers import num_bytes
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:
-    """Bytes one layer holds while decoding, every row, metadata included."""
+    """Returns the bytes one layer holds while decoding, every row, metadata too."""
     return num_bytes(jax.eval_shape(lambda: method.finish(method.init(spec))))
 
 
 def prompt_bytes(method: Method, spec: CacheSpec) -> int:
-    """Bytes one layer holds while the prompt is read, every row."""
+    """Returns the bytes that one layer holds while the prompt is read, every row."""
     return num_bytes(jax.eval_shape(lambda: method.init(spec)))
 
 
 def bytes_held(
     method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
 ) -> int:
-    """Bytes all layers hold while decoding, every row."""
+    """Returns the bytes that all layers hold while decoding, every row."""
     specs = layer_specs(decoder, batch, capacity, max_new_tokens)
     return sum(state_bytes(method, spec) for spec in specs)
 
@@ -37,7 +37,7 @@ def bytes_held(
 def bytes_of_prompt(
     method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
 ) -> int:
-    """Bytes all layers hold while the prompt is read, every row."""
+    """Returns the bytes that all layers hold while the prompt is read, every row."""
     specs = layer_specs(decoder, batch, capacity, max_new_tokens)
     return sum(prompt_bytes(method, spec) for spec in specs)
 
@@ -108,7 +108,7 @@ def is_endless(method: Method, decoder: DecoderLM) -> bool:
 
 
 def _held(method, decoder, prompt, generated) -> list[tuple[int, int]]:
-    """Bytes of each layer, while a prompt is read and while tokens are generated."""
+    """Returns the bytes of each layer, while a prompt is read and afterwards."""
     specs = layer_specs(decoder, 1, prompt + generated, generated)
     return [(prompt_bytes(method, s), state_bytes(method, s)) for s in specs]
 
@@ -116,7 +116,7 @@ def _held(method, decoder, prompt, generated) -> list[tuple[int, int]]:
 def traffic(
     method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
 ) -> Traffic:
-    """Bytes of cache all layers read for one token of one row at `length` tokens."""
+    """Returns the bytes that all layers read for one token of a row of `length`."""
     layers = layer_specs(decoder, 1, length, min(max_new_tokens, length))
     parts = [method.traffic(spec, length) for spec in layers]
     return Traffic(sum(p.kv for p in parts), sum(p.metadata for p in parts))
@@ -125,5 +125,5 @@ def traffic(
 def bytes_read(
     method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
 ) -> int:
-    """The total of :func:`traffic`."""
+    """Returns the total of :func:`traffic`."""
     return traffic(method, decoder, length, max_new_tokens).total

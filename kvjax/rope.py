@@ -231,7 +231,7 @@ _FREQUENCIES = {
 
 
 class _Steps(NamedTuple):
-    """Turns a position, modulo 1, in units of 2**-64: two words of 32 bits."""
+    """The turns of a position, modulo 1, in units of 2**-64: two words of 32 bits."""
 
     high: UInt[Array | np.ndarray, "*#B half"]
     low: UInt[Array | np.ndarray, "*#B half"]
@@ -269,7 +269,7 @@ def _steps(frequencies: Float[Array, "*B half"]) -> _Steps:
 def _angles(
     steps: _Steps, positions: Int[Array, "B 1 T 1"]
 ) -> Float[Array, "B 1 T half"]:
-    """Radians in [-pi, pi], equal to position times frequency but for whole turns."""
+    """Returns position times frequency but for whole turns, radians in [-pi, pi]."""
     positions = positions.astype(jnp.int32)
     far = lax.bitcast_convert_type(jnp.abs(positions), jnp.uint32)
     # The upper word of the product; what overflows are whole turns.

@@ -1,4 +1,4 @@
-"""What a model family is to :mod:`models`: how its checkpoints are read and written.
+"""A model family as :mod:`models` sees it: how its checkpoints are read and written.
 
 A family is a folder that makes one :class:`Family`, and a line in `models.FAMILIES`.
 """
@@ -16,7 +16,7 @@ Dtype = jax.typing.DTypeLike | None  # None keeps the checkpoint's
 
 
 class Footprint(NamedTuple):
-    """Sizes of a model that its decoder does not say, from its shapes alone."""
+    """The sizes of a model that its decoder does not say, from its shapes alone."""
 
     held: int  # bytes of all weights
     read: int  # bytes of them that a decode step must read

@@ -1,1 +1,1 @@
-"""From a prompt to tokens, text and scores, under any method."""
+"""The way from a prompt to tokens, text and scores, under any method."""

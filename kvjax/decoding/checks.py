@@ -1,4 +1,4 @@
-"""What a model may be given: prompts, tokens, options; one clear error for the rest."""
+"""Checks of what a model is given: prompts, tokens, options; one clear error each."""
 
 import operator
 from collections.abc import Collection, Iterable, Mapping, Sequence, Set

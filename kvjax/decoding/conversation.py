@@ -30,7 +30,7 @@ class Read(NamedTuple):
 
 
 def tokens(tokenizer: Any, messages: Sequence[Message], *, reply: bool) -> list[int]:
-    """Token ids of a conversation; with `reply`, up to where the assistant's begins.
+    """Returns the ids of a conversation; with `reply`, up to where the assistant's begins.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or it refuses the messages.
@@ -145,7 +145,7 @@ def check_room(
 
 
 def _room(model: LanguageModel, held: int) -> int:
-    """Room behind so many tokens, where nobody says."""
+    """Returns the room behind so many tokens, where nobody says."""
     return max(min(ROOM, model.decoder.context - held), 1)
 
 

@@ -85,7 +85,7 @@ class TextRow:
 
 
 def _unresolved(text: str, stop: Sequence[str]) -> int:
-    """Length of the longest end of `text` that a stop string begins with."""
+    """Returns the length of the longest end of `text` that begins a stop string."""
     for size in range(min(len(text), max(map(len, stop), default=1) - 1), 0, -1):
         if any(candidate.startswith(text[-size:]) for candidate in stop):
             return size

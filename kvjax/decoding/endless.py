@@ -43,7 +43,7 @@ _LARGEST_EXPONENT = math.log(sys.float_info.max)
 
 
 class Progress(NamedTuple):
-    """What has been read so far."""
+    """The part of a text that was read so far."""
 
     tokens: int  # tokens that begin the text (BOS) included
     num_bytes: int  # of the text's, those whose tokens were predicted
@@ -52,19 +52,19 @@ class Progress(NamedTuple):
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits the model needs for a byte of text."""
+        """The bits that the model needs for a byte of text."""
         return self.nats / math.log(2) / self.num_bytes if self.num_bytes else math.nan
 
     @property
     def perplexity(self) -> float:
-        """Of a predicted token."""
+        """The perplexity of a predicted token."""
         if not self.predicted:
             return math.nan
         mean = self.nats / self.predicted
         return math.exp(mean) if mean < _LARGEST_EXPONENT else math.inf
 
     def since(self, before: "Progress") -> "Progress":
-        """What came after `before`."""
+        """Returns the part that came after `before`."""
         return Progress(*(a - b for a, b in zip(self, before, strict=True)))
 
 
@@ -100,7 +100,7 @@ def check_method(
 def pieces(
     blocks: Iterable[bytes], *, most: int = PIECE, name: str = "the text"
 ) -> Iterator[str]:
-    """UTF-8 text, cut between lines, or else after at most `most` characters.
+    """Cuts UTF-8 text between lines, or else after at most `most` characters.
 
     Tokens of the pieces, each behind the one before it (:func:`read`), are those of the
     whole text, as long as some of its lines end in a word or have a line without blanks
@@ -131,7 +131,7 @@ def _with_end(blocks):
 
 
 def _end_of_piece(text: str, most: int) -> int:
-    """Characters of the next piece; 0 while more text is to come first."""
+    """Returns the characters of the next piece; 0 while more text is to come first."""
     for place in (_CLEAN, *_OTHERS):
         ends = [match.end() for match in place.finditer(text, 1, most + 1)]
         if ends:

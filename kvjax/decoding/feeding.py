@@ -25,7 +25,7 @@ Watch = Callable[[tuple[State, ...], tuple[State, ...]], Any]
 
 
 class Fed(NamedTuple):
-    """Tokens of each row that were fed, and how likely each of them was."""
+    """The tokens of each row that were fed, and how likely each of them was."""
 
     tokens: Int[np.ndarray, "B n"]
     log_probs: Float[np.ndarray, "B n"]  # nats

@@ -25,7 +25,7 @@ from kvjax.registry import as_method
 
 
 class Generation(NamedTuple):
-    """What one row produced."""
+    """The tokens and the text that one row produced."""
 
     tokens: list[int]  # generated, with the EOS token if there was one
     text: str  # without the EOS token, cut before a stop string
@@ -238,7 +238,7 @@ def go_on(
 
 
 class Tail(NamedTuple):
-    """What a step of generation remembers of each row, beside states and window."""
+    """The facts that a step remembers of each row, beside states and window."""
 
     count: Int[Array, ""]  # tokens of a row that were chosen
     done: Bool[Array, "B"]
@@ -247,7 +247,7 @@ class Tail(NamedTuple):
 
 
 def _sampled(logits, index, tail, given):
-    """Next tokens, and the tail with them in."""
+    """Returns the next tokens twice, the tail with them in between."""
     del index
     keys, sampling, eos_ids = given
     if keys is not None:

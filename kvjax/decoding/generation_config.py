@@ -1,4 +1,4 @@
-"""How a checkpoint wants to be sampled: its `generation_config.json`, as we read it."""
+"""The sampling that a checkpoint wants: its `generation_config.json`, as we read it."""
 
 import math
 from collections.abc import Mapping
@@ -46,7 +46,7 @@ _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 
 
 class Wanted(NamedTuple):
-    """What a `generation_config.json` asks for."""
+    """The sampling that a `generation_config.json` asks for."""
 
     sampling: dict[str, float | int]  # fields of `Sampling`: named, and defaults
     others: tuple[str, ...]  # keys that change what is sampled, and are not supported

@@ -17,7 +17,7 @@ from kvjax.interface import DecoderLM, Method, Params, State
 
 
 class Rule(NamedTuple):
-    """What a step makes of its logits; static, so use one object for many calls.
+    """The use a step makes of its logits; static: one object for many calls.
 
     Fields:
         choose: `choose(logits, index, memory, given) -> (tokens, memory, out)`: of
@@ -34,7 +34,7 @@ class Rule(NamedTuple):
 
 
 class Steps(NamedTuple):
-    """Decode steps that were taken."""
+    """The outcome of some decode steps."""
 
     states: tuple[State, ...]
     window: Int[Array, "B R"]  # the newest tokens of each row; the last is not fed yet
@@ -83,7 +83,7 @@ def take_steps(
     hidden = jax.ShapeDtypeStruct((batch, decoder.width), spec.dtype)
 
     def look(hidden, before, after):
-        """What a step keeps, as shapes: the model is traced no second time for it."""
+        """Returns what a step keeps: for its shapes the model is not traced again."""
         logits = decoder.logits(params, hidden)
         out = rule.choose(logits, jnp.int32(0), memory, given)[2]
         return out, () if rule.watch is None else rule.watch(before, after)

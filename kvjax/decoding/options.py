@@ -1,4 +1,4 @@
-"""What a generation may be asked for: one frozen object, checked once, when made."""
+"""The options of a generation: one frozen object, checked once, when it is made."""
 
 import dataclasses
 from collections.abc import Collection, Sequence

@@ -32,7 +32,7 @@ Chunk = tuple[np.ndarray, np.ndarray]
 
 
 class Reading(NamedTuple):
-    """Prompts in the caches, as far as they were read."""
+    """The prompts of a batch in the caches, as far as they were read."""
 
     states: tuple[State, ...]  # one a layer, `finish` not yet applied
     hidden: Float[Array, "B E"]  # of each row's newest token; zeros before the first

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 
 class Sampling(NamedTuple):
-    """How to choose the next token.
+    """The way to choose the next token.
 
     Attributes:
         temperature: divides the logits; 0 is greedy, and then only
@@ -75,7 +75,7 @@ def shown(value: Any) -> str:
 
 
 def active(sampling: Sampling) -> Sampling:
-    """The same sampling as arrays, with None for every filter that does nothing.
+    """Returns a sampling as arrays, with None for every filter that does nothing.
 
     None is structure, a value is data: under `jax.jit` another temperature does not
     compile again, and greedy decoding contains no sort and no random numbers.
@@ -92,7 +92,7 @@ def active(sampling: Sampling) -> Sampling:
 
 
 def row_keys(seed: int, batch: int) -> Key[Array, "B"]:
-    """One random key a row: what a row samples depends on `seed` and its index only."""
+    """Returns a random key a row: a row depends on `seed` and its index only."""
     return jax.vmap(jax.random.fold_in, (None, 0))(
         jax.random.key(seed), jnp.arange(batch)
     )
@@ -104,7 +104,7 @@ def sample(
     seen: Bool[Array, "B V"] | None,
     sampling: Sampling,
 ) -> Int[Array, "B"]:
-    """The next token of each row.
+    """Returns the next token of each row.
 
     Args:
         keys: one random key a row, not used twice; None if greedy.
@@ -121,7 +121,7 @@ def sample(
 def mentioned(
     prompts: Sequence[Sequence[int]], vocab_size: int
 ) -> Bool[np.ndarray, "B V"]:
-    """Tokens of the vocabulary that each prompt has, for a repetition penalty."""
+    """Marks the tokens that each prompt has, for a repetition penalty."""
     seen = np.zeros((len(prompts), vocab_size), bool)
     for row, prompt in enumerate(prompts):
         seen[row, list(prompt)] = True
@@ -131,7 +131,7 @@ def mentioned(
 def filter_logits(
     logits: Float[Array, "B V"], seen: Bool[Array, "B V"] | None, sampling: Sampling
 ) -> Float[Array, "B V"]:
-    """Logits whose softmax is what :func:`sample` draws from; filtered ones are -inf.
+    """Returns logits whose softmax :func:`sample` draws from; filtered ones are -inf.
 
     Tokens exactly as likely as the last one a filter keeps are kept too.
     """

@@ -53,7 +53,7 @@ _READ = Exception
 
 
 class Prefix(NamedTuple):
-    """Prompts that a model has read under a method; made by :func:`read`."""
+    """The prompts that a model has read under a method; made by :func:`read`."""
 
     states: tuple[State, ...]  # one a layer, `finish` not yet applied
     hidden: Float[Array, "B E"]  # of each row's last token
@@ -298,7 +298,7 @@ def check_new(folder: str | pathlib.Path) -> None:
 
 
 def about(folder: str | pathlib.Path) -> dict[str, Any]:
-    """What a folder says it holds: the names of model and method, sizes, dtype.
+    """Reads what a folder says it holds: the names of model and method, sizes, dtype.
 
     Raises:
         FileNotFoundError: if there is no prefix.
@@ -346,7 +346,7 @@ def restore(
     *,
     method_name: str,
 ) -> Prefix:
-    """The prefix in a folder, onto JAX's default device.
+    """Restores the prefix in a folder, onto JAX's default device.
 
     Raises:
         FileNotFoundError: if there is none.
@@ -412,7 +412,7 @@ def _flat(states, hidden, tokens):
 
 
 def _digest(about: Mapping[str, Any]) -> str:
-    """Of what the arrays are cut by; who may read them is compared, not trusted."""
+    """Hashes what the arrays are cut by; who may read them is compared, not trusted."""
     return _sha256([about[key] for key in _LAYOUT])
 
 
@@ -431,7 +431,7 @@ def _is_conversation(messages: Any) -> bool:
 
 
 def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
-    """What must agree, coarse before fine: the first difference is the one to name."""
+    """Returns what must agree, coarse before fine: the first difference is named."""
     spec = model.decoder.cache_spec(1, 1)
     return {
         "method": method_name,

@@ -28,7 +28,7 @@ STEPS = 64  # teacher-forced tokens between two looks of the host
 
 
 class Scores(NamedTuple):
-    """Of a batch of rows whose longest has n tokens."""
+    """The scores of a batch of rows whose longest has n tokens."""
 
     # Natural log-probability of token i + 1 given those before; NaN past a row's end.
     log_probs: Float[np.ndarray, "B n-1"]
@@ -147,7 +147,7 @@ def continue_scores(
 
 
 def _continue(model, method, prefilled, tokens, return_logits):
-    """Log-probabilities `(B,)` of the first tokens, and :class:`Scores` of the rest."""
+    """Returns log-probabilities `(B,)` of first tokens, and the rest's `Scores`."""
     decoder, params, rule = model.decoder, model.params, _rule(return_logits)
     batch, count = tokens.shape
     ahead = np.full((batch, count + STEPS), PAD, np.int32)

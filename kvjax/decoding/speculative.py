@@ -14,7 +14,7 @@ from kvjax.interface import DecoderLM, Method, Params, State
 
 
 class Verified(NamedTuple):
-    """How far a draft holds."""
+    """The part of a draft that holds."""
 
     states: tuple[State, ...]  # with the newest token and the accepted ones behind it
     accepted: Int[Array, "B"]  # tokens of the draft that greedy decoding says too
@@ -25,7 +25,7 @@ class Verified(NamedTuple):
 def rewind(
     method: Method, states: tuple[State, ...], count: Int[Array, "B"], most: int
 ) -> tuple[State, ...]:
-    """States without each row's newest `count` tokens, at most `most`; under `jit` too.
+    """Takes each row's newest `count` tokens back, at most `most`; under `jit` too.
 
     Raises:
         ValueError: if the method cannot take tokens back.

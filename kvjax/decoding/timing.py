@@ -1,4 +1,4 @@
-"""Where the seconds of a generation go: the prompt, the decode steps, and compiling.
+"""The seconds of a generation: of the prompt, the decode steps, and compiling.
 
 Nothing is run twice for it. JAX says when it has traced or compiled something and how
 long that took; what runs meanwhile is waited for first, so that what is left of a
@@ -33,7 +33,7 @@ class Stretch:
 
 @dataclasses.dataclass
 class Clock:
-    """What was timed so far."""
+    """The stretches that were timed so far."""
 
     stretches: list[Stretch] = dataclasses.field(default_factory=list)
     # Beginning and end of whatever was traced or compiled: some lie inside of others.
@@ -41,11 +41,11 @@ class Clock:
 
     @property
     def compiling(self) -> float:
-        """Seconds of tracing and compiling, what lies outside of stretches too."""
+        """The seconds of tracing and compiling, what lies outside of stretches too."""
         return self.compiled(0.0)
 
     def compiled(self, start: float) -> float:
-        """Seconds since `start` in which something was traced or compiled."""
+        """Returns seconds since `start` in which something was traced or compiled."""
         seconds, until = 0.0, start
         for begin, end in sorted(self.compilations):
             seconds += max(end - max(begin, until), 0.0)
@@ -53,7 +53,7 @@ class Clock:
         return seconds
 
     def total(self, kind: Kind) -> Stretch:
-        """The stretches of a kind, added up."""
+        """Returns the stretches of a kind, added up."""
         parts = [part for part in self.stretches if part.kind == kind]
         return Stretch(
             kind,

@@ -1,4 +1,4 @@
-"""What a Llama-family model is made of: static sizes, to and from `config.json`.
+"""The static sizes of a Llama-family model, to and from `config.json`.
 
 `from_hf` reads the keys of the families in `ARCHITECTURES`, which the model runs as
 they are; :mod:`models.llama.families` rewrites those of others first.
@@ -20,7 +20,7 @@ from models.llama.config_rope import rope_from_hf, rope_to_hf
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes and options of a Llama or a near relative (see `ARCHITECTURES`).
+    """The sizes and options of a Llama or a near relative (see `ARCHITECTURES`).
 
     Attributes:
         vocab_size, width, num_layers, num_q_heads, num_kv_heads, head_dim, mlp_width:

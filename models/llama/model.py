@@ -204,7 +204,7 @@ class LlamaDecoder:
         return self.config.attention_alpha
 
     def init(self, seed: int = 0) -> Params:
-        """Random parameters, ready to train, as a nested dict of arrays.
+        """Makes random parameters, ready to train, as a nested dict of arrays.
 
         Normal with deviation 0.02 for the embedding and inputs**-0.5 for the matrices;
         those that write to the residual, (2 * num_layers)**-0.5 times that.
@@ -218,7 +218,7 @@ class LlamaDecoder:
     def cache_spec(
         self, batch: int, capacity: int, max_new_tokens: int = 0, layer: int = 0
     ) -> CacheSpec:
-        """What a method may know of one layer of this model."""
+        """Returns all that a method may know of one layer of this model."""
         return CacheSpec(
             batch=batch,
             num_q_heads=self.config.num_q_heads,
@@ -246,7 +246,7 @@ class LlamaDecoder:
         *,
         remat: bool = False,
     ) -> Float[Array, "B T E"]:
-        """Final hidden states under any `attention(layer, q, k, v) -> out`.
+        """Returns final hidden states under any `attention(layer, q, k, v) -> out`.
 
         With `remat` a gradient keeps one hidden state a layer and computes the rest of
         the layer again: less memory, about a third more work.
@@ -292,7 +292,7 @@ class LlamaDecoder:
     def logits(
         self, params: Params, hidden: Float[Array, "*B E"]
     ) -> Float[Array, "*B V"]:
-        """Next-token logits in float32."""
+        """Returns next-token logits in float32."""
         return self._module(params).logits(hidden)
 
     def _module(self, params: Params) -> Llama:

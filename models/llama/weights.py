@@ -21,7 +21,7 @@ from models.llama.tensors import INDEX, SINGLE, Tensors, few, quantization
 
 
 class Entry(NamedTuple):
-    """One parameter: where it is in our tree, and what a checkpoint calls it."""
+    """A parameter: where it is in our tree, and what a checkpoint calls it."""
 
     path: tuple[str | int, ...]
     name: str
@@ -30,7 +30,7 @@ class Entry(NamedTuple):
 
     @property
     def transposed(self) -> bool:
-        """Whether the checkpoint holds the transpose."""
+        """True where the checkpoint holds the transpose."""
         # Checkpoints keep kernels as (out, in), ours are (in, out).
         return self.path[-1] == "kernel"
 
