@@ -30,7 +30,7 @@ class Read(NamedTuple):
 
 
 def tokens(tokenizer: Any, messages: Sequence[Message], *, reply: bool) -> list[int]:
-    """Returns the ids of a conversation; with `reply`, up to where the assistant's begins.
+    """Returns token ids of a conversation; with `reply`, up to where that begins.
 
     Raises:
         ValueError: if the tokenizer has no chat template, or it refuses the messages.
