@@ -299,6 +299,7 @@ def remember_spec(method: Method, spec: str) -> None:
     _SPECS[method] = spec
 
 
+@runtime_checkable
 class Rotation(Protocol):
     """A rotation of queries or keys by their positions: :class:`kvjax.rope.Rope`."""
 

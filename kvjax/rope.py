@@ -119,7 +119,7 @@ class Rope:
         Infinite but for `dynamic`, whose frequencies stretch with the running length
         beyond `original_context`: keys rotated before are then not those of now.
         """
-        return self.original_context if self.kind == "dynamic" else math.inf
+        return float(self.original_context) if self.kind == "dynamic" else math.inf
 
     def attention_scale(self) -> float:
         """The factor on rotated queries and keys: 1 but for `yarn`."""

@@ -13,7 +13,7 @@ from tiny import SMALL, tiny_model
 
 from kvjax import registry
 from kvjax.array_files import DamagedError
-from kvjax.decoding import generate, saved_prompt
+from kvjax.decoding import generate, reader, saved_prompt
 from kvjax.decoding.sampling import Sampling
 from kvjax.rope import Rope
 
@@ -51,7 +51,7 @@ def test_goes_on_bit_for_bit(spec, tmp_path):
     assert bits(found) == before
     assert jax.tree.structure(found) == jax.tree.structure(read)
     alone = generate.prefill(MODEL, method, PROMPTS, max_new_tokens=12)
-    assert bits(generate.finish(method, found.states)) == bits(alone.states)
+    assert bits(reader.finish(method, found.states)) == bits(alone.states)
     options = {"max_new_tokens": 12, "eos_ids": (), "sampling": SAMPLED, "seed": 5}
     expected = generate.generate(MODEL, method, PROMPTS, **options)
     assert saved_prompt.generate(MODEL, method, found, **options) == expected
