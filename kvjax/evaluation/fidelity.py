@@ -254,14 +254,11 @@ def teacher_forced(
 
 def _fed(rule, decoder, method, params, states, tokens, recent) -> loop.Steps:
     """Feeds given tokens behind a prompt; the states are used up."""
-    window, tokens = np.array(recent), np.asarray(tokens)
-    size = tokens.shape[1]
-    window = np.concatenate([window[:, 1:], tokens[:, :1]], axis=1)
-    ahead = np.concatenate([tokens[:, 1:], np.zeros_like(tokens[:, :1])], axis=1)
-    run = loop.steps(rule)
-    return run(
-        decoder, method, size, params, states, window, None, ahead, np.int32(size)
-    )
+    tokens, size = jnp.asarray(tokens), tokens.shape[1]
+    window = loop.pushed(jnp.asarray(recent), tokens[:, 0])
+    ahead = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    run, limit = loop.steps(rule), jnp.int32(size)
+    return run(decoder, method, size, params, states, window, None, ahead, limit)
 
 
 class Steps(NamedTuple):

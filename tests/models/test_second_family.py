@@ -70,12 +70,12 @@ def test_the_command_line_takes_it(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     before = jax.config.jax_compilation_cache_dir
     try:
-        options = ["--model", str(folder), "--method", "snapkv"]
-        asked = [*options, "--budget", "16", "--max-new-tokens", "3"]
+        options = ["--model", str(folder), "--method", "snapkv:budget=16,window=4"]
+        asked = [*options, "--max-new-tokens", "3"]
         assert cli.run(["generate", "--prompt", TEXT, *asked]) == 0
         captured = capsys.readouterr()
         (done,) = generate(
-            MODEL, registry.parse("snapkv:budget=16"), [TEXT], max_new_tokens=3
+            MODEL, registry.parse("snapkv:budget=16,window=4"), [TEXT], max_new_tokens=3
         )
         assert done.text.strip() in captured.out
         assert "kvjax: note: a toy of 2 layers." in captured.err
