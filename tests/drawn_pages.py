@@ -51,13 +51,13 @@ def statistics_of(keys):
 @jax.jit
 def bounds_of(q, low, high, slopes=None, length=None):
     more = {} if slopes is None else {"slopes": slopes, "length": length}
-    return page_bounds.page_bounds(q, low, high, sm_scale=SCALE, page_size=P, **more)
+    return page_bounds.score_bounds(q, low, high, sm_scale=SCALE, page_size=P, **more)
 
 
 @jax.jit
 def moments_of(q, mean, variance, slopes=None, length=None):
     more = {} if slopes is None else {"slopes": slopes, "length": length}
-    return page_bounds.page_moments(
+    return page_bounds.score_moments(
         q, mean, variance, sm_scale=SCALE, page_size=P, **more
     )
 

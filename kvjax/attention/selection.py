@@ -28,7 +28,7 @@ def reduce_group(scores: Array, num_kv_heads: int, how: Reduce) -> Array:
     return _REDUCE[how](scores.reshape(batch, num_kv_heads, group, *rest), axis=2)
 
 
-def top_k(
+def top_slots(
     scores: Float[Array, "*B S"], k: int, valid: Bool[Array, "*#B S"]
 ) -> Int[Array, "*B k"]:
     """Returns the slots of the k highest valid scores, best first, then -1.

@@ -226,7 +226,7 @@ def operations(sizes: Sizes, *, like: bool = False) -> dict[str, Operation]:
     def gaussian_pages(q, mean, variance, position):
         length = position[:, 0] + 1
         historical = entmaxkv_page_bounds.is_historical(length, num_pages, page_size)
-        mu, sigma = entmaxkv_page_bounds.page_moments(
+        mu, sigma = entmaxkv_page_bounds.score_moments(
             q[:, :, 0], mean, variance, sm_scale=size**-0.5
         )
         middle, spread = entmaxkv_page_bounds.global_moments(mu, sigma, historical)

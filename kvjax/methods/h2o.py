@@ -137,7 +137,7 @@ def finish(options: Options, state: H2OPrompt) -> H2OState:
     slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
     length = store.length[:, None, None]
     is_older = slots < length - options.recent
-    heavy = selection.top_k(state.scores, options.budget - options.recent, is_older)
+    heavy = selection.top_slots(state.scores, options.budget - options.recent, is_older)
     count = min(options.recent, store.spec.capacity)
     newest = length - count + jnp.arange(count, dtype=jnp.int32)
     newest = jnp.broadcast_to(newest, (*heavy.shape[:2], count))

@@ -86,7 +86,7 @@ def inspect_step(
         mass = selection.reduce_group(mass, spec.num_kv_heads, "mean")
     slots = jnp.arange(spec.capacity, dtype=jnp.int32)
     is_held = slots < state.length[:, None, None]
-    chosen = selection.top_k(mass, options.budget, is_held)  # (B, lists, N)
+    chosen = selection.top_slots(mass, options.budget, is_held)  # (B, lists, N)
 
     grouped = logits.reshape(spec.batch, spec.num_kv_heads, spec.group, -1)
     listed = chosen.reshape(spec.batch, spec.num_kv_heads, -1, chosen.shape[-1])

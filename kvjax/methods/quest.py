@@ -144,7 +144,7 @@ def select(
     scores = jnp.where(page > current - options.recent, jnp.inf, scores)
     available = paged.is_available(state)[:, None]
     most = options.pages_read(state.spec.capacity)
-    chosen = selection.top_k(scores, most, available)
+    chosen = selection.top_slots(scores, most, available)
     if options.budget_ratio is None:
         return chosen
     share = jnp.floor(

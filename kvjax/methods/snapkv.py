@@ -142,7 +142,7 @@ def finish(options: Options, state: SnapKVPrompt) -> Kept:
     prefix = prefix < (store.length - window)[:, None, None]
     prefix = jnp.broadcast_to(prefix, votes.shape)
     votes = selection.pool(votes, options.kernel, options.pooling, prefix)
-    chosen = selection.top_k(votes, options.budget - window, prefix)
+    chosen = selection.top_slots(votes, options.budget - window, prefix)
     newest = jnp.where(voters >= 0, voters, -1)[:, None, :]
     newest = jnp.broadcast_to(newest, (*chosen.shape[:2], window))
     kept = selection.in_order(jnp.concatenate([chosen, newest], axis=-1))

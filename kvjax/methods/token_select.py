@@ -274,5 +274,5 @@ def vote(
     # Finite, so that a row with nothing between has votes too.
     logits = jnp.where(is_between, logits, jnp.finfo(logits.dtype).min)
     votes = jax.nn.softmax(logits, axis=-1).sum(1, keepdims=True)
-    best = selection.top_k(votes, parts.chosen, is_between)
+    best = selection.top_slots(votes, parts.chosen, is_between)
     return selection.in_order(best)

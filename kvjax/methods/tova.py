@@ -113,7 +113,7 @@ def finish(budget: int, state: TovaPrompt) -> TovaState:
     weights = jax.nn.softmax(logits, axis=-1).mean(1)
     slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
     is_held = slots < store.length[:, None, None]
-    positions = selection.in_order(selection.top_k(weights, budget, is_held))
+    positions = selection.in_order(selection.top_slots(weights, budget, is_held))
     weights = jnp.take_along_axis(weights, jnp.maximum(positions, 0), axis=-1)
     return TovaState(kept_slots.take(store, positions), weights)
 

@@ -60,7 +60,7 @@ def test_statistics_bounds_and_moments_are_those_of_the_scores():
             spread = np.sqrt(products.var(1).sum(-1)) * SCALE
             np.testing.assert_allclose(sigma[b, h], spread, rtol=1e-4)
     with pytest.raises(ValueError, match="slopes need length=None"):
-        page_bounds.page_bounds(
+        page_bounds.score_bounds(
             *map(jnp.asarray, (q, low, high)), sm_scale=1.0, slopes=jnp.ones(4)
         )
 

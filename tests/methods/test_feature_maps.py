@@ -70,6 +70,39 @@ class Heads:
         return [j for j in np.flatnonzero(self.middle[index[:2]]) if j not in taken]
 
 
+def residual_by_feature(summary, log_queries, retrieved, num_left):
+    """The paper's own form (eqs. 38-43): F times D numbers a list."""
+    product = linear_attention.product
+    batch, heads, group, _ = log_queries.shape
+    lists = retrieved.valid.shape[2]
+    shift = summary.shift[:, :, None, None]
+    features = jnp.where(
+        retrieved.valid[..., None], jnp.exp(retrieved.log_features - shift), 0.0
+    )
+    v = jnp.where(retrieved.valid[..., None], retrieved.v.astype(jnp.float32), 0.0)
+    # u_C = max(u - u_R, 0), T_C = T - T_R; noise alone counts for nothing.
+    mass = summary.mass[:, :, None] - features.sum(3)
+    values = summary.values[:, :, None] - product("bhrnf,bhrnd->bhrfd", features, v)
+    noise = linear_attention.NOISE * summary.mass[:, :, None]
+    is_left = (mass > noise) & (num_left > 0)[..., None]
+    safe = jnp.where(is_left, mass, 1.0)
+    means = jnp.where(is_left[..., None], values / safe[..., None], 0.0)
+    # Eq. 41: a_f = g_f + c_f + log u_C,f
+    terms = log_queries + summary.shift[:, :, None]
+    terms = terms.reshape(batch, heads, lists, group // lists, -1)
+    terms = terms + jnp.where(is_left, jnp.log(safe), -jnp.inf)[:, :, :, None]
+    lse = jax.nn.logsumexp(terms, axis=-1)
+    shares = jnp.exp(terms - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
+    out = product("bhrpf,bhrfd->bhrpd", shares, means)
+    shape = log_queries.shape[:3]
+    return partials.Partial(out.reshape(*shape, -1), lse.reshape(shape))
+
+
+def paper_tokens(features, head_dim):
+    """n_off: tokens that a summary in the cache's dtype equals."""
+    return -(-(features * head_dim + 2 * features) // (2 * head_dim))
+
+
 @functools.cache
 def program(name):
     """Fit, summary and residual, compiled once a map; both forms of it."""
@@ -95,7 +128,7 @@ def program(name):
         kept = jnp.where(valid[..., None], of(k), 0.0).reshape(2, HEADS, -1, DIM)
         ell = feature_map.log_keys(params, kept).reshape(*slots.shape, -1)
         g = feature_map.log_queries(params, q[:, :, :, None], SCALE)[:, :, :, 0]
-        by_feature = linear_attention.residual_by_feature(
+        by_feature = residual_by_feature(
             summary, g, linear_attention.Retrieved(ell, of(v), valid), left
         )
         return params, found, by_feature
@@ -392,6 +425,6 @@ def test_outliers_are_the_keys_a_map_overestimates():
 )
 def test_the_papers_budgets(context, share, features, budget, alone, off, completed):
     assert linear_attention.budget_tokens(context, share) == budget
-    assert linear_attention.paper_tokens(features, features) == off
+    assert paper_tokens(features, features) == off
     assert linear_attention.num_retrieved(budget, 4, 16) == alone
     assert linear_attention.num_retrieved(budget, 4, 16, charged=off) == completed

@@ -190,7 +190,7 @@ def attend_certified(
 
     Args:
         q, pages, length, sm_scale, alpha: as :func:`attend_pages`.
-        bounds: from :func:`kvjax.methods.entmaxkv.page_bounds.page_bounds`.
+        bounds: from :func:`kvjax.methods.entmaxkv.page_bounds.score_bounds`.
         first: the newest token's page among them; H is Hkv or Hq.
 
     Returns:

@@ -240,7 +240,7 @@ def inspect_step(
     rotated, positions = contiguous.rotate_queries(spec, q, length)
     row = rotated[:, :, 0]
     historical = page_bounds.is_historical(length, num_pages, page_size)
-    bounds = page_bounds.page_bounds(
+    bounds = page_bounds.score_bounds(
         row, store.page_min, store.page_max, sm_scale=spec.sm_scale
     )
     tau_hat = None
@@ -334,7 +334,7 @@ def score_by_margin(
         The scores, and that threshold.
     """
     spec, alpha = store.spec, store.spec.alpha
-    mean, deviation = page_bounds.page_moments(row, *moments, sm_scale=spec.sm_scale)
+    mean, deviation = page_bounds.score_moments(row, *moments, sm_scale=spec.sm_scale)
     middle, spread = page_bounds.global_moments(mean, deviation, historical)
     tokens = options.page_size * historical.sum(-1).astype(jnp.float32)
     tau_hat = threshold.estimate_threshold(

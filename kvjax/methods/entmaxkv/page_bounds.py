@@ -40,7 +40,7 @@ def is_historical(
     return page < newest_page(length, page_size)[:, None]
 
 
-def page_bounds(
+def score_bounds(
     q: Float[Array, "B Hq D"],
     page_min: Float[Array, "B Hkv NP D"],
     page_max: Float[Array, "B Hkv NP D"],
@@ -68,7 +68,7 @@ def page_bounds(
     return bounds + _bias(slopes, within, length, page_size, bounds.shape[-1])
 
 
-def page_moments(
+def score_moments(
     q: Float[Array, "B Hq D"],
     page_mean: Float[Array, "B Hkv NP D"],
     page_variance: Float[Array, "B Hkv NP D"],
@@ -80,7 +80,7 @@ def page_moments(
 ) -> tuple[Float[Array, "B Hq NP"], Float[Array, "B Hq NP"]]:
     """Computes mu and sigma of each page's scores, elements of keys independent.
 
-    Arguments as :func:`page_bounds`; the statistics in float32.
+    Arguments as :func:`score_bounds`; the statistics in float32.
     """
     q = q.astype(page_mean.dtype)
     mean, variance = page_scores.page_moments(q, page_mean, page_variance)
@@ -148,7 +148,7 @@ def gaussian_margins(
     not historical. The likely maximum is the `max_quantile` of that of P normal scores.
 
     Args:
-        mean, deviation: from :func:`page_moments`.
+        mean, deviation: from :func:`score_moments`.
         tau: from :func:`kvjax.methods.entmaxkv.threshold.estimate_threshold`.
         historical: from :func:`is_historical`.
         alpha: of the entmax.
@@ -241,7 +241,7 @@ def certificate(
     threshold than float32 tells apart proves nothing, nor does one that is not finite.
 
     Args:
-        bounds: from :func:`page_bounds`.
+        bounds: from :func:`score_bounds`.
         page_ids: what was read; H is Hkv or Hq. Without the newest token's page, which
             has no bound, nothing is proved.
         tau: threshold over it, in units of z.

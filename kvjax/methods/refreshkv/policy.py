@@ -97,7 +97,7 @@ def select(
     is_candidate = jnp.broadcast_to(is_candidate, scores.shape)
     scores = selection.pool(scores, kernel, "max", is_candidate)
     number = budget - 1 - (self_mode == "snapkv")
-    best = selection.top_k(scores, number, is_candidate)
+    best = selection.top_slots(scores, number, is_candidate)
     newest = jnp.broadcast_to(itself, (*best.shape[:2], 1))
     if self_mode == "snapkv":
         best = jnp.concatenate([newest, best], axis=-1)

@@ -226,38 +226,6 @@ def residual(
     return subtract(whole, mass, taken.reshape(whole.values.shape), num_left)
 
 
-def residual_by_feature(
-    summary: Summary,
-    log_queries: Float[Array, "B Hkv G F"],
-    retrieved: Retrieved,
-    num_left: Int[Array, "B Hkv R"],
-) -> Partial:
-    """Computes :func:`residual` feature by feature (eqs. 38-43): F D numbers a list.
-
-    The paper's own form, of which `residual` is the cheaper rearrangement.
-    """
-    lists = retrieved.valid.shape[2]
-    shift = summary.shift[:, :, None, None]
-    features = jnp.where(
-        retrieved.valid[..., None], jnp.exp(retrieved.log_features - shift), 0.0
-    )
-    v = jnp.where(retrieved.valid[..., None], retrieved.v.astype(jnp.float32), 0.0)
-    # u_C = max(u - u_R, 0), T_C = T - T_R; noise alone counts for nothing.
-    mass = summary.mass[:, :, None] - features.sum(3)
-    values = summary.values[:, :, None] - product("bhrnf,bhrnd->bhrfd", features, v)
-    is_left = (mass > NOISE * summary.mass[:, :, None]) & (num_left > 0)[..., None]
-    safe = jnp.where(is_left, mass, 1.0)
-    means = jnp.where(is_left[..., None], values / safe[..., None], 0.0)
-    # Eq. 41: a_f = g_f + c_f + log u_C,f
-    terms = _by_list(log_queries + summary.shift[:, :, None], lists)
-    terms = terms + jnp.where(is_left, jnp.log(safe), -jnp.inf)[:, :, :, None]
-    lse = jax.nn.logsumexp(terms, axis=-1)
-    shares = jnp.exp(terms - jnp.where(lse == -jnp.inf, 0.0, lse)[..., None])
-    out = product("bhrpf,bhrfd->bhrpd", shares, means)
-    shape = log_queries.shape[:3]
-    return Partial(out.reshape(*shape, -1), lse.reshape(shape))
-
-
 def cap_mass(part: Partial, highest: Float[Array, "*B"], num_left: Array) -> Partial:
     """Limits the mass to what `num_left` tokens of logits up to `highest` have.
 
@@ -305,12 +273,6 @@ def overestimates(
 
 
 # --- budgets, in tokens: what the exact tokens beside a summary may be
-
-
-def paper_tokens(features: int, head_dim: int) -> int:
-    """Counts n_off: tokens that a summary in the cache's dtype equals."""
-    # (F D + 2 F) / 2 D, rounded up.
-    return -(-(features * head_dim + 2 * features) // (2 * head_dim))
 
 
 def num_retrieved(
