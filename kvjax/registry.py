@@ -1,24 +1,40 @@
 """Methods by name, and the one spelling of a configured method.
 
 A spec string is ``name:option=value,...``; transforms are joined by ``+``, outer first:
-``dense_layers:first=2+quest:budget=1024,page_size=16``.
+``dense_layers:first=2+quest:budget=1024,page_size=16``. A name is that of a method of
+kvjax, of a factory given to :func:`register`, or of an entry point in the group
+``kvjax.methods`` of an installed package; ``package.module:factory,budget=64`` names a
+factory by where it lies.
 """
 
 import difflib
 import functools
+import importlib
+import importlib.metadata
 import inspect
+import sys
 import types
 import typing
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable
 
-from kvjax import built_in
+from kvjax import built_in, specs
 from kvjax.attention.partials import suits
 from kvjax.interface import Method, remember_spec
 
-_FACTORIES = {
+Factory = typing.TypeVar("Factory", bound=Callable[..., Method])
+
+# Packages name their factories here, for all who install them.
+ENTRY_POINTS = "kvjax.methods"
+# Where modules of methods are looked for besides `sys.path`.
+folders: list[str] = []
+
+_BUILT_IN = {
     name: value for name, value in vars(built_in).items() if inspect.isfunction(value)
 }
-
+_REGISTERED: dict[str, Callable[..., Method]] = {}
+# What factories take that is no option: transforms have the first, some the second.
+_METHODS_TAKEN = ("method", "dense")
 
 # Made by every call alike, and by name.
 remember_spec(built_in.full(), "full")
@@ -29,36 +45,80 @@ def names(alpha: float | None = None) -> tuple[str, ...]:
 
     With `alpha`, those that a model of that alpha can use (1 is softmax).
     """
-    found = sorted(name for name in _FACTORIES if not is_transform(name))
-    if alpha is not None:
-        found = [name for name in found if suits(_FACTORIES[name], alpha)]
-    return ("full", *(name for name in found if name != "full"))
+    fitting = [
+        name
+        for name, factory in _factories().items()
+        if not _takes_method(factory) and (alpha is None or suits(factory, alpha))
+    ]
+    return ("full", *(name for name in sorted(fitting) if name != "full"))
 
 
 def transforms() -> tuple[str, ...]:
     """Every transform: a factory that takes a method."""
-    return tuple(sorted(name for name in _FACTORIES if is_transform(name)))
+    return tuple(sorted(name for name, f in _factories().items() if _takes_method(f)))
+
+
+def every() -> tuple[str, ...]:
+    """Every method and every transform."""
+    return (*names(), *transforms())
+
+
+def register(factory: Factory) -> Factory:
+    """Makes a factory known by its name: in spec strings, and wherever all are listed.
+
+    Can decorate it. A name that was registered before is replaced.
+
+    Args:
+        factory: a function whose arguments are options, keyword-only and with defaults,
+            and that returns a :class:`kvjax.Method`. A transform also takes `method`.
+
+    Raises:
+        TypeError: if it is no factory.
+        ValueError: if the name is one of kvjax's own.
+    """
+    name = getattr(factory, "__name__", repr(factory))
+    _check_factory(factory, name)
+    if not name.isidentifier():
+        raise TypeError(f"a factory called {name!r} has no name to be known by.")
+    if name in _BUILT_IN:
+        raise ValueError(f"{name!r} is a method of kvjax: choose another name.")
+    if _REGISTERED.get(name, factory) is not factory:
+        parse.cache_clear()
+    _REGISTERED[name] = factory
+    return factory
 
 
 def get(name: str) -> Callable[..., Method]:
-    """The factory called `name`.
+    """The factory called `name`, or that of `package.module:factory`.
 
     Raises:
-        ValueError: if there is none; the message has the nearest name.
+        ValueError: if there is none, or it is no factory; the message has the nearest
+            name.
     """
-    if name not in _FACTORIES:
-        raise ValueError(f"unknown method {name!r}{_nearest(name, _FACTORIES)}")
-    return _FACTORIES[name]
+    for named in (_BUILT_IN, _REGISTERED):
+        if name in named:
+            return named[name]
+    if name in _entry_points():
+        return _loaded(name)
+    module, colon, attribute = name.partition(":")
+    if module in _known() and colon:
+        raise ValueError(f"{attribute!r} in {name!r} must read option=value.")
+    if colon and all(part.isidentifier() for part in module.split(".")):
+        return _imported(module, attribute)
+    hint = _nearest(name, _known())
+    if "." in name:
+        hint = "; that of a module reads package.module:factory,option=value."
+    raise ValueError(f"unknown method {name!r}{hint}")
 
 
 def is_transform(name: str) -> bool:
     """Whether the factory called `name` takes a method."""
-    return "method" in inspect.signature(_FACTORIES[name]).parameters
+    return _takes_method(get(name))
 
 
 def options(name: str) -> dict[str, inspect.Parameter]:
     """The hyperparameters of `name`, in order."""
-    parameters = inspect.signature(get(name)).parameters.values()
+    parameters = _signature(get(name)).parameters.values()
     return {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
@@ -74,7 +134,7 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
     Raises:
         ValueError: unknown method or option, or a value that does not fit.
     """
-    *outer, innermost = [part.strip() for part in spec.split("+")]
+    *outer, innermost = specs.parts(spec)
     name, given = _split(innermost)
     if is_transform(name):
         raise ValueError(
@@ -82,7 +142,7 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
             f"example '{innermost}+quest'."
         )
     fitting = {key: v for key, v in defaults.items() if key in options(name)}
-    method = get(name)(**(fitting | given))
+    method = _made(name, **(fitting | given))
     written = _joined(name, fitting | given)
     for part in reversed(outer):
         name, given = _split(part)
@@ -91,9 +151,9 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
                 f"{name!r} in {spec!r} is no transform: known are "
                 f"{', '.join(transforms())}."
             )
-        parameters = inspect.signature(get(name)).parameters
+        parameters = _signature(get(name)).parameters
         wrapped = [method] + [built_in.full()] * ("dense" in parameters)
-        method = get(name)(*wrapped, **given)
+        method = _made(name, *wrapped, **given)
     remember_spec(method, "+".join([*outer, written]))
     return method
 
@@ -124,24 +184,135 @@ def canonical(spec: str) -> str:
         ValueError: as :func:`parse`.
     """
     parse(spec)
-    parts = []
-    for part in spec.split("+"):
-        name, given = _split(part.strip())
+    written = []
+    for part in specs.parts(spec):
+        name, given = _split(part)
         defaults = {key: p.default for key, p in options(name).items()}
-        parts.append(_joined(name, defaults | given))
-    return "+".join(parts)
+        written.append(_joined(name, defaults | given))
+    return "+".join(written)
+
+
+# --- factories
+
+
+def _factories() -> dict[str, Callable[..., Method]]:
+    """Every factory that has a name; warns of those that cannot be imported."""
+    factories = _BUILT_IN | _REGISTERED
+    for name in _entry_points().keys() - factories.keys():
+        try:
+            factories[name] = _loaded(name)
+        except ValueError as error:
+            # Another's package must not keep anybody from the methods that there are.
+            warnings.warn(f"left out: {error}", stacklevel=3)
+    return factories
+
+
+def _known() -> list[str]:
+    return [*_BUILT_IN, *_REGISTERED, *_entry_points()]
+
+
+@functools.cache
+def _entry_points() -> dict[str, importlib.metadata.EntryPoint]:
+    """Factories of installed packages, by name; none of them is imported by it."""
+    return {e.name: e for e in importlib.metadata.entry_points(group=ENTRY_POINTS)}
+
+
+@functools.cache
+def _loaded(name: str) -> Callable[..., Method]:
+    """The factory of an entry point."""
+    entry = _entry_points()[name]
+    try:
+        return _imported(entry.module, entry.attr)
+    except Exception as error:
+        # Whatever another's file raises.
+        package = entry.dist.name if entry.dist else "a package"
+        raise ValueError(f"method {name!r} of {package}: {error}") from error
+
+
+def _imported(module: str, attribute: str) -> Callable[..., Method]:
+    """The factory that `package.module:factory` names."""
+    name = f"{module}:{attribute}"
+    sys.path += [folder for folder in folders if folder not in sys.path]
+    try:
+        opened = importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise ValueError(f"{module} cannot be imported: {error}.") from error
+        near = difflib.get_close_matches(module, _known(), n=1)
+        hint = f"; did you mean the method {near[0]!r}?" if near else "."
+        raise ValueError(
+            f"there is no module {module!r} to take {name!r} from{hint}"
+        ) from None
+    except (ImportError, SyntaxError) as error:
+        raise ValueError(f"{module} cannot be imported: {error}.") from error
+    factory = getattr(opened, attribute, None)
+    if factory is None:
+        near = difflib.get_close_matches(attribute, vars(opened), n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
+        raise ValueError(f"module {module!r} has no {attribute!r}{hint}")
+    try:
+        _check_factory(factory, name)
+    except TypeError as error:
+        raise ValueError(str(error)) from error
+    return factory
+
+
+def _check_factory(factory: object, name: str) -> None:
+    """Raises TypeError unless its arguments are those of a factory of methods."""
+    wanted = "a function of keyword-only options that returns a kvjax.Method"
+    if not callable(factory) or inspect.isclass(factory):
+        raise TypeError(f"{name} is no factory, but {_kind(factory)}; give {wanted}.")
+    try:
+        parameters = _signature(factory).parameters.values()
+    except (ValueError, NameError) as error:
+        raise TypeError(f"{name} is no factory: {error}; give {wanted}.") from error
+    for p in parameters:
+        is_option = p.kind is p.KEYWORD_ONLY and p.default is not p.empty
+        if not (is_option or p.name in _METHODS_TAKEN):
+            raise TypeError(
+                f"{name} is no factory of methods: its argument {p.name!r} must be "
+                f"keyword-only and have a default; give {wanted}."
+            )
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, Method):
+        return "a method that one made"
+    return f"a {'class' if inspect.isclass(value) else type(value).__name__}"
+
+
+def _signature(factory: Callable) -> inspect.Signature:
+    """The signature, with annotations that are text read as what they mean."""
+    return inspect.signature(factory, eval_str=True)
+
+
+def _takes_method(factory: Callable[..., Method]) -> bool:
+    return "method" in _signature(factory).parameters
+
+
+def _made(name: str, *methods: Method, **given) -> Method:
+    """What the factory returns, which must be a method."""
+    method = get(name)(*methods, **given)
+    if not isinstance(method, Method):
+        raise ValueError(
+            f"{name} returned a {type(method).__name__}; a factory returns a "
+            "kvjax.Method."
+        )
+    return method
+
+
+# --- text
 
 
 def _joined(name: str, given: dict) -> str:
-    settings = (f"{key}={value}" for key, value in given.items())
-    return f"{name}:{','.join(settings)}".rstrip(":")
+    return specs.join(name, [f"{key}={value}" for key, value in given.items()])
 
 
 def _split(part: str) -> tuple[str, dict]:
-    name, _, text = part.partition(":")
+    name, written = specs.split(part)
     known = options(name)
     given = {}
-    for item in filter(None, text.split(",")):
+    for item in written:
         key, equals, value = (s.strip() for s in item.partition("="))
         if not equals:
             raise ValueError(f"{item!r} in {part!r} must read option=value.")
@@ -155,6 +326,8 @@ def _split(part: str) -> tuple[str, dict]:
 
 def _convert(name: str, option: inspect.Parameter, text: str):
     accepted = option.annotation
+    if accepted is option.empty:
+        accepted = type(option.default)
     if isinstance(accepted, types.UnionType):
         if text.lower() == "none":
             return None
@@ -178,7 +351,7 @@ def _convert(name: str, option: inspect.Parameter, text: str):
         ) from None
 
 
-def _nearest(name: str, known) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"

@@ -17,14 +17,18 @@ LONGEST_FILE = 500
 # new file in a room of this table needs no line here. A file right under kvjax is a
 # room.
 FLOORS = (
-    ("pallas_kernels",),
-    ("interface", "choices", "rope", "files", "text", "interrupts", "citations"),
+    ("pallas_kernels", "version"),
+    (
+        *("interface", "choices", "rope", "files", "text", "interrupts"),
+        *("citations", "specs"),
+    ),
     ("array_files", "attention"),
     ("stores",),
     ("accounting", "dense"),
     ("methods",),  # each a room of its own
     ("built_in",),
-    ("registry", "describe"),
+    ("registry",),
+    ("describe",),
     ("decoding",),
     ("cost", "evaluation"),
     ("training",),
@@ -33,7 +37,7 @@ FLOORS = (
     ("cli", "testing"),
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
-BESIDE = {("evaluation", "cost"), ("registry", "describe")}  # on one floor
+BESIDE = {("evaluation", "cost")}  # on one floor
 KERNELS = ("attention", "stores", "dense", "methods", "cost")
 # Who alone knows the methods: others take one as an argument.
 METHODS = ("methods", "built_in")

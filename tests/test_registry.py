@@ -1,6 +1,7 @@
 """Names, spec strings and the messages for what cannot be read."""
 
 import inspect
+import sys
 
 import pytest
 
@@ -109,3 +110,198 @@ def test_equal_methods_have_one_canonical_spec():
     assert one != registry.canonical("dense_layers+quest:budget=96,page_size=32")
     with pytest.raises(ValueError, match="did you mean 'budget'"):
         registry.canonical("quest:bugdet=3")
+
+
+# --- factories from elsewhere
+
+MINE = '''
+"""A module with methods, and with what is none."""
+import kvjax
+
+
+def newest(*, budget: int = 64, sinks=0) -> kvjax.Method:
+    """Keeps the newest tokens."""
+    return kvjax.streaming_llm(budget=budget, num_sinks=sinks)
+
+
+def same(method, *, times: "int" = 1):
+    """Is the method."""
+    return method
+
+
+def positional(budget):
+    return newest(budget=budget)
+
+
+def nothing(*, budget=64):
+    return budget
+
+
+class Newest: ...
+
+
+made = newest()
+'''
+
+
+@pytest.fixture
+def module(tmp_path, monkeypatch):
+    """A module of another's, that can be imported."""
+    (tmp_path / "their_methods").mkdir()
+    (tmp_path / "their_methods" / "__init__.py").write_text("")
+    (tmp_path / "their_methods" / "mine.py").write_text(MINE)
+    (tmp_path / "their_methods" / "needs.py").write_text("import no_such_thing")
+    (tmp_path / "their_methods" / "wrong.py").write_text("def f(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield "their_methods.mine"
+    registry.parse.cache_clear()
+    for name in [name for name in sys.modules if name.startswith("their_methods")]:
+        del sys.modules[name]
+
+
+def test_a_factory_is_named_by_where_it_lies(module):
+    spec = f"{module}:newest,budget=32,sinks=2"
+    method = registry.parse(spec)
+    assert method.traffic(SPEC, 4096).kv == 2 * 2 * 32 * 8 * 4
+    assert registry.parse(spec) is method
+    assert repr(method) == f"Method('{spec}')"
+    assert registry.canonical(f"{module}:newest,sinks=1") == (
+        f"{module}:newest,budget=64,sinks=1"
+    )
+    assert registry.parse(f"{module}:newest") is not method
+    outer = registry.parse(f"{module}:same,times=2+dense_layers+{spec}")
+    assert outer.traffic(SPEC, 4096) == method.traffic(SPEC, 4096)
+    assert registry.canonical(f"{module}:same+quest:budget=64").startswith(
+        f"{module}:same,times=1+quest:budget=64,"
+    )
+    assert registry.parse(f"{module}:newest", budget=16).traffic(SPEC, 4096).kv == (
+        2 * 2 * 16 * 8 * 4
+    )
+    assert not any("newest" in name for name in registry.names())
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("their_methds.mine:newest", "there is no module 'their_methds.mine' to take"),
+        ("their_methods.min:newest", "there is no module 'their_methods.min' to take"),
+        ("qest:budget", "no module 'qest' .*; did you mean the method 'quest'"),
+        ("their_methods.mine:newset", "has no 'newset'; did you mean 'newest'"),
+        ("their_methods.mine:zzzz", r"module 'their_methods.mine' has no 'zzzz'\."),
+        ("their_methods.mine", "reads package.module:factory,option=value"),
+        ("their_methods.mine:budget=3", "reads package.module:factory,option=value"),
+        ("their_methods.mine:newest,bugdet=3", "no option 'bugdet'; did you mean 'bud"),
+        ("their_methods.mine:newest,budget=x", "budget='x' must be of type int"),
+        ("their_methods.mine:newest,sinks=x", "sinks='x' must be of type int"),
+        ("their_methods.mine:newest,budget", "'budget' in .* must read option=value"),
+        ("their_methods.mine:positional", "is no factory of methods: .* 'budget' must"),
+        ("their_methods.mine:nothing", "nothing returned a int; a factory returns a"),
+        ("their_methods.mine:Newest", "is no factory, but a class; give a function"),
+        ("their_methods.mine:made", "is no factory, but a method that one made"),
+        ("their_methods.mine:same", "ends in the transform 'their_methods.mine:same'"),
+        ("their_methods.needs:f", "needs cannot be imported: No module named 'no_such"),
+        ("their_methods.wrong:f", "their_methods.wrong cannot be imported: .*syntax"),
+        ("../x:f", r"unknown method '\.\./x:f'"),
+    ],
+)
+def test_mistakes_about_a_module_are_explained(module, spec, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        registry.parse(spec)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def registered(monkeypatch):
+    """Forgets, after the test, what it registers."""
+    monkeypatch.setattr(registry, "_REGISTERED", {})
+    yield
+    registry.parse.cache_clear()
+
+
+@pytest.mark.usefixtures("registered")
+def test_a_registered_factory_is_known_by_its_name():
+    @registry.register
+    def newest(*, budget: int = 64) -> Method:
+        return registry.get("streaming_llm")(budget=budget)
+
+    assert registry.get("newest") is newest
+    assert "newest" in registry.names()
+    assert "newest" in registry.names(1.5)  # it does not say that it needs softmax
+    first = registry.parse("newest:budget=32")
+    assert first.traffic(SPEC, 4096).kv == 2 * 2 * 32 * 8 * 4
+    assert registry.parse("retro+quest") is registry.parse("retro+quest")
+    registry.register(newest)
+    assert registry.parse("newest:budget=32") is first
+
+    @registry.register
+    def newest(method, *, budget: int = 64) -> Method:
+        return method
+
+    assert registry.transforms() == tuple(sorted({*registry.transforms(), "newest"}))
+    assert "newest" not in registry.names()
+    with pytest.raises(ValueError, match="ends in the transform 'newest'"):
+        registry.parse("newest:budget=32")
+
+
+@pytest.mark.usefixtures("registered", "unchecked_shapes")
+def test_what_cannot_be_registered_is_refused():
+    def quest(*, budget: int = 64) -> Method: ...
+
+    with pytest.raises(ValueError, match="'quest' is a method of kvjax: choose anoth"):
+        registry.register(quest)
+    with pytest.raises(TypeError, match="has no name to be known by"):
+        registry.register(lambda *, budget=64: registry.parse("full"))
+    with pytest.raises(TypeError, match=r"Method\('full'\) is no factory, but a meth"):
+        registry.register(registry.parse("full"))
+
+    def other(budget: int = 64) -> Method: ...
+
+    with pytest.raises(TypeError, match="its argument 'budget' must be keyword-only"):
+        registry.register(other)
+    assert "other" not in registry.names()
+
+
+# --- entry points of installed packages
+
+
+@pytest.fixture
+def installed(module, tmp_path, monkeypatch):
+    """A package that names a method, a transform, and one that cannot be imported."""
+    folder = tmp_path / "theirs-1.0.dist-info"
+    folder.mkdir()
+    (folder / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: theirs\nVersion: 1\n"
+    )
+    (folder / "entry_points.txt").write_text(
+        f"[kvjax.methods]\nlately = {module}:newest\nwrapped = {module}:same\n"
+        "quest = nowhere:quest\n"
+    )
+    for cached in (registry._entry_points, registry._loaded):
+        cached.cache_clear()
+    yield folder
+    for cached in (registry._entry_points, registry._loaded, registry.parse):
+        cached.cache_clear()
+
+
+def test_installed_packages_have_methods_too(installed, module):
+    assert registry.parse("quest:budget=64")
+    assert module not in sys.modules  # nothing is imported before it is asked for
+    method = registry.parse("wrapped+lately:budget=32")
+    assert method.traffic(SPEC, 4096).kv == 2 * 2 * 32 * 8 * 4
+    assert "lately" in registry.names()
+    assert "wrapped" in registry.transforms()
+    assert registry.get("quest").__module__.startswith("kvjax.")
+    with pytest.raises(ValueError, match="'latly'; did you mean 'lately'"):
+        registry.parse("latly")
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_a_package_that_is_broken_is_left_out_and_named(installed):
+    text = "[kvjax.methods]\nbroken = their_methods.needs:f\n"
+    (installed / "entry_points.txt").write_text(text)
+    message = "method 'broken' of theirs: .*needs cannot be imported: No module named"
+    with pytest.warns(UserWarning, match=f"left out: {message}"):
+        assert "quest" in registry.names()
+    with pytest.raises(ValueError, match=message):
+        registry.parse("broken")

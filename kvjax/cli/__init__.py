@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import interrupts
+from kvjax import interrupts, registry
 from kvjax.cli import (
     bench,
     compare,
@@ -46,6 +46,8 @@ app = typer.Typer(
 def run(arguments: list[str]) -> int:
     """Runs one command and returns its exit code; faults of ours are raised."""
     arguments_given.set(list(map(shown, arguments)))
+    with contextlib.suppress(OSError):  # the folder is gone
+        registry.folders[:] = [os.getcwd()]
     try:
         code = app(
             args=arguments or ["--help"], prog_name="kvjax", standalone_mode=False

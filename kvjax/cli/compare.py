@@ -34,6 +34,7 @@ from kvjax.cli.options import (
 )
 from kvjax.cli.progress import show_progress
 from kvjax.report import documents, earlier, html_page, table
+from kvjax.specs import names as names_in
 
 if TYPE_CHECKING:
     from kvjax.evaluation.compare_inputs import Inputs, Settings
@@ -341,7 +342,7 @@ def _every(alpha: float) -> list[str]:
 
 def _left_out(specs: Iterable[str]) -> dict[str, list[str]]:
     """Registered methods that none of the specs has, by the reason."""
-    rows = {piece.partition(":")[0] for spec in specs for piece in spec.split("+")}
+    rows = {name for spec in specs for name in names_in(spec)}
     names = [name for name in registry.names() if name not in rows]
     found = {
         "for entmax models": [n for n in names if n in registry.names(1.5)],

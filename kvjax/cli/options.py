@@ -16,7 +16,7 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import files, registry
+from kvjax import files, registry, specs
 from kvjax.text import encoding
 
 # Of the command that runs, for the manifest.
@@ -28,7 +28,10 @@ MODEL_HELP = (
     "Folder, FILE.gguf or hub id of a Llama, or smollm2, or embedded-entmax; "
     "embedded-softmax if left out."
 )
-METHOD_HELP = "Method and options, for example quest:budget=1024,page_size=16."
+METHOD_HELP = (
+    "Method and options, for example quest:budget=1024,page_size=16; one of yours is "
+    "package.module:factory,budget=1024."
+)
 ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 YesOption = Annotated[
@@ -362,10 +365,10 @@ def positive(**values: int) -> None:
 def with_budget(spec: str, budget: int) -> str:
     """The spec, with a budget if its method takes one and it does not say."""
     outer, plus, innermost = spec.rpartition("+")
-    name, _, options = innermost.partition(":")
-    if "budget" in registry.options(name.strip()) and "budget=" not in options:
-        given = filter(None, [f"budget={budget}", options])
-        innermost = f"{name}:{','.join(given)}"
+    name, options = specs.split(innermost)
+    said = [option.partition("=")[0].strip() for option in options]
+    if "budget" in registry.options(name) and "budget" not in said:
+        innermost = specs.join(name, [f"budget={budget}", *options])
     return outer + plus + innermost
 
 

@@ -14,6 +14,8 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from kvjax import specs as spec_text
+
 PROSE_WIDTH = 100
 FILE_WIDTH = 150  # of what is no terminal and says no COLUMNS
 MOST_EXCEPTIONS = 3  # rows without an option that is still said above
@@ -111,8 +113,8 @@ def without_value(spec: str, key: str) -> str:
 
 
 def _options(specs: Iterable[str]) -> list[str]:
-    parts = [part for spec in specs for part in spec.split("+")]
-    return [o for part in parts for o in part.partition(":")[2].split(",") if o]
+    parts = [part for spec in specs for part in spec_text.parts(spec)]
+    return [option for part in parts for option in spec_text.split(part)[1]]
 
 
 def _without(specs: list[str], option: str) -> list[str] | None:
@@ -131,9 +133,8 @@ def _without(specs: list[str], option: str) -> list[str] | None:
 
 
 def _strip(part: str, option: str) -> str:
-    name, _, options = part.partition(":")
-    left = [o for o in options.split(",") if o and o != option]
-    return f"{name}:{','.join(left)}" if left else name
+    name, options = spec_text.split(part)
+    return spec_text.join(name, [o for o in options if o != option])
 
 
 def pieces(name: str) -> list[str]:
