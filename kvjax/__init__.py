@@ -1,18 +1,22 @@
 """kvjax: decoding with long contexts in JAX, without drowning in KV-cache traffic.
 
 What is named here is imported, and JAX with it, when it is first used: the command line
-looks after signals before.
+looks after signals before. `models`, and Flax with it, are imported by `load` alone.
 """
 
 import importlib
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
+from kvjax.version import __version__ as __version__
+
 if TYPE_CHECKING:
+    from kvjax import testing as testing
     from kvjax.built_in import *  # noqa: F403  the one list of methods
     from kvjax.decoding.generate import generate as generate
     from kvjax.decoding.generate import stream as stream
     from kvjax.decoding.scoring import score as score
+    from kvjax.describe import cite as cite
     from kvjax.interface import CacheSpec as CacheSpec
     from kvjax.interface import DecoderLM as DecoderLM
     from kvjax.interface import Diagnostics as Diagnostics
@@ -20,23 +24,24 @@ if TYPE_CHECKING:
     from kvjax.interface import Method as Method
     from kvjax.interface import Traffic as Traffic
     from kvjax.registry import parse as parse
+    from kvjax.registry import register as register
     from kvjax.rope import Rope as Rope
     from models import load as load
 
-__version__ = "0.1.0"
-
+# Where each public name lies that is no method's.
 _HOMES = {
-    **dict.fromkeys(
-        (
-            *("CacheSpec", "DecoderLM", "Diagnostics", "LanguageModel", "Method"),
-            "Traffic",
-        ),
-        "kvjax.interface",
-    ),
+    "CacheSpec": "kvjax.interface",
+    "DecoderLM": "kvjax.interface",
+    "Diagnostics": "kvjax.interface",
+    "LanguageModel": "kvjax.interface",
+    "Method": "kvjax.interface",
     "Rope": "kvjax.rope",
+    "Traffic": "kvjax.interface",
+    "cite": "kvjax.describe",
     "generate": "kvjax.decoding.generate",
     "load": "models",
     "parse": "kvjax.registry",
+    "register": "kvjax.registry",
     "score": "kvjax.decoding.scoring",
     "stream": "kvjax.decoding.generate",
 }
@@ -58,9 +63,10 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return ["__version__", *_public()]
+    return [*_public(), "__version__"]
 
 
 def _public() -> list[str]:
     methods = vars(importlib.import_module("kvjax.built_in"))
-    return sorted([*_HOMES, *(name for name in methods if not name.startswith("_"))])
+    factories = [name for name, value in methods.items() if callable(value)]
+    return sorted([*_HOMES, *factories, "testing"])

@@ -134,13 +134,39 @@ def paper_entry(arxiv: str) -> str:
     """
     if arxiv not in PAPERS:
         raise ValueError(f"{arxiv=} is not among the papers of kvjax.citations.")
-    paper = PAPERS[arxiv]
+    return _arxiv_entry(arxiv, PAPERS[arxiv])
+
+
+def entries(source: str) -> list[str]:
+    """Returns the BibTeX entry of every paper that a method's source names.
+
+    One that :data:`PAPERS` lacks has what the source says: surnames and a title.
+    """
+    return [
+        _arxiv_entry(arxiv, PAPERS.get(arxiv) or _read(arxiv, source))
+        for arxiv in arxiv_ids(source)
+    ]
+
+
+def _read(arxiv: str, source: str) -> Paper:
+    """The paper as a source words it: names, "Title", where, arXiv:id."""
+    words = r'(?:^|[.:;] )([^".:;]*(?:et al\.)?), "([^"]+?),?"'
+    stated = re.search(rf'{words}(?:(?!arXiv:)[^"])*arXiv:{arxiv}', source)
+    who, title = stated.groups() if stated else ("", f"arXiv:{arxiv}")
+    names = [name.strip() for name in who.removesuffix("et al.").split(",")]
+    others = ["others"] if who.endswith("et al.") else []
+    return Paper(title, tuple(filter(None, [*names, *others])))
+
+
+def _arxiv_entry(arxiv: str, paper: Paper) -> str:
     year = 2000 + int(arxiv[:2])
+    first = paper.authors[0].split()[-1] if paper.authors else "arXiv"
+    author = {"author": " and ".join(paper.authors)} if paper.authors else {}
     return _entry(
         "misc",
-        f"{_ascii(paper.authors[0].split()[-1])}{year}{_ascii(paper.title.split()[0])}",
+        f"{_ascii(first)}{year}{_ascii(paper.title.split()[0])}",
         title=f"{{{paper.title}}}",
-        author=" and ".join(paper.authors),
+        **author,
         year=str(year),
         eprint=arxiv,
         archivePrefix="arXiv",

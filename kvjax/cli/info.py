@@ -8,14 +8,14 @@ import typer
 import kvjax
 from kvjax import citations, registry
 from kvjax.cli.options import JsonOption
-from kvjax.describe import describe
+from kvjax.describe import cite as bibtex
+from kvjax.describe import described
 from kvjax.report import terminal
 
 
 def methods(as_json: JsonOption = False) -> None:
     """Every method and transform: what it does, its options, what a step reads."""
-    names = (*registry.names(), *registry.transforms())
-    known = [describe(registry.get(name)) for name in names]
+    known = described(*registry.every())
     if as_json:
         print(json.dumps([entry._asdict() for entry in known], indent=2))
         return
@@ -36,32 +36,17 @@ def cite(
     as_json: JsonOption = False,
 ) -> None:
     """BibTeX of the papers of methods, and of kvjax; where a method deviates."""
-    # Options of a configured method do not matter here: quest:budget=64 is quest.
-    parts = [part for spec in method or () for part in spec.split("+")]
-    names = dict.fromkeys(part.partition(":")[0].strip() for part in parts)
-    about = [describe(registry.get(name)) for name in names]
-    own = citations.software_entry(kvjax.__version__)
-    papers = [citations.arxiv_ids(entry.source) for entry in about]
-    if as_json:
-        rows = [
-            {
-                "name": entry.name,
-                "source": entry.source,
-                "deviations": entry.deviations,
-                "bibtex": [citations.paper_entry(arxiv) for arxiv in ids],
-            }
-            for entry, ids in zip(about, papers, strict=True)
-        ]
-        print(json.dumps({"methods": rows, "kvjax": own}, indent=2))
+    if not as_json:
+        print(bibtex(*(method or ())))
         return
-    for entry in about:
-        print(_comment(f"{entry.name}: {entry.source}"))
-        print(_comment(f"Deviations: {entry.deviations}"))
-    for arxiv in dict.fromkeys(arxiv for ids in papers for arxiv in ids):
-        print(f"\n{citations.paper_entry(arxiv)}")
-    print(f"\n{own}" if about else own)
-
-
-def _comment(text: str) -> str:
-    # BibTeX skips what is outside of entries, and takes an @ for the next one's start.
-    return terminal.wrapped("% " + text.replace("@", " at "), 79, later="% ")
+    rows = [
+        {
+            "name": entry.name,
+            "source": entry.source,
+            "deviations": entry.deviations,
+            "bibtex": citations.entries(entry.source),
+        }
+        for entry in described(*(method or ()))
+    ]
+    own = citations.software_entry(kvjax.__version__)
+    print(json.dumps({"methods": rows, "kvjax": own}, indent=2))

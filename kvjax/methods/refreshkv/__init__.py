@@ -1,4 +1,3 @@
-"""RefreshKV (arXiv:2411.05787), as a method and as a transform over another."""
+"""RefreshKV (arXiv:2411.05787), as a method and, in `refresh`, over another's pages."""
 
 from kvjax.methods.refreshkv.method import refreshkv as refreshkv
-from kvjax.methods.refreshkv.refresh import refresh as refresh
