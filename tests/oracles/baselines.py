@@ -21,14 +21,6 @@ from oracles.attention import (
 )
 
 
-def full(row: Row, alpha: float = 1.0) -> Trace:
-    """Every token sees all tokens up to itself."""
-    attention, record = Attention(row, alpha), Recorder(row)
-    for t in range(row.num_tokens):
-        step(attention, record, t, everything(row, t))
-    return record.trace()
-
-
 def renumbered(row: Row, record: Recorder, t: int, kept: list[int]) -> None:
     """All heads of token t over `kept`, which sit at 0, 1, 2, ..., itself the last."""
     outs, lses = [], []
