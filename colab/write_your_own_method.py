@@ -53,47 +53,26 @@ def landmarks(*, budget: int = 128) -> Method:
 # %% [markdown]
 # ## Tested as every method is
 #
-# `tests/drive.py` runs a method over random heads, as a model would, in a ragged
-# batch, and the oracles are float64 loops that share no code with the library. With a
+# `kvjax.testing.check_method` runs a method over random heads, as a model would, in a
+# ragged batch, and compares with float64 loops that share no code with it. With a
 # budget for everything it must be full attention. With a smaller one, its output must
-# be attention over exactly what it says it attended to.
+# be attention over exactly what it says it attended to. A prompt in chunks is the
+# prompt, rows do not see each other, a step copies nothing; and more.
 
 # %%
-import pathlib
-import sys
+import kvjax
 
-TESTS = pathlib.Path("../tests").resolve()  # in a clone, beside this notebook's folder
-if TESTS.is_dir():
-    sys.path.insert(0, str(TESTS))
-    import drive
-    import numpy as np
-    import oracles
-
-    stream = drive.make_stream(prompts=(1, 9, 22), steps=6, seed=1)
-    spec = drive.make_spec(stream)
-
-    everything = drive.run(landmarks(budget=28), spec, stream)
-    drive.assert_matches(everything, stream, oracles.full)
-    assert everything.diagnostics.exact.all()
-
-    some = drive.run(landmarks(budget=8), spec, stream)
-    drive.assert_consistent(some, stream)
-    attended = drive.attended_positions(some.diagnostics.attended[-1, 2], num_q_heads=2)
-    print("28 tokens, a budget of 8:", attended[0])
-
-    # A prompt in chunks is the prompt.
-    chunks = [(1, 4, 10), (0, 5, 12)]
-    chunked = drive.run(landmarks(budget=8), spec, stream, chunks)
-    np.testing.assert_allclose(chunked.out, some.out, atol=1e-5)
-else:
-    print("the tests lie in kvjax's repository: run this notebook in a clone of it.")
+checked = kvjax.testing.check_method(landmarks)
+print(f"landmarks keeps {len(checked)} promises, such as:")
+for promise in checked[3:7]:
+    print(" ", promise.replace("_", " "))
 
 # %% [markdown]
 # A mistake shows. Here the oldest landmark is reported, but another token is read:
 
 
 # %%
-def wrong(*, budget: int) -> Method:
+def wrong(*, budget: int = 128) -> Method:
     right = landmarks(budget=budget)
 
     def inspect_step(state, q):
@@ -104,13 +83,12 @@ def wrong(*, budget: int) -> Method:
     return right._replace(inspect_step=inspect_step)
 
 
-if TESTS.is_dir():
-    try:
-        drive.assert_consistent(drive.run(wrong(budget=8), spec, stream), stream)
-    except AssertionError as error:
-        print("caught:", str(error).splitlines()[0])
-    else:
-        raise RuntimeError("the tests see nothing")
+try:
+    kvjax.testing.check_method(wrong)
+except AssertionError as error:
+    print("caught:", str(error).splitlines()[0])
+else:
+    raise RuntimeError("the tests see nothing")
 
 # %% [markdown]
 # ## Compared as every method is
@@ -118,28 +96,36 @@ if TESTS.is_dir():
 # A pass key hidden in text, asked for at the end, and what a step reads.
 
 # %%
-import models
 from kvjax import accounting
 from kvjax.evaluation import one_task
 from kvjax.report import table
 from models import embedded
 
-model = models.load("embedded-softmax", dtype="float32")
+kvjax.register(landmarks)  # known by name from here on, as kvjax's own are
+model = kvjax.load("embedded-softmax", dtype="float32")
 text = embedded.heldout_text()
-methods = {
-    "quest": kvjax.quest(budget=64, page_size=8),
-    "landmarks": landmarks(budget=64),
-}
-print(f"{'method':<12}{'cache read per token':>22}{'pass key':>10}")
-for name, method in methods.items():
-    found = one_task.run(
+print(f"{'method':<24}{'cache read per token':>22}{'pass key':>10}")
+for name in ("quest:budget=64,page_size=8", "landmarks:budget=64"):
+    method = kvjax.parse(name)
+    result = one_task.run(
         "passkey", model, method, kvjax.full(), text, context=256, n=5, batch=5
     )
     read = table.format_bytes(accounting.bytes_read(method, model.decoder, 256))
-    print(f"{name:<12}{read:>22}{found['accuracy']['mean']:>10.0%}")
+    print(f"{name:<28}{read:>18}{result['accuracy']['mean']:>10.0%}")
 
 # %% [markdown]
-# To keep it: a file in `kvjax/methods` with a docstring as its neighbours have, one
-# import line in `kvjax/methods/__init__.py`. Then `pytest tests/test_contract.py -k
-# landmarks` runs the whole contract on it, and `kvjax compare` and every other command
-# know it by name.
+# ## On the command line
+#
+# In a file `my_methods.py` it is a method on every command, with no registration:
+# `kvjax compare --method my_methods:landmarks,budget=64 --method quest:budget=64`. A
+# package that installs it names it once in its `pyproject.toml`, and `landmarks` is a
+# name like `quest` wherever the package is installed:
+#
+# ```toml
+# [project.entry-points."kvjax.methods"]
+# landmarks = "my_methods:landmarks"
+# ```
+#
+# To make it one of kvjax's own: this file in `kvjax/methods`, with a docstring as its
+# neighbours have, one import line in `kvjax/built_in.py`, and a test of what its paper
+# promises.
