@@ -17,6 +17,8 @@ sys.path.insert(0, str(HERE))
 
 import command_pages  # noqa: E402  beside this file
 
+from kvjax import registry  # noqa: E402
+
 project = "kvjax"
 copyright = "the kvjax authors"
 release = version = kvjax.__version__
@@ -51,6 +53,10 @@ _commands = HERE / "commands"
 shutil.rmtree(_commands, ignore_errors=True)
 _commands.mkdir()
 command_pages.write(_commands)
+# Of the reference: every method, from the registry.
+(_commands / "methods.txt").write_text(
+    "".join(f".. autofunction:: kvjax.{name}\n" for name in registry.every()), "utf-8"
+)
 
 _SECTION = re.compile(
     r"^(State|Reads per step and layer|Exact when|Source|Deviations|Shapes|Fields): ?"

@@ -22,6 +22,8 @@ PAGES = sorted((ROOT / "docs").glob("*.md"))
 # What it prints, test_planning.py compares with the page.
 ELSEWHERE = ("pip install", "kvjax plan")
 TINY = "stages=[{steps: 2, tokens: 128, lengths: {64: 1}, mixture: {text: 1}}]"
+# A method of one's own, for the page about it: the notebook's.
+OWN = "my_methods.py"
 QUICK = [
     *("--set", "data.corpus=book.txt", "--set", "data.held_out=book.txt"),
     *("--set", "evaluate.every=0"),
@@ -75,6 +77,17 @@ def commands(page: pathlib.Path) -> list[str]:
     return [line for line in lines if not line.startswith(ELSEWHERE)]
 
 
+def python_of(page: pathlib.Path) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+
+
+def write_own_method(folder: pathlib.Path) -> None:
+    """Writes the method of the notebook into a file of its own."""
+    source = (ROOT / "colab/write_your_own_method.py").read_text("utf-8")
+    (cell,) = (c for c in source.split("# %%") if "def landmarks(" in c)
+    (folder / OWN).write_text(cell, "utf-8")
+
+
 def shorter(command: str) -> list[str]:
     """Arguments to append to a command, none unless its comment says so."""
     if not command.endswith(SHORTENED):
@@ -96,10 +109,7 @@ def environment(command: str) -> dict[str, str]:
     """Of training that is shortened, most of the time is compiling: it does less."""
     if not (command.startswith("kvjax train") and command.endswith(SHORTENED)):
         return dict(os.environ)
-    return os.environ | {
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-        "XLA_FLAGS": " ".join(compiling.FLAGS),
-    }
+    return os.environ | compiling.ENVIRONMENT
 
 
 SHOWN = [page for page in PAGES if commands(page)]
@@ -130,6 +140,7 @@ def test_the_preset_on_the_page_is_the_preset():
 def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     (tmp_path / "book.txt").write_text(embedded.heldout_text()[:100_000], "utf-8")
     shutil.copy(ROOT / "README.md", tmp_path)
+    write_own_method(tmp_path)
     for command in commands(page):
         done = subprocess.run(
             runnable(command),
@@ -142,6 +153,23 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         if command.startswith("python -m models.embedded.start"):
             keep_layers(tmp_path / "runs/start", 2)  # the planted ones
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.stem
+)
+def test_python_of_a_page_runs(page, tmp_path):
+    write_own_method(tmp_path)
+    for code in python_of(page):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=tmp_path,
+            env=os.environ | compiling.ENVIRONMENT,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.strip()
 
 
 def test_files_a_page_names_exist():

@@ -9,10 +9,11 @@ import sys
 import pytest
 import typer
 
-from kvjax import cli
+from kvjax import cli, registry
 
 ROOT = pathlib.Path(__file__).parents[1]
-PAGES = ("index", "eight_billion", "fidelity", "api", "notebooks/entmax")
+PAGES = ("index", "comparisons", "tour", "your_own_method", "eight_billion")
+PAGES += ("fidelity", "api", "notebooks/entmax", "tree")
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +45,9 @@ def test_every_page_is_there_and_says_something(site):
     assert "kvjax.decoding.saved_prompt.restore" in (site / "api.html").read_text(
         "utf-8"
     )
+    page = (site / "api.html").read_text("utf-8")
+    for name in registry.every():
+        assert f'id="kvjax.{name}"' in page, name
     assert "The certificate" in words(site, "notebooks/entmax")
 
 
