@@ -318,7 +318,7 @@ class Rotation(Protocol):
 
 @runtime_checkable
 class DecoderLM(Protocol):
-    """What the decode loop needs of a model: pure functions, static and hashable.
+    """The part of a model that decodes: pure functions, static and hashable.
 
     `cache_spec` is that of one layer: layers may differ in their rope. `states` is a
     tuple, one method state per layer. Hidden states have the cache's dtype; they go

@@ -108,8 +108,9 @@ def _scatters(
     update: Update,
 ) -> Array:
     for part in split_to_scatter(rows.shape[2]):
-        given = rows[:, :, part], slots[:, part], valid[:, part]
-        buffer = _scatter(buffer, *given, update)
+        buffer = _scatter(
+            buffer, rows[:, :, part], slots[:, part], valid[:, part], update
+        )
     return buffer
 
 

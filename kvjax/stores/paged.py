@@ -101,8 +101,9 @@ def _write(
 
         slot, pages = positions % page_size, store.pages
         for part in buffers.split_to_scatter(fused.shape[2]):
-            given = fused[:, :, part], page[:, part], slot[:, part]
-            pages = jax.vmap(one_row)(pages, *given)
+            pages = jax.vmap(one_row)(
+                pages, fused[:, :, part], page[:, part], slot[:, part]
+            )
         return pages
 
     def by_token() -> Float[Array, "B Hkv NP P D2"]:

@@ -282,10 +282,12 @@ def inspect_step(
         options.plan, spec.rope, held, q, state.k, state.v, sm_scale=spec.sm_scale
     )
     if options.is_scored:
-        given = options.reduce(jnp.concatenate([weights, own], axis=2), spec)
+        received = options.reduce(jnp.concatenate([weights, own], axis=2), spec)
         one = jnp.ones_like(state.length)
-        scores = schedule.ema(held.scores, given[..., :-1], options.beta, one)
-        state = state._replace(held=held._replace(scores=scores), score=given[..., -1:])
+        scores = schedule.ema(held.scores, received[..., :-1], options.beta, one)
+        state = state._replace(
+            held=held._replace(scores=scores), score=received[..., -1:]
+        )
     sinks = jnp.arange(options.num_sinks, dtype=jnp.int32)
     sinks = jnp.where(sinks < held.seen[:, None, None], sinks, -1)
     lists = held.tokens.shape[:2]
@@ -371,9 +373,9 @@ def enter(
     fresh = jnp.zeros((*state.k.shape[:2], options.stride), jnp.float32)
     received = state.received
     if options.is_scored:
-        given = options.reduce(jnp.where(is_due[:, None, None], received, 0.0), spec)
-        scores = schedule.ema(held.scores, given[..., :window], options.beta, count)
-        held, fresh = held._replace(scores=scores), given[..., window:]
+        by_head = options.reduce(jnp.where(is_due[:, None, None], received, 0.0), spec)
+        scores = schedule.ema(held.scores, by_head[..., :window], options.beta, count)
+        held, fresh = held._replace(scores=scores), by_head[..., window:]
         received = jnp.where(is_due[:, None, None], 0.0, received)
     held = rings.insert(options.plan, spec.rope, held, state.k, state.v, fresh, count)
     return state._replace(held=held, received=received)

@@ -236,7 +236,7 @@ def _sources_of_row(
         place = push - (a - 1)
         is_new = (push >= 0) & (place >= 0) & ((a > 0) | (push >= a))
         own = jnp.broadcast_to(i * width + slot, (scores.shape[0], width))
-        found = jnp.where(is_new, best[:, jnp.clip(place, 0, fresh)], own)
+        source = jnp.where(is_new, best[:, jnp.clip(place, 0, fresh)], own)
 
         # What this ring expels comes to the next one. It was final: an entry leaves
         # by a later push, which ended its group.
@@ -248,12 +248,12 @@ def _sources_of_row(
         place = jnp.clip(gone - (a - 1), 0, fresh)
         score = jnp.where(was_there, scores[:, where], best_score[:, place])
         index = jnp.where(was_there, where, best[:, place])
-        return (is_real, time, score, index), found
+        return (is_real, time, score, index), source
 
     # A loop, not N copies: it is the sort that takes long to compile.
     rings = jnp.arange(plan.num_rings, dtype=jnp.int32)
-    _, found = lax.scan(one_ring, (is_real, time, score, index), rings)
-    return jnp.moveaxis(found, 0, 1).reshape(scores.shape)
+    _, source = lax.scan(one_ring, (is_real, time, score, index), rings)
+    return jnp.moveaxis(source, 0, 1).reshape(scores.shape)
 
 
 # --- scores

@@ -39,7 +39,7 @@ class PageAttention(NamedTuple):
 
 
 def fastest(
-    found: PageAttention,
+    attended: PageAttention,
     q: Float[Array, "B Hq 1 D"],
     pages: Float[Array, "B Hkv NP P D2"],
     page_ids: Int[Array, "B H K"],
@@ -50,8 +50,8 @@ def fastest(
 ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
     """Returns output and value of :func:`attend_pages`, by a kernel where one runs.
 
-    A CPU has no faster way than `found`, which must be of the same arguments. What is
-    then unused of it, XLA does not compute.
+    A CPU has no faster way than `attended`, which must be of the same arguments. XLA
+    does not compute what is then unused of it.
     """
 
     def kernel(
@@ -62,7 +62,7 @@ def fastest(
         )
         return out[:, :, 0], value[:, :, 0]
 
-    arrays = q, pages, page_ids, positions, found.out, found.value
+    arrays = q, pages, page_ids, positions, attended.out, attended.value
     return lax.platform_dependent(*arrays, cpu=lambda *x: x[4:], default=kernel)
 
 
@@ -318,8 +318,8 @@ def _per_list(
             rows.reshape(-1, 1, 1, *rows.shape[2:]),
             index.reshape(-1, 1, 1, listed),
         )
-        found = lax.map(lambda x: at_once(*x), flattened)
-        return found.reshape(batch, lists, *found.shape[3:])
+        results = lax.map(lambda x: at_once(*x), flattened)
+        return results.reshape(batch, lists, *results.shape[3:])
 
     return lax.platform_dependent(rows, index, cpu=one_by_one, default=at_once)
 

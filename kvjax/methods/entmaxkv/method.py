@@ -260,12 +260,12 @@ def inspect_step(
 
     sm_scale, alpha = spec.sm_scale, spec.alpha
     if options.certified:
-        found, ids, exact = attention.attend_certified(
+        attended_pages, ids, exact = attention.attend_certified(
             row, store.pages, bounds, ids, length, sm_scale=sm_scale, alpha=alpha
         )
-        out, value = found.out, found.value
+        out, value = attended_pages.out, attended_pages.value
     else:
-        found = attention.attend_pages(
+        attended_pages = attention.attend_pages(
             row,
             store.pages,
             ids,
@@ -275,10 +275,10 @@ def inspect_step(
             tau_mode=options.tau_mode,
             tau_hat=tau_hat,
         )
-        out, value = found.out, found.value
+        out, value = attended_pages.out, attended_pages.value
         if options.tau_mode == "exact":
             out, value = attention.fastest(
-                found,
+                attended_pages,
                 rotated,
                 store.pages,
                 ids,
@@ -287,7 +287,7 @@ def inspect_step(
                 alpha=alpha,
             )
         exact = page_bounds.certificate(
-            bounds, ids, found.tau, length, alpha=alpha, page_size=page_size
+            bounds, ids, attended_pages.tau, length, alpha=alpha, page_size=page_size
         )
         # An estimated threshold proves nothing.
         exact &= options.tau_mode == "exact"

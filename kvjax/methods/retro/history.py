@@ -74,14 +74,14 @@ def advance(
     window: Window,
     page_ids: Int[Array, "B H K"],
     position: Int[Array, "B"],
-    found: Partial,
+    attended: Partial,
 ) -> Window:
-    """Records that `page_ids` were read at `position`, and what each row has now."""
+    """Records that `page_ids` were read at `position`, and each row's attention now."""
     now = jnp.broadcast_to(position[:, None, None], page_ids.shape)
     return window._replace(
         last_loaded=buffers.write(window.last_loaded, now, page_ids, page_ids >= 0),
-        out=found.out[:, :, 1:].astype(window.out.dtype),
-        lse=found.lse[:, :, 1:].astype(window.lse.dtype),
+        out=attended.out[:, :, 1:].astype(window.out.dtype),
+        lse=attended.lse[:, :, 1:].astype(window.lse.dtype),
     )
 
 

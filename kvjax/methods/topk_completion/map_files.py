@@ -59,7 +59,7 @@ class MapFile(NamedTuple):
         return None if self.weights is None else len(self.weights.keys.gate)
 
 
-def save(path: str | pathlib.Path, found: MapFile, dtype: str = "float32") -> None:
+def save(path: str | pathlib.Path, contents: MapFile, dtype: str = "float32") -> None:
     """Writes the file, whole or not at all.
 
     Args:
@@ -67,19 +67,19 @@ def save(path: str | pathlib.Path, found: MapFile, dtype: str = "float32") -> No
             are float32, since those of queries hold the scale of all weights.
     """
     tensors = {}
-    if found.weights is not None:
-        for side, net in found.weights._asdict().items():
+    if contents.weights is not None:
+        for side, net in contents.weights._asdict().items():
             for name, leaf in net._asdict().items():
                 kind = dtype if name.startswith("w_") else "float32"
                 tensors[f"{side}.{name}"] = np.asarray(leaf, jnp.dtype(kind))
-    if found.gain is not None:
-        tensors["gain"] = np.asarray(found.gain, np.float32)
+    if contents.gain is not None:
+        tensors["gain"] = np.asarray(contents.gain, np.float32)
     header = {
         "format": FORMAT,
         "version": str(VERSION),
-        "map": found.kind,
-        "trained_length": str(found.trained_length),
-        "about": json.dumps(found.about),
+        "map": contents.kind,
+        "trained_length": str(contents.trained_length),
+        "about": json.dumps(contents.about),
     }
     files.save_tensors(path, tensors, header)
 
@@ -107,10 +107,10 @@ def load(path: str | pathlib.Path) -> MapFile:
 def _shipped(name: str) -> pathlib.Path | None:
     """The file of the map of an embedded model, or None if it has none."""
     # Data beside the models, whose code this must not import.
-    found = importlib.util.find_spec("models")
-    if found is None or not name.startswith(EMBEDDED):
+    package = importlib.util.find_spec("models")
+    if package is None or not name.startswith(EMBEDDED):
         return None
-    for folder in found.submodule_search_locations or ():
+    for folder in package.submodule_search_locations or ():
         path = pathlib.Path(folder, "embedded", name.removeprefix(EMBEDDED), SHIPPED)
         if path.is_file():
             return path
@@ -166,11 +166,11 @@ def check(
         )
     if weights is None:
         return
-    found = weights.queries.w_in.shape[:3]
+    sizes = weights.queries.w_in.shape[:3]
     wanted = (spec.num_kv_heads, spec.group, spec.head_dim)
-    if found != wanted:
+    if sizes != wanted:
         raise ValueError(
-            f"the feature map is for (KV heads, group, head dim) {found} and the model "
+            f"the feature map is for (KV heads, group, head dim) {sizes} and the model "
             f"has {wanted}: it was made for another model."
         )
     prompt = spec.capacity - spec.max_new_tokens
