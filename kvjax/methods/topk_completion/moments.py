@@ -28,7 +28,7 @@ class Tilt(NamedTuple):
     centre: Float[Array, "B Hkv D"]  # subtracted from keys: the same, but for rounding
 
 
-class Moments(NamedTuple):
+class Sums(NamedTuple):
     """The sums over the middle, h = exp(w . (k - centre) - shift)."""
 
     shift: Float[Array, "B Hkv"]  # c; 0 of an empty middle
@@ -53,22 +53,22 @@ def moment(*, tilted: bool = True, trust: float = TRUST) -> Estimator:
 
     return Estimator(
         fit,
-        summarise_moments,
-        jax.jit(fold_moments),
+        summarise,
+        jax.jit(fold),
         lambda sums: sums.h0 > 0,
-        jax.jit(functools.partial(residual_moments, trust=trust), static_argnums=7),
+        jax.jit(functools.partial(residual, trust=trust), static_argnums=7),
         lambda d: 2 * d * d + 4 * d + 2,
         None,
     )
 
 
-def fold_moments(
+def fold(
     params: Tilt,
-    sums: Moments,
+    sums: Sums,
     k: Float[Array, "B Hkv N D"],
     v: Float[Array, "B Hkv N D"],
     valid: Bool[Array, "B Hkv N"],
-) -> Moments:
+) -> Sums:
     """Adds tokens to the sums."""
     k, v = (jnp.where(valid[..., None], x.astype(jnp.float32), 0.0) for x in (k, v))
     k = jnp.where(valid[..., None], k - params.centre[:, :, None], 0.0)
@@ -79,7 +79,7 @@ def fold_moments(
     h = jnp.exp(ell - shift[..., None])
     kept = jnp.exp(held - shift)
     hk, hv = h[..., None] * k, h[..., None] * v
-    return Moments(
+    return Sums(
         shift,
         kept * sums.h0 + h.sum(-1),
         kept[..., None] * sums.h1 + hk.sum(2),
@@ -89,32 +89,32 @@ def fold_moments(
     )
 
 
-def summarise_moments(
+def summarise(
     params: Tilt,
     k: Float[Array, "B Hkv S D"],
     v: Float[Array, "B Hkv S D"],
     valid: Bool[Array, "B Hkv S"],
-) -> Moments:
+) -> Sums:
     """Sums over the valid tokens in one pass."""
     rows = jnp.zeros(k.shape[:2], jnp.float32)
     vector = jnp.zeros((*k.shape[:2], k.shape[3]), jnp.float32)
     matrix = jnp.zeros((*vector.shape, k.shape[3]), jnp.float32)
-    first = Moments(rows, rows, vector, vector, matrix, matrix)
+    first = Sums(rows, rows, vector, vector, matrix, matrix)
 
     def step(
-        sums: Moments,
+        sums: Sums,
         k: Float[Array, "B Hkv N D"],
         v: Float[Array, "B Hkv N D"],
         valid: Bool[Array, "B Hkv N"],
-    ) -> Moments:
-        return fold_moments(params, sums, k, v, valid)
+    ) -> Sums:
+        return fold(params, sums, k, v, valid)
 
     return linear_attention.over_chunks(step, first, (k, v), valid)
 
 
-def residual_moments(
+def residual(
     params: Tilt,
-    sums: Moments,
+    sums: Sums,
     q: Float[Array, "B Hkv G D"],
     k: Float[Array, "B Hkv R N D"],
     v: Float[Array, "B Hkv R N D"],
