@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.methods.topk_completion.linear_attention import (
@@ -369,7 +370,8 @@ class Learned(NamedTuple):
 def mlp_features(mlp: Mlp, z: Float[Array, "*B N D"]) -> Float[Array, "*B N F"]:
     """Computes log features of rotated vectors; networks are the last axes before N."""
 
-    def layer(x: Array, w: Array, b: Array) -> Array:
+    # Weights as they were loaded: NumPy's, until they are in a state.
+    def layer(x: Array, w: Array | np.ndarray, b: Array | np.ndarray) -> Array:
         out = jnp.matmul(x, w, precision=jax.lax.Precision.HIGHEST)
         return out + b[..., None, :]
 
