@@ -155,7 +155,7 @@ def test_a_conversation_begun_by_prefill(run, fail, checkpoint, tmp_path, monkey
         return read_chunk(*arguments)
 
     read_chunk = reader.program(None)
-    monkeypatch.setattr(prompt, "reader", lambda judge: read)
+    monkeypatch.setattr(reader, "program", lambda judge: read)
     clock = types.SimpleNamespace(perf_counter=lambda: now[0])
     monkeypatch.setattr(decode, "time", clock)
     alone = json.loads(run("generate", *options, "--json", "--max-new-tokens", "5"))
