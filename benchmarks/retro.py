@@ -122,7 +122,7 @@ def text(args):
                 ),
                 np.int32(min(STEPS, args.context - 1 - first)),
             )
-            states, window, count = taken.states, taken.window, int(taken.count)
+            states, window, count = taken.states, taken.window, int(taken.taken)
             parts.append(jax.tree.map(lambda x, n=count: np.asarray(x)[:n], taken.kept))
         likely, found = jax.tree.map(lambda *x: np.concatenate(x), *parts)
         likely = likely.T.astype(np.float64)  # windows, steps

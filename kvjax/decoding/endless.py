@@ -65,7 +65,12 @@ class Progress(NamedTuple):
 
     def since(self, before: "Progress") -> "Progress":
         """Returns the part that came after `before`."""
-        return Progress(*(a - b for a, b in zip(self, before, strict=True)))
+        return Progress(
+            self.tokens - before.tokens,
+            self.num_bytes - before.num_bytes,
+            self.predicted - before.predicted,
+            self.nats - before.nats,
+        )
 
 
 class Read(NamedTuple):

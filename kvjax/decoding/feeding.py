@@ -71,7 +71,7 @@ def feed(
         )
         states, window = taken.states, taken.window
         chosen, seen = jax.tree.map(
-            lambda x, n=int(taken.count): np.asarray(x)[:n], taken.kept
+            lambda x, n=int(taken.taken): np.asarray(x)[:n], taken.kept
         )
         parts.append(chosen)
         watched.append(seen)

@@ -195,22 +195,23 @@ def go_on(
             decoder, params, hidden, window, tail, given
         )
         block, produced = np.asarray(tokens)[:, None], 1
+    stop = tuple(options.stop)
     behind = np.asarray(window if before is None else before)
     behind = [[token for token in row if token != NO_TOKEN] for row in behind.tolist()]
     rows = [
-        TextRow(model.tokenizer, options.stop, eos_ids, options.max_new_tokens, row)
+        TextRow(model.tokenizer, stop, eos_ids, options.max_new_tokens, row)
         for row in behind
     ]
     part = timing.Stretch("decode")  # of the block; the first comes of the prompt
     while True:
         finite = np.asarray(tail.finite)
-        taken = sum(len(row.tokens) for row in rows)
+        had = sum(len(row.tokens) for row in rows)
         for index, row in enumerate(rows):
             new = block[index] if finite[index] else block[index, :-1]
             if row.finish_reason is not None or not len(new):
                 continue
             text = row.push(new.tolist())
-            part.tokens = sum(len(row.tokens) for row in rows) - taken
+            part.tokens = sum(len(row.tokens) for row in rows) - had
             if text:
                 yield index, text
         done = np.array([row.finish_reason is not None for row in rows])
@@ -218,10 +219,12 @@ def go_on(
             row = int(np.argmin(finite | done))
             raise not_finite(decoder, f"at token {produced} of row {row}")
         if done.all():
-            return [Generation(row.tokens, row.text, row.finish_reason) for row in rows]
+            return [
+                Generation(row.tokens, row.text, str(row.finish_reason)) for row in rows
+            ]
         with timing.stretch("decode") as part:
             left = options.max_new_tokens - produced
-            steps = loop.steps(SAMPLED)(
+            taken = loop.steps(SAMPLED)(
                 decoder,
                 method,
                 options.stream_every,
@@ -232,18 +235,19 @@ def go_on(
                 given,
                 np.int32(min(options.stream_every, left)),
             )
-            states, newest, tail, (tokens, _), count = steps
-            block = np.asarray(tokens)[: int(count)].T
-        produced += int(count)
+            states, newest, tail = taken.states, taken.window, taken.memory
+            count = int(taken.taken)
+            block = np.asarray(taken.kept[0])[:count].T
+        produced += count
 
 
 class Tail(NamedTuple):
     """The facts that a step remembers of each row, beside states and window."""
 
-    count: Int[Array, ""]  # tokens of a row that were chosen
-    done: Bool[Array, "B"]
-    finite: Bool[Array, "B"]  # the logits that chose the newest token were
-    seen: Bool[Array, "B V"] | None  # only under a repetition penalty
+    chosen: Int[Array | np.ndarray | np.int32, ""]  # tokens of a row
+    done: Bool[Array | np.ndarray, "B"]
+    finite: Bool[Array | np.ndarray, "B"]  # the logits that chose the newest token were
+    seen: Bool[Array | np.ndarray, "B V"] | None  # only under a repetition penalty
 
 
 def _sampled(logits, index, tail, given):
@@ -251,7 +255,7 @@ def _sampled(logits, index, tail, given):
     del index
     keys, sampling, eos_ids = given
     if keys is not None:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, tail.count)
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, tail.chosen)
     tokens = sample(keys, logits, tail.seen, sampling)
     tokens = jnp.where(tail.done, PAD, tokens)
     finite = is_finite(logits) | tail.done
@@ -259,12 +263,12 @@ def _sampled(logits, index, tail, given):
     seen = tail.seen
     if seen is not None:
         seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
-    return tokens, Tail(tail.count + 1, done, finite, seen), tokens
+    return tokens, Tail(tail.chosen + 1, done, finite, seen), tokens
 
 
 def _is_over(tail: Tail) -> Bool[Array, ""]:
     """Says whether every row is done, or one is broken."""
-    return tail.done.all() | ~tail.finite.all()
+    return jnp.logical_or(tail.done.all(), ~tail.finite.all())
 
 
 SAMPLED = loop.Rule(_sampled, _is_over)

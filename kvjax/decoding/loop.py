@@ -40,7 +40,7 @@ class Steps(NamedTuple):
     window: Int[Array, "B R"]  # the newest tokens of each row; the last is not fed yet
     memory: Any
     kept: Any  # of every step what `choose` keeps and what `watch` does, `(size, ...)`
-    count: Int[Array, ""]  # steps of them that were taken
+    taken: Int[Array, ""]  # how many of them
 
 
 def pushed(window: Int[Array, "B R"], tokens: Int[Array, "B"]) -> Int[Array, "B R"]:
@@ -92,7 +92,7 @@ def take_steps(
     kept = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
 
     def running(carry: Steps):
-        goes_on = carry.count < limit
+        goes_on = carry.taken < limit
         if rule.is_over is not None:
             goes_on &= ~rule.is_over(carry.memory)
         return goes_on
@@ -100,13 +100,13 @@ def take_steps(
     def step(carry: Steps):
         states, hidden = decoder.decode_step(params, carry.states, carry.window, method)
         logits = decoder.logits(params, hidden[:, -1])
-        tokens, memory, out = rule.choose(logits, carry.count, carry.memory, given)
+        tokens, memory, out = rule.choose(logits, carry.taken, carry.memory, given)
         seen = () if rule.watch is None else rule.watch(carry.states, states)
         kept = jax.tree.map(
-            lambda x, new: x.at[carry.count].set(new), carry.kept, (out, seen)
+            lambda x, new: x.at[carry.taken].set(new), carry.kept, (out, seen)
         )
         window = pushed(carry.window, tokens)
-        return Steps(states, window, memory, kept, carry.count + 1)
+        return Steps(states, window, memory, kept, carry.taken + 1)
 
     begun = Steps(states, window, memory, kept, jnp.int32(0))
     return jax.lax.while_loop(running, step, begun)
@@ -127,7 +127,12 @@ def steps(rule: Rule) -> Any:
 
 def drop_programs(rule: Rule) -> None:
     """Frees what was compiled of a rule, for every method."""
-    for program in (first(rule), steps(rule)):
+    free(first(rule), steps(rule))
+
+
+def free(*programs: Any) -> None:
+    """Frees what was compiled of jitted functions."""
+    for program in programs:
         program.clear_cache()
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import interface
-from kvjax.decoding import timing
+from kvjax.decoding import loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.options import Options
 from kvjax.interface import DecoderLM, LanguageModel, Method, Params, State, with_layer
@@ -233,8 +233,7 @@ def _finish(method, state):
 
 def drop_programs() -> None:
     """Frees what was compiled to read prompts without a judge, of every method."""
-    for one in (_init, program(None), _finish):
-        one.clear_cache()
+    loop.free(_init, program(None), _finish)
 
 
 def bucket(tokens: int) -> int:

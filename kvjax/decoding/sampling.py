@@ -82,13 +82,14 @@ def active(sampling: Sampling) -> Sampling:
     """
     temperature, top_k, top_p, min_p, penalty = sampling
     sampled = temperature > 0
-    return Sampling(
-        temperature=np.float32(temperature) if sampled else None,
-        top_k=np.int32(top_k) if sampled and top_k else None,
-        top_p=np.float32(top_p) if sampled and top_p < 1 else None,
-        min_p=np.float32(min_p) if sampled and min_p > 0 else None,
-        repetition_penalty=np.float32(penalty) if penalty != 1 else None,
-    )
+    arrays: dict[str, Any] = {
+        "temperature": np.float32(temperature) if sampled else None,
+        "top_k": np.int32(top_k) if sampled and top_k else None,
+        "top_p": np.float32(top_p) if sampled and top_p < 1 else None,
+        "min_p": np.float32(min_p) if sampled and min_p > 0 else None,
+        "repetition_penalty": np.float32(penalty) if penalty != 1 else None,
+    }
+    return Sampling(**arrays)
 
 
 def row_keys(seed: int, batch: int) -> Key[Array, "B"]:
@@ -113,7 +114,7 @@ def sample(
         sampling: from :func:`active`.
     """
     logits = filter_logits(logits, seen, sampling)
-    if sampling.temperature is None:
+    if keys is None or sampling.temperature is None:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
 
@@ -136,7 +137,7 @@ def filter_logits(
     Tokens exactly as likely as the last one a filter keeps are kept too.
     """
     temperature, top_k, top_p, min_p, penalty = sampling
-    if penalty is not None:
+    if penalty is not None and seen is not None:
         penalised = jnp.where(logits < 0, logits * penalty, logits / penalty)
         logits = jnp.where(seen, penalised, logits)
     if temperature is not None:

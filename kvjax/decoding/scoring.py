@@ -88,7 +88,7 @@ def score(
     for row, line in enumerate(tokens):
         padded[row, : len(line) - prefill] = line[prefill:]
     prompts = [row[:prefill] for row in tokens]
-    read_from = np.full((len(tokens), prefill), np.nan, np.float32)
+    read_from, where = np.full((len(tokens), prefill), np.nan, np.float32), ""
     if prompt_scores:
         prefilled, where = _read_and_score(model, method, prompts, options, read_from)
     else:
@@ -170,7 +170,7 @@ def _continue(model, method, prefilled, tokens, return_logits):
             ahead[:, start : start + STEPS],
             np.int32(min(STEPS, count - start)),
         )
-        states, window, size = taken.states, taken.window, int(taken.count)
+        states, window, size = taken.states, taken.window, int(taken.taken)
         likely, *logits = (np.asarray(x)[:size] for x in taken.kept[0])
         at = f"at one of the tokens {start} to {start + size - 1} after the prompt"
         finite.check(decoder, likely, at)
@@ -184,7 +184,7 @@ def _continue(model, method, prefilled, tokens, return_logits):
 
 def drop_programs() -> None:
     """Frees what was compiled to score tokens, of every method."""
-    reader.program(finite.log_prob).clear_cache()
+    loop.free(reader.program(finite.log_prob))
     for return_logits in (False, True):
         loop.drop_programs(_rule(return_logits))
 

@@ -100,12 +100,12 @@ def settled(arrays: Any) -> Any:
 @functools.cache
 def _listen() -> None:
     # Once: what listens cannot be taken away again.
-    def listener(event: str, duration: float, **about: Any) -> None:
+    def listener(event: str, duration_secs: float, **about: Any) -> None:
         del about
         clock = _running.get()
         if clock is not None and event.startswith(_COMPILING):
             end = time.perf_counter()
-            clock.compilations.append((end - duration, end))
+            clock.compilations.append((end - duration_secs, end))
 
     jax.monitoring.register_event_duration_secs_listener(listener)
 

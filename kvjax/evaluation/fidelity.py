@@ -346,4 +346,4 @@ def drop_programs() -> None:
     """Frees what was compiled to compare layers, of every method."""
     for rule in (loop.GIVEN, _RECORDED):
         loop.drop_programs(rule)
-    run_layer.clear_cache()
+    loop.free(run_layer)

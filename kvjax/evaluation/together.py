@@ -37,7 +37,8 @@ def reader(methods: tuple[Method, ...]) -> Method:
         pairs = zip(methods, state, strict=True)
         return tuple(method.finish(own) for method, own in pairs)
 
-    def decode(*arguments: Any):
+    def decode(*arguments: Any, **named: Any) -> Any:
+        del arguments, named
         raise TypeError("methods that read together decode one by one.")
 
     return Method(

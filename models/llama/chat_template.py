@@ -165,16 +165,17 @@ def _render(source: str, variables: Mapping[str, Any]) -> str:
 @functools.lru_cache(maxsize=16)
 def _compile(source: str):
     import jinja2.ext
+    import jinja2.nodes
     import jinja2.sandbox
 
     class Generation(jinja2.ext.Extension):
         """`{% generation %}` marks the assistant's text for training; here, nothing."""
 
-        tags = frozenset({"generation"})
+        tags = {"generation"}  # noqa: RUF012  # as the class above declares it
 
         def parse(self, parser):
             line = next(parser.stream).lineno
-            body = parser.parse_statements(["name:endgeneration"], drop_needle=True)
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return jinja2.nodes.Scope(body, lineno=line)
 
     def raise_exception(message):

@@ -38,7 +38,7 @@ def translate(config: Config) -> Config:
     Raises:
         ValueError: if a key asks for something that cannot be rewritten.
     """
-    family = FAMILIES.get(config.get("model_type"))
+    family = FAMILIES.get(str(config.get("model_type")))
     return config if family is None else family.translate(config)
 
 
@@ -47,7 +47,7 @@ def fold(tensors: Tensors, config: Config) -> Tensors:
 
     Values are folded in float32, before the cast to the model's dtype.
     """
-    family = FAMILIES.get(config.get("model_type"))
+    family = FAMILIES.get(str(config.get("model_type")))
     return tensors if family is None else family.fold(tensors, config)
 
 

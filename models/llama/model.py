@@ -100,7 +100,7 @@ class SelfAttention(nnx.Module):
             return flat.reshape(batch, rows, -1, self.head_dim).swapaxes(1, 2)
 
         q, k, v = heads(self.q(x)), heads(self.k(x)), heads(self.v(x))
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         out = attend(q, k, v)
         return self.o(out.swapaxes(1, 2).reshape(batch, rows, -1))
@@ -147,7 +147,7 @@ class Llama(nnx.Module):
         self.output = (
             None
             if config.tied_embeddings
-            else Linear(*shape[::-1], False, config, rngs)
+            else Linear(config.width, config.vocab_size, False, config, rngs)
         )
 
     def hidden(
@@ -262,14 +262,14 @@ class LlamaDecoder:
         method: Method,
     ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
         """Runs a right-padded chunk of the prompt; rows have `lengths` tokens in it."""
-        states = list(states)
+        after = list(states)
 
         def attention(layer, q, k, v):
-            states[layer], out = method.prefill(states[layer], q, k, v, lengths)
+            after[layer], out = method.prefill(after[layer], q, k, v, lengths)
             return out
 
         hidden = self._module(params).hidden(tokens, attention)
-        return tuple(states), hidden
+        return tuple(after), hidden
 
     def decode_step(
         self,
@@ -279,15 +279,15 @@ class LlamaDecoder:
         method: Method,
     ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
         """Appends `tokens` and attends: one step of the decode loop."""
-        states = list(states)
+        after = list(states)
 
         def attention(layer, q, k, v):
-            appended = method.append(states[layer], k, v)
-            states[layer], out = method.decode_step(appended, q)
+            appended = method.append(after[layer], k, v)
+            after[layer], out = method.decode_step(appended, q)
             return out
 
         hidden = self._module(params).hidden(tokens, attention)
-        return tuple(states), hidden
+        return tuple(after), hidden
 
     def logits(
         self, params: Params, hidden: Float[Array, "*B E"]

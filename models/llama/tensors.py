@@ -71,7 +71,7 @@ def few(names: Iterable[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
-def _find_files(directory: Path) -> dict[Path, set[str] | None]:
+def _find_files(directory: Path) -> Mapping[Path, set[str] | None]:
     """The weight files, each with the tensors its index expects in it."""
     if (directory / SINGLE).is_file():
         return {directory / SINGLE: None}

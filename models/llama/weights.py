@@ -68,7 +68,8 @@ def _entry(path: tuple[str | int, ...], target: jax.ShapeDtypeStruct) -> Entry:
     elif path[0] == "norm":
         name = "model.norm.weight"
     else:
-        inside = [_MODULES.get(part, part) for part in path[2:-1]]
+        parts = map(str, path[2:-1])
+        inside = [_MODULES.get(part, part) for part in parts]
         name = ".".join(["model", "layers", str(path[1]), *inside, kind])
     return Entry(path, name, target.shape[::-1], target)
 
@@ -243,7 +244,9 @@ def _converter(sharding: jax.sharding.Sharding | None, transposed: bool):
         value = (raw.T if transposed else raw).astype(dtype)
         return value, jnp.isfinite(value).all()
 
-    placed = {} if sharding is None else {"out_shardings": (sharding, None)}
+    placed: dict[str, Any] = (
+        {} if sharding is None else {"out_shardings": (sharding, None)}
+    )
     jitted = jax.jit(convert, static_argnums=1, **placed)
 
     def on_device(raw: np.ndarray, target: jax.ShapeDtypeStruct):
