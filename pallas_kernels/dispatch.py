@@ -9,26 +9,33 @@ import importlib
 import importlib.util
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
+# By what name a caller may ask for one: the definition in XLA, or a kernel.
+Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu", "triton"]
+
 # The platform each kernel is lowered for; the first that can, runs.
-_PLATFORMS = {"mosaic_tpu": "tpu", "mosaic_gpu": "cuda", "triton": "cuda"}
+_PLATFORMS: dict[Implementation, Literal["tpu", "cuda"]] = {
+    "mosaic_tpu": "tpu",
+    "mosaic_gpu": "cuda",
+    "triton": "cuda",
+}
 # What is optional, and how to get it.
 _NEEDS = {"triton": ("jax_triton", "pip install 'kvjax[triton]'")}
 
 
 def dispatch(
     reference: Callable[..., Any],
-    kernels: Mapping[str, str],
+    kernels: Mapping[Implementation, str],
     arrays: tuple[Any, ...],
     static: Mapping[str, Any],
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Any:
     """Calls `reference(*arrays, **static)` or a kernel that computes the same.
@@ -61,19 +68,19 @@ def dispatch(
             f"interpret runs a kernel: {implementation=} must be one of "
             f"{', '.join(kernels)}."
         )
-    static = tuple(sorted(static.items()))
     if implementation == "xla":
-        return reference(*arrays, **dict(static))
+        return reference(*arrays, **dict(sorted(static.items())))
+    options = tuple(sorted(static.items()))
     if implementation is not None:
         kernel, reason = _kernel(
-            reference, implementation, kernels[implementation], arrays, static
+            reference, implementation, kernels[implementation], arrays, options
         )
         if reason is not None:
             raise NotImplementedError(
                 f"{implementation} cannot run {reference.__name__}: {reason}. "
                 "implementation='xla' can."
             )
-        return _runner(reference, kernel, static, interpret)(*arrays)
+        return _runner(reference, kernel, options, interpret)(*arrays)
 
     branches, reasons = {}, {}
     for name, module in kernels.items():
@@ -81,14 +88,14 @@ def dispatch(
         # The kernels of GPUs take seconds to import, and depend on which GPU it is.
         if platform in branches or (platform == "cuda" and not _is_for_gpu()):
             continue
-        kernel, reason = _kernel(reference, name, module, arrays, static)
+        kernel, reason = _kernel(reference, name, module, arrays, options)
         if reason is None:
-            branches[platform] = _runner(reference, kernel, static, None)
+            branches[platform] = _runner(reference, kernel, options, None)
         elif platform == "cuda":
             reasons[name] = reason
     if reasons and "cuda" not in branches:
         _note(reference.__name__, reasons)
-    defined = functools.partial(reference, **dict(static))
+    defined = functools.partial(reference, **dict(options))
     if not branches:
         return defined(*arrays)
     return lax.platform_dependent(*arrays, default=defined, **branches)
@@ -119,26 +126,27 @@ def _note(operation, reasons):
     if (operation, device_kind()) in _noted:
         return
     _noted.add((operation, device_kind()))
-    said = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     warnings.warn(
-        f"{operation} runs without a kernel on {device_kind()} ({said}).", stacklevel=3
+        f"{operation} runs without a kernel on {device_kind()} ({why}).", stacklevel=3
     )
 
 
-def _kernel(reference, name, module, arrays, static):
+def _kernel(reference, name, module, arrays, options):
+    """The kernel that a module holds, and why it cannot run the arguments, or None."""
     package, command = _NEEDS.get(name, (None, None))
     if package and importlib.util.find_spec(package) is None:
         return None, f"it needs {package}: {command}"
-    module = importlib.import_module(module)
-    reason = module.unsupported(*arrays, **dict(static))
-    return getattr(module, reference.__name__), reason
+    imported = importlib.import_module(module)
+    reason = imported.unsupported(*arrays, **dict(options))
+    return getattr(imported, reference.__name__), reason
 
 
 @functools.cache
-def _runner(reference, kernel, static, interpret):
+def _runner(reference, kernel, options, interpret):
     # One jitted function per kernel and sizes: traced once in a process, however many
     # layers or eager calls there are.
-    static = dict(static)
+    static = dict(options)
     defined = functools.partial(reference, **static)
     run = functools.partial(kernel, **static, interpret=interpret or False)
     if interpret is None:  # not asked for by name

@@ -5,9 +5,9 @@ from typing import Any
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention import reference
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 
-_KERNELS = {
+_KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu",
     "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
 }
@@ -24,7 +24,7 @@ def decode_attention(
     window: int | None = None,
     soft_cap: float | None = None,
     with_logits: bool = False,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "..."], ...]:
     """Softmax attention; key s is visible to row t iff 0 <= key position <= its own.

@@ -20,11 +20,17 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import tuning
 from pallas_kernels.decode_attention.reference import visible_keys
 from pallas_kernels.dispatch import device_kind
+from pallas_kernels.shared.tpu_blocks import (
+    LANES,
+    add_block,
+    clear,
+    empty,
+    finish,
+    scaled_logits,
+)
 
-LANES = 128
 MAX_ROWS = 128  # query rows a KV head at once; more are a prompt's, in tiles
 TILE_ROWS = 256  # a tile reads its keys once: twice what keeps the MXU busy on a v5e
-MASKED = -1e30  # finite: its difference to itself is 0, not NaN
 
 
 def unsupported(
@@ -73,47 +79,24 @@ def decode_attention(
     if config is None:
         config = tuning.lookup(device_kind(), str(k.dtype), head_dim)
     block = min(config.block_tokens, slots)
+    num_blocks = pl.cdiv(slots, block)
 
     spare = tiles * tile - num_rows
     positions = jnp.pad(query_positions, ((0, 0), (0, spare)), mode="edge")
     positions = positions.reshape(batch, tiles, tile)
-    first, last = positions.min(2), positions.max(2)
-    num_blocks = pl.cdiv(slots, block)
+    held, held_specs, held_scratch = (), (), ()
     if key_positions is None:
-        begin = jnp.zeros_like(first)
-        whole = jnp.clip((first + 1) // block, 0, slots // block)
-        if window is not None:
-            begin = jnp.clip((first - window + 1) // block, 0, num_blocks - 1)
-            whole = begin
-        # At least one block, if only to see nothing in it.
-        end = jnp.clip(last // block + 1, begin + 1, num_blocks)
-        held, held_specs, held_scratch = (), (), ()
+        bounds = _bounds(positions, slots, block, window)
     else:
-        begin = whole = jnp.zeros_like(first)
-        end, last = jnp.full_like(first, num_blocks), jnp.full_like(first, slots - 1)
-        # A row of whole lanes for each block: a hundredth of the cache's bytes.
-        lanes = pl.cdiv(block, LANES) * LANES
-        rest = ((0, 0), (0, 0), (0, num_blocks * block - slots))
-        padded = jnp.pad(key_positions, rest, constant_values=-1)
-        padded = padded.reshape(*key_positions.shape[:2], num_blocks, 1, block)
-        held = (jnp.pad(padded, ((0, 0),) * 4 + ((0, lanes - block),)),)
+        bounds = _all_blocks(positions, slots, block)
+        held = (_in_blocks(key_positions, block),)
         held_specs = (pl.BlockSpec(memory_space=pl.ANY),)
+        lanes = held[0].shape[-1]
         held_scratch = (pltpu.VMEM((config.num_buffers, 1, lanes), jnp.int32),)
-    bounds = jnp.stack([begin, whole, end, last], axis=2)[:, :, None]
 
     def of_tile(*shape, **space):
         index = (0,) * len(shape)
         return pl.BlockSpec((None, None, *shape), lambda b, t: (b, t, *index), **space)
-
-    def by_tile(x):  # (B, Hq, T, ...) to (B, tiles, Hkv, R, ...)
-        padding = ((0, 0), (0, 0), (0, spare), (0, 0))
-        x = jnp.pad(x, padding).reshape(batch, heads, group, tiles, tile, -1)
-        return jnp.moveaxis(x, 3, 1).reshape(batch, tiles, heads, rows, -1)
-
-    def by_head(x):
-        x = x.reshape(batch, tiles, heads, group, tile, -1)
-        x = jnp.moveaxis(x, 1, 3).reshape(batch, num_q_heads, tiles * tile, -1)
-        return x[:, :, :num_rows]
 
     buffers = pltpu.VMEM((config.num_buffers, block, head_dim), k.dtype)
     logits_shape, logits_spec, logits_scratch = (), (), ()
@@ -172,20 +155,74 @@ def decode_attention(
         name="decode_attention",
     )(
         bounds,
-        by_tile(q),
+        _by_tile(q, heads, tiles, tile),
         jnp.tile(positions, (1, 1, group))[..., None],
         k,
         v,
         *held,
     )
-    found = by_head(out), by_head(lse)[..., 0]
+    out, lse = (_by_head(x, q.shape, tile) for x in (out, lse))
     if not with_logits:
-        return found
+        return out, lse[..., 0]
     # What no row sees was not computed, and its place not written.
     visible = visible_keys(slots, query_positions, key_positions, window)
-    logits = logits[0][..., :slots].reshape(batch, heads, -1, num_rows, slots)
-    logits = jnp.where(visible[:, :, None], logits, -jnp.inf)
-    return (*found, logits.reshape(batch, num_q_heads, num_rows, slots))
+    scored = logits[0][..., :slots].reshape(batch, heads, -1, num_rows, slots)
+    scored = jnp.where(visible[:, :, None], scored, -jnp.inf)
+    return out, lse[..., 0], scored.reshape(batch, num_q_heads, num_rows, slots)
+
+
+def _bounds(positions, slots, block, window):
+    """First block, first masked, end and last position `(B, tiles, 1, 4)` of tiles.
+
+    Slots hold the positions that they are at.
+    """
+    num_blocks = pl.cdiv(slots, block)
+    first, last = positions.min(2), positions.max(2)
+    begin = jnp.zeros_like(first)
+    whole = jnp.clip((first + 1) // block, 0, slots // block)
+    if window is not None:
+        begin = jnp.clip((first - window + 1) // block, 0, num_blocks - 1)
+        whole = begin
+    # At least one block, if only to see nothing in it.
+    end = jnp.clip(last // block + 1, begin + 1, num_blocks)
+    return jnp.stack([begin, whole, end, last], axis=2)[:, :, None]
+
+
+def _all_blocks(positions, slots, block):
+    """The same where slots hold positions of their own: every block, masked."""
+    begin = jnp.zeros_like(positions[:, :, 0])
+    end = jnp.full_like(begin, pl.cdiv(slots, block))
+    last = jnp.full_like(begin, slots - 1)
+    return jnp.stack([begin, begin, end, last], axis=2)[:, :, None]
+
+
+def _in_blocks(key_positions, block):
+    """Positions of the slots, `(#B, H, blocks, 1, lanes)`, -1 behind the last one."""
+    slots = key_positions.shape[2]
+    num_blocks = pl.cdiv(slots, block)
+    # A row of whole lanes for each block: a hundredth of the cache's bytes.
+    lanes = pl.cdiv(block, LANES) * LANES
+    rest = ((0, 0), (0, 0), (0, num_blocks * block - slots))
+    padded = jnp.pad(key_positions, rest, constant_values=-1)
+    padded = padded.reshape(*key_positions.shape[:2], num_blocks, 1, block)
+    return jnp.pad(padded, ((0, 0),) * 4 + ((0, lanes - block),))
+
+
+def _by_tile(q, heads, tiles, tile):
+    """Queries `(B, tiles, Hkv, R, D)`, the last tile filled with zeros."""
+    batch, _, num_rows, head_dim = q.shape
+    padding = ((0, 0), (0, 0), (0, tiles * tile - num_rows), (0, 0))
+    q = jnp.pad(q, padding).reshape(batch, heads, -1, tiles, tile, head_dim)
+    return jnp.moveaxis(q, 3, 1).reshape(batch, tiles, heads, -1, head_dim)
+
+
+def _by_head(x, shape, tile):
+    """The results of tiles, `(B, Hq, T, ...)` of a query's shape."""
+    batch, num_q_heads, num_rows, _ = shape
+    tiles, heads = x.shape[1:3]
+    x = x.reshape(batch, tiles, heads, -1, tile, x.shape[-1])
+    x = jnp.moveaxis(x, 1, 3).reshape(batch, num_q_heads, tiles * tile, -1)
+    return x[:, :, :num_rows]
 
 
 def _kernel(
@@ -231,7 +268,7 @@ def _kernel(
         return [pltpu.make_async_copy(*pair, arrived.at[slot]) for pair in pairs]
 
     def each_copy(h, i, slot, act):
-        """Of a whole block, or of what the last one has left."""
+        """Calls `act` with the copies of a block, the last one cut at the last slot."""
 
         @pl.when((h < heads) & (i < slots // block))
         def _():
@@ -313,59 +350,3 @@ def _kernel(
     if with_logits:
         for slot in range(num_buffers):
             pl.when(slot < count)(functools.partial(stored, slot))
-
-
-def empty(rows, lanes):
-    """The running maximum, sum and weighted values of no key."""
-    return (
-        jnp.full((rows, 1), MASKED, jnp.float32),
-        jnp.zeros((rows, 1), jnp.float32),
-        jnp.zeros((rows, lanes), jnp.float32),
-    )
-
-
-def scaled_logits(q, k, sm_scale, soft_cap=None):
-    """`(R, block)` of keys `(block, D)`."""
-    logits = sm_scale * dot(q, k, 1)
-    return logits if soft_cap is None else soft_cap * jnp.tanh(logits / soft_cap)
-
-
-def add_block(state, logits, v, visible):
-    """The state with a block's keys too; `visible (R, block)` None means all."""
-    m, l, acc = state
-    if visible is not None:
-        logits = jnp.where(visible, logits, MASKED)
-    m_new = jnp.maximum(m, logits.max(1, keepdims=True))
-    weights = jnp.exp(logits - m_new)
-    if visible is not None:  # a row that has seen no key yet has m_new = MASKED
-        weights = jnp.where(visible, weights, 0.0)
-    decay = jnp.exp(m - m_new)
-    l = l * decay + weights.sum(1, keepdims=True)
-    return m_new, l, acc * decay + dot(weights.astype(v.dtype), v, 0)
-
-
-def finish(state):
-    """`(out, lse)` of a state; 0 and -inf for a row that saw no key."""
-    m, l, acc = state
-    positive = jnp.where(l == 0, 1.0, l)
-    return acc / positive, jnp.where(l == 0, -jnp.inf, m + jnp.log(positive))
-
-
-def clear(values, valid):
-    """Zeros from token `valid` on: what lies there may not be a number."""
-
-    @pl.when(valid < values.shape[0])
-    def _():
-        token = lax.broadcasted_iota(jnp.int32, values.shape, 0)
-        values[...] = jnp.where(token < valid, values[...], 0)
-
-
-def dot(a, b, contracted):
-    """A matmul over `contracted` of b, in float32; of float32, exactly."""
-    return lax.dot_general(
-        a,
-        b,
-        (((1,), (contracted,)), ((), ())),
-        precision=lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )

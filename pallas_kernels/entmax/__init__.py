@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.entmax import reference
 from pallas_kernels.entmax.equations import Threshold as Threshold
 
@@ -68,7 +68,7 @@ def solve(
     *,
     alpha: float,
     axis_name: str | tuple[str, ...] | None = None,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Threshold:
     """The threshold over the last axis, relative to the largest score; no gradient.

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention.reference import decode_logits
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.entmax import equations
 from pallas_kernels.entmax.equations import Threshold, positive
 
-KERNELS = {
+KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.entmax.mosaic_tpu",
     "mosaic_gpu": "pallas_kernels.entmax.mosaic_gpu",
     "triton": "pallas_kernels.entmax.triton",

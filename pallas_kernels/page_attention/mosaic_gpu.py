@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.page_attention.lists import sort_keys
 from pallas_kernels.shared import hopper
 from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
+from pallas_kernels.shared.page_lists import sort_keys
 from pallas_kernels.shared.split_k import joined, merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
@@ -29,22 +29,18 @@ def unsupported(
     page_ids,
     query_positions,
     mask=None,
-    tau=None,
     initial=None,
     surrogate=None,
     *,
     sm_scale,
-    alpha,
     first_position=0,
 ) -> str | None:
     """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
-    del query_positions, mask, tau, initial, sm_scale, first_position
+    del query_positions, mask, initial, sm_scale, first_position
     lists = page_ids.shape[1]
     page_size = pages.shape[3]
     if surrogate is not None:
         return "its products are of 16 bits, and a surrogate's weights of 32"
-    if alpha != 1:
-        return f"{alpha=}: its softmax merges blocks, which entmax cannot"
     if (page_size % 8 or BLOCK % page_size) and page_size % BLOCK:
         return f"P={page_size} must be 8, 16, 32 or a multiple of {BLOCK}"
     return hopper.unsupported() or hopper.unsupported_rows(
@@ -58,17 +54,15 @@ def page_attention(
     page_ids,
     query_positions,
     mask,
-    tau=None,
     initial=None,
     surrogate=None,
     *,
     sm_scale,
-    alpha,
     first_position=0,
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
-    del tau, surrogate, alpha  # None, None, 1
+    del surrogate  # None
     batch, num_q_heads, num_rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists = page_ids.shape[1]
@@ -131,9 +125,10 @@ def page_attention(
         pages.reshape(batch * num_kv_heads * num_pieces, piece, width),
         *flags,
     )
-    found = merge(out, lse, axis=1)
-    found = (hopper.untiled(x[:, None], shape, lists) for x in found)
-    return joined(*found, initial)
+    out, lse = (
+        hopper.untiled(x[:, None], shape, lists) for x in merge(out, lse, axis=1)
+    )
+    return joined(out, lse, initial)
 
 
 def _schedule(page_ids, num_pages, page_size, query_positions, mask, first_position):
@@ -184,7 +179,7 @@ def _kernel(
     masked = jnp.clip(lax.div(full, copies), begin, end)
 
     def places(i):
-        """In the list, of a block's pages: the last one again where there are none."""
+        """Places in the list of a block's pages: the last one where there are none."""
         last = jnp.maximum(seen - 1, 0)
         return [jnp.minimum(i * copies + j, last) for j in range(copies)]
 

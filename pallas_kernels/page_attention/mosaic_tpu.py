@@ -8,13 +8,15 @@ Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the 
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.mosaic_tpu import (
+from pallas_kernels.dispatch import device_kind
+from pallas_kernels.page_attention import tuning
+from pallas_kernels.shared import tpu_lists
+from pallas_kernels.shared.tpu_blocks import (
     LANES,
     add_block,
     clear,
@@ -23,16 +25,9 @@ from pallas_kernels.decode_attention.mosaic_tpu import (
     finish,
     scaled_logits,
 )
-from pallas_kernels.dispatch import device_kind
-from pallas_kernels.page_attention import entmax_tpu, tuning
-from pallas_kernels.page_attention.lists import Lists, schedule
+from pallas_kernels.shared.tpu_lists import Lists
 
-SMEM_BYTES = 1 << 20
-MAX_ROWS = 256  # query rows a list: logits of a block stay within a megabyte
-MASK_BITS = 32  # a page's flags of all T rows are one number
-SCORE_BYTES = 4 << 20  # entmax: of a list, in VMEM
 MAX_FEATURES = 128  # of a surrogate
-MAX_COPIES = 32  # per block; each is an unrolled instruction sequence
 
 
 def unsupported(
@@ -41,46 +36,20 @@ def unsupported(
     page_ids,
     query_positions,
     mask,
-    tau=None,
     initial=None,
     surrogate=None,
     *,
     sm_scale,
-    alpha,
     first_position=0,
 ) -> str | None:
     """Why the kernel cannot, from shapes and dtypes; None if it can."""
-    del query_positions, tau, initial, sm_scale, first_position
-    head_dim, page_size = q.shape[3], pages.shape[3]
-    lists, listed = page_ids.shape[1:]
-    rows = q.shape[1] * q.shape[2] // lists
-    if q.dtype != pages.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
-        return f"dtypes {q.dtype}, {pages.dtype} must be both bfloat16 or both float32"
-    if head_dim != 64 and head_dim % LANES:
-        return f"D={head_dim} must be 64 or a multiple of {LANES}"
-    if page_size % 8:
-        return f"P={page_size} must be a multiple of 8"
-    if not 1 <= rows <= MAX_ROWS:
-        return f"{rows} query rows a list must be in [1, {MAX_ROWS}]"
-    # Two rows of the batch at once: one in use, one on its way.
-    id_bytes = 2 * 4 * (lists + 1) * (listed + MAX_COPIES)
-    if mask is not None:
-        id_bytes *= 2
-        if q.shape[2] > MASK_BITS:
-            return f"a mask of T={q.shape[2]} rows must be of at most {MASK_BITS}"
-    if listed < 1 or id_bytes > SMEM_BYTES - (64 << 10):
-        return (
-            f"{lists} lists of {listed} ids must be in [1, {SMEM_BYTES}] bytes, twice"
-        )
-    if surrogate is not None and surrogate.shift.shape[2] > MAX_FEATURES:
-        return f"{surrogate.shift.shape[2]} features must be at most {MAX_FEATURES}"
-    score_bytes = 4 * listed * page_size * -(-rows // 8) * 8
-    if alpha != 1 and score_bytes > SCORE_BYTES:
-        return (
-            f"scores of {rows} rows and {listed * page_size:,} tokens take "
-            f"{score_bytes:,} bytes of VMEM, more than {SCORE_BYTES:,}"
-        )
-    return None
+    del query_positions, initial, sm_scale, first_position
+    reason = tpu_lists.unsupported(q, pages, page_ids, mask)
+    if reason is None and surrogate is not None:
+        features = surrogate.shift.shape[2]
+        if features > MAX_FEATURES:
+            return f"{features} features must be at most {MAX_FEATURES}"
+    return reason
 
 
 def page_attention(
@@ -89,130 +58,73 @@ def page_attention(
     page_ids,
     query_positions,
     mask,
-    tau=None,
     initial=None,
     surrogate=None,
     *,
     sm_scale,
-    alpha,
     first_position=0,
     interpret=False,
     config=None,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
-    batch, num_q_heads, num_rows, head_dim = q.shape
-    num_kv_heads, num_pages, page_size, width = pages.shape[1:]
-    lists = page_ids.shape[1]
     if config is None:
-        config = tuning.lookup(device_kind(), str(pages.dtype), head_dim, page_size)
-    copies = max(1, min(config.block_tokens // page_size, MAX_COPIES))
-    copies = min(copies, page_ids.shape[2])
-    block = copies * page_size
-    rows = num_q_heads // lists * num_rows
-
-    ids, counts = schedule(
-        page_ids, pages, query_positions, mask, copies, first_position
-    )
-    q = q.reshape(batch, lists, rows, head_dim)
-    lanes = max(head_dim, LANES)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
-    positions = jnp.tile(query_positions, (1, rows // num_rows))[..., None]
-    bit = jnp.tile(1 << jnp.arange(num_rows, dtype=jnp.int32), rows // num_rows)
-
-    def row_of_batch(*shape, **space):
-        return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
-
-    of_rows = (lists, rows, lanes), (lists, rows, 1)
-    # At D = 64 what is summed lies in the lanes that meet the values.
-    before = ((0, 0), (0, 0), (0, 0), (lanes - head_dim, 0))
-    given, sums = [], 2
+        kind, dtype = device_kind(), str(pages.dtype)
+        config = tuning.lookup(kind, dtype, q.shape[3], pages.shape[3])
+    sizes = tpu_lists.tiles(q, pages, page_ids, *config)
+    beside = ()
     if initial is not None:
-        out, lse = (x.reshape(batch, lists, rows, -1) for x in initial)
-        given += [jnp.pad(out, before), lse]
+        beside += _start(initial, sizes)
     if surrogate is not None:
-        directions, shift, shares = surrogate
-        count = shift.shape[2]
-        more = -count % 8  # whole tiles; what is added has no share
-        padding = ((0, 0), (0, 0), (0, more), (0, lanes - head_dim))
-        shares = shares.reshape(batch, lists, rows, count)
-        given += [
-            jnp.pad(directions, padding),
-            jnp.pad(shift, padding[:3])[..., None],
-            jnp.pad(shares, ((0, 0), (0, 0), (0, 0), (0, more))),
-        ]
-        sums = 4
-    if alpha == 1:
-        kernel = functools.partial(
-            _kernel, has_initial=initial is not None, first_position=first_position
-        )
-        scratch = [
-            pltpu.VMEM((config.num_buffers, block, width), pages.dtype),
-            pltpu.SemaphoreType.DMA((config.num_buffers,)),
-        ]
-    else:
-        kernel = functools.partial(entmax_tpu.kernel, alpha=alpha)
-        scratch = entmax_tpu.scratch(
-            page_ids.shape[2], rows, head_dim, pages.dtype, config, copies, page_size
-        )
-        given = [] if tau is None else [tau.reshape(batch, lists, rows, 1)]
-    read = batch * lists * page_ids.shape[2] * page_size
-    found = pl.pallas_call(
+        beside += _padded(surrogate, sizes)
+    return tpu_lists.call(
         functools.partial(
-            kernel,
-            copies=copies,
-            head_dim=head_dim,
-            num_kv_heads=num_kv_heads,
-            sm_scale=sm_scale,
+            _kernel, has_initial=initial is not None, first_position=first_position
         ),
-        grid=(batch,),
-        in_specs=[
-            row_of_batch(*ids.shape[1:], memory_space=pltpu.SMEM),
-            row_of_batch(1, counts.shape[2], memory_space=pltpu.SMEM),
-            row_of_batch(lists, rows, lanes),
-            row_of_batch(rows, 1),
-            pl.BlockSpec((rows, 1), lambda b: (0, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
-            *(row_of_batch(*x.shape[1:]) for x in given),
-        ],
-        out_specs=[row_of_batch(*shape) for shape in (*of_rows, *of_rows)[:sums]],
-        out_shape=[
-            jax.ShapeDtypeStruct((batch, *shape), jnp.float32)
-            for shape in (*of_rows, *of_rows)[:sums]
-        ],
-        scratch_shapes=scratch,
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            disable_bounds_checks=True,  # ids are in range: see `lists.schedule`
-        ),
-        cost_estimate=pl.CostEstimate(
-            flops=2 * read * rows * width,
-            bytes_accessed=read * width * pages.dtype.itemsize,
-            transcendentals=read * rows,
-        ),
-        interpret=interpret,
-        name="page_attention",
-    )(
-        ids,
-        counts,
         q,
-        positions,
-        bit[:, None],
-        pages.reshape(batch * num_kv_heads * num_pages, page_size, width),
-        *given,
+        pages,
+        page_ids,
+        query_positions,
+        mask,
+        *beside,
+        name="page_attention",
+        sizes=sizes,
+        results=2 if surrogate is None else 4,
+        scratch=[
+            pltpu.VMEM((sizes.num_buffers, sizes.block, pages.shape[4]), pages.dtype),
+            pltpu.SemaphoreType.DMA((sizes.num_buffers,)),
+        ],
+        sm_scale=sm_scale,
+        first_position=first_position,
+        interpret=interpret,
     )
-    shape = batch, num_q_heads, num_rows
 
-    def of_values(x):
-        return x[..., lanes - head_dim :].reshape(*shape, head_dim)
 
-    return tuple(
-        x.reshape(shape) if i % 2 else of_values(x) for i, x in enumerate(found)
+def _start(initial, sizes):
+    """What other tokens gave, by list: `(B, L, R, lanes)` and `(B, L, R, 1)`."""
+    lists, rows = sizes.lists, sizes.rows
+    out, lse = (x.reshape(x.shape[0], lists, rows, -1) for x in initial)
+    # At D = 64 what is summed lies in the lanes that meet the values.
+    before = sizes.lanes - out.shape[3]
+    return jnp.pad(out, ((0, 0), (0, 0), (0, 0), (before, 0))), lse
+
+
+def _padded(surrogate, sizes):
+    """Whole tiles of features; what is added has no share."""
+    directions, shift, shares = surrogate
+    batch, _, features = shift.shape
+    more = -features % 8
+    padding = (0, 0), (0, 0), (0, more), (0, sizes.lanes - directions.shape[3])
+    shares = shares.reshape(batch, sizes.lists, sizes.rows, features)
+    return (
+        jnp.pad(directions, padding),
+        jnp.pad(shift, padding[:3])[..., None],
+        jnp.pad(shares, ((0, 0), (0, 0), (0, 0), (0, more))),
     )
 
 
 def _kernel(
     # in
-    ids,  # as `lists.schedule`, SMEM
+    ids,  # as `tpu_lists.schedule`, SMEM
     counts,
     q_ref,  # (L, R, lanes)
     positions_ref,  # (R, 1) i32
@@ -337,5 +249,5 @@ def _wide_dot(a, b, contracted):
         rest = rest - parts[-1]
     rows = a.shape[0]
     stacked = jnp.concatenate([*parts, rest], axis=0).astype(b.dtype)
-    found = dot(stacked, b, contracted)
-    return found[:rows] + found[rows : 2 * rows] + found[2 * rows :]
+    products = dot(stacked, b, contracted)
+    return products[:rows] + products[rows : 2 * rows] + products[2 * rows :]

@@ -14,16 +14,15 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.page_attention import entmax_triton, triton_blocks
-from pallas_kernels.page_attention.triton_blocks import (
+from pallas_kernels.shared import triton_call, triton_lists
+from pallas_kernels.shared.split_k import joined, merge
+from pallas_kernels.shared.triton_lists import (
     head_of,
     rows_of,
     seen_by,
     tokens_of,
     vectors,
 )
-from pallas_kernels.shared import triton_call
-from pallas_kernels.shared.split_k import joined, merge
 
 MAX_FEATURES = 64  # of a surrogate
 
@@ -34,20 +33,17 @@ def unsupported(
     page_ids,
     query_positions,
     mask=None,
-    tau=None,
     initial=None,
     surrogate=None,
     *,
     sm_scale,
-    alpha,
     first_position=0,
 ) -> str | None:
     """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
-    del query_positions, mask, tau, initial, sm_scale, first_position
+    del query_positions, mask, initial, sm_scale, first_position
     if surrogate is not None and surrogate.shift.shape[2] > MAX_FEATURES:
         return f"{surrogate.shift.shape[2]} features must be at most {MAX_FEATURES}"
-    reason = entmax_triton.unsupported(q, pages, page_ids) if alpha != 1 else None
-    return reason or triton_blocks.unsupported(q, pages, page_ids)
+    return triton_lists.unsupported(q, pages, page_ids)
 
 
 def page_attention(
@@ -56,37 +52,23 @@ def page_attention(
     page_ids,
     query_positions,
     mask=None,
-    tau=None,
     initial=None,
     surrogate=None,
     *,
     sm_scale,
-    alpha,
     first_position=0,
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
-    grid = triton_blocks.grid(q, pages, page_ids)
-    inputs = (
-        q,
-        pages,
-        page_ids.astype(jnp.int32),
-        triton_blocks.ends(page_ids, pages, query_positions),
-        query_positions.astype(jnp.int32),
-        page_ids if mask is None else mask.astype(jnp.int8),
-    )
-    static = triton_blocks.static(q, pages, page_ids, interpret)
-    static |= {"grid": grid, "interpret": interpret, "HAS_MASK": mask is not None}
-    if alpha != 1:
-        out, lse = entmax_triton.attend(inputs, tau, sm_scale, alpha, static)
-        return out.reshape(q.shape), lse.reshape(q.shape[:3])
-
+    inputs = triton_lists.inputs(q, pages, page_ids, query_positions, mask)
+    static = triton_lists.static(q, pages, page_ids, mask, interpret)
     rows, head_dim = static["ROWS"], static["HEAD_DIM"]
     features, weighing = 0, (inputs[3],) * 3  # or anything
     if surrogate is not None:
         features, weighing = _padded(surrogate)
         static["num_warps"] = 8  # two sums of the values are in registers
-    of_rows = (*grid[:2], rows, head_dim), (*grid[:2], rows)
+    parts = static["grid"][:2]
+    of_rows = (*parts, rows, head_dim), (*parts, rows)
     shapes = *of_rows, *(of_rows if features else ((1,), (1,)))
     out, lse, *sums = triton_call.call(
         _page_attention,
@@ -99,15 +81,15 @@ def page_attention(
         FEATURES=features,
     )
     out, lse = merge(out, lse, axis=1)
-    found = joined(out.reshape(q.shape), lse.reshape(q.shape[:3]), initial)
+    softmax = joined(out.reshape(q.shape), lse.reshape(q.shape[:3]), initial)
     if surrogate is None:
-        return found
+        return softmax
     taken, mass = (x.sum(1) for x in sums)
-    return *found, taken.reshape(q.shape), mass.reshape(q.shape[:3])
+    return *softmax, taken.reshape(q.shape), mass.reshape(q.shape[:3])
 
 
 def _padded(surrogate):
-    """Features are a power of two, as all in Triton; those added weigh nothing."""
+    """The surrogate with a power of two of features; those added weigh nothing."""
     directions, shift, shares = surrogate
     count = shift.shape[2]
     features = max(triton.next_power_of_2(count), 16)

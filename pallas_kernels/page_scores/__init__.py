@@ -4,10 +4,10 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.page_scores import reference
 
-_KERNELS = {
+_KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.page_scores.mosaic_tpu",
     "triton": "pallas_kernels.page_scores.triton",
 }
@@ -19,7 +19,7 @@ def page_bounds(
     page_max: Float[Array, "B Hkv NP D"],
     *,
     group_reduce: Literal["none", "mean", "max"] = "none",
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B H NP"]:
     """Upper bound of q . k over each page's keys, in float32, without softmax scale.
@@ -35,9 +35,7 @@ def page_bounds(
         ValueError: if the shapes disagree, or there is no such reduction.
         NotImplementedError: if the kernel asked for by name cannot.
     """
-    if group_reduce not in reference.REDUCE:
-        known = ", ".join(map(repr, reference.REDUCE))
-        raise ValueError(f"{group_reduce=} must be one of {known}.")
+    reference.check_reduce(group_reduce)
     _check(q, page_min=page_min, page_max=page_max)
     return dispatch(
         reference.page_bounds,
@@ -54,7 +52,7 @@ def page_moments(
     page_mean: Float[Array, "B Hkv NP D"],
     page_variance: Float[Array, "B Hkv NP D"],
     *,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "B Hq NP"], Float[Array, "B Hq NP"]]:
     """Mean and variance of q . k over each page's keys, without softmax scale.

@@ -11,10 +11,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.mosaic_tpu import LANES, MAX_ROWS, dot
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.page_scores import tuning
 from pallas_kernels.page_scores.reference import REDUCE, squares
+from pallas_kernels.shared.tpu_blocks import LANES, dot
+
+MAX_ROWS = 128  # query heads a KV head
 
 
 def unsupported(q, first, second, **static) -> str | None:
@@ -103,8 +105,8 @@ def _bounds(
     q = q_ref[...]
     # sum_d max(q_d min_d, q_d max_d): a positive q_d takes the max, a negative the min.
     above = dot(jnp.maximum(q, 0), page_max[...], 1)
-    found = above - dot(jnp.maximum(-q, 0), page_min[...], 1)
-    bounds[...] = REDUCE[group_reduce](found, axis=0, keepdims=True)
+    each = above - dot(jnp.maximum(-q, 0), page_min[...], 1)
+    bounds[...] = REDUCE[group_reduce](each, axis=0, keepdims=True)
 
 
 def _moments(

@@ -6,6 +6,13 @@ import jax.numpy as jnp
 REDUCE = {"none": lambda x, **_: x, "mean": jnp.mean, "max": jnp.max}
 
 
+def check_reduce(group_reduce: str) -> None:
+    """Raises `ValueError` unless there is such a reduction over query heads."""
+    if group_reduce not in REDUCE:
+        known = ", ".join(map(repr, REDUCE))
+        raise ValueError(f"{group_reduce=} must be one of {known}.")
+
+
 def page_bounds(q, page_min, page_max, *, group_reduce):
     """See :func:`pallas_kernels.page_scores.page_bounds`."""
     q = _grouped(q, page_min)

@@ -4,11 +4,13 @@ from typing import Any, Literal
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import dispatch
-from pallas_kernels.page_scores.reference import REDUCE
+from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.page_scores.reference import check_reduce
 from pallas_kernels.received_attention import reference
 
-_KERNELS = {"mosaic_tpu": "pallas_kernels.received_attention.mosaic_tpu"}
+_KERNELS: dict[Implementation, str] = {
+    "mosaic_tpu": "pallas_kernels.received_attention.mosaic_tpu"
+}
 
 
 def received_attention(
@@ -21,7 +23,7 @@ def received_attention(
     *,
     sm_scale: float,
     group_reduce: Literal["none", "mean", "max"] = "none",
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> Float[Array, "B H S"]:
     """The softmax weights of each key, summed over rows: a second pass over the keys.
@@ -48,9 +50,7 @@ def received_attention(
         ValueError: if the shapes disagree, or there is no such reduction.
         NotImplementedError: if the kernel asked for by name cannot.
     """
-    if group_reduce not in REDUCE:
-        known = ", ".join(map(repr, REDUCE))
-        raise ValueError(f"{group_reduce=} must be one of {known}.")
+    check_reduce(group_reduce)
     if q.shape[1] % k.shape[1] or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"shapes disagree: q {q.shape}, k {k.shape}.")
     if lse.shape != q.shape[:3]:

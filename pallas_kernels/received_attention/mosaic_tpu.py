@@ -15,9 +15,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.mosaic_tpu import LANES, dot
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.received_attention import tuning
+from pallas_kernels.shared.tpu_blocks import LANES, dot
 
 SUBLANES = 8
 MAX_GROUP = 16  # query heads of a KV head: each has sums of its own

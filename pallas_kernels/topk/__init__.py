@@ -5,10 +5,10 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels.dispatch import dispatch
+from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.topk import reference
 
-_KERNELS = {
+_KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.topk.mosaic_tpu",
     "triton": "pallas_kernels.topk.triton",
 }
@@ -24,7 +24,7 @@ def top_k(
     count: Int[Array, "*B"] | None = None,
     order: str = "score",
     recall: float = 1.0,
-    implementation: str | None = None,
+    implementation: Implementation | None = None,
     interpret: Any = False,
 ) -> tuple[Float[Array, "*B k"], Int[Array, "*B k"]]:
     """The k highest scores along the last axis and where they are, exactly.

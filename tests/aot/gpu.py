@@ -11,7 +11,6 @@ Records the figures of every case, or compares them: see `test_gpu.py`.
 """
 
 import contextlib
-import functools
 import importlib.util
 import json
 import pathlib
@@ -21,13 +20,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-from aot import child, shapes
-from aot.shapes import LONG, SHORT
-
-from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.entmax import solve
-from pallas_kernels.page_attention import page_attention
+from aot import child
+from aot.cases import PROBLEMS
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/gpu-static.json"
 TARGETS = pathlib.Path(__file__).parent / "gpu_targets"
@@ -67,50 +61,37 @@ def unavailable() -> str | None:
     )
 
 
-def _pages(context, page_size, *, programs=2, temp_limit=8 << 20, **sizes):
+def _case(name, kernel, *, temp_limit=8 << 20, programs=2):
     """The operation as it is called, and left to choose."""
-    function = functools.partial(page_attention, sm_scale=0.1)
-    arguments = shapes.pages(context, page_size, **sizes)
-    return Case("h100", function, arguments, "page_attention", temp_limit, programs)
+    return Case("h100", *PROBLEMS[name], kernel, temp_limit, programs)
 
 
-def _decode(context, *, rows=1, held=False, temp_limit=8 << 20, **static):
-    function = functools.partial(decode_attention, sm_scale=0.1, **static)
-    arguments = shapes.cache(context, rows=rows, held=held)
-    return Case("h100", function, arguments, "decode_attention", temp_limit)
-
-
-def _entmax(num_scores, alpha, heads=shapes.Q_HEADS):
-    function = functools.partial(solve, alpha=alpha)
-    return Case("h100", function, shapes.scores(num_scores, heads), "entmax_solve")
-
-
-CASES = {
-    "page_attention-P64-128K": _pages(SHORT, 64),
-    "page_attention-P64-1M": _pages(LONG, 64, tokens=LONG // 16),
-    "page_attention-P16-T8-mask-128K": _pages(SHORT, 16, rows=8, masked=True),
-    "decode_attention-1M": _decode(LONG),
-    "decode_attention-T4-window-cap-128K": _decode(
-        SHORT + 8, rows=4, window=4096, soft_cap=50.0
+_CASES = (
+    # (name, kernel, what else is not the default)
+    ("page_attention-P64-128K", "page_attention", {}),
+    ("page_attention-P64-1M", "page_attention", {}),
+    ("page_attention-P16-T8-mask-128K", "page_attention", {}),
+    ("decode_attention-1M", "decode_attention", {}),
+    ("decode_attention-T4-window-cap-128K", "decode_attention", {}),
+    ("decode_attention-ring-4K", "decode_attention", {}),
+    ("decode_attention-logits-128K", "decode_attention", {"temp_limit": 64 << 20}),
+    (
+        "decode_attention-prompt-T1024-128K",
+        "decode_attention",
+        {"temp_limit": 64 << 20},
     ),
-    "decode_attention-ring-4K": _decode(4096 + 64, held=True),
-    "decode_attention-logits-128K": _decode(
-        SHORT, with_logits=True, temp_limit=64 << 20
-    ),
-    "decode_attention-prompt-T1024-128K": _decode(
-        SHORT, rows=1024, temp_limit=64 << 20
-    ),
-    "entmax-1.5-128K": _entmax(SHORT, 1.5),
-    "entmax-1.7-128K": _entmax(SHORT, 1.7),
+    ("entmax-1.5-128K", "entmax_solve", {}),
+    ("entmax-1.7-128K", "entmax_solve", {}),
     # At the edges of what the kernels say they support.
-    "page_attention-P8-T16-D256": _pages(
-        SHORT, 8, batch=2, rows=16, head_dim=256, programs=1, temp_limit=32 << 20
+    (
+        "page_attention-P8-T16-D256",
+        "page_attention",
+        {"programs": 1, "temp_limit": 32 << 20},
     ),
-    "page_attention-P256-D64-f16-list-a-query-head": _pages(
-        SHORT, 256, heads=(8, 2), lists=8, head_dim=64, dtype=jnp.float16
-    ),
-    "entmax-3-1K": _entmax(1024, 3.0, heads=1),
-}
+    ("page_attention-P256-D64-f16-list-a-query-head", "page_attention", {}),
+    ("entmax-3-1K", "entmax_solve", {}),
+)
+CASES = {name: _case(name, kernel, **more) for name, kernel, more in _CASES}
 
 
 def _target(name):

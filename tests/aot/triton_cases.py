@@ -18,14 +18,8 @@ import tempfile
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax.numpy as jnp
-from aot import child, gpu, shapes
-from aot.shapes import LONG, SHORT
-
-from pallas_kernels.entmax import solve
-from pallas_kernels.page_attention import page_attention
-from pallas_kernels.page_scores import page_bounds, page_moments
-from pallas_kernels.topk import top_k
+from aot import child, gpu
+from aot.cases import PROBLEMS
 
 RESULTS = pathlib.Path(__file__).parents[2] / "benchmarks/results/triton-static.json"
 ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "TRITON_INTERPRET": "0"}
@@ -39,48 +33,6 @@ class Case(NamedTuple):
     arguments: tuple
 
 
-def _pages(context, page_size, *, alpha=1.0, **sizes):
-    function = functools.partial(page_attention, sm_scale=0.1, alpha=alpha)
-    if "features" in sizes:
-        function = functools.partial(function, first_position=4)
-    return function, shapes.pages(context, page_size, **sizes)
-
-
-def _scores(score, context, page_size, **static):
-    function = functools.partial(score, **static)
-    return function, shapes.statistics(context, page_size)
-
-
-def _entmax(num_scores, alpha):
-    function = functools.partial(solve, alpha=alpha)
-    return function, shapes.scores(num_scores, shapes.Q_HEADS)
-
-
-def _top_k(num_scores, k):
-    function = functools.partial(top_k, k=k, order="index")
-    return function, shapes.scores(num_scores, shapes.KV_HEADS)
-
-
-# (function, arguments)
-CASES = {
-    "page_attention-P64-128K": _pages(SHORT, 64),
-    "page_attention-P16-1M": _pages(LONG, 16, tokens=LONG // 16),
-    "page_attention-P128-T16-mask-128K": _pages(SHORT, 128, rows=16, masked=True),
-    "page_attention-P64-f32-128K": _pages(SHORT, 64, dtype=jnp.float32),
-    "page_attention-surrogate-P64-128K": _pages(SHORT, 64, features=16),
-    "page_attention-entmax-P16-1M": _pages(LONG, 16, tokens=LONG // 16, alpha=1.5),
-    "page_attention-entmax-tau-P64-128K": _pages(SHORT, 64, alpha=1.7, given=True),
-    "page_bounds-P16-1M": _scores(page_bounds, LONG, 16),
-    "page_bounds-mean-P64-128K": _scores(page_bounds, SHORT, 64, group_reduce="mean"),
-    "page_bounds-max-P64-128K": _scores(page_bounds, SHORT, 64, group_reduce="max"),
-    "page_moments-P16-1M": _scores(page_moments, LONG, 16),
-    "page_moments-P64-128K": _scores(page_moments, SHORT, 64),
-    "entmax-1.5-8K": _entmax(8192, 1.5),
-    "entmax-1.5-1M": _entmax(LONG, 1.5),
-    "entmax-1.7-128K": _entmax(SHORT, 1.7),
-    "top_k-64-of-2K": _top_k(SHORT // 64, 64),
-    "top_k-8192-of-1M": _top_k(LONG, 8192),
-}
 # Every kernel for both; its variants for one, as compiling takes time.
 BOTH = (
     "page_attention-P64-128K",
@@ -95,7 +47,7 @@ TARGETS = {
         *BOTH,
         "page_attention-P16-1M",
         "page_attention-surrogate-P64-128K",
-        "page_attention-entmax-P16-1M",
+        "page_entmax-P16-1M",
         "page_bounds-mean-P64-128K",
         "entmax-1.5-8K",
         "entmax-1.7-128K",
@@ -105,7 +57,7 @@ TARGETS = {
         "page_attention-P128-T16-mask-128K",
         "page_attention-P64-f32-128K",
         "page_attention-surrogate-P64-128K",
-        "page_attention-entmax-tau-P64-128K",
+        "page_entmax-tau-P64-128K",
         "page_bounds-max-P64-128K",
         "page_moments-P16-1M",
     ),
@@ -146,7 +98,7 @@ def _child(target, names):
     folder = pathlib.Path(os.environ["JAX_TRITON_DUMP_DIR"])
     for name in names or TARGETS[target]:
         before = set(folder.glob("*/*.ptx"))
-        function, arguments = CASES[name]
+        function, arguments = PROBLEMS[name]
         run = functools.partial(function, implementation="triton")
         memory = gpu.compiled(Case(target, run, arguments)).memory_analysis()
         for ptx in sorted(set(folder.glob("*/*.ptx")) - before, key=_made):

@@ -29,7 +29,7 @@ from drawn_pages import (
 )
 
 from kvjax.methods.entmaxkv import attention, page_bounds
-from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_entmax import page_entmax
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -233,13 +233,13 @@ def test_a_certificate_does_not_take_a_threshold_for_the_score_it_rounds_to(
 
 @pytest.mark.parametrize("alpha", ALPHAS)
 def test_where_nothing_is_seen_nothing_comes_out(alpha):
-    """As :func:`page_attention` has it, whatever the pages hold."""
+    """As :func:`page_entmax` has it, whatever the pages hold."""
     q, pages = draw()
     ids = lists(0, 1, NP - 1).copy()
     ids[0, 0] = -1
     length = np.array([NP * P, 0], np.int32)
     found = attend(q, pages, ids, length, alpha=alpha)
-    other = jax.jit(functools.partial(page_attention, sm_scale=SCALE, alpha=alpha))
+    other = jax.jit(functools.partial(page_entmax, sm_scale=SCALE, alpha=alpha))
     out, value = other(q[:, :, None], pages, ids, length[:, None] - 1)
     np.testing.assert_allclose(found.out, out[:, :, 0], atol=5e-6)
     np.testing.assert_allclose(found.value, value[:, :, 0], atol=5e-6)

@@ -16,6 +16,7 @@ import pytest
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.page_attention import mosaic_gpu, page_attention
+from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.shared import hopper
 
 needs_mosaic = pytest.mark.skipif(
@@ -353,7 +354,10 @@ def test_what_pages_the_kernel_cannot(changed, reason):
 
 @needs_mosaic
 def test_entmax_is_not_merged():
-    assert "alpha=1.5" in _refusal(*_shapes(), alpha=1.5)
+    """Blocks are merged by their log-sum-exp: entmax over pages has no such kernel."""
+    run = functools.partial(page_entmax, sm_scale=0.2, alpha=1.5)
+    with pytest.raises(ValueError, match="'mosaic_gpu' must be None or one of"):
+        jax.eval_shape(functools.partial(run, implementation="mosaic_gpu"), *_shapes())
 
 
 @needs_mosaic

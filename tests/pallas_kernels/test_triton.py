@@ -13,6 +13,7 @@ import pytest
 
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.topk import top_k
 
@@ -76,7 +77,7 @@ def test_an_a100_takes_them_unasked():
     # Under entmax: the keys, the threshold, the values.
     for function, arguments, kernels in (
         (pages, _pages(), 1),
-        (functools.partial(pages, alpha=1.5), _pages(), 3),
+        (functools.partial(page_entmax, sm_scale=0.1, alpha=1.5), _pages(), 3),
         (functools.partial(page_bounds, group_reduce="mean"), _statistics(), 1),
         (page_moments, _statistics(), 1),
         (functools.partial(solve, alpha=1.5), (scores,), 1),
@@ -96,7 +97,7 @@ def _named(function, **static):
     ("function", "arguments", "reason"),
     [
         (
-            _named(page_attention, sm_scale=1.0, alpha=1.5),
+            _named(page_entmax, sm_scale=1.0, alpha=1.5),
             _pages(rows=1 << 19),
             r"scores of 536,870,912 bytes must be at most 268,435,456",
         ),

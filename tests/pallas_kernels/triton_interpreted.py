@@ -14,11 +14,12 @@ from triton.runtime import interpreter
 
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.entmax import triton as entmax_triton
-from pallas_kernels.page_attention import Surrogate, page_attention, triton_blocks
+from pallas_kernels.page_attention import Surrogate, page_attention
 from pallas_kernels.page_attention import triton as page_attention_triton
+from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.page_scores import triton as page_scores_triton
-from pallas_kernels.shared import triton_call
+from pallas_kernels.shared import triton_call, triton_lists
 from pallas_kernels.topk import top_k
 from pallas_kernels.topk import triton as topk_triton
 
@@ -105,11 +106,14 @@ def _poisoned(pages, ids, positions):
 
 
 _pages = functools.partial(page_attention, implementation="triton", interpret=True)
+_entmax = functools.partial(page_entmax, implementation="triton", interpret=True)
 
 
 def _check(problem, mask=None, sm_scale=0.4, alpha=1.0):
     q, pages, ids, positions = problem
-    run = functools.partial(_pages, sm_scale=sm_scale, alpha=alpha)
+    run = functools.partial(_pages, sm_scale=sm_scale)
+    if alpha != 1:
+        run = functools.partial(_entmax, sm_scale=sm_scale, alpha=alpha)
     poisoned = _poisoned(pages, np.asarray(ids), np.asarray(positions))
     out, lse = jax.jit(run)(q, poisoned, ids, positions, mask)
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
@@ -128,7 +132,7 @@ def _check(problem, mask=None, sm_scale=0.4, alpha=1.0):
 @pytest.fixture
 def splits(monkeypatch, request):
     """Lists in as many parts, each in blocks of 32 tokens of 16 dimensions."""
-    monkeypatch.setattr(triton_blocks, "BLOCK_BYTES", 2 << 10)
+    monkeypatch.setattr(triton_lists, "BLOCK_BYTES", 2 << 10)
     monkeypatch.setattr(triton_call, "num_cores", lambda: 2 * request.param)
 
 
@@ -230,7 +234,7 @@ class TestPageEntmax:
         pages = pages.at[:, :, 2, 5, :16].set(10 * (q[:, ::2, 0] + q[:, 1::2, 0]))
         others = np.arange(9 * 16).reshape(9, 16, 1) != 2 * 16 + 5
         pages = pages.at[..., 16:].set(jnp.where(others, jnp.nan, pages[..., 16:]))
-        run = functools.partial(_pages, sm_scale=1.0, alpha=1.5)
+        run = functools.partial(_entmax, sm_scale=1.0, alpha=1.5)
         out, _ = jax.jit(run)(q, pages, ids, positions)
         expected = np.asarray(pages[0, 0, 2, 5, 16:])
         # The first row's first list holds page 2; two query heads share it.
@@ -241,7 +245,7 @@ class TestPageEntmax:
         """In the rows that see it, and in no other; with a threshold given too."""
         q, pages, ids, positions = _problem(ids=IDS, positions=[[141], [30]])
         pages = pages.at[0, 0, 4, 3, 2].set(jnp.nan)
-        run = functools.partial(_pages, sm_scale=1.0, alpha=1.5)
+        run = functools.partial(_entmax, sm_scale=1.0, alpha=1.5)
         for tau in (None, jnp.zeros(q.shape[:3])):
             out, value = jax.jit(run)(q, pages, ids, positions, None, tau)
             np.testing.assert_array_equal(np.isnan(out[0, :, 0, 0]), [1, 1, 0, 0])
@@ -262,7 +266,7 @@ class TestPageEntmax:
         expected = oracles.page_attention(*inputs, None, 0.4, alpha, tau)
         assert (expected[1] == 0).any()
         assert (expected[1] > 1).any()
-        run = jax.jit(functools.partial(_pages, sm_scale=0.4, alpha=alpha))
+        run = jax.jit(functools.partial(_entmax, sm_scale=0.4, alpha=alpha))
         poisoned = _poisoned(pages, np.asarray(ids), np.asarray(positions))
         parts = [
             run(q, poisoned, jnp.where(keep, ids, -1), positions, None, tau)
@@ -289,7 +293,6 @@ def test_a_cache_of_more_than_2_to_the_31_elements(monkeypatch):
     out, lse = page_attention_triton.page_attention(
         *(q, pages, jnp.array([[[last, 2]]]), jnp.array([[last * 64 + 63]]), None),
         sm_scale=0.4,
-        alpha=1.0,
         interpret=True,
     )
     inputs = [np.asarray(x, np.float64) for x in (q, small)]

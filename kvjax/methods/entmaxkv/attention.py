@@ -2,7 +2,7 @@
 
 Keys first, in blocks of pages, up to the longest list; the threshold over the scores;
 then the values, without the blocks that got no weight. The kernels of
-:mod:`pallas_kernels.page_attention` are faster where they run; here the threshold comes
+:mod:`pallas_kernels.page_entmax` are faster where they run; here the threshold comes
 out too, lists cost what they hold and not what they could, and pages can be added until
 it is proved that no other page matters.
 
@@ -21,7 +21,7 @@ from kvjax.attention import selection
 from kvjax.choices import check_choice
 from kvjax.methods.entmaxkv import page_bounds, threshold
 from pallas_kernels.entmax import equations
-from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.topk import top_k
 
 TauMode = Literal["exact", "fixed", "corrected"]
@@ -57,7 +57,7 @@ def fastest(
     def kernel(
         q: Array, pages: Array, page_ids: Array, positions: Array, *_: Array
     ) -> tuple[Array, Array]:
-        out, value = page_attention(
+        out, value = page_entmax(
             q, pages, page_ids, positions, sm_scale=sm_scale, alpha=alpha
         )
         return out[:, :, 0], value[:, :, 0]

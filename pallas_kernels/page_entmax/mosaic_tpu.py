@@ -1,4 +1,4 @@
-"""`page_attention` with entmax weights on TPU: keys, then the threshold, then values.
+"""`page_entmax` on TPU: keys, then the threshold, then the values of the support.
 
 The threshold needs the scores of a whole list, so a list is gone through twice: its
 keys fill the scores, which stay in VMEM while the threshold is sought, and then only
@@ -16,37 +16,87 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.decode_attention.mosaic_tpu import (
-    LANES,
-    MASKED,
-    clear,
-    dot,
-    scaled_logits,
-)
+from pallas_kernels.dispatch import device_kind
 from pallas_kernels.entmax import equations
-from pallas_kernels.page_attention.lists import Lists
+from pallas_kernels.page_attention import tuning
+from pallas_kernels.shared import tpu_lists
+from pallas_kernels.shared.tpu_blocks import LANES, MASKED, clear, dot, scaled_logits
+from pallas_kernels.shared.tpu_lists import Lists
+
+SCORE_BYTES = 4 << 20  # of a list, in VMEM
 
 
-def scratch(listed, rows, head_dim, dtype, config, copies, page_size):
-    """What the kernel keeps in VMEM, for lists of `listed` pages."""
-    blocks = pl.cdiv(listed, copies)
-    block = copies * page_size
-    width = head_dim if head_dim >= LANES else 2 * head_dim
-    buffers = pltpu.VMEM((config.num_buffers, block, width), dtype)
-    arrived = pltpu.SemaphoreType.DMA((config.num_buffers,))
-    return [
-        buffers,
-        arrived,
-        buffers,
-        arrived,
-        pltpu.VMEM((blocks, rows, block), jnp.float32),
-        pltpu.SMEM((blocks * copies,), jnp.int32),
+def unsupported(
+    q, pages, page_ids, query_positions, mask, tau=None, *, sm_scale, alpha
+) -> str | None:
+    """Why the kernel cannot, from shapes and dtypes; None if it can."""
+    del query_positions, tau, sm_scale, alpha
+    reason = tpu_lists.unsupported(q, pages, page_ids, mask)
+    if reason is not None:
+        return reason
+    tokens = page_ids.shape[2] * pages.shape[3]
+    rows = q.shape[1] * q.shape[2] // page_ids.shape[1]
+    score_bytes = 4 * tokens * -(-rows // 8) * 8
+    if score_bytes > SCORE_BYTES:
+        return (
+            f"scores of {rows} rows and {tokens:,} tokens take "
+            f"{score_bytes:,} bytes of VMEM, more than {SCORE_BYTES:,}"
+        )
+    return None
+
+
+def page_entmax(
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    mask,
+    tau=None,
+    *,
+    sm_scale,
+    alpha,
+    interpret=False,
+    config=None,
+):
+    """See :func:`pallas_kernels.page_entmax.page_entmax`."""
+    if config is None:
+        kind, dtype = device_kind(), str(pages.dtype)
+        config = tuning.lookup(kind, dtype, q.shape[3], pages.shape[3])
+    sizes = tpu_lists.tiles(q, pages, page_ids, *config)
+    blocks = pl.cdiv(page_ids.shape[2], sizes.copies)
+    width = q.shape[3] if q.shape[3] >= LANES else 2 * q.shape[3]
+    ring = [
+        pltpu.VMEM((sizes.num_buffers, sizes.block, width), pages.dtype),
+        pltpu.SemaphoreType.DMA((sizes.num_buffers,)),
     ]
+    beside = ()
+    if tau is not None:
+        beside = (tau.reshape(tau.shape[0], sizes.lists, sizes.rows, 1),)
+    return tpu_lists.call(
+        functools.partial(_kernel, alpha=alpha),
+        q,
+        pages,
+        page_ids,
+        query_positions,
+        mask,
+        *beside,
+        name="page_entmax",
+        sizes=sizes,
+        results=2,
+        scratch=[
+            *ring,
+            *ring,
+            pltpu.VMEM((blocks, sizes.rows, sizes.block), jnp.float32),
+            pltpu.SMEM((blocks * sizes.copies,), jnp.int32),
+        ],
+        sm_scale=sm_scale,
+        interpret=interpret,
+    )
 
 
-def kernel(
+def _kernel(
     # in
-    ids,  # as `lists.schedule`, SMEM
+    ids,  # as `tpu_lists.schedule`, SMEM
     counts,
     q_ref,  # (L, R, lanes)
     positions_ref,  # (R, 1) i32
@@ -65,7 +115,6 @@ def kernel(
     sm_scale,
     alpha,
 ):
-    """Of one batch row; in the place of `mosaic_tpu`'s softmax kernel."""
     *given, out_ref, value_ref, k_buffers, k_arrived = refs[:-4]
     v_buffers, v_arrived, z_ref, needed = refs[-4:]
     number, rows, lanes = q_ref.shape
@@ -83,7 +132,7 @@ def kernel(
     copy_v = functools.partial(copy, v_buffers, v_arrived, head_dim)
 
     def each_needed(n, i, slot, act):
-        """Of a block's pages, those of the support."""
+        """Calls `act` with each page of a block that holds a token of the support."""
         for j in range(copies):
             index = i * copies + j
             is_needed = (i < lists.num_blocks(n)) & (needed[index] > 0)
@@ -120,24 +169,9 @@ def kernel(
         if given:  # its units are those of the logits, whatever the largest is
             top = jnp.zeros_like(top)
 
-        def shift(i, _):
-            z_ref[i] = equations.shifted(z_ref[i], top, alpha)
-            return _
-
-        lax.fori_loop(0, num_blocks, shift, 0)
+        _shift(z_ref, num_blocks, top, alpha)
         tau = given[0][n] if given else _threshold(z_ref, num_blocks, alpha)
-
-        def mark(i, _):
-            excess = (z_ref[i] - tau).max(0, keepdims=True)
-            token = lax.broadcasted_iota(jnp.int32, excess.shape, 1)
-            for j in range(copies):
-                offset = token - j * page_size
-                is_in_page = (offset >= 0) & (offset < page_size)
-                most = jnp.where(is_in_page, excess, -1.0).max()
-                needed[i * copies + j] = jnp.where(most > 0, 1, 0)
-            return _
-
-        lax.fori_loop(0, num_blocks, mark, 0)
+        _mark(needed, z_ref, num_blocks, tau, copies, page_size)
         for ahead in range(num_buffers - 1):
             pl.when(ahead < num_blocks)(
                 functools.partial(fetch_values, n, jnp.int32(ahead), ahead)
@@ -179,6 +213,32 @@ def kernel(
         0, num_buffers - 1, lambda _, c: lists.fetch(c, copy_k), cursor
     )
     lax.fori_loop(0, number, one_list, (cursor, jnp.int32(0)))
+
+
+def _shift(z_ref, num_blocks, top, alpha):
+    """Turns the logits of a list into z."""
+
+    def shift(i, _):
+        z_ref[i] = equations.shifted(z_ref[i], top, alpha)
+        return _
+
+    lax.fori_loop(0, num_blocks, shift, 0)
+
+
+def _mark(needed, z_ref, num_blocks, tau, copies, page_size):
+    """Notes which pages of a list hold a token of the support."""
+
+    def mark(i, _):
+        excess = (z_ref[i] - tau).max(0, keepdims=True)
+        token = lax.broadcasted_iota(jnp.int32, excess.shape, 1)
+        for j in range(copies):
+            offset = token - j * page_size
+            is_in_page = (offset >= 0) & (offset < page_size)
+            most = jnp.where(is_in_page, excess, -1.0).max()
+            needed[i * copies + j] = jnp.where(most > 0, 1, 0)
+        return _
+
+    lax.fori_loop(0, num_blocks, mark, 0)
 
 
 def _threshold(z_ref, num_blocks, alpha):

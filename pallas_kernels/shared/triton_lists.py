@@ -1,4 +1,4 @@
-"""Lists of pages as the Triton kernels walk through them: a block of tokens at a time.
+"""Lists of pages as Triton kernels walk through them: a block of tokens at a time.
 
 Each token's page is looked up on its own, so that pages are of any size. A list is as
 long as its last page that is seen; a -1 before that costs no bytes.
@@ -6,6 +6,7 @@ long as its last page that is seen; a -1 before that costs no bytes.
 
 from typing import Any, no_type_check
 
+import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
@@ -45,8 +46,20 @@ def grid(q, pages, page_ids) -> tuple[int, int, int]:
     return batch * lists, max(min(wanted, most, MAX_SPLITS), 1), row_blocks
 
 
-def static(q, pages, page_ids, interpret) -> dict[str, Any]:
-    """The sizes that every kernel takes."""
+def inputs(q, pages, page_ids, query_positions, mask) -> tuple[jax.Array, ...]:
+    """The arrays that every kernel of queries takes, first."""
+    return (
+        q,
+        pages,
+        page_ids.astype(jnp.int32),
+        ends(page_ids, pages, query_positions),
+        query_positions.astype(jnp.int32),
+        page_ids if mask is None else mask.astype(jnp.int8),
+    )
+
+
+def static(q, pages, page_ids, mask, interpret) -> dict[str, Any]:
+    """The sizes that every kernel of queries takes, and how it is called."""
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     return {
         # Products of float32 are sums in registers.
@@ -63,6 +76,9 @@ def static(q, pages, page_ids, interpret) -> dict[str, Any]:
         "OFFSET": tl.int64 if num_pages * page_size * width >= 1 << 31 else tl.int32,
         # The interpreter multiplies bfloat16 as the integers that hold it.
         "OPERAND": tl.float32 if interpret else _TYPES[q.dtype.name],
+        "HAS_MASK": mask is not None,
+        "grid": grid(q, pages, page_ids),
+        "interpret": interpret,
     }
 
 
@@ -77,7 +93,7 @@ def _sizes(q, pages, page_ids):
 
 
 def ends(page_ids, pages, query_positions):
-    """`(B, H)`: how long each list is, up to its last page that a row sees."""
+    """The length of each list `(B, H)`, up to its last page that a row sees."""
     listed, (num_pages, page_size) = page_ids.shape[2], pages.shape[2:4]
     last = query_positions.max(1)[:, None, None]
     is_seen = (page_ids >= 0) & (page_ids < num_pages) & (page_ids * page_size <= last)
@@ -88,7 +104,7 @@ def ends(page_ids, pages, query_positions):
 @triton.jit
 @no_type_check
 def head_of(which, LISTS: tl.constexpr, KV_HEADS: tl.constexpr):
-    """Of list `which` in the batch, the KV head of a row of it."""
+    """The KV head of list `which` in the batch, of a row of it."""
     return which // LISTS * KV_HEADS + which % LISTS // (LISTS // KV_HEADS)
 
 
@@ -123,7 +139,7 @@ def tokens_of(
     PAGE_SIZE: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Of block i: each token's slot of the list, its position, and if it has a page."""
+    """Each token of block i: its slot of the list, its position, if it has a page."""
     token = i * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
     slot = token // PAGE_SIZE
     page = tl.load(ids_ptr + slot, mask=slot < LISTED, other=-1)
@@ -145,7 +161,7 @@ def seen_by(
     STEPS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """`(BLOCK_ROWS, BLOCK_TOKENS)`: which rows see which tokens."""
+    """A mask `(BLOCK_ROWS, BLOCK_TOKENS)` of the tokens that each row sees."""
     seen = is_held & (position <= positions[:, None])
     if HAS_MASK:
         flag = (which * LISTED + slot) * STEPS + (row % STEPS)[:, None]

@@ -1,4 +1,4 @@
-"""`page_attention` with entmax weights on NVIDIA GPUs in Triton: in three steps.
+"""`page_entmax` on NVIDIA GPUs in Triton: keys, the threshold, values of the support.
 
 Keys fill the scores of every row and listed token, the threshold is found over them,
 and then only the values of the support are read: weights of the rest are exactly 0.
@@ -20,28 +20,44 @@ import triton.language as tl
 from pallas_kernels.entmax import equations
 from pallas_kernels.entmax import triton as solver
 from pallas_kernels.entmax.triton import excess_of, powers
-from pallas_kernels.page_attention.triton_blocks import (
+from pallas_kernels.shared import triton_call, triton_lists
+from pallas_kernels.shared.triton_lists import (
     head_of,
     rows_of,
     seen_by,
     tokens_of,
     vectors,
 )
-from pallas_kernels.shared import triton_call
 
 SCORE_BYTES = 256 << 20  # more are a prompt's, which XLA takes a few rows at a time
 
 
-def unsupported(q, pages, page_ids) -> str | None:
-    """Why not, beside what :mod:`.triton_blocks` says."""
+def unsupported(
+    q, pages, page_ids, query_positions, mask=None, tau=None, *, sm_scale, alpha
+) -> str | None:
+    """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
+    del query_positions, mask, tau, sm_scale, alpha
     score_bytes = 4 * page_ids.shape[2] * pages.shape[3] * q.size // q.shape[3]
     if score_bytes > SCORE_BYTES:
         return f"scores of {score_bytes:,} bytes must be at most {SCORE_BYTES:,}"
-    return None
+    return triton_lists.unsupported(q, pages, page_ids)
 
 
-def attend(inputs, tau, sm_scale, alpha, static):
-    """`(out, value)`, `(B * L, R, D)` and `(B * L, R)`; with `tau`, its mass."""
+def page_entmax(
+    q,
+    pages,
+    page_ids,
+    query_positions,
+    mask=None,
+    tau=None,
+    *,
+    sm_scale,
+    alpha,
+    interpret=False,
+):
+    """See :func:`pallas_kernels.page_entmax.page_entmax`."""
+    inputs = triton_lists.inputs(q, pages, page_ids, query_positions, mask)
+    static = triton_lists.static(q, pages, page_ids, mask, interpret)
     lists, splits, _ = static["grid"]
     rows, head_dim = static["ROWS"], static["HEAD_DIM"]
     tokens = static["LISTED"] * static["PAGE_SIZE"]
@@ -53,8 +69,8 @@ def attend(inputs, tau, sm_scale, alpha, static):
         sm_scale=sm_scale,
     )
     if tau is None:
-        threshold = solver.solve(scores, alpha=alpha, interpret=static["interpret"])
-        threshold = equations.Threshold(*(x[..., 0] for x in threshold))
+        solved = solver.solve(scores, alpha=alpha, interpret=interpret)
+        threshold = equations.Threshold(*(x[..., 0] for x in solved))
     else:
         tau = tau.reshape(lists, rows)
         threshold = equations.Threshold(jnp.zeros_like(tau), tau)
@@ -78,9 +94,10 @@ def attend(inputs, tau, sm_scale, alpha, static):
         )
     )
     if tau is not None:
-        return acc, total
+        return acc.reshape(q.shape), total.reshape(q.shape[:3])
     value = equations.value(*threshold, total, moment, alpha)
-    return acc / equations.positive(total)[..., None], value
+    out = acc / equations.positive(total)[..., None]
+    return out.reshape(q.shape), value.reshape(q.shape[:3])
 
 
 @triton.jit

@@ -1,0 +1,110 @@
+"""Problems of `page_attention`: see :mod:`pallas_kernels.shared.cases`."""
+
+import functools
+import math
+from typing import Any
+
+import jax.numpy as jnp
+
+from pallas_kernels.page_attention import Surrogate, page_attention
+from pallas_kernels.shared.cases import (
+    HEAD_DIM,
+    KV_HEADS,
+    LONG,
+    Q_HEADS,
+    SHORT,
+    Case,
+    array,
+)
+
+
+def arguments(
+    context: int,
+    page_size: int,
+    *,
+    tokens: int = 4096,
+    batch: int = 1,
+    heads: tuple[int, int] = (Q_HEADS, KV_HEADS),
+    lists: int | None = None,
+    rows: int = 1,
+    head_dim: int = HEAD_DIM,
+    dtype: Any = jnp.bfloat16,
+    masked: bool = False,
+) -> tuple[Any, ...]:
+    """Shapes up to the mask: lists of `tokens` of a cache of `context`."""
+    num_lists, listed = lists or heads[1], tokens // page_size
+    pages = batch, heads[1], context // page_size, page_size, 2 * head_dim
+    mask = array(batch, num_lists, listed, rows, dtype=jnp.bool_)
+    return (
+        array(batch, heads[0], rows, head_dim, dtype=dtype),
+        array(*pages, dtype=dtype),
+        array(batch, num_lists, listed, dtype=jnp.int32),
+        array(batch, rows, dtype=jnp.int32),
+        mask if masked else None,
+    )
+
+
+def beside(q: Any, pages: Any, features: int) -> tuple[Any, Surrogate]:
+    """Shapes of what other tokens gave, and of a surrogate of so many features."""
+    single = functools.partial(array, dtype=jnp.float32)
+    heads = pages.shape[:2]
+    surrogate = Surrogate(
+        single(*heads, features, q.shape[3]),
+        single(*heads, features),
+        single(*q.shape[:3], features),
+    )
+    return (single(*q.shape), single(*q.shape[:3])), surrogate
+
+
+def num_bytes(pages: Any, page_ids: Any) -> int:
+    """Bytes of the listed pages: what must be read, once."""
+    per_page = math.prod(pages.shape[3:]) * pages.dtype.itemsize
+    return math.prod(page_ids.shape) * per_page
+
+
+def _case(context: int, page_size: int, **sizes: Any) -> Case:
+    function = functools.partial(page_attention, sm_scale=0.1)
+    return Case(function, arguments(context, page_size, **sizes))
+
+
+def _completed(context: int, page_size: int, features: int, **sizes: Any) -> Case:
+    """The problem of completion, whose weights are of two kinds."""
+    function = functools.partial(page_attention, sm_scale=0.1, first_position=4)
+    shapes = arguments(context, page_size, **sizes)
+    return Case(function, (*shapes, *beside(*shapes[:2], features)))
+
+
+CASES = {
+    "page_attention-P64-128K": _case(SHORT, 64),
+    "page_attention-P64-1M": _case(LONG, 64, tokens=LONG // 16),
+    "page_attention-P16-1M": _case(LONG, 16, tokens=LONG // 16),
+    "page_attention-P128-1M": _case(LONG, 128, tokens=LONG // 16),
+    "page_attention-P64-D64-128K": _case(SHORT, 64, head_dim=64),
+    "page_attention-P64-f32-128K": _case(SHORT, 64, dtype=jnp.float32),
+    # What RetroAttention asks for: the window's rows, each with pages of its own.
+    "page_attention-P64-T8-mask-128K": _case(SHORT, 64, rows=8, masked=True),
+    "page_attention-P16-T8-mask-128K": _case(SHORT, 16, rows=8, masked=True),
+    "page_attention-P128-T16-mask-128K": _case(SHORT, 128, rows=16, masked=True),
+    "page_attention-surrogate-P64-128K": _completed(SHORT, 64, 16),
+    # At the edges of what kernels say they support.
+    "page_attention-P8-T4-D256-f32": _case(
+        99 * 8,
+        8,
+        tokens=56,
+        batch=2,
+        heads=(5, 1),
+        rows=4,
+        head_dim=256,
+        dtype=jnp.float32,
+    ),
+    "page_attention-P24-D64-list-a-query-head": _case(
+        9 * 24, 24, tokens=72, batch=2, heads=(8, 2), lists=8, rows=4, head_dim=64
+    ),
+    "page_attention-surrogate-of-five-P8-T2-D64": _completed(
+        1024, 8, 5, tokens=64, rows=2, head_dim=64
+    ),
+    "page_attention-P8-T16-D256": _case(SHORT, 8, batch=2, rows=16, head_dim=256),
+    "page_attention-P256-D64-f16-list-a-query-head": _case(
+        SHORT, 256, heads=(8, 2), lists=8, head_dim=64, dtype=jnp.float16
+    ),
+}

@@ -1,0 +1,38 @@
+"""Problems that operations are compiled, tested and timed with: shapes, no numbers.
+
+Each operation has a `cases.py`: `arguments` makes its arrays' shapes, `num_bytes` says
+what must be read of them, and `CASES` names the problems that the kernels are compiled
+for. They are of a layer of an 8B model unless their names say otherwise: 8 KV heads of
+4 query heads and 128 dimensions, bfloat16, one batch row, 128K or 1M tokens.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
+Q_HEADS = KV_HEADS * GROUP
+SHORT, LONG = 1 << 17, 1 << 20
+
+
+class Case(NamedTuple):
+    """An operation and the shapes of a problem for it."""
+
+    function: Callable[..., Any]  # also takes `implementation` and `interpret`
+    arguments: tuple[Any, ...]
+
+
+Cases = Mapping[str, Case]
+
+
+def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
+    """An array that is not there."""
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def bytes_of(*arrays: jax.ShapeDtypeStruct | jax.Array) -> int:
+    """The bytes of the arrays, of which there may be only shapes."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
