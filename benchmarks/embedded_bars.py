@@ -1,4 +1,4 @@
-"""What the embedded models can do: retrieval at length, chains, bits per byte.
+"""Bars of the embedded models: retrieval at length, chains, bits per byte.
 
 Every number comes with its n and its 95% interval. Answers are decoded greedily under
 full attention; with --forced the right tokens are fed in one pass and compared with the

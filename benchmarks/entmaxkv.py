@@ -1,4 +1,4 @@
-"""What EntmaxKV keeps and loses on the embedded entmax model, at long context.
+"""EntmaxKV's gains and losses on the embedded entmax model, at long context.
 
 Windows of held-out text, their last tokens fed one by one: output error, dropped mass,
 support kept, bytes read and heads proved exact, with Quest and the best possible choice

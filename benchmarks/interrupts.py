@@ -48,7 +48,7 @@ def commands(folder: pathlib.Path, model: str) -> dict[str, tuple[list[str], flo
 
 
 def is_guarded(process: subprocess.Popen) -> bool:
-    """Whether a process looks after its signals by now."""
+    """Says if a process looks after its signals by now."""
     try:
         status = pathlib.Path(f"/proc/{process.pid}/status").read_text()
     except OSError:

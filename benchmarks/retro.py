@@ -160,7 +160,7 @@ def text(args):
 
 
 def lost(args):
-    """Of the text entries in the file: nats a token above those of full and quest."""
+    """Nats a token of the file's text entries above those of full and quest."""
     entries = json.loads(args.json.read_text(encoding="utf-8"))["entries"]
     found = {e["method"]: e for e in entries if e["part"] == "text"}
     for name, entry in found.items():
@@ -298,7 +298,7 @@ def several_questions(tokenizer, args, index):
 
 
 def share_right(asked, said):
-    """Of the answers, those of which every token is right."""
+    """The share of the answers of which every token is right."""
     wrong = {
         answer
         for token, right, answer in zip(said, asked.after, asked.answer, strict=False)

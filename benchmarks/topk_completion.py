@@ -176,7 +176,7 @@ def output_errors(method, states, seen):
 
 @functools.partial(jax.jit, static_argnames=("decoder", "method"))
 def forced_alone(decoder, method, params, states, last, tokens):
-    """As `forced`, each row a batch of one: what a map costs is not shared."""
+    """Does as `forced`, each row a batch of one: what a map costs is not shared."""
 
     def of_row(given):
         return forced(decoder, method, params, *given)[:2]

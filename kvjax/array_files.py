@@ -1,4 +1,4 @@
-"""What identifies arrays that were saved: their layout, digests and fingerprints."""
+"""Marks that identify saved arrays: their layout, digests and fingerprints."""
 
 import hashlib
 import logging

@@ -1,4 +1,4 @@
-"""What a method's factory says of itself: its signature and docstring, taken apart.
+"""A method's factory in its own words: its signature and docstring, taken apart.
 
 The docstring's sections are those every factory has (`Reads per step and layer`, `Exact
 when`, `Source`, `Deviations`), so that no list of methods is kept by hand.
@@ -90,7 +90,7 @@ def _comment(text: str) -> str:
 
 
 def _section(lines: list[str], title: str) -> str:
-    """What a docstring says after `title`, up to the next line without indentation."""
+    """Reads a docstring after `title`, up to the next line without indentation."""
     starts = [index for index, line in enumerate(lines) if line.startswith(title)]
     if not starts:
         return "not said"

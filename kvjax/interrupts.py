@@ -152,7 +152,7 @@ class Guard:
 
 
 def _is_safe(frame: FrameType | None, base: FrameType) -> bool:
-    """Whether every function from `frame` down to `base` can take an exception."""
+    """Says if every function from `frame` down to `base` can take an exception."""
     while frame is not None and frame is not base:
         if not _can_raise(frame.f_code):
             return False

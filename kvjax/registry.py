@@ -112,7 +112,7 @@ def get(name: str) -> Callable[..., Method]:
 
 
 def is_transform(name: str) -> bool:
-    """Whether the factory called `name` takes a method."""
+    """Says if the factory called `name` takes a method."""
     return _takes_method(get(name))
 
 

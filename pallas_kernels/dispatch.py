@@ -1,4 +1,4 @@
-"""Which code runs an operation: its definition in XLA or the kernel of a device.
+"""The choice of the code that runs an operation: its definition in XLA, or a kernel.
 
 The choice is made here and nowhere else, when a program is lowered, so that a program
 traced on a CPU may be compiled for a TPU.

@@ -100,7 +100,7 @@ def _close_stdout() -> None:
 
 
 def _flushed() -> bool:
-    """Whether what was printed could be written: a disk may be full."""
+    """Says if what was printed could be written: a disk may be full."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -84,7 +84,7 @@ def gone_on(
 
 
 def _messages(folder, before, text):
-    """What was said in a folder, and the user's next turn."""
+    """The messages in a folder, and the user's next turn."""
     if not before:
         raise ValueError(
             f"{folder} holds no conversation: begin one with --chat --save, or give "

@@ -201,7 +201,7 @@ def _check_conversation(chat, resume, save, room, system) -> None:
 
 
 def _sampling(model, given, chat):
-    """What is given; in a chat, the rest as the `generation_config.json` says."""
+    """The sampling asked for; in a chat, the rest as `generation_config.json` says."""
     from kvjax.decoding import generation_config
     from kvjax.decoding.sampling import Sampling
 

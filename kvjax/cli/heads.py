@@ -36,7 +36,7 @@ def heads(
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """What every attention head does: sinks, entropy, support, retrieval."""
+    """Shows what every attention head does: sinks, entropy, support, retrieval."""
     from kvjax.evaluation import heads as seen
     from kvjax.report.figures import heads as figures_heads
 

@@ -104,7 +104,7 @@ class Restored(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What is about to be generated."""
+    """A generation that is about to begin."""
 
     model: kvjax.LanguageModel
     method: str
@@ -152,7 +152,7 @@ def resumed(
     chunk_size: int,
     options: Options,
 ) -> Turn:
-    """What goes on from the prefix in `folder`, behind `text` if there is one."""
+    """Goes on from the prefix in `folder`, behind `text` if there is one."""
     prefix = library()
     if text is not None and prefix.about(folder).get("messages"):
         raise ValueError(

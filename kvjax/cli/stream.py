@@ -120,7 +120,7 @@ def stream(
 
 
 def _blocks(path: pathlib.Path) -> Iterator[bytes]:
-    """What is there to read, as soon as there is any."""
+    """Reads what is there, as soon as there is any."""
     if str(path) == "-":
         yield from iter(lambda: sys.stdin.buffer.read1(BLOCK), b"")
         return

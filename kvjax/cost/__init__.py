@@ -1,1 +1,1 @@
-"""What decoding costs: planned from shapes, and measured."""
+"""The costs of decoding: planned from shapes, and measured."""

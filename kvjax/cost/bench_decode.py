@@ -1,4 +1,4 @@
-"""How fast a model decodes under a method, beside the time that its bytes would take.
+"""The speed of decoding under a method, beside the time that its bytes would take.
 
 One prompt under each method, then decode steps in blocks, each a sample. The bytes of a
 step are the weights and the cache that it reads, by the methods' own accounting; the

@@ -1,4 +1,4 @@
-"""How fast the operations are here, beside the time that their bytes alone would take.
+"""The speed of the operations here, beside the time that their bytes would take.
 
 One run measures all of them in turn, repeat by repeat, so that a change of the machine
 falls on all alike; ratios of one run are what may be claimed. The yardstick is reading
@@ -49,7 +49,7 @@ class Sizes(NamedTuple):
 
 
 class Operation(NamedTuple):
-    """What is timed: a function of arrays, and the bytes it must move."""
+    """A function of arrays to be timed, and the bytes it must move."""
 
     run: Callable[..., Any]
     arguments: tuple[Any, ...]
@@ -153,7 +153,7 @@ def _seconds(run, calls):
 
 
 class _Arrays(NamedTuple):
-    """What the operations of a layer take: arrays, or shapes alone."""
+    """The inputs of the operations of a layer: arrays, or shapes alone."""
 
     q: Any
     k: Any

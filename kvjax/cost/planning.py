@@ -1,4 +1,4 @@
-"""What a model takes at a context under a method, before anything is allocated.
+"""A plan of what a model takes at a context under a method, before it is allocated.
 
 Bytes of states are those of the very buffers that `kvjax.decoding.reader` would
 allocate, by `jax.eval_shape`; bytes of a step are the methods' own `traffic`.

@@ -1,4 +1,4 @@
-"""What a model answered, kept in a file: a JSON object a line, written as answers come.
+"""A model's answers, kept in a file: a JSON object a line, written as answers come.
 
 A line says the model, the method, the task, the example's number in it, the prompt by
 its digest and its last words, what was expected, what was generated, and the score.

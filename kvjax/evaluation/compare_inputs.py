@@ -17,7 +17,7 @@ from kvjax.interface import LanguageModel
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What is run; the same for every method.
+    """The settings of a run; the same for every method.
 
     Attributes:
         context: tokens of every input, what follows the prompt included.
@@ -55,7 +55,7 @@ class Settings:
 
 
 class Inputs(NamedTuple):
-    """What every method is given."""
+    """The inputs that every method is given."""
 
     passkey: list[Example]
     multikey: list[Example]

@@ -146,7 +146,7 @@ def retrieve(
 
 
 def _answer(model: LanguageModel, decode, example: Prompted, tokens) -> str:
-    """What goes on from a prompt, up to a token that ends a text: decoding does not."""
+    """The answer up to a token that ends a text: decoding does not stop at one."""
     tokens = tokens[: example.answer_tokens + 2]
     ends = [index for index, token in enumerate(tokens) if token in model.eos_ids]
     return continuation(decode, example.prompt, tokens[: ends[0]] if ends else tokens)
@@ -236,7 +236,7 @@ def layer_fidelity(
     batch: int,
     chunk_size: int = 512,
 ) -> fidelity.LayerFidelity:
-    """What attention loses in each layer over the windows' last tokens.
+    """The loss of attention in each layer over the windows' last tokens.
 
     Raises:
         ValueError: as :func:`kvjax.decoding.reader.prefill` and

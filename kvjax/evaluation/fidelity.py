@@ -1,4 +1,4 @@
-"""How close a method stays to a reference, on the very same tokens.
+"""The distance of a method from a reference, on the very same tokens.
 
 At the end of the model: how often the likeliest token is the same, and how far the
 distribution moved. In each layer: the error of the attention output, with every layer

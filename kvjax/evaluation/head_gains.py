@@ -1,4 +1,4 @@
-"""Where estimating what is not read helps, head by head: to abstain where it hurts.
+"""Gains of estimating what is not read, head by head: to abstain where it hurts.
 
 A head's gain is 1 where completion lowered the error of its output on calibration
 text, else 0. A lower error of a layer's output need not be a better prediction.

@@ -1,4 +1,4 @@
-"""What each attention head of a model does: sinks, spread, what it copies from where.
+"""A model's attention heads, one by one: sinks, spread, what each copies from where.
 
 Seen in the model's training form over a text and over pass keys: no method, no
 cache. :mod:`kvjax.report.figures.heads` draws it.
@@ -57,7 +57,7 @@ class Heads(NamedTuple):
 
 
 class _Seen(NamedTuple):
-    """Of one layer and one row; see :class:`Heads`."""
+    """Measures of one layer and one row; see :class:`Heads`."""
 
     sink: Float[Array, "Hq"]
     previous: Float[Array, "Hq"]
@@ -236,7 +236,7 @@ def _look(
     sources: Int[Array, "A"],
     needle: Int[Array, "2"],
 ) -> _Seen:
-    """What the heads of all layers do in one row."""
+    """Measures the heads of all layers in one row."""
     seen: list[_Seen | None] = [None] * decoder.num_layers
     length = tokens.shape[1]
     later = np.linspace(length // 2, length - 1, min(QUERIES, length - length // 2))

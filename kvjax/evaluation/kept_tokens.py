@@ -1,4 +1,4 @@
-"""Which tokens a method attends to at each step of a text."""
+"""The tokens that a method attends to at each step of a text."""
 
 from collections.abc import Sequence
 from typing import NamedTuple

@@ -34,7 +34,7 @@ class Need(NamedTuple):
 
 
 class Fit(NamedTuple):
-    """How a comparison is run so that it fits, as far as it can be made to."""
+    """A way to run a comparison so that it fits, as far as it can be made to."""
 
     batch: int
     room: int  # for `compare.compare`
@@ -152,7 +152,7 @@ def _available(root: pathlib.Path) -> Iterator[int]:
 
 
 def _left_by_groups(root: pathlib.Path) -> Iterator[int]:
-    """Of each control group with a limit that this process is in."""
+    """Bytes left in each control group with a limit that this process is in."""
     folders = []
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

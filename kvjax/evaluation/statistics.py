@@ -148,7 +148,7 @@ def paired_difference(
 def paired_shares(
     samples: ArrayLike, reference: ArrayLike, confidence: float = 0.95
 ) -> Interval:
-    """As :func:`paired_difference`, of samples in [0, 1]: an interval in [-1, 1].
+    """The :func:`paired_difference` of samples in [0, 1]: an interval in [-1, 1].
 
     That of :func:`share_interval`, its range stretched to the differences'.
     Differences that are all alike, as where two methods answer every example the same,
@@ -214,7 +214,7 @@ def _variance(samples: Float[np.ndarray, "N"], scale: float) -> float:
 
 
 def _amount(mean: float, variance: float, n: int, confidence: float) -> Interval:
-    """Of an amount whose estimate has that variance."""
+    """The interval of an amount whose estimate has that variance."""
     if n == 1 or not math.isfinite(mean):
         _upper_tail(confidence)
         return Interval(mean, 0.0, math.inf, n)

@@ -29,7 +29,7 @@ _PAD = 0  # what fills a row up; causal, so nothing before it sees it
 
 
 class Forced(NamedTuple):
-    """Of one row of n tokens: what was said of each of them but the first."""
+    """Predictions of one row of n tokens, of each of them but the first."""
 
     log_probs: np.ndarray  # (n - 1,) float32, nats
     likeliest: np.ndarray  # (n - 1,) bool, whether a greedy choice is this token
@@ -95,7 +95,7 @@ def answers(
     batch: int = 8,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[str]:
-    """What greedy decoding answers to each example, up to its first mistake.
+    """Answers of greedy decoding to each example, up to its first mistake.
 
     Its score is greedy decoding's, as long as what follows a mistake scores nothing.
 

@@ -1,1 +1,1 @@
-"""What people and programs get to see of a measurement."""
+"""Reports of measurements, for people and for programs."""

@@ -75,7 +75,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 
 
 def summary(found: Mapping[str, Any]) -> str:
-    """How often each verdict was reached, in a line."""
+    """Counts of each verdict, in a line."""
     counts = found["verdicts"]
     said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     sizes = "small sizes (--quick)" if found["quick"] else "full sizes"

@@ -1,4 +1,4 @@
-"""What people and programs get to see: a table, one HTML page, one JSON file.
+"""Documents for people and programs: a table, one HTML page, one JSON file.
 
 The page is self-contained: figures are inline SVG, and it loads nothing.
 """
@@ -26,7 +26,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy")
 def manifest(
     *, version: str, model: str, arguments: Sequence[str], settings: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """What is needed to run it again: versions, device, arguments, seeds, date.
+    """Lists what is needed to run it again: versions, device, arguments, seeds, date.
 
     Args:
         version: of kvjax.

@@ -1,4 +1,4 @@
-"""What an earlier comparison left in a report's folder, and whether it can go on."""
+"""An earlier comparison in a report's folder, and whether it can go on."""
 
 import json
 import pathlib

@@ -141,7 +141,7 @@ ATTENTION_CAPTION = (
 
 
 def caption(results: Mapping[str, Any]) -> str:
-    """How the table was measured, in a sentence or two."""
+    """Says how the table was measured, in a sentence or two."""
     settings = results["manifest"]["settings"]
     about = results["manifest"]
     links = results["rows"][0]["chain_links"]

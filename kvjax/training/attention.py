@@ -111,7 +111,7 @@ def _check(q, k, v, segments, positions):
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is static: how queries are cut into steps, and what a step computes."""
+    """The static part: how queries are cut into steps, and what a step computes."""
 
     block: int  # queries per step
     steps: int

@@ -1,4 +1,4 @@
-"""What a training step eats: sequences with a weight per target, packed into rows.
+"""Batches of a training step: sequences with a weight per target, packed into rows.
 
 B    rows    T    targets per row    n    targets of one sequence
 """

@@ -33,7 +33,7 @@ class NotFiniteError(ValueError):
 
 
 class Restored(NamedTuple):
-    """What comes back: the state, and the JSON document saved beside it."""
+    """A checkpoint read back: the state, and the JSON document saved beside it."""
 
     step: int
     state: Any

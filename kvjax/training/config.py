@@ -1,4 +1,4 @@
-"""What a training run is, as data: strict sections with defaults.
+"""A training run as data: strict sections with defaults.
 
 An unknown key, a value of the wrong kind or settings that contradict each other are
 errors before any work. `config_files.py` reads and writes it.
@@ -45,7 +45,7 @@ class Section(pydantic.BaseModel):
 
 
 class Model(Section):
-    """What is trained: weights to continue from, or sizes to start from.
+    """The model to be trained: weights to continue from, or sizes to start from.
 
     Attributes:
         checkpoint: folder, GGUF file, hub id or embedded model: the first weights.
@@ -78,7 +78,7 @@ class Model(Section):
 
 
 class Data(Section):
-    """Where text comes from.
+    """The sources of text.
 
     Attributes:
         corpus: "stdlib", or files and glob patterns: UTF-8 text, or records that end in
@@ -144,7 +144,7 @@ class Stage(Section):
 
 
 class Optimizer(Section):
-    """How weights follow gradients.
+    """The way in which weights follow gradients.
 
     Attributes:
         name: "adamw", or "muon" for the matrices between embedding and output and
@@ -300,7 +300,7 @@ class Config(Section):
 
     @property
     def steps(self) -> int:
-        """Of all stages."""
+        """The steps of all stages."""
         return sum(stage.steps for stage in self.stages)
 
     @property

@@ -35,7 +35,7 @@ Save = Callable[[Params, pathlib.Path], None]
 
 
 class Result(NamedTuple):
-    """How a run ended: steps done, the weights to use, and whether it is complete."""
+    """The end of a run: steps done, the weights to use, and whether it is complete."""
 
     step: int
     weights: Params
@@ -217,7 +217,7 @@ class _Run:
             )
 
     def _decoder(self) -> str:
-        """What the model computes, but for its weights."""
+        """Describes what the model computes, but for its weights."""
         return repr(getattr(self.decoder, "config", self.decoder))
 
     def prepare(self, source, position, checks) -> None:
@@ -313,7 +313,7 @@ class _Run:
         return record
 
     def is_best(self, value: float | None) -> bool:
-        """Whether `value` is better than every one before it."""
+        """Says if `value` is better than every one before it."""
         if value is None or math.isnan(value):
             return False
         best = self.window.best

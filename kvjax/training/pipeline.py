@@ -20,7 +20,7 @@ _PLAN, _SAMPLE, _CHECK = 1, 2, 3
 
 
 class Slot(NamedTuple):
-    """Where one sequence goes: at most `length` targets, from `source`."""
+    """A place for one sequence: at most `length` targets, from `source`."""
 
     length: int
     source: int
@@ -79,7 +79,7 @@ class Steps:
 def layout(
     rng: np.random.Generator, stage: Stage, length: int, names: Sequence[str]
 ) -> list[list[Slot]]:
-    """Which sequences make up each row of a batch.
+    """The sequences that make up each row of a batch.
 
     Sources are sampled systematically: laid end to end in random order, the sequences
     of each source take its share of the batch's tokens, give or take one sequence.

@@ -1,4 +1,4 @@
-"""What a run shows while it goes on: a bar on a terminal, lines elsewhere; stderr."""
+"""The progress of a run: a bar on a terminal, lines elsewhere; on stderr."""
 
 import time
 from collections.abc import Mapping

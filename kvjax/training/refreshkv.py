@@ -23,7 +23,7 @@ from kvjax.training.attention import Attention, causal_attention
 
 
 class Selections(NamedTuple):
-    """What a layer decided; no gradient goes through it."""
+    """The decisions of a layer; no gradient goes through them."""
 
     chosen: Int[Array, "C B Hkv N"]  # of each check, were it full
     full: Bool[Array, "C B"]
@@ -155,7 +155,7 @@ def refresh_attention(
 
 
 def _decide(checked, keys, means, at, *, sm_scale, pick, turned) -> Selections:
-    """Of the queries `checked (C, B, Hkv, G, D)` at positions `at`."""
+    """Decides for the queries `checked (C, B, Hkv, G, D)` at positions `at`."""
     slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
 
     def one(x):

@@ -92,7 +92,7 @@ def replace_model(
 
 
 def stopped(step: int, steps: int, out: pathlib.Path) -> str:
-    """What a run that was broken off says."""
+    """The message of a run that was broken off."""
     return (
         f"stopped after step {step} of {steps}, saved in {out}: run the same command "
         "with --resume to go on."

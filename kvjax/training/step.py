@@ -27,7 +27,7 @@ MAX_LOGITS = 2**27
 
 @runtime_checkable
 class TrainableLM(Protocol):
-    """What training needs of a model: pure functions of `params`, static, hashable."""
+    """A model as training needs it: pure functions of `params`, static, hashable."""
 
     num_layers: int
     vocab_size: int
@@ -70,7 +70,7 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> Params:
-        """What is evaluated and exported."""
+        """The weights that are evaluated and exported."""
         return self.params if self.average is None else self.average
 
 
@@ -216,7 +216,7 @@ def _refresh(setting, batch, alpha):
 def sums(
     batch: Batch, nats: Float[Array, "B T"], right: Bool[Array, "B T"], num_sources: int
 ) -> dict[str, Array]:
-    """What metrics are made of, a sum per source, `(num_sources,)` float32.
+    """Sums that metrics are made of, one per source, `(num_sources,)` float32.
 
     `loss` weighted nats, `weight` their weights; `nats` unweighted over `targets`,
     those with weight; `right` of `answers`, `whole` of `rows` with an answer.

@@ -37,7 +37,7 @@ def unsupported(
     soft_cap,
     with_logits,
 ) -> str | None:
-    """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
+    """Says why the kernel cannot, from shapes, dtypes and device; None if it can."""
     del v, query_positions, key_positions, sm_scale, window, soft_cap
     if k.shape[2] % 8 or k.shape[2] < BLOCK:
         return f"{k.shape[2]} slots must be a multiple of 8, and at least {BLOCK}"

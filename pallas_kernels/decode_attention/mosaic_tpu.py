@@ -36,7 +36,7 @@ TILE_ROWS = 256  # a tile reads its keys once: twice what keeps the MXU busy on 
 def unsupported(
     q, k, v, query_positions, key_positions, *, with_logits=False, **static
 ) -> str | None:
-    """Why the kernel cannot, from shapes and dtypes; None if it can."""
+    """Says why the kernel cannot, from shapes and dtypes; None if it can."""
     del v, query_positions, key_positions, static
     group = q.shape[1] // k.shape[1]
     rows = group * q.shape[2]

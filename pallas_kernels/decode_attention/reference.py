@@ -57,7 +57,7 @@ def decode_logits(q, k, query_positions, key_positions, *, sm_scale):
 
 
 def visible_keys(slots, query_positions, key_positions, window):
-    """Which slots a query row sees, `(B or 1, H or 1, T, S)`."""
+    """A mask `(B or 1, H or 1, T, S)` of the slots that each query row sees."""
     held = key_positions
     if held is None:
         held = jnp.arange(slots, dtype=jnp.int32)[None, None, :]

@@ -113,7 +113,7 @@ def entmax_attention(
     alpha: float,
     sm_scale: float,
 ) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
-    """As :func:`pallas_kernels.decode_attention.decode_attention`, with entmax weights.
+    """Attention as :func:`pallas_kernels.decode_attention.decode_attention`, by entmax.
 
     Returns:
         `(out, value)` in float32. The value is max over p of p . scores + H(p), H the

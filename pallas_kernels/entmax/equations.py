@@ -1,4 +1,4 @@
-"""What every path of entmax computes, over whatever sums up the scores.
+"""The equations of every path of entmax, over whatever sums up the scores.
 
 Where the time goes is passes over the scores, so the threshold is found by Newton's
 method on the norm of the excess, from the left, where every step is safe.

@@ -26,7 +26,7 @@ THREADS = 128  # of a warpgroup
 
 
 def unsupported(scores, *, alpha) -> str | None:
-    """Why the kernel cannot run on such scores, or None."""
+    """Says why the kernel cannot run on such scores, or None."""
     del alpha
     if scores.dtype != jnp.float32:
         return f"dtype {scores.dtype} must be float32"

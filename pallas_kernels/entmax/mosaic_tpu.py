@@ -22,7 +22,7 @@ COPIES = 2  # of a score in VMEM, for the pipeline
 
 
 def unsupported(scores, *, alpha) -> str | None:
-    """Why the kernel cannot run on such scores, or None."""
+    """Says why the kernel cannot run on such scores, or None."""
     del alpha
     return tpu_rows.unsupported(scores, COPIES)
 

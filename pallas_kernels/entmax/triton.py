@@ -24,7 +24,7 @@ WARP_SCORES = 512  # scores a warp
 
 
 def unsupported(scores, *, alpha) -> str | None:
-    """Why the kernel cannot run on such scores, or None."""
+    """Says why the kernel cannot run on such scores, or None."""
     del alpha
     if scores.dtype != jnp.float32:
         return f"scores are {scores.dtype}, it knows float32"
@@ -61,7 +61,7 @@ def solve(scores, *, alpha, interpret=False):
 
 
 def static(alpha: float) -> dict:
-    """What `excess_of` and `powers` are told of alpha."""
+    """Constants of alpha for `excess_of` and `powers`."""
     exponent = 1 / (alpha - 1) - 1
     is_whole = exponent >= 0 and abs(exponent - round(exponent)) < 1e-9
     whole = round(exponent) if is_whole else -1
@@ -71,7 +71,7 @@ def static(alpha: float) -> dict:
 @triton.jit
 @no_type_check
 def excess_of(scores, top, tau, scale: tl.constexpr):
-    """How far `equations.shifted` is above tau, or 0."""
+    """The excess of `equations.shifted` over tau, or 0."""
     z = tl.where(scores == top, 0.0, scale * (scores - top))
     return tl.maximum(z - tau, 0.0)
 

@@ -35,7 +35,7 @@ def unsupported(
     sm_scale,
     first_position=0,
 ) -> str | None:
-    """Why the kernel cannot, from shapes, dtypes and the device; None if it can."""
+    """Says why the kernel cannot, from shapes, dtypes and device; None if it can."""
     del query_positions, mask, initial, sm_scale, first_position
     lists = page_ids.shape[1]
     page_size = pages.shape[3]

@@ -42,7 +42,7 @@ def unsupported(
     sm_scale,
     first_position=0,
 ) -> str | None:
-    """Why the kernel cannot, from shapes and dtypes; None if it can."""
+    """Says why the kernel cannot, from shapes and dtypes; None if it can."""
     del query_positions, initial, sm_scale, first_position
     reason = tpu_lists.unsupported(q, pages, page_ids, mask)
     if reason is None and surrogate is not None:
@@ -100,7 +100,7 @@ def page_attention(
 
 
 def _start(initial, sizes):
-    """What other tokens gave, by list: `(B, L, R, lanes)` and `(B, L, R, 1)`."""
+    """Results of other tokens by list: `(B, L, R, lanes)` and `(B, L, R, 1)`."""
     lists, rows = sizes.lists, sizes.rows
     out, lse = (x.reshape(x.shape[0], lists, rows, -1) for x in initial)
     # At D = 64 what is summed lies in the lanes that meet the values.

@@ -39,7 +39,7 @@ def unsupported(
     sm_scale,
     first_position=0,
 ) -> str | None:
-    """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
+    """Says why the kernels cannot, from shapes, dtypes and device; None if they can."""
     del query_positions, mask, initial, sm_scale, first_position
     if surrogate is not None and surrogate.shift.shape[2] > MAX_FEATURES:
         return f"{surrogate.shift.shape[2]} features must be at most {MAX_FEATURES}"

@@ -29,7 +29,7 @@ SCORE_BYTES = 4 << 20  # of a list, in VMEM
 def unsupported(
     q, pages, page_ids, query_positions, mask, tau=None, *, sm_scale, alpha
 ) -> str | None:
-    """Why the kernel cannot, from shapes and dtypes; None if it can."""
+    """Says why the kernel cannot, from shapes and dtypes; None if it can."""
     del query_positions, tau, sm_scale, alpha
     reason = tpu_lists.unsupported(q, pages, page_ids, mask)
     if reason is not None:

@@ -35,7 +35,7 @@ SCORE_BYTES = 256 << 20  # more are a prompt's, which XLA takes a few rows at a 
 def unsupported(
     q, pages, page_ids, query_positions, mask=None, tau=None, *, sm_scale, alpha
 ) -> str | None:
-    """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
+    """Says why the kernels cannot, from shapes, dtypes and device; None if they can."""
     del query_positions, mask, tau, sm_scale, alpha
     score_bytes = 4 * page_ids.shape[2] * pages.shape[3] * q.size // q.shape[3]
     if score_bytes > SCORE_BYTES:

@@ -20,7 +20,7 @@ MAX_ROWS = 128  # query heads a KV head
 
 
 def unsupported(q, first, second, **static) -> str | None:
-    """Why the kernels cannot, from shapes and dtypes; None if they can."""
+    """Says why the kernels cannot, from shapes and dtypes; None if they can."""
     del static
     dtypes = {q.dtype, first.dtype, second.dtype}
     if len(dtypes) > 1 or not dtypes <= {jnp.dtype("bfloat16"), jnp.dtype("float32")}:

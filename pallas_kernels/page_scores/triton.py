@@ -23,7 +23,7 @@ _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
 def unsupported(q, first, second, **static) -> str | None:
-    """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
+    """Says why the kernels cannot, from shapes, dtypes and device; None if they can."""
     del static
     dtypes = {x.dtype.name for x in (q, first, second)}
     heads, num_pages, head_dim = first.shape[1:]

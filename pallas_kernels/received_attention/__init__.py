@@ -1,4 +1,4 @@
-"""What each key received of the attention of a prompt's rows."""
+"""The attention that each key received from a prompt's rows."""
 
 from typing import Any, Literal
 

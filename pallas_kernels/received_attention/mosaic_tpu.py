@@ -26,7 +26,7 @@ MAX_GROUP = 16  # query heads of a KV head: each has sums of its own
 def unsupported(
     q, k, lse, query_positions, key_positions, row_weights, **static
 ) -> str | None:
-    """Why the kernel cannot, from shapes and dtypes; None if it can."""
+    """Says why the kernel cannot, from shapes and dtypes; None if it can."""
     del lse, query_positions, row_weights, static
     group = q.shape[1] // k.shape[1]
     if key_positions is not None:

@@ -1,4 +1,4 @@
-"""What the kernels of Hopper GPUs share: tiles, and attention to a block of keys.
+"""The parts that kernels of Hopper GPUs share: tiles, and attention to a block of keys.
 
 A program is one warpgroup. The rows of a matrix product are 64 there, so that the query
 rows of a KV head, of which there are few, are a part of a tile whose rest is ignored.
@@ -29,7 +29,7 @@ MASKED = -1e30  # finite: its difference to itself is 0, not NaN
 
 
 def unsupported() -> str | None:
-    """Why no kernel of this kind runs here, or None; a CPU simulates or compiles."""
+    """Says why no such kernel runs here, or None; a CPU simulates or compiles."""
     if plgpu is None:
         return f"jax {jax.__version__} must be 0.11 or newer"
     kind = device_kind()
@@ -39,7 +39,7 @@ def unsupported() -> str | None:
 
 
 def unsupported_rows(q, keys, rows) -> str | None:
-    """Why not, from the query's sizes; `rows` share keys."""
+    """Says why not, from the query's sizes; `rows` share keys."""
     if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtypes {q.dtype}, {keys.dtype} must be both bfloat16 or both float16"
     if q.shape[3] not in (64, 128, 256):

@@ -36,7 +36,7 @@ class Tiles(NamedTuple):
 
 
 def unsupported(q, pages, page_ids, mask) -> str | None:
-    """Why no kernel of such lists can, from shapes and dtypes; None if one can."""
+    """Says why no kernel of such lists can, from shapes and dtypes; None if one can."""
     head_dim, page_size = q.shape[3], pages.shape[3]
     lists, listed = page_ids.shape[1:]
     rows = q.shape[1] * q.shape[2] // lists

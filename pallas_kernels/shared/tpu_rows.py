@@ -54,7 +54,7 @@ def tiles(num_scores: int, copies: int) -> Tiles:
 
 
 def unsupported(scores: Any, copies: int, more_bytes: int = 0) -> str | None:
-    """Why rows of these scores cannot be held, or None; `more_bytes` are per row."""
+    """Says why such rows cannot be held, or None; `more_bytes` are per row."""
     if scores.dtype.itemsize > 4:
         return f"scores are {scores.dtype}, the most precise it knows is float32"
     row_bytes = 4 * copies * tiles(scores.shape[-1], copies).length + more_bytes

@@ -35,7 +35,7 @@ VERSIONS = {"jax-triton": "0.3.", "triton": "3.6."}
 
 @functools.cache
 def versions_fit() -> str | None:
-    """Why the versions installed are not known to work, or None."""
+    """Says why the versions installed are not known to work, or None."""
     found = {name: importlib.metadata.version(name) for name in VERSIONS}
     if all(found[name].startswith(start) for name, start in VERSIONS.items()):
         return None
@@ -47,7 +47,7 @@ def versions_fit() -> str | None:
 
 
 def is_interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, as decided when it was imported."""
+    """Says if kernels run in Triton's interpreter, as decided when it was imported."""
     return not isinstance(_probe, triton.JITFunction)
 
 
@@ -57,7 +57,7 @@ def _probe():
 
 
 def unsupported() -> str | None:
-    """Why no kernel can be called here, or None."""
+    """Says why no kernel can be called here, or None."""
     if is_interpreted():
         if _gpu() is None:
             return None

@@ -22,7 +22,7 @@ _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 
 def unsupported(q, pages, page_ids) -> str | None:
-    """Why the kernels cannot, from shapes, dtypes and the device; None if they can."""
+    """Says why the kernels cannot, from shapes, dtypes and device; None if they can."""
     head_dim, dtypes = q.shape[3], (jnp.bfloat16, jnp.float16, jnp.float32)
     if q.dtype != pages.dtype or q.dtype not in dtypes:
         return f"dtypes {q.dtype}, {pages.dtype} must be one of 16 or 32 bits"

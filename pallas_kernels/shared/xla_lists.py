@@ -43,7 +43,7 @@ def over_lists(
     positions = jnp.repeat(query_positions, lists, axis=0)
 
     def gathered(q, ids, first, positions, mask, more):
-        """Of `(L, G, T, D)`, `(L, K)`, `(L,)`, `(L, T)` and `(L, K, T)`."""
+        """Takes `(L, G, T, D)`, `(L, K)`, `(L,)`, `(L, T)` and `(L, K, T)`."""
         taken = flat.at[first[:, None] + jnp.maximum(ids, 0)].get(mode="clip")
         taken = taken.reshape(len(ids), 1, listed * page_size, width)
         k, v = jnp.split(taken, 2, axis=-1)

@@ -27,7 +27,7 @@ COPIES = 3  # of a score in VMEM: two for the pipeline, and its key
 
 
 def unsupported(scores, count, *, k, order) -> str | None:
-    """Why the kernel cannot run on such arrays, or None."""
+    """Says why the kernel cannot run on such arrays, or None."""
     del count, order
     return tpu_rows.unsupported(scores, COPIES, 2 * 4 * (k + LANES))
 
@@ -195,8 +195,9 @@ def _pack(r, threshold, equals, keys_ref, indices_ref, carried_ref, tiles, i):
 
 
 def _ranks(ones):
-    """Of a tile in reading order: each one's rank in its line, from 1; the ones in the
-    lines before it; the ones in its line. All as large as the tile.
+    """Ranks of a tile's ones in reading order, three arrays as large as the tile.
+
+    The rank of each in its line, from 1; the ones in lines before; those of its line.
     """
     lines = ones.shape[0]
     in_line = _product(ones, _ones(_iota(LANES, 0) <= _iota(LANES, 1)))

@@ -28,7 +28,7 @@ DIGIT_BITS = 8
 
 
 def unsupported(scores, count, *, k, order) -> str | None:
-    """Why the kernel cannot run on such arrays, or None."""
+    """Says why the kernel cannot run on such arrays, or None."""
     del count, k, order
     if scores.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"scores are {scores.dtype}, the most precise it knows is float32"

@@ -1,4 +1,4 @@
-"""What a paper claims, what was measured of it here, and what follows from the two.
+"""A paper's claim, what was measured of it here, and what follows from the two.
 
 A verdict is computed from the value, its interval and the bar that the claim names
 before anything is measured; nobody writes it.
@@ -157,7 +157,7 @@ class Claim:
 
     @property
     def command(self) -> str:
-        """What measures it alone."""
+        """The command that measures it alone."""
         return f"kvjax reproduce --claim {self.name}"
 
 

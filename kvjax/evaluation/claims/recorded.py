@@ -1,4 +1,4 @@
-"""What benchmarks recorded: the files under `benchmarks/results`, newest first.
+"""The records of benchmarks: the files under `benchmarks/results`, newest first.
 
 They come with the package. Where the folder is missing, what only they know is not
 measured.

@@ -1,4 +1,4 @@
-"""What claims share while they are measured: models, inputs, and what is done already.
+"""A session that claims share while measured: models, inputs, what is done already.
 
 Compiling is most of the time, so claims look at the same windows in the same shapes,
 and a run of a method serves every claim that asks for it.
@@ -18,7 +18,7 @@ SEED = 70_000  # of every input: far from those of training and of the defaults
 
 
 class Sizes(NamedTuple):
-    """How much is measured. Contexts are tokens, steps included."""
+    """The amounts that are measured. Contexts are tokens, steps included."""
 
     # Layers alone, on keys and queries of the model under its own attention.
     layer_context: int
@@ -105,7 +105,7 @@ class Session(NamedTuple):
     done: dict[Hashable, Any]
 
     def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What `make` gives; the second time, what it gave."""
+        """Calls `make`; the second time, returns what it gave."""
         if key not in self.done:
             self.done[key] = make()
         return self.done[key]

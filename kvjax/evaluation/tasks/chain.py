@@ -42,7 +42,7 @@ class Chain(NamedTuple):
 
 
 def valid_prefix(keys: Collection[str], text: str, *, follows: str = "") -> int:
-    """How many keys of a comma separated chain are valid, counted from its beginning.
+    """Counts the valid keys of a comma separated chain, from its beginning.
 
     A key is valid if it is one of `keys` and its first word is the last word of the
     key before. The first mistake ends the count: what is right after it gives nothing.

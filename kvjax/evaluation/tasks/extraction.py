@@ -33,7 +33,7 @@ class Extraction(NamedTuple):
 
     @property
     def asks(self) -> str:
-        """What the user of a chat asks for, up to the first row's name."""
+        """The request of a chat's user, up to the first row's name."""
         return (
             f"\n\nGo on with the table: {len(self.rows)} rows of the list above, in "
             "its order, each a line with the name, a tab and the number. The first row "

@@ -33,7 +33,7 @@ class Prompted(Protocol):
 
 
 class Needles(NamedTuple):
-    """What one example hides in a text, and what it asks for at the end."""
+    """Needles that one example hides in a text, and what it asks for at the end."""
 
     lines: Sequence[str]  # with their line ends, in the order of the text
     places: Sequence[float]  # of each, in [0, 1]: 0 = before the text, 1 = after it

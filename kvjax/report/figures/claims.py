@@ -9,7 +9,7 @@ from kvjax.evaluation.claims.claim import VERDICTS
 
 
 class Look(NamedTuple):
-    """How a verdict is drawn: apart in colour, and in shape."""
+    """The look of a verdict: apart in colour, and in shape."""
 
     colour: str
     marker: str
@@ -170,7 +170,7 @@ def gains(found: Mapping[str, Any]):
 
 
 def drift(found: Mapping[str, Any]):
-    """What is lost to full attention by the place in the output."""
+    """Draws what is lost to full attention by the place in the output."""
     figure, axis = _figure(6.0, 3.4)
     for name, nats in found["nats_lost_by_place"].items():
         places = [found["bucket"] * (i + 0.5) for i in range(len(nats))]

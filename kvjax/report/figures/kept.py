@@ -1,4 +1,4 @@
-"""Which tokens of a text a method still attends to, as time goes on: one picture.
+"""A picture of the tokens that a method still attends to as a text goes on.
 
 A column a token of the text, a line a moment: what is dark is held then.
 """

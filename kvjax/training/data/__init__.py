@@ -1,4 +1,4 @@
-"""What to train on: a corpus, and named sources that draw samples from it."""
+"""Data to train on: a corpus, and named sources that draw samples from it."""
 
 import functools
 from typing import NamedTuple, Protocol, runtime_checkable

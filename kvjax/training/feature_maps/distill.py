@@ -43,7 +43,7 @@ from kvjax.training.progress import Progress
 
 
 class Trace(NamedTuple):
-    """What every layer of the frozen model did with a document."""
+    """A record of what every layer of the frozen model did with a document."""
 
     k: Float[Array, "L Hkv S D"]  # rotated; S = N + queries
     v: Float[Array, "L Hkv S D"]
@@ -51,7 +51,7 @@ class Trace(NamedTuple):
 
 
 class State(NamedTuple):
-    """What a run saves."""
+    """The state that a run saves."""
 
     weights: Learned  # of standardised inputs
     keys: Moments  # (L, Hkv)
@@ -60,7 +60,7 @@ class State(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What :func:`train` returns."""
+    """The result of :func:`train`."""
 
     weights: Learned  # of rotated inputs as they are; leaves (L, Hkv[, G], ...)
     losses: Float[np.ndarray, "L Hkv"]  # mean over the last steps since a log
@@ -339,7 +339,7 @@ def _check_finite(losses, step, saved, spec) -> None:
 def as_file(
     result: Result, model: LanguageModel, settings: Settings, gain=None
 ) -> MapFile:
-    """What to save of a run."""
+    """The file to save of a run."""
     about = {"model": model.name, **dataclasses.asdict(settings)}
     return MapFile("learned", max(settings.lengths), result.weights, gain, about)
 

@@ -94,7 +94,7 @@ class Settings:
 
 
 class Moments(NamedTuple):
-    """Of a head's inputs, to standardise them: folded into the networks at the end."""
+    """Moments of a head's inputs, to standardise them: folded in at the end."""
 
     mean: Float[Array, "*H D"]
     deviation: Float[Array, "*H"]

@@ -44,7 +44,7 @@ class Truth(NamedTuple):
 
 
 class Sums(NamedTuple):
-    """Of one step, or added up over steps; a row R is a layer of a window."""
+    """Sums of one step, or over steps; a row R is a layer of a window."""
 
     error: Float[Array, "R Hq"]  # relative L2 error of the attention output
     dropped: Float[Array, "R Hq"]  # weight of what is not attended to
@@ -55,7 +55,7 @@ class Sums(NamedTuple):
 
 
 class Layers(NamedTuple):
-    """What layers lose; L layers, W windows."""
+    """The losses of L layers in W windows."""
 
     found: Sums  # means over steps, arrays of (L, W, Hq) or (L, W)
     traffic: Traffic  # of a step of one layer and one row, as the method says
@@ -73,12 +73,12 @@ class Layers(NamedTuple):
 
     @property
     def bytes_read(self) -> Float[np.ndarray, "W"]:
-        """Of a layer's step: what was attended to, counted, and what chooses it."""
+        """Bytes of a layer's step: of what was attended to, and of what chooses it."""
         return self.found.read.mean(0) * self.token_bytes + self.traffic.metadata
 
 
 def inputs(session: Session, name: str) -> Inputs:
-    """What the layers of a model see in the session's windows."""
+    """The inputs of a model's layers in the session's windows."""
 
     def record() -> Inputs:
         model, sizes = session.model(name), session.sizes
@@ -123,14 +123,14 @@ def _seen(decoder, params, tokens):
 
 
 def layer_spec(session: Session, name: str) -> CacheSpec:
-    """Of one layer whose rows are all layers of all windows."""
+    """The spec of one layer whose rows are all layers of all windows."""
     model, sizes = session.model(name), session.sizes
     rows = model.decoder.num_layers * sizes.layer_windows
     return model.decoder.cache_spec(rows, sizes.layer_context, sizes.layer_steps)
 
 
 def truth(session: Session, name: str) -> Truth:
-    """What full attention gives at the steps of the session's windows."""
+    """The results of full attention at the steps of the session's windows."""
 
     def measure() -> Truth:
         return _truth(layer_spec(session, name), inputs(session, name))

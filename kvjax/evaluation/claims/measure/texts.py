@@ -12,7 +12,7 @@ from kvjax.text.stream import continuation
 
 
 def shape(session: Session) -> Shape:
-    """Of all batches: a prompt that fills the context, and then the text's steps."""
+    """The shape of every batch: a prompt that fills the context, then the steps."""
     sizes = session.sizes
     return Shape(sizes.windows, sizes.context, sizes.text_steps, sizes.context // 2)
 
@@ -51,7 +51,7 @@ def text(
 
 
 def log_probs(session: Session, model: str, method: str) -> Float[np.ndarray, "W T"]:
-    """Of what decode steps predict: the first token is the prompt's, and left out."""
+    """Log-probabilities by decode steps; the first token is the prompt's: left out."""
     return text(session, model, method).log_probs[:, 1:]
 
 
@@ -67,7 +67,7 @@ def examples(session: Session, model: str, task: str) -> list:
 
 
 def scores(session: Session, model: str, task: str, method: str) -> np.ndarray:
-    """What greedy decoding answers, scored, one an example."""
+    """Scores of the answers of greedy decoding, one an example."""
 
     def run() -> np.ndarray:
         made = examples(session, model, task)

@@ -148,7 +148,7 @@ def _memory(session: Session) -> Measured:
 
 
 def _seconds(session: Session, *runs: tuple[str, int]) -> list[np.ndarray]:
-    """Of a token of a prompt in one layer, run by run, once a repeat, in turns.
+    """Times a token of a prompt in one layer, run by run, once a repeat, in turns.
 
     A run is a method and a length; queries and keys are random. Processor time where
     it is a CPU's: wall clock is also of what else runs there.

@@ -112,7 +112,7 @@ def _attention_only(session: Session) -> Measured:
 
 
 def _bytes(session: Session) -> Measured:
-    """Of a refresh by attention's weights alone over one that attends to everything."""
+    """Bytes of a refresh by attention's weights alone over one that attends to all."""
     spec = session.model(SOFTMAX).decoder.cache_spec(1, 131_072, 64)
     found = []
     for options in (",full_attend=false", ""):
@@ -145,7 +145,7 @@ def _training(session: Session, training: str) -> Measured:
 
 
 def below(entry: recorded.Entry, key: str, **details: Any) -> Measured:
-    """What was recorded as an interval of nats above, turned round."""
+    """Turns round what was recorded as an interval of nats above."""
     above = entry.data[key]
     low, high = above["low"], above["high"]
     low, high = (

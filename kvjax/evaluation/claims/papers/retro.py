@@ -101,7 +101,7 @@ def _widening(session: Session) -> Measured:
 
 
 def key_errors(session: Session, spec: str) -> np.ndarray:
-    """Of each window, how far the deepest layer's keys are from full attention's.
+    """The distance, in each window, of the deepest layer's keys from full attention's.
 
     Relative L2 distance of the keys of decoded tokens that are revised no more.
     """
@@ -163,7 +163,7 @@ def _bytes(session: Session) -> Measured:
 
 
 def _compiled(session: Session) -> str:
-    """What the compiler counted of a step, which is more than the cache it reads."""
+    """Says what the compiler counted of a step: more than the cache it reads."""
     try:
         found = _recorded(session, "bytes", WINDOW)
     except NotMeasuredError:
@@ -185,7 +185,7 @@ def _answers(session: Session) -> Measured:
 
 
 def _wider_answers(session: Session) -> Measured:
-    """Of the questions; the runs kept no scores to pair."""
+    """Compares answers to the questions; the runs kept no scores to pair."""
     two, eight = (_recorded(session, "questions", window) for window in (WINDOW, WIDE))
     means = [entry.data["score"]["mean"] for entry in (two, eight)]
     details = {"scores": dict(zip(("2", "8"), means, strict=True))}
