@@ -88,7 +88,6 @@ def compare(
 ) -> None:
     """Decodes the same inputs under each method: what is read, what is lost."""
     from kvjax.evaluation import answers, compare_inputs
-    from kvjax.evaluation import compare as comparison
 
     settings = compare_inputs.Settings(
         context=context,
@@ -103,99 +102,61 @@ def compare(
     questions = questions_of(tasks)
     files.check_writable(out)
     earlier.check_free(out, overwrite=overwrite, go_on=go_on)
-    found = earlier.read(out) if go_on else []
+    before = earlier.read(out) if go_on else []
     # Without a report that says which answers are whole, none could be kept.
-    answers.check_free(save_answers, overwrite=overwrite, go_on=bool(found))
+    answers.check_free(save_answers, overwrite=overwrite, go_on=bool(before))
     content, text_name = given_text(text, model)
-
-    def part(name: str | None, place: int) -> _Part:
-        decoder = load_decoder(name, dtype)
-        specs = method or _every(decoder.alpha)
-        methods = _methods(specs, context, budget)
-        before = found[place] if place < len(found) else None
-        fixed, room = _fitted(decoder, methods, settings, batch, before)
-        language_model = load(name, dtype)
-        about = documents.manifest(
-            version=kvjax.__version__,
-            model=language_model.name,
-            arguments=arguments_given.get(),
-            settings=dataclasses.asdict(fixed)
-            | {
-                "budget": budget,
-                "dtype": str(decoder.cache_spec(1, 1).dtype),
-                "weights": _fingerprint(language_model.params),
-                "text_sha256": hashlib.sha256(content.encode()).hexdigest(),
-            }
-            | _asked_otherwise(tasks, questions, chat),
-        )
-        about["text"] = text_name
-        rows = {} if before is None else earlier.rows(out, before, about)
-        inputs = compare_inputs.make_inputs(
-            language_model, content, fixed, questions=questions, is_chat=chat
-        )
-        return _Part(language_model, methods, inputs, fixed, room, about, rows)
-
-    parts = [part(model, 0)]
+    call = _Call(
+        methods=method or [],
+        budget=budget,
+        batch=batch,
+        dtype=dtype,
+        settings=settings,
+        tasks=tasks,
+        questions=questions,
+        chat=chat,
+        content=content,
+        text_name=text_name,
+        out=out,
+    )
+    parts = [_part(call, model, before[0] if before else None)]
     if model is None and not method:
-        parts.append(part(ENTMAX, 1))
+        parts.append(_part(call, ENTMAX, before[1] if len(before) > 1 else None))
     # Of an earlier report what this call does not run stays as it is.
-    others = found[len(parts) :]
+    report = _Report(out, parts, before[len(parts) :], is_chosen=bool(method))
     for one in parts:
         print(
             f"kvjax: {one.missing} methods on {one.model.name}, {context:,} tokens, "
             f"{one.settings.batch} rows together",
             file=sys.stderr,
         )
-
-    def document(kept: Iterable[list] = (), complete: bool = False) -> dict[str, Any]:
-        pictures = [*kept, *([] for _ in parts)]
-        found = [
-            documents.results(one.in_order(), one.about, held, complete=complete)
-            for one, held in zip(parts, pictures, strict=False)
-        ]
-        specs = [name for one in parts for name in (*one.methods, *one.rows)]
-        left_out = {} if method else _left_out(specs)
-        return found[0] | {"sections": [*found[1:], *others], "left_out": left_out}
-
-    html_page.begin(out, document())
+    html_page.begin(out, report.document())
     if save_answers is not None and save_answers.exists():
-        known = {(one.model.name, name) for one in parts for name in one.rows}
-        known |= {
-            (one["manifest"]["model"], row["method"])
-            for one in others
-            for row in one["rows"]
-        }
-        answers.begin(save_answers, known)
-    with show_progress(sum(one.missing for one in parts)) as progress:
-        for one in parts:
-
-            def keep(row, one=one):
-                one.rows[row.method] = row
-                documents.write_data(out, document())
-
-            def at(name, fraction, one=one):
-                # Both have a `full`.
-                beside = "" if one is parts[0] else f" on {one.model.name}"
-                progress(name + beside, fraction)
-
-            comparison.compare(
-                one.model,
-                one.methods,
-                one.inputs,
-                one.settings,
-                known=tuple(name for name in one.rows if name in one.methods),
-                room=one.room,
-                on_row=keep,
-                on_answer=answers.keeper(save_answers, one.model.name),
-                progress=at,
-            )
-    results = document([_kept(one) for one in parts], complete=True)
+        answers.begin(save_answers, report.answered())
+    _run(report, save_answers)
+    results = report.document([_kept(one) for one in parts], complete=True)
     page, data = html_page.write(out, results)
     if as_json:
         print(data.read_text(encoding="utf-8"), end="")
     else:
         table.print_table(results)
     print(f"wrote {page} and {data}", file=sys.stderr)
+
+
+class _Call(NamedTuple):
+    """A call of the command: what does not depend on the model."""
+
+    methods: list[str]  # spec strings; none for all that suit
+    budget: int
+    batch: int | None
+    dtype: str | None
+    settings: "Settings"
+    tasks: pathlib.Path | None
+    questions: list
+    chat: bool
+    content: str  # of the text
+    text_name: str
+    out: pathlib.Path
 
 
 class _Part(NamedTuple):
@@ -218,6 +179,102 @@ class _Part(NamedTuple):
         """The rows there are, those of this call's methods first."""
         names = dict.fromkeys([*self.methods, *self.rows])
         return [self.rows[name] for name in names if name in self.rows]
+
+
+class _Report(NamedTuple):
+    """The document that a call writes: its parts, and those that stay as they are."""
+
+    out: pathlib.Path
+    parts: list[_Part]
+    others: list[dict[str, Any]]
+    is_chosen: bool  # methods were named: none is said to be left out
+
+    def document(
+        self, kept: Iterable[list] = (), complete: bool = False
+    ) -> dict[str, Any]:
+        """The document as far as rows are there; `kept` are for the pictures."""
+        pictures = [*kept, *([] for _ in self.parts)]
+        first, *more = (
+            documents.results(one.in_order(), one.about, picture, complete=complete)
+            for one, picture in zip(self.parts, pictures, strict=False)
+        )
+        specs = [name for one in self.parts for name in (*one.methods, *one.rows)]
+        left_out = {} if self.is_chosen else _left_out(specs)
+        return first | {"sections": [*more, *self.others], "left_out": left_out}
+
+    def answered(self) -> set[tuple[str, str]]:
+        """Models and methods whose rows are there, and their answers with them."""
+        known = {(one.model.name, name) for one in self.parts for name in one.rows}
+        return known | {
+            (one["manifest"]["model"], row["method"])
+            for one in self.others
+            for row in one["rows"]
+        }
+
+
+def _part(call: _Call, name: str | None, before: Mapping[str, Any] | None) -> _Part:
+    """The comparison on the model of that name, going on with what is there of it."""
+    from kvjax.evaluation import compare_inputs
+
+    decoder = load_decoder(name, call.dtype)
+    specs = call.methods or _every(decoder.alpha)
+    methods = _methods(specs, call.settings.context, call.budget)
+    fixed, room = _fitted(decoder, methods, call.settings, call.batch, before)
+    language_model = load(name, call.dtype)
+    about = documents.manifest(
+        version=kvjax.__version__,
+        model=language_model.name,
+        arguments=arguments_given.get(),
+        settings=dataclasses.asdict(fixed)
+        | {
+            "budget": call.budget,
+            "dtype": str(decoder.cache_spec(1, 1).dtype),
+            "weights": _fingerprint(language_model.params),
+            "text_sha256": hashlib.sha256(call.content.encode()).hexdigest(),
+        }
+        | _asked_otherwise(call.tasks, call.questions, call.chat),
+    )
+    about["text"] = call.text_name
+    rows = {} if before is None else earlier.rows(call.out, before, about)
+    inputs = compare_inputs.make_inputs(
+        language_model,
+        call.content,
+        fixed,
+        questions=call.questions,
+        is_chat=call.chat,
+    )
+    return _Part(language_model, methods, inputs, fixed, room, about, rows)
+
+
+def _run(report: _Report, save_answers: pathlib.Path | None) -> None:
+    """Runs the methods that have no row, and writes the report after each."""
+    from kvjax.evaluation import answers
+    from kvjax.evaluation import compare as comparison
+
+    parts = report.parts
+    with show_progress(sum(one.missing for one in parts)) as progress:
+        for one in parts:
+
+            def keep(row, one=one):
+                one.rows[row.method] = row
+                documents.write_data(report.out, report.document())
+
+            def at(name, fraction, one=one):
+                # Both have a `full`.
+                beside = "" if one is parts[0] else f" on {one.model.name}"
+                progress(name + beside, fraction)
+
+            comparison.compare(
+                one.model,
+                one.methods,
+                one.inputs,
+                one.settings,
+                known=tuple(name for name in one.rows if name in one.methods),
+                room=one.room,
+                on_row=keep,
+                on_answer=answers.keeper(save_answers, one.model.name),
+                progress=at,
+            )
 
 
 def _fitted(
@@ -245,7 +302,7 @@ def _fitted(
         wanted = comparison.batch_that_fits(decoder, methods, settings, room)
     footprint = models.footprint(decoder)
     free = memory.free_bytes()
-    found = memory.fit(
+    fit = memory.fit(
         decoder,
         methods,
         dataclasses.replace(settings, batch=wanted),
@@ -256,38 +313,38 @@ def _fitted(
     )
     takes = ", ".join(
         f"{name} {table.format_bytes(count)}"
-        for name, count in found.need._asdict().items()
+        for name, count in fit.need._asdict().items()
     )
-    if free is not None and found.need.weights + found.need.states > free:
+    if free is not None and fit.need.weights + fit.need.states > free:
         raise ValueError(
             f"comparing at context={settings.context} takes more than this machine "
             f"has: {takes} for one row; {table.format_bytes(free)} are free: lower "
             "--context, or use a machine with more memory."
         )
-    if free is not None and found.need.total > free:
+    if free is not None and fit.need.total > free:
         print(
             f"kvjax: one row at a time may take more than the "
             f"{table.format_bytes(free)} that are free: {takes}",
             file=sys.stderr,
         )
-    if found.batch < wanted and had is None:
+    if fit.batch < wanted and had is None:
         print(
-            f"kvjax: {found.batch} rows together instead of {wanted}, to fit the "
+            f"kvjax: {fit.batch} rows together instead of {wanted}, to fit the "
             f"{table.format_bytes(free or 0)} that are free: {takes}",
             file=sys.stderr,
         )
-    return dataclasses.replace(settings, batch=had or found.batch), found.room
+    return dataclasses.replace(settings, batch=had or fit.batch), fit.room
 
 
 def _asked_otherwise(
     tasks: pathlib.Path | None, questions: list, chat: bool
 ) -> dict[str, Any]:
     """Settings that only some comparisons have: reports without them stay theirs."""
-    found: dict[str, Any] = {"chat": True} if chat else {}
+    settings: dict[str, Any] = {"chat": True} if chat else {}
     if tasks is not None:
         digest = hashlib.sha256(repr(questions).encode()).hexdigest()
-        found |= {"tasks": shown_name(tasks), "tasks_sha256": digest}
-    return found
+        settings |= {"tasks": shown_name(tasks), "tasks_sha256": digest}
+    return settings
 
 
 def _fingerprint(params) -> str:
@@ -344,14 +401,14 @@ def _left_out(specs: Iterable[str]) -> dict[str, list[str]]:
     """Registered methods that none of the specs has, by the reason."""
     rows = {name for spec in specs for name in names_in(spec)}
     names = [name for name in registry.names() if name not in rows]
-    found = {
+    reasons = {
         "for entmax models": [n for n in names if n in registry.names(1.5)],
         "for softmax models": [n for n in names if n in registry.names(1.0)],
         "made of another method: --method refresh+quest": [
             name for name in registry.transforms() if name not in rows
         ],
     }
-    return {reason: names for reason, names in found.items() if names}
+    return {reason: names for reason, names in reasons.items() if names}
 
 
 def _methods(

@@ -105,17 +105,14 @@ def generate(
 ) -> None:
     """Continues a prompt under a method, streaming the text to stdout."""
     from kvjax.decoding import timing
-    from kvjax.decoding.sampling import Sampling, validate
 
-    given = {
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "min_p": min_p,
-        "repetition_penalty": repetition_penalty,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    validate(Sampling(**given))
+    asked = _asked(
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+    )
     counts = {"max_new_tokens": max_new_tokens, "chunk_size": chunk_size, "room": room}
     positive(**{name: value for name, value in counts.items() if value is not None})
     _check_conversation(chat, resume, save, room, system)
@@ -128,7 +125,7 @@ def generate(
         start = time.perf_counter()  # the model is there, and nothing read yet
         return {
             "max_new_tokens": max_new_tokens,
-            "sampling": _sampling(language_model, given, chat),
+            "sampling": _sampling(language_model, asked, chat),
             "stop": tuple(stop or ()),
             "seed": seed,
         }
@@ -142,14 +139,7 @@ def generate(
         "options": options,
     }
     with timing.timed() as clock:
-        if resume is not None and chat:
-            turn = conversation.gone_on(resume, save, room=room, **wanted)
-        elif resume is not None:
-            turn = resumed(resume, **wanted)
-        elif save is not None:
-            turn = conversation.begun(save, system=system, room=room, **wanted)
-        else:
-            turn = _alone(first_messages(text, chat, system), **wanted)
+        turn = _turn(resume, save, chat, system, room, wanted)
         generation = _written(turn.events, quietly=as_json)
         seconds = time.perf_counter() - start
     if not as_json:
@@ -158,8 +148,31 @@ def generate(
         print(f"kvjax: {timing.line(clock)}", file=sys.stderr)
     if turn.keep is not None:
         turn.keep(generation)
-    if not as_json:
-        return
+    if as_json:
+        _print_document(turn, generation, seed, seconds, timing.document(clock))
+
+
+def _turn(resume, save, chat, system, room, wanted) -> Turn:
+    """A turn by what it goes on from and what is kept of it."""
+    if resume is not None and chat:
+        return conversation.gone_on(resume, save, room=room, **wanted)
+    if resume is not None:
+        return resumed(resume, **wanted)
+    if save is not None:
+        return conversation.begun(save, system=system, room=room, **wanted)
+    return _alone(first_messages(wanted["text"], chat, system), **wanted)
+
+
+def _asked(**options: float | None) -> dict[str, float]:
+    """The options of sampling that were asked for, checked."""
+    from kvjax.decoding.sampling import Sampling, validate
+
+    asked = {name: value for name, value in options.items() if value is not None}
+    validate(Sampling(**asked))
+    return asked
+
+
+def _print_document(turn: Turn, generation, seed, seconds, timings) -> None:
     document = {
         "model": turn.model.name,
         "method": turn.method,
@@ -168,7 +181,7 @@ def generate(
         "sampling": turn.options["sampling"]._asdict(),
         "seed": seed,
         "seconds": seconds,
-        "timings": timing.document(clock),
+        "timings": timings,
     }
     print(json.dumps(document, indent=2))
 
@@ -200,28 +213,28 @@ def _check_conversation(chat, resume, save, room, system) -> None:
         )
 
 
-def _sampling(model, given, chat):
+def _sampling(model, asked, chat):
     """The sampling asked for; in a chat, the rest as `generation_config.json` says."""
     from kvjax.decoding import generation_config
     from kvjax.decoding.sampling import Sampling
 
     written = (chat and model.generation) or {}
     wanted = generation_config.read(written)
-    taken = {name: x for name, x in wanted.sampling.items() if name not in given}
-    if given.get("temperature") == 0:  # of the others only this has an effect then
+    taken = {name: x for name, x in wanted.sampling.items() if name not in asked}
+    if asked.get("temperature") == 0:  # of the others only this has an effect then
         taken = {n: x for n, x in taken.items() if n == "repetition_penalty"}
-    said = [
+    notes = [
         f"{name}={value:g}" + (" (default)" if written.get(name) is None else "")
         for name, value in taken.items()
     ]
     if wanted.others:
-        said.append(f"without {', '.join(wanted.others)}, which kvjax does not have")
-    if said:
+        notes.append(f"without {', '.join(wanted.others)}, which kvjax does not have")
+    if notes:
         print(
-            "kvjax: note: sampling as generation_config.json says: " + ", ".join(said),
+            "kvjax: note: sampling as generation_config.json says: " + ", ".join(notes),
             file=sys.stderr,
         )
-    return Sampling(**(taken | given))
+    return Sampling(**(taken | asked))
 
 
 def _written(events, *, quietly: bool):

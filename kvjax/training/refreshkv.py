@@ -92,6 +92,11 @@ def refresh_attention(
         raise ValueError(f"{schedule=} must be 'fixed' or 'qc'.")
     longest_gap = budget - 1 if max_gap is None else max_gap
     dense = causal_attention(rope, sm_scale=sm_scale, block=block)
+    has_turned = None
+    if schedule != "fixed":
+        has_turned = functools.partial(
+            policy.has_turned, threshold=threshold, stride=stride, max_gap=longest_gap
+        )
 
     def attention(layer, q, k, v):
         batch, num_q_heads, length, head_dim = q.shape
@@ -103,7 +108,6 @@ def refresh_attention(
         checks = -(-(length - first) // stride)
         end = first + checks * stride
         prefix = dense(layer, *(x[:, :, :prompt] for x in (q, k, v)))
-
         where = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
         rotated, keys = rope(q, where), rope(k, where)
         means = (rotated if qc_rope == "post" else q)[:, :, first::stride]
@@ -126,21 +130,14 @@ def refresh_attention(
                 group_reduce=group_reduce,
                 self_mode=self_mode,
             ),
-            turned=None
-            if schedule == "fixed"
-            else functools.partial(
-                policy.has_turned,
-                threshold=threshold,
-                stride=stride,
-                max_gap=longest_gap,
-            ),
+            has_turned=has_turned,
         )
         # The oldest token since the last full step, seen from the stride's last row.
         span = stride if schedule == "fixed" else min(longest_gap + stride, length)
         lost = budget - 1 if eviction == "exact" else None
-        turn = functools.partial(_stride, scale, span, schedule == "qc", lost)
+        stride_of = functools.partial(_stride, scale, span, schedule == "qc", lost)
         ends = jnp.pad(keys, padding), jnp.pad(v, padding)
-        body = jax.checkpoint(lambda _, x: (None, turn(*ends, length, *x)))
+        body = jax.checkpoint(lambda _, x: (None, stride_of(*ends, length, *x)))
         chosen = decided.chosen
         if schedule == "qc":
             index = decided.anchor[:, :, None, None]
@@ -154,7 +151,7 @@ def refresh_attention(
     return attention
 
 
-def _decide(checked, keys, means, at, *, sm_scale, pick, turned) -> Selections:
+def _decide(checked, keys, means, at, *, sm_scale, pick, has_turned) -> Selections:
     """Decides for the queries `checked (C, B, Hkv, G, D)` at positions `at`."""
     slots = jnp.arange(keys.shape[2], dtype=jnp.int32)
 
@@ -171,7 +168,7 @@ def _decide(checked, keys, means, at, *, sm_scale, pick, turned) -> Selections:
     index = jnp.broadcast_to(
         jnp.arange(checks, dtype=jnp.int32)[:, None], chosen.shape[:2]
     )
-    if turned is None:
+    if has_turned is None:
         return Selections(chosen, jnp.ones((checks, batch), bool), index)
     means = jnp.moveaxis(means.astype(jnp.float32).mean(1), 1, 0)  # (C, B, D)
 
@@ -179,7 +176,7 @@ def _decide(checked, keys, means, at, *, sm_scale, pick, turned) -> Selections:
         reference, anchor = carry
         number, query, position = x
         since = position - at[anchor] - 1
-        full = turned(query, reference, since)
+        full = has_turned(query, reference, since)
         reference = jnp.where(full[:, None], query, reference)
         anchor = jnp.where(full, number, anchor)
         return (reference, anchor), (full, anchor)
@@ -200,7 +197,7 @@ def _stride(
     Args:
         scale: factor on the logits.
         span: newest keys that may be local to the stride's last row.
-        may_pass: whether the check may be a small step.
+        may_pass: if the check may be a small step.
         lost: a small step sees no token so many back or more, and of a selection has
             lost a token a step; None keeps everything.
         keys, values: `(B, Hkv, S, D)`, S a whole number of strides past the prompt.

@@ -241,13 +241,12 @@ def _kernel(
     window,
     soft_cap,
 ):
-    refs = list(refs)
-    held = [refs.pop(0) for _ in range(has_positions)]
-    out_ref, lse_ref = refs.pop(0), refs.pop(0)
+    held, refs = refs[:has_positions], refs[has_positions:]
+    out_ref, lse_ref, *refs = refs
     with_logits = len(refs) - has_positions == 6
-    logits_refs = [refs.pop(0) for _ in range(with_logits)]
+    logits_refs, refs = refs[:with_logits], refs[with_logits:]
     arrived, k_buffers, v_buffers, *refs = refs
-    held_buffers = [refs.pop(0) for _ in range(has_positions)]
+    held_buffers, refs = refs[:has_positions], refs[has_positions:]
     heads = q_ref.shape[0]
     num_buffers, block, _ = k_buffers.shape
     slots = k.shape[2]
@@ -270,17 +269,14 @@ def _kernel(
     def each_copy(h, i, slot, act):
         """Calls `act` with the copies of a block, the last one cut at the last slot."""
 
-        @pl.when((h < heads) & (i < slots // block))
-        def _():
-            for copy in copies(h, i, block, slot):
+        def each(i, size):
+            for copy in copies(h, i, size, slot):
                 act(copy)
 
-        if slots % block:
-
-            @pl.when((h < heads) & (i == slots // block))
-            def _():
-                for copy in copies(h, slots // block, slots % block, slot):
-                    act(copy)
+        whole, rest = divmod(slots, block)
+        pl.when((h < heads) & (i < whole))(lambda: each(i, block))
+        if rest:
+            pl.when((h < heads) & (i == whole))(lambda: each(whole, rest))
 
     def after(slot):
         return lax.select(slot == num_buffers - 1, 0, slot + 1)
@@ -331,10 +327,9 @@ def _kernel(
             inside = own <= last
             for buffer in held_buffers:
                 own = buffer[slot][:, :block]
-            positions = positions_ref[...]
-            visible = inside & (own >= 0) & (own <= positions)
+            visible = inside & (own >= 0) & (own <= positions_ref[...])
             if window is not None:
-                visible &= own > positions - window
+                visible &= own > positions_ref[...] - window
             return cursor, after(slot), count + 1, take(i, slot, count, visible, state)
 
         carry = (*carry, empty(*q.shape))
