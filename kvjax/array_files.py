@@ -67,10 +67,10 @@ def describe(state: Any) -> dict[str, list]:
 
 def digest(state: Any) -> str:
     """Sixteen hexadecimal digits that tell one set of arrays from another."""
-    found = hashlib.sha256()
+    hashed = hashlib.sha256()
     for fingerprint in jax.device_get(fingerprints(state)):
-        found.update(np.uint32(fingerprint).tobytes())
-    return found.hexdigest()[:16]
+        hashed.update(np.uint32(fingerprint).tobytes())
+    return hashed.hexdigest()[:16]
 
 
 @jax.jit

@@ -55,12 +55,12 @@ def gone_on(
     messages = _messages(folder, prefix.about(folder).get("messages"), text)
     from kvjax.decoding import conversation
 
-    found = restored(folder, model, method, dtype)
-    chosen = options(found.model)
+    earlier = restored(folder, model, method, dtype)
+    chosen = options(earlier.model)
     read = conversation.go_on(
-        found.model,
-        found.method,
-        found.prefix,
+        earlier.model,
+        earlier.method,
+        earlier.prefix,
         messages,
         room=room,
         chunk_size=chunk_size,
@@ -72,8 +72,8 @@ def gone_on(
             file=sys.stderr,
         )
     return _turn(
-        found.model,
-        found.name,
+        earlier.model,
+        earlier.name,
         read.prefix,
         messages,
         save,
@@ -123,11 +123,11 @@ def _turn(
     events = prefix.stream(model, method, read, **options)
 
     def keep(generation) -> None:
-        said = conversation.with_reply(messages, generation.text)
+        replied = conversation.with_reply(messages, generation.text)
         whole = conversation.go_on(
-            model, method, kept, said, reply=False, chunk_size=chunk_size
+            model, method, kept, replied, reply=False, chunk_size=chunk_size
         )
-        names = {"method_name": name, "messages": said}
+        names = {"method_name": name, "messages": replied}
         prefix.save(save, model, whole.prefix, replace=replace, **names)
 
     size = len(read.prompts[0])

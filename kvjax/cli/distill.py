@@ -113,7 +113,7 @@ def distill(
     draft = out / f".uncalibrated.{FILE}"
     try:
         map_files.save(draft, file, dtype)
-        found = _calibrated(
+        calibrated = _calibrated(
             language_model, draft, held_out, longest, budget, windows, seed
         )
     except (KeyboardInterrupt, interrupts.Interrupted):
@@ -130,8 +130,8 @@ def distill(
         "weights": array_files.digest(language_model.params),
         "calibrated_at": budget,
     }
-    map_files.save(path, file._replace(gain=found.gain, about=about), dtype)
-    _print(found, path, budget, as_json)
+    map_files.save(path, file._replace(gain=calibrated.gain, about=about), dtype)
+    _print(calibrated, path, budget, as_json)
     return 0
 
 
@@ -150,12 +150,12 @@ def _tokens(model: Any, text: pathlib.Path | None, seed: int) -> np.ndarray:
     from kvjax.training.data import text as texts
 
     files = texts.read(texts.STDLIB)
-    found: list[int] = []
+    tokens: list[int] = []
     for index in np.random.default_rng(seed).permutation(len(files)):
-        found += model.tokenizer.encode(files[int(index)])
-        if len(found) > MOST_TOKENS:
+        tokens += model.tokenizer.encode(files[int(index)])
+        if len(tokens) > MOST_TOKENS:
             break
-    return np.asarray(found, np.int32)
+    return np.asarray(tokens, np.int32)
 
 
 def _calibrated(model, path, held_out, longest, budget, windows, seed):

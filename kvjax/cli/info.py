@@ -22,9 +22,9 @@ def methods(as_json: JsonOption = False) -> None:
     wide = max(len(entry.name) for entry in known) + 2
     for entry in known:
         options = [f"{name}={value}" for name, value in entry.options.items()]
-        said = [entry.summary, f"options: {', '.join(options) or 'none'}"]
-        said.append(f"reads per step and layer: {entry.reads}")
-        for begin, text in zip((entry.name, "", ""), said, strict=True):
+        lines = [entry.summary, f"options: {', '.join(options) or 'none'}"]
+        lines.append(f"reads per step and layer: {entry.reads}")
+        for begin, text in zip((entry.name, "", ""), lines, strict=True):
             terminal.say(f"{begin:<{wide}}{text}", later=" " * wide)
 
 

@@ -188,8 +188,8 @@ def summary(result: Heads) -> list[str]:
     def line(label: str, values: np.ndarray, form: str, sign: int = 1) -> None:
         best = int((sign * values).argmax())
         layer, head = divmod(best, values.shape[1])
-        found = form.format(float(values[layer, head]))
-        lines.append(f"  {label:<18}layer {layer:>2}, head {head:>2}: {found}")
+        figure = form.format(float(values[layer, head]))
+        lines.append(f"  {label:<18}layer {layer:>2}, head {head:>2}: {figure}")
 
     line("retrieval", result.retrieval, "source has the most weight {:.0%} of the time")
     line("retrieval by mass", result.needle_mass, "{:.0%} of its mass on the needle")

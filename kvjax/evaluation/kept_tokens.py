@@ -79,11 +79,11 @@ def kept(
         reading = reader.read(model, method, reading, [(before, _count(every - 1))])
         ended = reader.finish(method, reading.states)
         window = np.full((1, method.rows), newest[0, 0], np.int32)
-        found = np.asarray(probe(params, ended, window))[0]
+        attended = np.asarray(probe(params, ended, window))[0]
         reading = reader.read(model, method, reading, [(newest, _count(1))])
-        found = found[head * found.shape[0] // spec.num_kv_heads]
+        attended = attended[head * attended.shape[0] // spec.num_kv_heads]
         times.append(start + every)
-        positions.append(np.unique(found[found >= 0]))
+        positions.append(np.unique(attended[attended >= 0]))
     return Kept(name, times, positions, layer % decoder.num_layers, head)
 
 

@@ -78,10 +78,10 @@ def fit(
         for name, method in methods.items()
     }
     for tried in _tries(settings, room):
-        found = Fit(*tried, _need(decoder, methods, plans, settings, *tried))
-        if free is None or found.need.total <= free:
+        fitted = Fit(*tried, _need(decoder, methods, plans, settings, *tried))
+        if free is None or fitted.need.total <= free:
             break
-    return found
+    return fitted
 
 
 def _tries(settings: Settings, room: int) -> Iterator[tuple[int, int]]:
@@ -98,9 +98,9 @@ def _need(decoder, methods, plans, settings, batch, room) -> Need:
     reference = plans[REFERENCE].prompt_state
     states = 0
     for names in compare.groups(decoder, methods, methods[REFERENCE], settings, room):
-        held = [plans[name].prompt_state for name in names if name != REFERENCE]
+        prompts = [plans[name].prompt_state for name in names if name != REFERENCE]
         # What decodes uses its states up, so it is given a copy; of one at a time.
-        states = max(states, sum(held) + reference + max([*held, reference]))
+        states = max(states, sum(prompts) + reference + max([*prompts, reference]))
     temporaries = max(
         max(plan.prompt_temporaries, plan.decode_temporaries) for plan in plans.values()
     )
@@ -125,8 +125,8 @@ def free_bytes(root: pathlib.Path = pathlib.Path("/")) -> int | None:
     stats = jax.devices()[0].memory_stats() or {}  # of a CPU there are none
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    found = [*_available(root), *_left_by_groups(root), *_left_by_limit(root)]
-    return max(min(found), 0) if found else None
+    limits = [*_available(root), *_left_by_groups(root), *_left_by_limit(root)]
+    return max(min(limits), 0) if limits else None
 
 
 def _read(path: pathlib.Path) -> str:

@@ -159,14 +159,14 @@ def paired_shares(
     Raises:
         ValueError: if the two differ in length, are empty, or not within [0, 1].
     """
-    found = paired_difference(samples, reference, confidence)
+    paired = paired_difference(samples, reference, confidence)
     difference = _vector(samples, most=1.0) - _vector(reference, most=1.0)
     if not _alike(difference, 1.0):
         share = share_interval((difference + 1) / 2, confidence)
-        return Interval(found.mean, 2 * share.low - 1, 2 * share.high - 1, found.n)
-    other = _wilson(0.0, found.n, confidence).high
-    low = found.mean - other * (1 + found.mean)
-    return Interval(found.mean, low, found.mean + other * (1 - found.mean), found.n)
+        return Interval(paired.mean, 2 * share.low - 1, 2 * share.high - 1, paired.n)
+    other = _wilson(0.0, paired.n, confidence).high
+    low = paired.mean - other * (1 + paired.mean)
+    return Interval(paired.mean, low, paired.mean + other * (1 - paired.mean), paired.n)
 
 
 def log_prob(samples: ArrayLike, confidence: float = 0.95) -> Interval:

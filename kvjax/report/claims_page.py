@@ -30,7 +30,7 @@ def document(
     count = {verdict: 0 for verdict in VERDICTS}
     for row in rows:
         count[row.verdict] += 1
-    found = {
+    results = {
         "format": FORMAT,
         "manifest": dict(manifest),
         "quick": quick,
@@ -38,7 +38,7 @@ def document(
         "verdicts": count,
         "rows": entries,
     }
-    return files.json_ready(found)
+    return files.json_ready(results)
 
 
 def here(row: Mapping[str, Any]) -> str:
@@ -46,10 +46,10 @@ def here(row: Mapping[str, Any]) -> str:
     if row["value"] is None:
         return "-"
     low, high = row["interval"]
-    said = number(row["value"])
+    value = number(row["value"])
     if low is None or high is None or low == high:
-        return said
-    return f"{said} [{number(low)}, {number(high)}]"
+        return value
+    return f"{value} [{number(low)}, {number(high)}]"
 
 
 def number(value: float) -> str:
@@ -77,11 +77,11 @@ def cells(row: Mapping[str, Any]) -> list[str]:
 def summary(found: Mapping[str, Any]) -> str:
     """Counts of each verdict, in a line."""
     counts = found["verdicts"]
-    said = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
+    verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     sizes = "small sizes (--quick)" if found["quick"] else "full sizes"
     formulas = sum(row["measured"] == FROM_SHAPES for row in found["rows"])
     note = f" By formulas, not by a run: {formulas}." if formulas else ""
-    return f"{len(found['rows'])} claims, {sizes}: {said}.{note}"
+    return f"{len(found['rows'])} claims, {sizes}: {verdicts}.{note}"
 
 
 CAPTION = (

@@ -37,8 +37,8 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     try:
-        found = json.loads(files.read_text(path))
-        comparisons = [found, *found.get("sections", ())]
+        newest = json.loads(files.read_text(path))
+        comparisons = [newest, *newest.get("sections", ())]
         for one in comparisons:
             dict(one["manifest"]["settings"])
             {row["method"]: row for row in one["rows"]}
@@ -52,8 +52,8 @@ def read(folder: pathlib.Path) -> list[dict[str, Any]]:
 
 def batch(comparison: Mapping[str, Any]) -> int | None:
     """Rows that were decoded together; None if it does not say."""
-    found = comparison["manifest"]["settings"].get("batch")
-    return found if isinstance(found, int) else None
+    rows = comparison["manifest"]["settings"].get("batch")
+    return rows if isinstance(rows, int) else None
 
 
 def rows(

@@ -178,21 +178,21 @@ def _comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
 
 def left_out(results: Mapping[str, Any]) -> str:
     """A line on the methods that no row is of, and why; nothing if there is none."""
-    found = results.get("left_out", {})
-    parts = [f"{', '.join(names)} ({reason})" for reason, names in found.items()]
+    reasons = results.get("left_out", {})
+    parts = [f"{', '.join(names)} ({reason})" for reason, names in reasons.items()]
     return f"Left out: {'; '.join(parts)}." if parts else ""
 
 
 def _print_comparison(results: Mapping[str, Any]) -> None:
     """Prints what is answered, then what attention loses."""
-    found = table_rows(results), attention_rows(results)
-    names, shared = terminal.shared_options([row[0] for row in found[0]])
-    said = caption(results), ATTENTION_CAPTION
+    tables = table_rows(results), attention_rows(results)
+    names, shared = terminal.shared_options([row[0] for row in tables[0]])
+    captions = caption(results), ATTENTION_CAPTION
     if shared:
         terminal.say(shared)
         print()
     for heads, rows, below in zip(
-        (headings(results), ATTENTION_HEADINGS), found, said, strict=True
+        (headings(results), ATTENTION_HEADINGS), tables, captions, strict=True
     ):
         rows = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
         terminal.show(heads, rows)

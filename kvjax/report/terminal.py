@@ -23,9 +23,9 @@ MOST_EXCEPTIONS = 3  # rows without an option that is still said above
 
 def width() -> int:
     """Returns the columns of the terminal, of `COLUMNS`, or of a file."""
-    said = os.environ.get("COLUMNS", "")
-    if said.isdigit() and int(said):
-        return int(said)
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdigit() and int(columns):
+        return int(columns)
     console = Console()
     return console.width if console.is_terminal else FILE_WIDTH
 
@@ -105,8 +105,8 @@ def without_value(spec: str, key: str) -> str:
     """Returns the spec without an option, whatever its value."""
     parts = []
     for part in spec.split("+"):
-        given = [o for o in _options([part]) if o.partition("=")[0].strip() == key]
-        for option in given:
+        matching = [o for o in _options([part]) if o.partition("=")[0].strip() == key]
+        for option in matching:
             part = _strip(part, option)
         parts.append(part)
     return "+".join(parts)

@@ -208,9 +208,9 @@ def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
         )["state"]
     except _READ as error:
         raise _damaged(where, error) from error
-    found = [int(f) for f in jax.device_get(array_files.fingerprints(state))]
-    if found != expected:
-        wrong = [n for n, a, b in zip(wanted, found, expected, strict=True) if a != b]
+    actual = [int(f) for f in jax.device_get(array_files.fingerprints(state))]
+    if actual != expected:
+        wrong = [n for n, a, b in zip(wanted, actual, expected, strict=True) if a != b]
         raise array_files.DamagedError(
             f"{where} is damaged: {len(wrong)} arrays are not what was saved, first "
             f"{wrong[0]}."
@@ -235,7 +235,7 @@ def newest(
     damaged = []
     for step in reversed(checkpoints.steps()):
         try:
-            found = restore(checkpoints, step, like)
+            restored = restore(checkpoints, step, like)
         except array_files.DamagedError as error:
             damaged.append((step, error))
             continue
@@ -247,7 +247,7 @@ def newest(
             (checkpoints.folder / str(bad)).rename(aside / str(bad))
         if damaged:
             checkpoints.manager.reload()
-        return found
+        return restored
     if damaged:
         raise ValueError(f"no checkpoint can be read; the newest: {damaged[0][1]}")
     return None

@@ -262,10 +262,10 @@ def _unknown(place: Place) -> str:
     for candidates, cutoff in ((siblings, 0.6), (names, 0.8), (siblings, 0.0)):
         nearest = difflib.get_close_matches(name, sorted(candidates), 1, cutoff)
         if nearest and nearest != ["*"]:
-            found = candidates[nearest[0]]
+            guess = candidates[nearest[0]]
             shown = [
                 str(place[i] if part == "*" and i < len(place) else part)
-                for i, part in enumerate(found)
+                for i, part in enumerate(guess)
             ]
             return f"unknown key {text}; did you mean {'.'.join(shown)}?"
     return f"unknown key {text}."
@@ -308,10 +308,10 @@ def _line(text: str, where: Place) -> int | None:
             node = node.value[part]
             line = node.start_mark.line + 1
         elif isinstance(node, yaml.MappingNode):
-            found = [pair for pair in node.value if pair[0].value == str(part)]
-            if not found:
+            pairs = [pair for pair in node.value if pair[0].value == str(part)]
+            if not pairs:
                 break
-            line, node = found[0][0].start_mark.line + 1, found[0][1]
+            line, node = pairs[0][0].start_mark.line + 1, pairs[0][1]
         else:
             break
     return line

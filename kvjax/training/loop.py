@@ -175,8 +175,10 @@ class _Run:
     def begin(self, init, resume: bool) -> dict[str, Any] | None:
         """Makes or restores the state; returns the position in the data."""
         shapes = steps.state_shapes(self.decoder, self.tx, self.config, self.mesh)
-        found = checkpoint.newest(self.checkpoints, shapes, _notice) if resume else None
-        if found is None:
+        restored = (
+            checkpoint.newest(self.checkpoints, shapes, _notice) if resume else None
+        )
+        if restored is None:
             place = jax.jit(
                 lambda params: steps.init_state(params, self.tx, self.config),
                 out_shardings=jax.tree.map(lambda leaf: leaf.sharding, shapes),
@@ -185,11 +187,11 @@ class _Run:
                 init(sharding.of_state(self.decoder.param_shapes(), self.mesh))
             )
             return None
-        self._check_resume(found.about, found.step)
-        self.state, self.step = found.state, found.step
-        self.window = Window(**found.about["window"])
+        self._check_resume(restored.about, restored.step)
+        self.state, self.step = restored.state, restored.step
+        self.window = Window(**restored.about["window"])
         _notice(f"resuming at step {self.step} of {self.config.steps}.")
-        return found.about["data"]
+        return restored.about["data"]
 
     def _check_resume(self, about: Mapping[str, Any], step: int) -> None:
         old = config_files.parse(about["config"], "the saved config")
@@ -298,13 +300,13 @@ class _Run:
     def _check(self) -> dict[str, float]:
         record = {}
         for name, batches in self.checks.items():
-            found = [
+            sums = [
                 self.check_step(self.state.weights, sharding.place(batch, self.mesh))
                 for batch in batches
             ]
             total = jax.tree.map(
                 lambda *parts: np.sum(parts, axis=0, dtype=np.float64),
-                *jax.device_get(found),
+                *jax.device_get(sums),
             )
             if not np.isfinite(total["nats"]).all():
                 raise self._not_finite(self.step, f"the check {name} is not finite")

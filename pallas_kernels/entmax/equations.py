@@ -59,8 +59,8 @@ def value(top: Array, tau: Array, total: Array, moment: Array, alpha: float) -> 
     Of a row whose weights sum to `total`, and times their excess to `moment`.
     """
     # p ** alpha = p * x, and p . z = p . x + tau where p sums to 1.
-    found = top + (tau + moment + (1 - moment) / alpha) / (alpha - 1)
-    return jnp.where(total == 0, -jnp.inf, found)
+    maximum = top + (tau + moment + (1 - moment) / alpha) / (alpha - 1)
+    return jnp.where(total == 0, -jnp.inf, maximum)
 
 
 def find_tau(sums: Sums, start: Array, num_scores: int, alpha: float) -> Array:

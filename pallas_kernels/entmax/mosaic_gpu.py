@@ -43,7 +43,7 @@ def solve(scores, *, alpha, interpret=False):
     chunk = min(max(FEWEST, 1 << (length - 1).bit_length()), most)
     lines = scores.reshape(number, length)
     lines = jnp.pad(lines, ((0, 0), (0, -length % chunk)), constant_values=-jnp.inf)
-    found = hopper.kernel(
+    outputs = hopper.kernel(
         functools.partial(_kernel, length=length, chunk=chunk, alpha=alpha),
         out_type=(jax.ShapeDtypeStruct((number,), jnp.float32),) * 2,
         grid=(number,),
@@ -52,7 +52,7 @@ def solve(scores, *, alpha, interpret=False):
         approx_math=False,
         kernel_name="entmax_solve",
     )(lines)
-    return equations.Threshold(*(x.reshape(*batch, 1) for x in found))
+    return equations.Threshold(*(x.reshape(*batch, 1) for x in outputs))
 
 
 def _kernel(
@@ -95,8 +95,8 @@ def _kernel(
             terms = equations.powers(jnp.maximum(z - tau, 0.0), alpha)
             return tuple(x + y for x, y in zip(carry, terms, strict=True))
 
-        found = over_chunks(add, (full(0.0), full(0.0)))
-        return tuple(spread(x.sum()) for x in found)
+        totals = over_chunks(add, (full(0.0), full(0.0)))
+        return tuple(spread(x.sum()) for x in totals)
 
     top_ref[row] = top
     tau_ref[row] = equations.find_tau(sums, spread(-1.0), length, alpha).max()

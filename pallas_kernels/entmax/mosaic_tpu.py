@@ -34,7 +34,7 @@ def solve(scores, *, alpha, interpret=False):
     lines = tpu_rows.pad(scores, tiles)
     spread = jax.ShapeDtypeStruct((len(lines), SUBLANES, LANES), jnp.float32)
     index = pl.BlockSpec(tpu_rows.spread(tiles), lambda i: (i, 0, 0))
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         functools.partial(_kernel, tiles=tiles, alpha=alpha),
         out_shape=(spread, spread),
         grid=(len(lines) // tiles.rows,),
@@ -50,7 +50,7 @@ def solve(scores, *, alpha, interpret=False):
         name="entmax_solve",
     )(lines)
     shape, number = (*batch, 1), math.prod(batch)
-    return equations.Threshold(*(x[:number, 0, 0].reshape(shape) for x in found))
+    return equations.Threshold(*(x[:number, 0, 0].reshape(shape) for x in outputs))
 
 
 def _kernel(

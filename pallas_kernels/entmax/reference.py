@@ -92,8 +92,8 @@ def solve(scores, *, alpha, axis_name=None):
 
     def sums(tau):
         parts = equations.powers(jnp.maximum(z - tau, 0.0), alpha)
-        found = tuple(part.sum(-1, keepdims=True) for part in parts)
-        return found if axis_name is None else lax.psum(found, axis_name)
+        totals = tuple(part.sum(-1, keepdims=True) for part in parts)
+        return totals if axis_name is None else lax.psum(totals, axis_name)
 
     start = jnp.full_like(top, -1.0)
     return Threshold(top, equations.find_tau(sums, start, number, alpha))

@@ -86,5 +86,5 @@ def page_moments(
 def _check(q, **statistics):
     first, second = (x.shape for x in statistics.values())
     if first != second or q.shape[1] % first[1] or q.shape[2] != first[3]:
-        said = ", ".join(f"{name} {x.shape}" for name, x in statistics.items())
-        raise ValueError(f"shapes disagree: q {q.shape}, {said}.")
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in statistics.items())
+        raise ValueError(f"shapes disagree: q {q.shape}, {shapes}.")

@@ -62,7 +62,7 @@ def _over_pages(kernel, name, q, first, second, out_heads, interpret, config):
     statistics = pl.BlockSpec(
         (None, None, block, head_dim), lambda b, h, i: (b, h, i, 0)
     )
-    found = pl.pallas_call(
+    outputs = pl.pallas_call(
         kernel,
         grid=(batch, heads, pl.cdiv(num_pages, block)),
         in_specs=[
@@ -88,7 +88,7 @@ def _over_pages(kernel, name, q, first, second, out_heads, interpret, config):
         name=name,
     )(q.reshape(batch, heads, group, head_dim), first, second)
     return tuple(
-        x.reshape(batch, n, num_pages) for x, n in zip(found, out_heads, strict=True)
+        x.reshape(batch, n, num_pages) for x, n in zip(outputs, out_heads, strict=True)
     )
 
 
@@ -121,5 +121,5 @@ def _moments(
     q = q_ref[...]
     mean[...] = dot(q, page_mean[...], 1)
     parts = squares(q)
-    found = dot(jnp.concatenate(parts), page_variance[...], 1)
-    variance[...] = found.reshape(len(parts), *variance.shape).sum(0)
+    products = dot(jnp.concatenate(parts), page_variance[...], 1)
+    variance[...] = products.reshape(len(parts), *variance.shape).sum(0)

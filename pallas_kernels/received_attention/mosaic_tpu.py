@@ -79,7 +79,7 @@ def received_attention(
         del h, i, last
         return b, 0, t
 
-    (found,) = pl.pallas_call(
+    (received,) = pl.pallas_call(
         functools.partial(_kernel, sm_scale=sm_scale, group_reduce=group_reduce),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -117,7 +117,7 @@ def received_attention(
         interpret=interpret,
         name="received_attention",
     )(last, q, lse, positions[:, None], row_weights[:, None], k)
-    return found.reshape(batch, heads * num_sums, slots)
+    return received.reshape(batch, heads * num_sums, slots)
 
 
 def _kernel(

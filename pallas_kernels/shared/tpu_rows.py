@@ -105,8 +105,8 @@ def _reduce(ref, tiles, terms, merge, reduce, start):
     groups = (tiles.rows, tiles.lines // SUBLANES, SUBLANES, LANES)
 
     def add(i, carry):
-        found = (reduce(x.reshape(groups), axis=1) for x in terms(ref[:, tiles.at(i)]))
-        return tuple(map(merge, carry, found))
+        parts = (reduce(x.reshape(groups), axis=1) for x in terms(ref[:, tiles.at(i)]))
+        return tuple(map(merge, carry, parts))
 
     block = jax.ShapeDtypeStruct((tiles.rows, tiles.lines, LANES), ref.dtype)
     number = len(jax.eval_shape(terms, block))

@@ -36,12 +36,12 @@ VERSIONS = {"jax-triton": "0.3.", "triton": "3.6."}
 @functools.cache
 def versions_fit() -> str | None:
     """Says why the versions installed are not known to work, or None."""
-    found = {name: importlib.metadata.version(name) for name in VERSIONS}
-    if all(found[name].startswith(start) for name, start in VERSIONS.items()):
+    installed = {name: importlib.metadata.version(name) for name in VERSIONS}
+    if all(installed[name].startswith(start) for name, start in VERSIONS.items()):
         return None
     here, works = (
         " and ".join(f"{name} {version}" for name, version in versions.items())
-        for versions in (found, VERSIONS)
+        for versions in (installed, VERSIONS)
     )
     return f"with {here} it was not seen to compile, but with {works}"
 
@@ -82,8 +82,8 @@ def _gpu() -> tuple[int, int] | None:
 
 def num_cores() -> int:
     """Multiprocessors of the device that programs are traced for."""
-    found = _gpu()
-    return found[1] if found else 1
+    gpu = _gpu()
+    return gpu[1] if gpu else 1
 
 
 def call(

@@ -47,13 +47,15 @@ def over_lists(
         taken = flat.at[first[:, None] + jnp.maximum(ids, 0)].get(mode="clip")
         taken = taken.reshape(len(ids), 1, listed * page_size, width)
         k, v = jnp.split(taken, 2, axis=-1)
-        held = ids[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
-        is_held = (ids[..., None] >= 0) & (held >= first_position)
-        held = jnp.where(is_held, held, -1).reshape(len(ids), 1, -1)
+        key_positions = ids[..., None] * page_size + jnp.arange(
+            page_size, dtype=jnp.int32
+        )
+        is_held = (ids[..., None] >= 0) & (key_positions >= first_position)
+        key_positions = jnp.where(is_held, key_positions, -1).reshape(len(ids), 1, -1)
         if mask is not None:
             of_row = jnp.repeat(jnp.swapaxes(mask, 1, 2), page_size, axis=2)[:, None]
-            held = jnp.where(of_row, held[:, :, None], -1)
-        return attend(q, k, v, positions, held, more)
+            key_positions = jnp.where(of_row, key_positions[:, :, None], -1)
+        return attend(q, k, v, positions, key_positions, more)
 
     def one_by_one(*arrays):
         # All lists at once, the CPU would gather anew, element by element, in each of

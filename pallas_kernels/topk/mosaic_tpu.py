@@ -183,11 +183,13 @@ def _pack(r, threshold, equals, keys_ref, indices_ref, carried_ref, tiles, i):
             lane = _line_sum(_ones(ranks <= local))
             index = _line_sum(jnp.where(owner, line, 0.0)) * LANES + lane
             index = jnp.where(_line_sum(_ones(owner)) > 0, index, -1.0)
-            found = jnp.transpose(jnp.broadcast_to(index, (LANES, LANES)))[:1, :]
-            found = found.astype(jnp.int32)
+            places = jnp.transpose(jnp.broadcast_to(index, (LANES, LANES)))[:1, :]
+            places = places.astype(jnp.int32)
             old = indices_ref[r, pl.ds(block, 1), :]
-            here = i * lines * LANES
-            indices_ref[r, pl.ds(block, 1), :] = jnp.where(found < 0, old, found + here)
+            offset = i * lines * LANES
+            indices_ref[r, pl.ds(block, 1), :] = jnp.where(
+                places < 0, old, places + offset
+            )
 
         # lax.div, as both are positive: // would ask the device for the sign's rule.
         first, end_block = lax.div(written, LANES), lax.div(after + LANES - 1, LANES)

@@ -29,12 +29,12 @@ class Entry(NamedTuple):
 
 def documents(folder: pathlib.Path, pattern: str) -> list[tuple[Mapping, str]]:
     """The JSON files that match, newest name first, each with its date and machine."""
-    found = []
+    dated = []
     for path in sorted(folder.glob(pattern), key=lambda path: path.name, reverse=True):
         document = json.loads(files.read_text(path))
         if isinstance(document, dict):
-            found.append((document, _when(path.name, document)))
-    return found
+            dated.append((document, _when(path.name, document)))
+    return dated
 
 
 def _when(name: str, document: Mapping) -> str:
@@ -56,23 +56,25 @@ def entries(folder: pathlib.Path, pattern: str, part: str) -> list[Entry]:
         NotMeasuredError: if no file has any.
     """
     for document, when in documents(folder, pattern):
-        found = [e for e in document.get("entries", ()) if e.get("part") == part]
-        if found:
-            return [Entry(data, when) for data in found]
+        matching = [e for e in document.get("entries", ()) if e.get("part") == part]
+        if matching:
+            return [Entry(data, when) for data in matching]
     raise NotMeasuredError(
         f"no recorded run has it: no {pattern} has an entry with part={part!r}."
     )
 
 
 def first(
-    found: list[Entry], what: str, wanted: Callable[[Mapping], bool] = lambda e: True
+    candidates: list[Entry],
+    what: str,
+    wanted: Callable[[Mapping], bool] = lambda e: True,
 ) -> Entry:
     """The first entry that is wanted.
 
     Raises:
         NotMeasuredError: if none is; `what` says what is missing.
     """
-    for entry in found:
+    for entry in candidates:
         if wanted(entry.data):
             return entry
     raise NotMeasuredError(f"the recorded runs lack {what}.")

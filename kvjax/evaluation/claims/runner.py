@@ -41,11 +41,11 @@ def run(
         wall, processor = time.perf_counter(), time.process_time()
         try:
             with optimised(not quick):
-                found = claim.measure(session)
+                measured = claim.measure(session)
         except NotMeasuredError as error:
             rows.append(not_measured(claim, str(error)))
         else:
             seconds = time.perf_counter() - wall, time.process_time() - processor
-            rows.append(judge(claim, found, *seconds))
+            rows.append(judge(claim, measured, *seconds))
         finished(tuple(rows))
     return rows

@@ -48,9 +48,9 @@ class Extraction(NamedTuple):
         """
         table = self.text[self.text.rindex(self.start) :] + generated
         lines = table.split("\n")[: len(self.rows)]
-        said = [tuple(cell.strip() for cell in line.split("\t")) for line in lines]
-        found = (Counter(said) & Counter(self.rows)).total()
-        return 2 * found / (len(said) + len(self.rows))
+        rows = [tuple(cell.strip() for cell in line.split("\t")) for line in lines]
+        correct = (Counter(rows) & Counter(self.rows)).total()
+        return 2 * correct / (len(rows) + len(self.rows))
 
 
 def extraction(

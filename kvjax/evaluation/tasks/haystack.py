@@ -165,13 +165,13 @@ def whole(tokenizer: Tokenizer, example: Prompted) -> list[int]:
 def insert(lines: Sequence[str], sizes: Sequence[int], needles: Needles) -> str:
     """Each needle at the line boundary nearest to its place, measured in tokens."""
     ends = np.cumsum([0, *sizes])
-    here: dict[int, list[str]] = {}
+    by_boundary: dict[int, list[str]] = {}
     for needle, place in zip(needles.lines, needles.places, strict=True):
         boundary = int(np.abs(ends - place * ends[-1]).argmin())
-        here.setdefault(boundary, []).append(needle)
+        by_boundary.setdefault(boundary, []).append(needle)
     pieces = []
     for index in range(len(lines) + 1):
-        pieces += here.get(index, [])
+        pieces += by_boundary.get(index, [])
         pieces += lines[index : index + 1]
     return "".join(pieces)
 

@@ -82,36 +82,36 @@ def parse(text: str, name: str) -> list[Question]:
         ValueError: naming the line, if one is no JSON object or lacks something; and
             if there is none.
     """
-    found = []
+    questions = []
     # Not `splitlines`: what separates lines elsewhere may stand in a JSON string.
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found.append(_question(f"{name}, line {number}", line))
+                questions.append(_question(f"{name}, line {number}", line))
             except ValueError as error:
                 raise ValueError(f"{name}, line {number}: {error}") from None
-    if not found:
+    if not questions:
         raise ValueError(f"{name} has no line: give one JSON object a question.")
-    return found
+    return questions
 
 
 def _question(where: str, line: str) -> Question:
     try:
-        given = json.loads(line)
+        record = json.loads(line)
     except (ValueError, RecursionError) as error:
-        said = getattr(error, "msg", error)
-        raise ValueError(f"is no JSON: {said}.") from None
-    if not isinstance(given, dict):
+        reason = getattr(error, "msg", error)
+        raise ValueError(f"is no JSON: {reason}.") from None
+    if not isinstance(record, dict):
         raise ValueError(
-            f"is a {type(given).__name__}, and must be an object with the keys "
+            f"is a {type(record).__name__}, and must be an object with the keys "
             "context, question and answer."
         )
-    context, question = _context(given), given.get("question")
-    _check("question", question, given)
-    answers = given.get("answer")
+    context, question = _context(record), record.get("question")
+    _check("question", question, record)
+    answers = record.get("answer")
     answers = answers if isinstance(answers, list) else [answers]
     for answer in answers or [None]:
-        _check("answer", answer, given)
+        _check("answer", answer, record)
     # A blank at the end may be one token with what follows: it is the reply's.
     question = question.rstrip(" ")
     text = f"{context}\n\n{question}" if context else question
@@ -163,7 +163,7 @@ def prompts(
         ValueError: naming the line, if a prompt does not fit, or an answer does not fit
             in a reply.
     """
-    found = []
+    prompts = []
     for question in questions:
         text = question.text
         prompt = encoding.begin(tokenizer.encode, text)
@@ -184,5 +184,5 @@ def prompts(
                 f"{question.where}: its answer takes {shortest} tokens, more than "
                 f"{new_tokens=}: raise it."
             )
-        found.append(own)
-    return found
+        prompts.append(own)
+    return prompts

@@ -76,13 +76,13 @@ def position(row: Mapping[str, Any]) -> tuple[float, float, float] | None:
     if row["value"] is None:
         return None
     sign = -1.0 if row["better"] == "lower" else 1.0
-    found = [sign * (row["value"] - row["none"])]
+    ends = [sign * (row["value"] - row["none"])]
     if not has_interval(row):
-        side = SIDE * ((found[0] > 0) - (found[0] < 0))
+        side = SIDE * ((ends[0] > 0) - (ends[0] < 0))
         return side, side, side
-    found += [sign * (end - row["none"]) for end in row["interval"]]
-    scale = max(map(abs, found)) or 1.0
-    value, *ends = (x / scale for x in found)
+    ends += [sign * (end - row["none"]) for end in row["interval"]]
+    scale = max(map(abs, ends)) or 1.0
+    value, *ends = (x / scale for x in ends)
     return value, min(ends), max(ends)
 
 

@@ -60,8 +60,10 @@ def figure(
             interpolation="nearest",
             extent=(0, longest, longest + result.times[0] / 2, result.times[0] / 2),
         )
-        held = len(result.positions[-1])
-        axis.set_title(f"{result.name}: {held:,} of {longest:,} tokens", fontsize=10)
+        attended = len(result.positions[-1])
+        axis.set_title(
+            f"{result.name}: {attended:,} of {longest:,} tokens", fontsize=10
+        )
         axis.set_xlabel("token of the text", fontsize=9)
         axis.tick_params(length=2, labelsize=8)
         axis.spines[:].set_visible(False)

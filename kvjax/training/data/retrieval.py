@@ -151,18 +151,20 @@ def variables(rng: np.random.Generator, corpus: Corpus, length: int) -> Sample:
     # Chains are shuffled together; inside a chain the order is kept.
     turns = rng.permutation(np.repeat(np.arange(num_chains), hops + 1))
     done = [0] * num_chains
-    said: list[list[Piece]] = []
+    statements: list[list[Piece]] = []
     for which in turns.tolist():
         at = done[which]
         source = numbers[which] if at == 0 else words[which][at - 1]
         mark = UNKNOWABLE if at == 0 else PLAIN
-        said.append([(f"{words[which][at]} = ", PLAIN), (source, mark), ("\n", PLAIN)])
+        statements.append(
+            [(f"{words[which][at]} = ", PLAIN), (source, mark), ("\n", PLAIN)]
+        )
         done[which] += 1
     asked: list[list[Piece]] = [
         [(f"\n{words[which][-1]} = ", PLAIN), (numbers[which], ANSWER), ("\n", PLAIN)]
         for which in rng.permutation(num_chains).tolist()
     ]
-    return _scatter(rng, corpus, length, said, asked)
+    return _scatter(rng, corpus, length, statements, asked)
 
 
 class _Fact:
@@ -173,7 +175,7 @@ class _Fact:
 
 def _facts(rng, corpus, length, facts, questions) -> Sample:
     """States every fact once, then asks for them in turn, mixed up."""
-    said = [
+    statements = [
         [(fact.before, PLAIN), (fact.value, UNKNOWABLE), (fact.after, PLAIN)]
         for fact in facts
     ]
@@ -185,20 +187,20 @@ def _facts(rng, corpus, length, facts, questions) -> Sample:
             asked.append(
                 [(gap + fact.before, PLAIN), (fact.value, ANSWER), (fact.after, PLAIN)]
             )
-    return _scatter(rng, corpus, length, said, asked)
+    return _scatter(rng, corpus, length, statements, asked)
 
 
-def _scatter(rng, corpus, length, said, asked) -> Sample:
+def _scatter(rng, corpus, length, statements, asked) -> Sample:
     """Statements at random places of a haystack that fills some of the room left."""
-    sizes = sum(len(text) for group in (*said, *asked) for text, _ in group)
+    sizes = sum(len(text) for group in (*statements, *asked) for text, _ in group)
     room = length * corpus.chars_per_token - 1.5 * sizes
     # Often dense, often full, and everything between: distance grows with the model.
     share = rng.choice([0.0, 1.0, rng.random()], p=[0.3, 0.3, 0.4])
     hay = haystack(rng, corpus, int(max(room, 0) * share))
-    places = np.sort(rng.integers(len(hay) + 1, size=len(said))).tolist()
+    places = np.sort(rng.integers(len(hay) + 1, size=len(statements))).tolist()
     pieces: list[Piece] = []
     done = 0
-    for place, group in zip(places, said, strict=True):
+    for place, group in zip(places, statements, strict=True):
         pieces += [("".join(hay[done:place]), PLAIN), *group]
         done = place
     pieces.append(("".join(hay[done:]), PLAIN))

@@ -58,13 +58,13 @@ class Corpus(NamedTuple):
 def stdlib_files() -> list[pathlib.Path]:
     """Sources of the standard library, in a fixed order, held-out modules included."""
     root = pathlib.Path(sysconfig.get_paths()["stdlib"])
-    found = []
+    sources = []
     for path in root.rglob("*.py"):
         inside = path.relative_to(root)
         wanted = _EXCLUDED_FOLDERS.isdisjoint(inside.parts[:-1])
         if wanted and not _EXCLUDED_FILES.fullmatch(path.name):
-            found.append(inside)
-    return [root / inside for inside in sorted(found, key=lambda p: p.as_posix())]
+            sources.append(inside)
+    return [root / inside for inside in sorted(sources, key=lambda p: p.as_posix())]
 
 
 def stdlib_training_files() -> list[pathlib.Path]:

@@ -56,10 +56,10 @@ def _nats(session: Session, spec: str) -> np.ndarray:
             n=sizes.cascade_windows,
             seed=SEED,
         )
-        found = steps.read(
+        read = steps.read(
             model, session.method(spec), _shape(session), windows, scored=True
         )
-        return -found.log_probs[:, 2 * sizes.cache :].mean(1, dtype=np.float64)
+        return -read.log_probs[:, 2 * sizes.cache :].mean(1, dtype=np.float64)
 
     return session.once(("cascade text", spec), run)
 
@@ -104,21 +104,21 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
             depths=DEPTHS,
         )
         whole = [haystack.whole(model.tokenizer, example) for example in made]
-        found = []
+        likeliest = []
         for first in range(0, len(made), sizes.cascade_windows):
             rows = whole[first : first + sizes.cascade_windows]
             rows += [rows[-1]] * (sizes.cascade_windows - len(rows))
             read = steps.read(
                 model, session.method(spec), _shape(session), rows, scored=True
             )
-            found += list(read.likeliest)
+            likeliest += list(read.likeliest)
         decode = model.tokenizer.decode
         shares = []
-        for example, row, right in zip(made, whole, found, strict=False):
+        for example, row, right in zip(made, whole, likeliest, strict=False):
             asked = len(example.prompt)
             count = int(right[asked - 1 : len(row) - 1].cumprod().sum())
-            said = continuation(decode, example.prompt, row[asked : asked + count])
-            shares.append(len(said.strip()) / len(example.answer.strip()))
+            recalled = continuation(decode, example.prompt, row[asked : asked + count])
+            shares.append(len(recalled.strip()) / len(example.answer.strip()))
         return np.array(shares)
 
     return session.once(("recalled", spec, doublings), run)
@@ -131,20 +131,22 @@ def _recall(session: Session, doublings: int) -> Measured:
         for spec in (_cascade(session), _streaming(session))
     )
     details = {"cascade": float(ours.mean()), "streaming_llm": float(theirs.mean())}
-    found = statistics.paired_shares(ours, theirs)
+    gain = statistics.paired_shares(ours, theirs)
     return of_interval(
-        found, details=details | {"context": session.sizes.cache << doublings}
+        gain, details=details | {"context": session.sizes.cache << doublings}
     )
 
 
 def _memory(session: Session) -> Measured:
     decoder = session.model(SOFTMAX).decoder
     method = session.method(_cascade(session))
-    held = {
+    num_bytes = {
         length: accounting.bytes_held(method, decoder, length, 64)
         for length in (1 << 16, 1 << 20)
     }
-    return from_shapes(held[1 << 20] / held[1 << 16], details={"bytes": held[1 << 20]})
+    return from_shapes(
+        num_bytes[1 << 20] / num_bytes[1 << 16], details={"bytes": num_bytes[1 << 20]}
+    )
 
 
 def _seconds(session: Session, *runs: tuple[str, int]) -> list[np.ndarray]:
@@ -159,7 +161,7 @@ def _seconds(session: Session, *runs: tuple[str, int]) -> list[np.ndarray]:
     chunk = 4 * sizes.cascade_stride
     heads = (cache_spec.num_q_heads, *[cache_spec.num_kv_heads] * 2)
     keys = jax.random.split(jax.random.key(0), 3)
-    given = [
+    chunks = [
         jax.random.normal(key, (1, h, chunk, cache_spec.head_dim), jnp.float32)
         for key, h in zip(keys, heads, strict=True)
     ]
@@ -175,15 +177,15 @@ def _seconds(session: Session, *runs: tuple[str, int]) -> list[np.ndarray]:
         state = method.init(cache_spec)
         start = clock()
         for _ in range(length // chunk):
-            state, out = read(state, *given, lengths)
+            state, out = read(state, *chunks, lengths)
             jax.block_until_ready(out)
         return (clock() - start) / length
 
     with steps.optimised():
         for spec, _ in runs:
             of_a_token(spec, chunk)  # compiles
-        found = [[of_a_token(*run) for run in runs] for _ in range(sizes.repeats)]
-    return list(np.array(found).T)
+        seconds = [[of_a_token(*run) for run in runs] for _ in range(sizes.repeats)]
+    return list(np.array(seconds).T)
 
 
 def _linear(session: Session) -> Measured:

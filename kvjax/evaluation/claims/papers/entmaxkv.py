@@ -46,11 +46,11 @@ def _details(session: Session) -> dict:
 
 
 def _below(session: Session, what: str) -> Measured:
-    ours, theirs = (getattr(found, what) for found in _layers(session))
+    ours, theirs = (getattr(lost, what) for lost in _layers(session))
     is_share = what == "dropped"
     paired = statistics.paired_shares if is_share else statistics.paired_difference
-    found = paired(theirs, ours)
-    return of_interval(found, details=_details(session))
+    below = paired(theirs, ours)
+    return of_interval(below, details=_details(session))
 
 
 def _support(session: Session) -> Measured:
@@ -97,26 +97,26 @@ def _text(session: Session) -> Measured:
 
 
 def _adaptive(session: Session) -> Measured:
-    found = layers.run(session, ENTMAX, "entmaxkv:budget=none,selector=gaussian")
+    lost = layers.run(session, ENTMAX, "entmaxkv:budget=none,selector=gaussian")
     spec = layers.layer_spec(session, ENTMAX)
     tokens = session.sizes.layer_context - session.sizes.layer_steps
     whole = buffers.kv_bytes(spec, tokens) / spec.batch
-    share = statistics.amount_interval(found.bytes_read / whole)
-    return of_interval(share, details={"error": float(found.error.mean())})
+    share = statistics.amount_interval(lost.bytes_read / whole)
+    return of_interval(share, details={"error": float(lost.error.mean())})
 
 
 def _certificate(session: Session) -> Measured:
     session.needs_thorough()
     budget = session.sizes.layer_context // 8
-    found = layers.run(session, ENTMAX, f"entmaxkv:budget={budget},certified=true")
-    largest = float(found.found.error.max())
+    lost = layers.run(session, ENTMAX, f"entmaxkv:budget={budget},certified=true")
+    largest = float(lost.found.error.max())
     details = {
-        "proved": float(found.found.exact.mean()),
-        "read_in_full": float(found.found.refreshed.mean()),
+        "proved": float(lost.found.exact.mean()),
+        "read_in_full": float(lost.found.refreshed.mean()),
     }
     return in_whole(
         largest,
-        found.found.error.size,
+        lost.found.error.size,
         details=details,
         note=f"For it {details['read_in_full']:.0%} of a layer's steps read its whole "
         "cache",
@@ -131,8 +131,8 @@ def _timed(session: Session) -> dict[str, np.ndarray]:
         every = bench_kernels.operations(sizes)
         chosen = {name: every[name] for name in ("full", "entmax full", SPARSE)}
         del every
-        found = bench_kernels.measure(chosen, 2 * session.sizes.repeats)
-        return {name: np.array(seconds) for name, seconds in found.items()}
+        measured = bench_kernels.measure(chosen, 2 * session.sizes.repeats)
+        return {name: np.array(seconds) for name, seconds in measured.items()}
 
     with steps.optimised():
         return session.once("entmax seconds", run)
@@ -153,13 +153,13 @@ def _recorded_faster(session: Session, than: str, on_gpu: bool) -> Measured:
     for row in rows:
         by_context.setdefault(row["context"], {})[row["name"]] = row["median"]
     curve = {
-        context: found[than] / found[SPARSE]
-        for context, found in sorted(by_context.items())
-        if {than, SPARSE} <= set(found)
+        context: seconds[than] / seconds[SPARSE]
+        for context, seconds in sorted(by_context.items())
+        if {than, SPARSE} <= set(seconds)
     }
     if not curve:
-        said = "" if on_gpu else "; without --quick it is measured"
-        raise NotMeasuredError(f"the recorded run, {when}, lacks {SPARSE!r}{said}.")
+        advice = "" if on_gpu else "; without --quick it is measured"
+        raise NotMeasuredError(f"the recorded run, {when}, lacks {SPARSE!r}{advice}.")
     longest = max(curve)
     details = {"times_as_fast_by_context": curve}
     return without_spread(curve[longest], 1, when=when, details=details)

@@ -54,12 +54,12 @@ def _long_output(session: Session, task: str, model: str, options: str) -> Measu
     steps = max(example.answer_tokens for example in made)
     ours = _ours(session, options)
     theirs = _evicting(session, model, steps, options)
-    found = {
+    scores_of = {
         spec: texts.scores(session, model, task, spec)
         for spec in (ours, theirs, "full")
     }
-    interval = statistics.paired_shares(found[ours], found[theirs])
-    details = {spec: float(scores.mean()) for spec, scores in found.items()}
+    interval = statistics.paired_shares(scores_of[ours], scores_of[theirs])
+    details = {spec: float(scores.mean()) for spec, scores in scores_of.items()}
     return of_interval(interval, details={"scores": details, "model": model})
 
 
@@ -114,12 +114,12 @@ def _attention_only(session: Session) -> Measured:
 def _bytes(session: Session) -> Measured:
     """Bytes of a refresh by attention's weights alone over one that attends to all."""
     spec = session.model(SOFTMAX).decoder.cache_spec(1, 131_072, 64)
-    found = []
+    totals = []
     for options in (",full_attend=false", ""):
         always = "refreshkv:budget=2048,schedule=fixed,stride=1"
         method = session.method(f"{always}{options}")
-        found.append(method.traffic(spec, 131_072).total)
-    return from_shapes(found[0] / found[1], details={"bytes": found})
+        totals.append(method.traffic(spec, 131_072).total)
+    return from_shapes(totals[0] / totals[1], details={"bytes": totals})
 
 
 def _training(session: Session, training: str) -> Measured:
@@ -137,8 +137,8 @@ def _training(session: Session, training: str) -> Measured:
         for method in ("refreshkv", "full")
     )
     above = full.data["nats_above_control"]
-    found = below(ours, "nats_above_control", full_attention=above)
-    return found._replace(
+    gain = below(ours, "nats_above_control", full_attention=above)
+    return gain._replace(
         note="Under full attention they are {mean:.3f} nats [{low:.3f}, {high:.3f}] "
         "above their controls; {n} seeds".format(**above)
     )
@@ -156,16 +156,16 @@ def below(entry: recorded.Entry, key: str, **details: Any) -> Measured:
 
 
 def _speed(session: Session) -> Measured:
-    found = recorded.first(
+    step = recorded.first(
         recorded.entries(session.results, RESULTS, "time"),
         "a decode step of refreshkv",
         lambda e: e["method"].startswith("refreshkv"),
     )
     return without_spread(
-        found.data["times_as_fast_as_full"],
+        step.data["times_as_fast_as_full"],
         1,
-        when=found.when,
-        details={"length": found.data["length"], "method": found.data["method"]},
+        when=step.when,
+        details={"length": step.data["length"], "method": step.data["method"]},
     )
 
 

@@ -57,9 +57,9 @@ def _text(session: Session) -> Measured:
         _nats(session, spec).mean(1)
         for spec in (_quest(session), _retro(session, WINDOW), "full")
     )
-    found = statistics.paired_difference(quest, ours)
+    gain = statistics.paired_difference(quest, ours)
     gap = float((quest - full).mean())
-    return of_interval(found, details={"quest_above_full": gap})
+    return of_interval(gain, details={"quest_above_full": gap})
 
 
 def _keys(session: Session) -> Measured:
@@ -70,9 +70,9 @@ def _keys(session: Session) -> Measured:
             "window 2": _retro(session, WINDOW),
         }.items()
     }
-    found = statistics.paired_difference(errors["quest"], errors["window 2"])
+    gain = statistics.paired_difference(errors["quest"], errors["window 2"])
     details = {name: float(error.mean()) for name, error in errors.items()}
-    return of_interval(found, details={"relative_error": details})
+    return of_interval(gain, details={"relative_error": details})
 
 
 def _recorded(session: Session, part: str, window: int) -> recorded.Entry:
@@ -165,10 +165,10 @@ def _bytes(session: Session) -> Measured:
 def _compiled(session: Session) -> str:
     """Says what the compiler counted of a step: more than the cache it reads."""
     try:
-        found = _recorded(session, "bytes", WINDOW)
+        entry = _recorded(session, "bytes", WINDOW)
     except NotMeasuredError:
         return ""
-    more, context = found.data["counted_over_quest"], found.data["context"]
+    more, context = entry.data["counted_over_quest"], entry.data["context"]
     return (
         "Of all that XLA's program touches, logits too, the compiler counts "
         f"{more:.2f} times Quest's at {context:,} tokens"

@@ -72,15 +72,15 @@ def rank_correlation(
     `n` of the pairs count as independent; the interval of three or fewer is all of
     [-1, 1].
     """
-    found = float(stats.spearmanr(x, y).statistic)
+    rho = float(stats.spearmanr(x, y).statistic)
     details = details or {}
     if n <= 3:
-        return Measured(found, -1.0, 1.0, n, details=details)
-    middle = math.atanh(max(min(found, 1 - 1e-9), 1e-9 - 1))
-    spread = math.sqrt((1 + found**2 / 2) / (n - 3))
+        return Measured(rho, -1.0, 1.0, n, details=details)
+    middle = math.atanh(max(min(rho, 1 - 1e-9), 1e-9 - 1))
+    spread = math.sqrt((1 + rho**2 / 2) / (n - 3))
     half = float(stats.norm.ppf(0.975)) * spread
     low, high = math.tanh(middle - half), math.tanh(middle + half)
-    return Measured(found, min(low, found), max(high, found), n, details=details)
+    return Measured(rho, min(low, rho), max(high, rho), n, details=details)
 
 
 RESULTS = "*-topk-completion.json"
@@ -141,12 +141,12 @@ def _reads(session: Session) -> Measured:
 
 
 def _state(session: Session) -> Measured:
-    found = {}
+    sizes = {}
     for context in (_SHORT, _LONG):
         method, spec = _of_8b(session, context, "")
         state = jax.eval_shape(lambda m=method, s=spec: m.finish(m.init(s)))
-        found[context] = num_bytes((state.summary, state.params))
-    return from_shapes(found[_LONG] / found[_SHORT], details={"bytes": found[_LONG]})
+        sizes[context] = num_bytes((state.summary, state.params))
+    return from_shapes(sizes[_LONG] / sizes[_SHORT], details={"bytes": sizes[_LONG]})
 
 
 _MAPS = "Maps that need no training (anchor); the paper trains its map"
