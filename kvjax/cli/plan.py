@@ -206,16 +206,16 @@ def _print(document) -> None:
         print()
     terminal.show(headings, cells)
     print()
-    for line in _said(document):
+    for line in _notes(document):
         terminal.say(line)
 
 
-def _said(document) -> list[str]:
+def _notes(document) -> list[str]:
     rows = "1 row" if document["batch"] == 1 else f"{document['batch']} rows"
-    said = f"{document['new_tokens']:,} of them generated. GB are 1e9 bytes."
+    generated = f"{document['new_tokens']:,} of them generated. GB are 1e9 bytes."
     lines = [
         f"Weights {planning.gigabytes(document['weights'])} GB ({document['dtype']}); "
-        f"{rows} of {document['context']:,} tokens, {said}",
+        f"{rows} of {document['context']:,} tokens, {generated}",
         "prompt, decode: states while the prompt is read and while tokens are "
         "generated. temp.: an estimate. peak: with weights and temporaries. read: of "
         "all rows, by one step. Devices: the most tokens a second that these bytes "

@@ -62,14 +62,14 @@ def reproduce(
         settings=shared.sizes._asdict(),
     )
 
-    def found(rows):
+    def document_of(rows):
         return claims_page.document(rows, about, quick=quick, asked=len(chosen))
 
     with show_progress(len(chosen)) as progress:
 
         def finished(rows):
             # Row by row: what is interrupted keeps what it has.
-            claims_page.write_results(out, found(rows))
+            claims_page.write_results(out, document_of(rows))
             progress(rows[-1].claim.name, 1.0)
 
         rows = runner.run(
@@ -79,7 +79,7 @@ def reproduce(
             started=lambda claim: progress(claim.name, 0.0),
             finished=finished,
         )
-    document = found(rows)
+    document = document_of(rows)
     written = (
         claims_page.write_page(out, document),
         claims_page.write_results(out, document),

@@ -41,7 +41,7 @@ def document(
     return files.json_ready(results)
 
 
-def here(row: Mapping[str, Any]) -> str:
+def value_and_interval(row: Mapping[str, Any]) -> str:
     """The value with its interval."""
     if row["value"] is None:
         return "-"
@@ -67,7 +67,7 @@ def cells(row: Mapping[str, Any]) -> list[str]:
     return [
         f"{row['claim']} ({row['source']})",
         row["paper"],
-        f"{here(row)}\n{row['measures']}; bar {row['bar']}",
+        f"{value_and_interval(row)}\n{row['measures']}; bar {row['bar']}",
         str(row["n"]) if row["n"] else "-",
         measured,
         row["verdict"],

@@ -84,10 +84,13 @@ class Effect(NamedTuple):
                 return "direction only", "the spread is not known"
             return "direction only", f"the interval holds {_say(self.none)}, no effect"
         if sign * (found.value - self.bar) < 0:
-            return "direction only", f"smaller than claimed: the bar is {self.said()}"
+            return (
+                "direction only",
+                f"smaller than claimed: the bar is {self.describe()}",
+            )
         return "reproduced", f"the interval is {side} {_say(self.none)}, no effect"
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """The bar in symbols."""
         if self.bar == self.none:
             return ("> " if self.better == "higher" else "< ") + _say(self.none)
@@ -110,14 +113,14 @@ class Within(NamedTuple):
         sign = 1.0 if self.better == "higher" else -1.0
         worst = found.low if self.better == "higher" else found.high
         if not sign * (found.value - self.bound) >= 0:
-            return "not reproduced", f"outside the bar of {self.said()}"
+            return "not reproduced", f"outside the bar of {self.describe()}"
         if sign * (worst - self.bound) >= 0:
-            return "reproduced", f"the whole interval is {self.said()}"
+            return "reproduced", f"the whole interval is {self.describe()}"
         if math.isinf(worst):
             return "direction only", "the spread is not known"
-        return "direction only", f"the interval is not all {self.said()}"
+        return "direction only", f"the interval is not all {self.describe()}"
 
-    def said(self) -> str:
+    def describe(self) -> str:
         """The bar in symbols."""
         return ("≥ " if self.better == "higher" else "≤ ") + _say(self.bound)
 
@@ -186,8 +189,8 @@ def judge(
             f"{claim.name}: value={found.value} must be finite and within its interval "
             f"[{found.low}, {found.high}]."
         )
-    verdict, said = claim.bar.verdict(found)
-    parts = [said, claim.because.get(verdict, ""), claim.note, found.note]
+    verdict, reason = claim.bar.verdict(found)
+    parts = [reason, claim.because.get(verdict, ""), claim.note, found.note]
     reason = " ".join(f"{part[0].upper()}{part[1:]}." for part in parts if part)
     return Row(claim, found, verdict, reason, seconds, cpu_seconds)
 
@@ -207,7 +210,7 @@ def as_dict(row: Row) -> dict[str, Any]:
         "source": claim.source,
         "paper": claim.paper,
         "measures": claim.value,
-        "bar": claim.bar.said(),
+        "bar": claim.bar.describe(),
         "none": claim.bar.none,
         "better": claim.bar.better,
         "value": None,

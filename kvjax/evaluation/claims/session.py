@@ -104,7 +104,7 @@ class Session(NamedTuple):
     results: pathlib.Path
     done: dict[Hashable, Any]
 
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
+    def remember(self, key: Hashable, make: Callable[[], T]) -> T:
         """Calls `make`; the second time, returns what it gave."""
         if key not in self.done:
             self.done[key] = make()
@@ -112,7 +112,7 @@ class Session(NamedTuple):
 
     def model(self, name: str) -> LanguageModel:
         """A model, loaded once."""
-        return self.once(("model", name), lambda: self.load(name))
+        return self.remember(("model", name), lambda: self.load(name))
 
     def needs_thorough(self) -> None:
         """Raises NotMeasuredError where `--quick` leaves a claim out."""
@@ -121,7 +121,7 @@ class Session(NamedTuple):
 
     def method(self, spec: str) -> Method:
         """A method, made once: the same object finds the same compiled program."""
-        return self.once(("method", spec), lambda: self.parse(spec))
+        return self.remember(("method", spec), lambda: self.parse(spec))
 
 
 SOFTMAX, ENTMAX, REFRESHED = "embedded-softmax", "embedded-entmax", "embedded-refreshkv"

@@ -127,20 +127,20 @@ def ask(tokenizer: Tokenizer, question: str, answer: str) -> Asked:
     encode, decode = tokenizer.encode, tokenizer.decode
     whole = encoding.begin(encode, question + answer)
 
-    def said(end: int) -> str:
+    def reply(end: int) -> str:
         return continuation(decode, whole[:end], whole[end:])
 
     end = encoding.shared(encoding.begin(encode, question), whole)
     least = max(end - 8, 0)
-    while end > least and not said(end).endswith(answer):
+    while end > least and not reply(end).endswith(answer):
         end -= 1
-    while end < len(whole) and said(end + 1).endswith(answer):
+    while end < len(whole) and reply(end + 1).endswith(answer):
         end += 1
-    joined = said(end).removesuffix(answer)
-    if not said(end).endswith(answer) or not question.endswith(joined):
+    joined = reply(end).removesuffix(answer)
+    if not reply(end).endswith(answer) or not question.endswith(joined):
         raise ValueError(
             f"the tokenizer cannot say {answer[:40]!r} behind {question[-20:]!r}: the "
-            f"tokens of both decode to {said(end)[:40]!r}. Use a model with another "
+            f"tokens of both decode to {reply(end)[:40]!r}. Use a model with another "
             "tokenizer for this task."
         )
     text = question.removesuffix(joined)

@@ -89,15 +89,15 @@ def inputs(session: Session, name: str) -> Inputs:
             n=sizes.layer_windows,
             seed=SEED,
         )
-        return seen(model, np.array(windows, np.int32))
+        return record_inputs(model, np.array(windows, np.int32))
 
-    return session.once(("layers", name), record)
+    return session.remember(("layers", name), record)
 
 
-def seen(model: LanguageModel, tokens: np.ndarray) -> Inputs:
+def record_inputs(model: LanguageModel, tokens: np.ndarray) -> Inputs:
     """Queries, keys and values of all layers, for rows of tokens `(W, S)`."""
     # A row at a time: attention of all of them at once may not fit.
-    rows = [_seen(model.decoder, model.params, row[None]) for row in tokens]
+    rows = [_record_inputs(model.decoder, model.params, row[None]) for row in tokens]
     layers = model.decoder.num_layers
 
     def joined(*parts):  # (L, ...) each, to (L * W, ...)
@@ -108,7 +108,7 @@ def seen(model: LanguageModel, tokens: np.ndarray) -> Inputs:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _seen(decoder, params, tokens):
+def _record_inputs(decoder, params, tokens):
     full = dense.method()
     specs = layer_specs(decoder, *tokens.shape)
     lengths = jnp.full(tokens.shape[:1], tokens.shape[1], jnp.int32)
@@ -135,7 +135,7 @@ def truth(session: Session, name: str) -> Truth:
     def measure() -> Truth:
         return _truth(layer_spec(session, name), inputs(session, name))
 
-    return session.once(("truth", name), measure)
+    return session.remember(("truth", name), measure)
 
 
 def run(session: Session, name: str, method: str) -> Layers:
@@ -158,7 +158,7 @@ def run(session: Session, name: str, method: str) -> Layers:
             float(token),
         )
 
-    return session.once(("layers", name, method), measure)
+    return session.remember(("layers", name, method), measure)
 
 
 @functools.partial(jax.jit, static_argnums=0)

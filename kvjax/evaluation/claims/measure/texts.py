@@ -47,7 +47,7 @@ def text(
             watch=watch,
         )
 
-    return session.once(("text", model, method), run)
+    return session.remember(("text", model, method), run)
 
 
 def log_probs(session: Session, model: str, method: str) -> Float[np.ndarray, "W T"]:
@@ -83,4 +83,4 @@ def scores(session: Session, model: str, task: str, method: str) -> np.ndarray:
         )
         return np.array([x.score(answer) for x, answer in zip(made, said, strict=True)])
 
-    return session.once(("scores", model, task, method), run)
+    return session.remember(("scores", model, task, method), run)

@@ -61,7 +61,7 @@ def _nats(session: Session, spec: str) -> np.ndarray:
         )
         return -read.log_probs[:, 2 * sizes.cache :].mean(1, dtype=np.float64)
 
-    return session.once(("cascade text", spec), run)
+    return session.remember(("cascade text", spec), run)
 
 
 def _perplexity(session: Session) -> Measured:
@@ -121,7 +121,7 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
             shares.append(len(recalled.strip()) / len(example.answer.strip()))
         return np.array(shares)
 
-    return session.once(("recalled", spec, doublings), run)
+    return session.remember(("recalled", spec, doublings), run)
 
 
 def _recall(session: Session, doublings: int) -> Measured:
@@ -171,7 +171,7 @@ def _seconds(session: Session, *runs: tuple[str, int]) -> list[np.ndarray]:
 
     def of_a_token(spec: str, length: int) -> float:
         method = session.method(spec)
-        read = session.once(
+        read = session.remember(
             ("chunk", spec), lambda: jax.jit(method.prefill, donate_argnums=0)
         )
         state = method.init(cache_spec)
