@@ -178,7 +178,8 @@ def save_tensors(
 def save_npz(path: str | pathlib.Path, arrays: Mapping[str, Any]) -> None:
     """Writes a compressed `.npz` file, whole or not at all."""
     with replacing(path) as new:
-        np.savez_compressed(new, **{name: dense(x) for name, x in arrays.items()})
+        dense_arrays: dict[str, Any] = {name: dense(x) for name, x in arrays.items()}
+        np.savez_compressed(new, **dense_arrays)
 
 
 def reason(error: Exception) -> str:
@@ -189,7 +190,7 @@ def reason(error: Exception) -> str:
     return os.strerror(int(code[1])) if code else " ".join(str(error).split())[:200]
 
 
-def json_ready(value):
+def json_ready(value: Any) -> Any:
     """JSON knows no infinity and no NaN: they become null. Tuples become lists."""
     if isinstance(value, Mapping):
         return {key: json_ready(item) for key, item in value.items()}

@@ -121,7 +121,7 @@ class Guard:
                 break
             if _LOOK is not None and not self._raised:
                 # A real one: the main thread may sleep.
-                signal.pthread_kill(threading.main_thread().ident, _LOOK)
+                signal.pthread_kill(threading.main_thread().ident or 0, _LOOK)
         if not self._said.acquire(blocking=False):
             time.sleep(1.0)
         else:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 import traceback
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -71,7 +71,8 @@ def run(arguments: list[str]) -> int:
         # Usage errors of typer, whose class moved between its versions.
         if getattr(error, "exit_code", None) != 2:
             raise
-        return _complain(error.format_message())
+        usage: Any = error
+        return _complain(usage.format_message())
     if code == interrupts.CODE:  # newer versions of typer end so, without a word
         return _complain("interrupted.", interrupts.CODE)
     return code if isinstance(code, int) else 0

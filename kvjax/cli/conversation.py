@@ -1,10 +1,11 @@
 """`kvjax generate --chat` with `--save` or `--resume`: a conversation, turn by turn."""
 
+import functools
 import pathlib
 import sys
 
 from kvjax import registry
-from kvjax.cli.options import first_messages, load
+from kvjax.cli.options import load
 from kvjax.cli.prefix import Options, Turn, library, restored
 
 
@@ -26,7 +27,7 @@ def begun(
 
     name = registry.canonical(method or "full")
     parsed = registry.parse(name)
-    messages = first_messages(text, True, system)
+    messages = opening(text, system)
     language_model = load(model, dtype)
     chosen = options(language_model)
     read = conversation.read(
@@ -119,16 +120,41 @@ def _turn(
     # The reply is read behind the turn, as the template writes it.
     new_tokens = options["max_new_tokens"] + closing
     conversation.check_room(model, method, read, new_tokens)
-    kept = None if save is None else conversation.copied(read)
-    events = prefix.stream(model, method, read, **options)
-
-    def keep(generation) -> None:
-        replied = conversation.with_reply(messages, generation.text)
-        whole = conversation.go_on(
-            model, method, kept, replied, reply=False, chunk_size=chunk_size
+    keep = None
+    if save is not None:
+        keep = functools.partial(
+            _keep,
+            save,
+            model,
+            (name, method),
+            conversation.copied(read),
+            messages,
+            chunk_size,
+            replace,
         )
-        names = {"method_name": name, "messages": replied}
-        prefix.save(save, model, whole.prefix, replace=replace, **names)
+    events = prefix.stream(model, method, read, **options)
+    return Turn(model, name, len(read.prompts[0]), events, options, keep)
 
-    size = len(read.prompts[0])
-    return Turn(model, name, size, events, options, None if kept is None else keep)
+
+def _keep(save, model, named, kept, messages, chunk_size, replace, generation) -> None:
+    """Writes the conversation to the folder `save`, with the reply in it."""
+    from kvjax.decoding import conversation
+
+    name, method = named
+    replied = conversation.with_reply(messages, generation.text)
+    whole = conversation.go_on(
+        model,
+        method,
+        kept,
+        replied,
+        reply=False,
+        chunk_size=chunk_size,
+    )
+    library().save(
+        save,
+        model,
+        whole.prefix,
+        replace=replace,
+        method_name=name,
+        messages=replied,
+    )

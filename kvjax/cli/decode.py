@@ -4,7 +4,7 @@ import json
 import pathlib
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -163,7 +163,7 @@ def _turn(resume, save, chat, system, room, wanted) -> Turn:
     return _alone(first_messages(wanted["text"], chat, system), **wanted)
 
 
-def _asked(**options: float | None) -> dict[str, float]:
+def _asked(**options: Any) -> dict[str, Any]:
     """The options of sampling that were asked for, checked."""
     from kvjax.decoding.sampling import Sampling, validate
 

@@ -11,7 +11,7 @@ import pathlib
 import sys
 import warnings
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -340,6 +340,11 @@ def first_messages(
         if system is not None:
             raise ValueError("--system is the beginning of a conversation: add --chat.")
         return None
+    return opening(text, system)
+
+
+def opening(text: str, system: str | None) -> list[dict[str, str]]:
+    """The messages of a conversation that begins with `text`."""
     first = [] if system is None else [{"role": "system", "content": system}]
     return [*first, {"role": "user", "content": text}]
 
@@ -352,7 +357,8 @@ def tokenize(
     """Token ids of a text, or of a conversation up to the reply."""
     if messages is None:
         return encoding.begin(model.tokenizer.encode, text)
-    return model.tokenizer.apply_chat_template(messages)
+    chat: Any = model.tokenizer
+    return chat.apply_chat_template(messages)
 
 
 def positive(**values: int) -> None:

@@ -3,7 +3,7 @@
 import json
 import pathlib
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import typer
@@ -109,7 +109,7 @@ class Turn(NamedTuple):
     model: kvjax.LanguageModel
     method: str
     prompt_tokens: int  # in the caches
-    events: Generator  # as those of `kvjax.decoding.generate.stream`
+    events: Iterator[tuple[int, str]]  # of `kvjax.decoding.generate.stream`
     options: dict[str, Any]  # of the generation
     keep: Callable[[Any], None] | None = None  # writes the state with the reply in it
 

@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 EVERY = 30.0  # seconds between two lines
 
@@ -61,7 +62,7 @@ def _bars(total: int) -> Iterator[Update]:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    bars: dict[str, int] = {}
+    bars: dict[str, Any] = {}
     done: dict[str, float] = {}
     with Progress(*columns, console=Console(stderr=True)) as bar:
         whole = bar.add_task("all", total=total) if total > 1 else None

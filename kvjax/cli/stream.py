@@ -122,7 +122,8 @@ def stream(
 def _blocks(path: pathlib.Path) -> Iterator[bytes]:
     """Reads what is there, as soon as there is any."""
     if str(path) == "-":
-        yield from iter(lambda: sys.stdin.buffer.read1(BLOCK), b"")
+        stdin: Any = sys.stdin.buffer
+        yield from iter(lambda: stdin.read1(BLOCK), b"")
         return
     with path.open("rb") as file:
         yield from iter(lambda: file.read1(BLOCK), b"")

@@ -1,6 +1,7 @@
 """`kvjax train`: a config, a folder, and the model and text that the config names."""
 
 import dataclasses
+import functools
 import glob
 import hashlib
 import importlib
@@ -55,10 +56,10 @@ def train(
     if config is None and not resume:
         known = ", ".join(config_files.presets())
         raise ValueError(f"give --config a YAML file or a preset ({known}).")
-    source, changes = config or out / run_folder.CONFIG, changes or ()
-    settings = config_files.load(source, changes)
+    source, overrides = config or out / run_folder.CONFIG, changes or []
+    settings = config_files.load(source, overrides)
     if setting is not None and settings.refreshkv is None:
-        settings = config_files.load(source, [f"{setting}={{}}", *changes])
+        settings = config_files.load(source, [f"{setting}={{}}", *overrides])
     settings = config_files.located(settings)
     texts = _texts(settings)
     keep_compiled_code()
@@ -141,20 +142,15 @@ def _model(
         print_notes(loaded.decoder)
         loaded = loaded._replace(decoder=decoder_of(settings))
 
-        def init(shardings):
-            return jax.device_put(loaded.params, shardings)
-
+        init = functools.partial(jax.device_put, loaded.params)
     else:
-        own = llama.from_hf(section.config).dtype
+        own = llama.from_hf(section.config or {}).dtype
         decoder = decoder_of(settings)
         tokenizer = _tokenizer(settings, texts, out, decoder, resume)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         loaded = kvjax.LanguageModel(decoder, None, tokenizer, eos)
 
-        def init(shardings):
-            return jax.jit(
-                lambda: decoder.init(settings.seed), out_shardings=shardings
-            )()
+        init = functools.partial(_drawn_weights, decoder, settings.seed)
 
     dtype = jnp.dtype(section.dtype or own).name
     if dtype != "float32":
@@ -171,10 +167,16 @@ def _model(
     return _Model(loaded.decoder, loaded.tokenizer, init, save)
 
 
+def _drawn_weights(decoder: Any, seed: int, shardings: Any) -> Any:
+    import jax
+
+    return jax.jit(lambda: decoder.init(seed), out_shardings=shardings)()
+
+
 def _tokenizer(settings: "Config", texts: _Texts, out, decoder, resume: bool) -> Any:
     from models import embedded, llama
 
-    name, folder = settings.model.tokenizer, out / "tokenizer"
+    name, folder = str(settings.model.tokenizer), out / "tokenizer"
     if name != "train":
         is_ours = name.startswith(embedded.PREFIX)
         folder = embedded.path(name) if is_ours else pathlib.Path(name)

@@ -145,6 +145,7 @@ def _compiled(operation):
 
 
 def _seconds(run, calls):
+    out = None
     start = time.perf_counter()
     for _ in range(calls):
         out = run()

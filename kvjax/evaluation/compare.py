@@ -8,7 +8,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -115,17 +115,18 @@ def compare(
     order = [reference, *(name for name in methods if name != reference)]
     sizes = {name: _bytes(model, method, settings) for name, method in methods.items()}
     wanted = {name: methods[name] for name in order if name not in known}
-    shapes = {
+    if not wanted:
+        return []
+    shapes: dict[str, Any] = {
         "new_tokens": settings.new_tokens,
         "batch": settings.batch,
         "chunk_size": settings.chunk_size,
     }
-    if wanted:
-        with _named([reference]):
-            expected = compare_runs.predict(
-                model, methods[reference], inputs.windows, **shapes
-            )
-        compare_runs.drop_programs()
+    with _named([reference]):
+        expected = compare_runs.predict(
+            model, methods[reference], inputs.windows, **shapes
+        )
+    compare_runs.drop_programs()
     numbered = [
         (task, index, example)
         for task in TASKS
@@ -167,7 +168,7 @@ def compare(
                 **shapes,
             )
         compare_runs.drop_programs()
-        for name, *results in zip(names, answered, followed, strict=True):
+        for name, replies, losses in zip(names, answered, followed, strict=True):
             seconds = compare_runs.seconds_to_read(
                 model,
                 methods[name],
@@ -177,11 +178,17 @@ def compare(
             )
             compare_runs.drop_programs()
             read, held = sizes[name]
-            layers = results[1].layers
+            layers = losses.layers
             measured = measured_bytes(model, methods[name], layers, settings)
             num_bytes = read, measured, held
             rows[name] = _row(
-                name, num_bytes, inputs, *results, expected.log_probs, seconds
+                name,
+                num_bytes,
+                inputs,
+                replies,
+                losses,
+                expected.log_probs,
+                seconds,
             )
             if name == reference:
                 rows[name] = _of_itself(rows[name])
@@ -348,4 +355,6 @@ def by_depth(
         count = counts.setdefault(example.depth, [0, 0])
         count[0] += reached == 1
         count[1] += 1
-    return tuple((depth, *counts[depth]) for depth in sorted(counts))
+    return tuple(
+        (depth, correct, asked) for depth, (correct, asked) in sorted(counts.items())
+    )

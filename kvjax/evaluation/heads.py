@@ -272,7 +272,7 @@ def _look(
 def _all_weights(
     decoder: Any, params: Any, tokens: Int[Array, "1 T"]
 ) -> Float[Array, "L Hq T T"]:
-    weights: list[Array | None] = [None] * decoder.num_layers
+    weights: dict[int, Array] = {}
 
     def attention(layer, q, k, v):
         weigh = _weigher(decoder, layer, q, k)
@@ -280,7 +280,7 @@ def _all_weights(
         return _attend(weigh, v, q.dtype)
 
     decoder.hidden(params, tokens, attention)
-    return jnp.stack(weights)
+    return jnp.stack([weights[layer] for layer in range(decoder.num_layers)])
 
 
 def _weigher(decoder, layer, q, k) -> Callable[[Array], Array]:

@@ -77,10 +77,16 @@ def fit(
         )
         for name, method in methods.items()
     }
-    for tried in _tries(settings, room):
-        fitted = Fit(*tried, _need(decoder, methods, plans, settings, *tried))
-        if free is None or fitted.need.total <= free:
+    fits = (
+        Fit(*tried, _need(decoder, methods, plans, settings, *tried))
+        for tried in _tries(settings, room)
+    )
+    fitted = next(fits)
+    while free is not None and fitted.need.total > free:
+        smaller = next(fits, None)
+        if smaller is None:
             break
+        fitted = smaller
     return fitted
 
 

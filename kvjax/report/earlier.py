@@ -71,7 +71,7 @@ def rows(
             the first difference.
     """
     before, settings = comparison["manifest"], comparison["manifest"]["settings"]
-    pairs = {"format": (comparison.get("format"), FORMAT)}
+    pairs: dict[str, tuple[Any, Any]] = {"format": (comparison.get("format"), FORMAT)}
     for key in ("kvjax", "model", "backend", "device", "cpu_count", *PACKAGES):
         pairs[key] = before.get(key), manifest[key]
     wanted = json_ready(manifest["settings"])

@@ -1,6 +1,7 @@
 """Figures as bytes, inline SVG or files: the same figure gives the same bytes."""
 
 import io
+from typing import Any
 
 KINDS = ("svg", "pdf", "png")  # of files
 
@@ -21,7 +22,11 @@ def drawn(figure, kind: str, name: str = "kvjax") -> bytes:
     import matplotlib
 
     dates = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}
-    options = {"svg.fonttype": "none", "svg.hashsalt": name, "pdf.fonttype": 42}
+    options: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": name,
+        "pdf.fonttype": 42,
+    }
     target = io.BytesIO()
     with matplotlib.rc_context(options):
         figure.savefig(target, format=kind, dpi=150, metadata=dates.get(kind))

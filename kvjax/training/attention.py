@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +74,7 @@ def causal_attention(
     if not (alpha >= 1 and math.isfinite(alpha)):
         raise ValueError(f"{alpha=} must be at least 1 (softmax) and finite.")
 
-    def attention(layer, q, k, v):
+    def attention(layer: int, q: Array, k: Array, v: Array) -> Any:
         del layer
         _check(q, k, v, segments, positions)
         where = positions

@@ -5,6 +5,7 @@ B    rows    T    targets per row    n    targets of one sequence
 
 from typing import NamedTuple
 
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -15,9 +16,9 @@ class Sample(NamedTuple):
     earlier in the sequence, over which accuracy is counted.
     """
 
-    tokens: Int[Array, "n1"]  # n + 1
-    weights: Float[Array, "n"]
-    answers: Bool[Array, "n"]
+    tokens: Int[np.ndarray, "n1"]  # n + 1
+    weights: Float[np.ndarray, "n"]
+    answers: Bool[np.ndarray, "n"]
 
 
 class Batch(NamedTuple):

@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pydantic
@@ -201,7 +201,7 @@ def _override(document: dict, item: str) -> None:
     if not _is_known(place):
         raise ValueError(f"--set {item}: {_unknown(place)}")
     node: Any = document
-    for depth, part in enumerate(place):
+    for depth, part in enumerate(cast(tuple[Any, ...], place)):
         # A bare number is a key of `lengths`, or an index of a list.
         if isinstance(node, list) and not (isinstance(part, int) and part < len(node)):
             raise ValueError(
@@ -255,10 +255,10 @@ def _is_known(place: Place) -> bool:
 def _unknown(place: Place) -> str:
     name, text = str(place[-1]), ".".join(map(str, place))
     pattern = tuple("*" if isinstance(part, int) else part for part in place)
-    names = {known[-1]: known for known in sorted(_PLACES) if known[-1] != "*"}
+    names = {str(known[-1]): known for known in sorted(_PLACES) if known[-1] != "*"}
     siblings = {
-        known[-1]: known for known in _PLACES if known[:-1] == pattern[:-1]
-    } or {known[0]: known for known in _PLACES if len(known) == 1}
+        str(known[-1]): known for known in _PLACES if known[:-1] == pattern[:-1]
+    } or {str(known[0]): known for known in _PLACES if len(known) == 1}
     for candidates, cutoff in ((siblings, 0.6), (names, 0.8), (siblings, 0.0)):
         nearest = difflib.get_close_matches(name, sorted(candidates), 1, cutoff)
         if nearest and nearest != ["*"]:
@@ -381,6 +381,7 @@ def check_resume(
 
 def _apart(a: float, b: float) -> tuple[str, str]:
     """Two numbers that differ, with the digits that tell them apart, three at least."""
+    shown = "", ""
     for digits in range(3, 17):
         shown = f"{a:.{digits}g}", f"{b:.{digits}g}"
         if shown[0] != shown[1]:

@@ -88,8 +88,8 @@ def _promoting(tx: optax.GradientTransformation) -> optax.GradientTransformation
         with jax.numpy_dtype_promotion("standard"):
             return tx.init(params)
 
-    def update(grads, state, params=None):
+    def update(updates, state, params=None):
         with jax.numpy_dtype_promotion("standard"):
-            return tx.update(grads, state, params)
+            return tx.update(updates, state, params)
 
     return optax.GradientTransformation(init, update)

@@ -122,15 +122,15 @@ def pack(samples: Sequence[tuple[Sample, int]], length: int) -> Batch:
     Raises:
         ValueError: if they do not fit, or a sample's parts do not.
     """
-    row = Batch(
-        tokens=np.zeros(length, np.int32),
-        targets=np.zeros(length, np.int32),
-        weights=np.zeros(length, np.float32),
-        answers=np.zeros(length, bool),
-        sources=np.full(length, samples[0][1], np.int32),
-        segments=np.zeros(length, np.int32),
-        positions=np.zeros(length, np.int32),
-    )
+    row: dict[str, Any] = {
+        "tokens": np.zeros(length, np.int32),
+        "targets": np.zeros(length, np.int32),
+        "weights": np.zeros(length, np.float32),
+        "answers": np.zeros(length, bool),
+        "sources": np.full(length, samples[0][1], np.int32),
+        "segments": np.zeros(length, np.int32),
+        "positions": np.zeros(length, np.int32),
+    }
     start = 0
     for number, (sample, source) in enumerate(samples, 1):
         n = len(sample.tokens) - 1
@@ -141,15 +141,15 @@ def pack(samples: Sequence[tuple[Sample, int]], length: int) -> Batch:
                 f"{len(sample.answers)} answers does not fit a row of {length} that "
                 f"holds {start} already."
             )
-        row.tokens[start:end] = sample.tokens[:-1]
-        row.targets[start:end] = sample.tokens[1:]
-        row.weights[start:end] = sample.weights
-        row.answers[start:end] = sample.answers
-        row.sources[start:end] = source
-        row.segments[start:end] = number
-        row.positions[start:end] = np.arange(n)
+        row["tokens"][start:end] = sample.tokens[:-1]
+        row["targets"][start:end] = sample.tokens[1:]
+        row["weights"][start:end] = sample.weights
+        row["answers"][start:end] = sample.answers
+        row["sources"][start:end] = source
+        row["segments"][start:end] = number
+        row["positions"][start:end] = np.arange(n)
         start = end
-    return row
+    return Batch(**row)
 
 
 def stack(rows: Sequence[Batch], *, packed: bool) -> Batch:

@@ -41,7 +41,7 @@ def of_state(tree: Any, mesh: jax.sharding.Mesh) -> Any:
     parts = mesh.shape["fsdp"]
 
     def of_leaf(leaf):
-        axes = [None] * len(leaf.shape)
+        axes: list[str | None] = [None] * len(leaf.shape)
         fitting = [i for i, size in enumerate(leaf.shape) if size % parts == 0]
         if fitting and parts > 1:
             axes[max(fitting, key=lambda i: leaf.shape[i])] = "fsdp"

@@ -138,10 +138,10 @@ def _tiled(q, k, v, query_positions, key_positions, scores):
     # A padded row sees no key.
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
     positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
-    of_rows = key_positions is not None and key_positions.ndim == 4
-    if of_rows:
+    by_row = None
+    if key_positions is not None and key_positions.ndim == 4:
         widths = ((0, 0), (0, 0), (0, padding), (0, 0))
-        key_positions = jnp.pad(key_positions, widths, constant_values=-1)
+        by_row = jnp.pad(key_positions, widths, constant_values=-1)
 
     def tile(index):
         start = index * size
@@ -150,8 +150,8 @@ def _tiled(q, k, v, query_positions, key_positions, scores):
             for x, axis in ((q, 2), (positions, 1))
         )
         keys_at = key_positions
-        if of_rows:
-            keys_at = lax.dynamic_slice_in_dim(keys_at, start, size, 2)
+        if by_row is not None:
+            keys_at = lax.dynamic_slice_in_dim(by_row, start, size, 2)
         grouped, row_positions = _group(some, k, where)
         held = _held(k, keys_at, grouped.shape[2])
         reach = where.max() if keys_at is None else None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 MAX_STEPS = 40
 
 # tau -> (sum of x ** beta, sum of x ** (beta - 1)) over each row's x = max(z - tau, 0)
-Sums = Callable[[Array], tuple[Array, Array]]
+Sums = Callable[[Array], tuple[Array, ...]]
 
 
 class Threshold(NamedTuple):

@@ -46,7 +46,7 @@ def arguments(
 
 def beside(q: Any, pages: Any, features: int) -> tuple[Any, Surrogate]:
     """Shapes of what other tokens gave, and of a surrogate of so many features."""
-    single = functools.partial(array, dtype=jnp.float32)
+    single: Any = functools.partial(array, dtype=jnp.float32)
     heads = pages.shape[:2]
     surrogate = Surrogate(
         single(*heads, features, q.shape[3]),
@@ -71,7 +71,8 @@ def _completed(context: int, page_size: int, features: int, **sizes: Any) -> Cas
     """The problem of completion, whose weights are of two kinds."""
     function = functools.partial(page_attention, sm_scale=0.1, first_position=4)
     shapes = arguments(context, page_size, **sizes)
-    return Case(function, (*shapes, *beside(*shapes[:2], features)))
+    q, pages = shapes[:2]
+    return Case(function, (*shapes, *beside(q, pages, features)))
 
 
 CASES = {

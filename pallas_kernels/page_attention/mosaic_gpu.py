@@ -84,7 +84,7 @@ def page_attention(
         page_ids, num_pieces, piece, query_positions, mask, first_position
     )
     flags = ()
-    if mask is not None:
+    if mask is not None and order is not None:
         mask = jnp.take_along_axis(mask, order[..., None], axis=2)
         mask = jnp.tile(mask, (1, 1, 1, rows // num_rows)).astype(jnp.int32)
         mask = jnp.pad(mask, ((0, 0), (0, 0), (0, 0), (0, ROWS - rows)))
@@ -207,7 +207,9 @@ def _kernel(
                 flag = ref.at[n, places(i)[j]]
                 flag = plgpu.load(flag, layout=hopper.column(), optimized=False)
                 flag = hopper.across(flag, BLOCK)
-                allowed = flag if j == 0 else jnp.where(is_later, flag, allowed)
+                allowed = (
+                    flag if allowed is None else jnp.where(is_later, flag, allowed)
+                )
         visible = token + offset <= rows_at
         if first_position:
             visible &= token + offset >= first_position

@@ -145,12 +145,10 @@ def _kernel(
 ):
     *refs, buffers, arrived = refs
     start_refs, refs = (refs[:2], refs[2:]) if has_initial else ((), refs)
-    weighing, taken_refs = (), ()
+    weighing, (out_ref, lse_ref, *taken_refs) = [], refs
     if len(refs) > 2:
         *weighing, out_ref, lse_ref, taken_ref, mass_ref = refs
-        taken_refs = taken_ref, mass_ref
-    else:
-        out_ref, lse_ref = refs
+        taken_refs = [taken_ref, mass_ref]
     number, rows, lanes = q_ref.shape
     lists = Lists.of(ids, counts, pages, q_ref, buffers, copies, num_kv_heads)
     num_buffers = lists.num_buffers

@@ -38,7 +38,7 @@ class Tiles:
         """Shape of the rows in step."""
         return self.rows, self.num_tiles * self.lines, LANES
 
-    def at(self, i: jax.Array) -> pl.Slice:
+    def at(self, i: jax.Array) -> slice | pl.Slice:
         """The lines of tile i."""
         return pl.ds(pl.multiple_of(i * self.lines, SUBLANES), self.lines)
 

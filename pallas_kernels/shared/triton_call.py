@@ -108,6 +108,7 @@ def call(
             )
         run = functools.partial(_interpret, kernel, out_shape, grid, static)
         return jax.pure_callback(run, out_shape, *arrays)
+    capability, _ = _gpu() or (None, None)
     return jax_triton.triton_call(
         *arrays,
         kernel=kernel,
@@ -115,7 +116,7 @@ def call(
         grid=grid,
         num_warps=num_warps,
         num_stages=num_stages,
-        compute_capability=_gpu()[0],
+        compute_capability=capability,
         **static,
     )
 

@@ -11,7 +11,7 @@ Bytes: the scores of a short row once, of a long one five times.
 
 import functools
 import math
-from typing import no_type_check
+from typing import Any, no_type_check
 
 import jax
 import jax.numpy as jnp
@@ -93,7 +93,9 @@ def _of_long_rows(scores, count, k, interpret):
     digit = jnp.arange(bins, dtype=jnp.int32)
     threshold = jnp.zeros(num_rows, jnp.uint32)
     above = jnp.zeros((num_rows, parts), jnp.int32)
-    wanted = remaining = None
+    equal = above
+    wanted: Any = None
+    remaining: Any = None  # of those wanted, below the digits found so far
     for shift in range(32 - DIGIT_BITS, -1, -DIGIT_BITS):
         # (rows, parts, bins): keys of the digits found so far, by their next one.
         histogram = call(
@@ -109,11 +111,11 @@ def _of_long_rows(scores, count, k, interpret):
             wanted = remaining = jnp.minimum(count, at_least[:, 0])
         # The highest digit that leaves enough at or above it.
         is_enough = (at_least >= remaining[:, None]) & (digit > 0)
-        found = is_enough.sum(1, dtype=jnp.int32)[:, None]
-        remaining -= jnp.where(digit == found + 1, at_least, 0).sum(1)
-        above += jnp.where(digit > found[:, None], histogram, 0).sum(2)
-        equal = jnp.where(digit == found[:, None], histogram, 0).sum(2)
-        threshold |= found[:, 0].astype(jnp.uint32) << shift
+        highest = is_enough.sum(1, dtype=jnp.int32)[:, None]
+        remaining -= jnp.where(digit == highest + 1, at_least, 0).sum(1)
+        above += jnp.where(digit > highest[:, None], histogram, 0).sum(2)
+        equal = jnp.where(digit == highest[:, None], histogram, 0).sum(2)
+        threshold |= highest[:, 0].astype(jnp.uint32) << shift
     indices = call(
         _top_k_pack,
         scores,

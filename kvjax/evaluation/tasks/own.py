@@ -106,30 +106,28 @@ def _question(where: str, line: str) -> Question:
             f"is a {type(record).__name__}, and must be an object with the keys "
             "context, question and answer."
         )
-    context, question = _context(record), record.get("question")
-    _check("question", question, record)
+    context = _context(record)
+    question = _checked("question", record.get("question"), record)
     answers = record.get("answer")
     answers = answers if isinstance(answers, list) else [answers]
-    for answer in answers or [None]:
-        _check("answer", answer, record)
+    answers = tuple(_checked("answer", x, record) for x in answers or [None])
     # A blank at the end may be one token with what follows: it is the reply's.
     question = question.rstrip(" ")
     text = f"{context}\n\n{question}" if context else question
-    return Question(where, text, tuple(answers))
+    return Question(where, text, answers)
 
 
 def _context(given: Mapping[str, Any]) -> str:
     if given.get("context") == "":
         return ""
     if "context" in given:
-        _check("context", given["context"], given)
-        return given["context"]
+        return _checked("context", given["context"], given)
     if close := difflib.get_close_matches("context", given, 1, cutoff=0.75):
         raise ValueError(f"has {close[0]!r}: write 'context'.")
     return ""
 
 
-def _check(key: str, value: Any, given: Mapping[str, Any]) -> None:
+def _checked(key: str, value: Any, given: Mapping[str, Any]) -> str:
     if key not in given:
         raise ValueError(f"has no {key}, only {', '.join(given) or 'nothing'}.")
     if not isinstance(value, str) or not value.strip():
@@ -140,6 +138,7 @@ def _check(key: str, value: Any, given: Mapping[str, Any]) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise ValueError(f"{key} holds half of a surrogate pair.") from None
+    return value
 
 
 def prompts(

@@ -16,7 +16,7 @@ class Look(NamedTuple):
     is_filled: bool
 
 
-LOOKS = dict(
+LOOKS: dict[str, Look] = dict(
     zip(
         VERDICTS,
         (

@@ -5,6 +5,7 @@ and every cell also says its number.
 """
 
 import pathlib
+from typing import Any
 
 import numpy as np
 
@@ -33,7 +34,8 @@ def figure(result: Heads, path: str | pathlib.Path | None = None):
     from matplotlib.figure import Figure
 
     sheet = Figure(figsize=(13.6, 8.7), layout="constrained", facecolor="white")
-    top, bottom = sheet.subfigures(2, 1, height_ratios=(1.0, 1.45), hspace=0.04)
+    halves: Any = sheet.subfigures(2, 1, height_ratios=(1.0, 1.45), hspace=0.04)
+    top, bottom = halves
     is_softmax = result.alpha == 1
     kind = "softmax" if is_softmax else f"entmax, alpha = {result.alpha:g}"
     sheet.suptitle(
@@ -58,9 +60,13 @@ def figure(result: Heads, path: str | pathlib.Path | None = None):
     for axis, grid in zip(top.subplots(1, len(grids)), grids, strict=True):
         _grid(axis, *grid)
     axes = bottom.subplots(1, len(result.maps), squeeze=False)[0]
-    for index, (axis, shown) in enumerate(zip(axes, result.maps, strict=True)):
-        image = _map(axis, shown, is_first=index == 0)
-    bar = bottom.colorbar(image, ax=axes, shrink=0.8, pad=0.01, ticks=(0, 0.1, 0.5, 1))
+    images = [
+        _map(axis, shown, is_first=index == 0)
+        for index, (axis, shown) in enumerate(zip(axes, result.maps, strict=True))
+    ]
+    bar = bottom.colorbar(
+        images[-1], ax=axes, shrink=0.8, pad=0.01, ticks=(0, 0.1, 0.5, 1)
+    )
     bar.set_label("weight", fontsize=9)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=8, length=0)

@@ -1,6 +1,6 @@
 """Data to train on: a corpus, and named sources that draw samples from it."""
 
-import functools
+from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
@@ -28,8 +28,12 @@ class Source(Protocol):
     def draw(self, rng: np.random.Generator, length: int) -> Sample: ...
 
 
-class _Drawn(NamedTuple):
-    draw: functools.partial
+class _FromCorpus(NamedTuple):
+    function: Callable[[np.random.Generator, Corpus, int], Sample]
+    corpus: Corpus
+
+    def draw(self, rng: np.random.Generator, length: int) -> Sample:
+        return self.function(rng, self.corpus, length)
 
 
 def names() -> tuple[str, ...]:
@@ -39,8 +43,4 @@ def names() -> tuple[str, ...]:
 
 def sources(corpus: Corpus) -> dict[str, Source]:
     """Every source by its name, over one corpus."""
-
-    def drawn(function):
-        return _Drawn(lambda rng, length: function(rng, corpus, length))
-
-    return {name: drawn(function) for name, function in _SOURCES.items()}
+    return {name: _FromCorpus(function, corpus) for name, function in _SOURCES.items()}

@@ -154,7 +154,7 @@ def variables(rng: np.random.Generator, corpus: Corpus, length: int) -> Sample:
     statements: list[list[Piece]] = []
     for which in turns.tolist():
         at = done[which]
-        source = numbers[which] if at == 0 else words[which][at - 1]
+        source = numbers[which] if at == 0 else str(words[which][at - 1])
         mark = UNKNOWABLE if at == 0 else PLAIN
         statements.append(
             [(f"{words[which][at]} = ", PLAIN), (source, mark), ("\n", PLAIN)]

@@ -64,17 +64,18 @@ class Layers(NamedTuple):
     @property
     def error(self) -> Float[np.ndarray, "W"]:
         """Relative L2 error of the outputs, mean over layers and heads."""
-        return self.found.error.mean((0, 2))
+        return np.asarray(self.found.error.mean((0, 2)))
 
     @property
     def dropped(self) -> Float[np.ndarray, "W"]:
         """Attention mass on what was not read."""
-        return self.found.dropped.mean((0, 2))
+        return np.asarray(self.found.dropped.mean((0, 2)))
 
     @property
     def bytes_read(self) -> Float[np.ndarray, "W"]:
         """Bytes of a layer's step: of what was attended to, and of what chooses it."""
-        return self.found.read.mean(0) * self.token_bytes + self.traffic.metadata
+        counted = np.asarray(self.found.read.mean(0))
+        return counted * self.token_bytes + self.traffic.metadata
 
 
 def inputs(session: Session, name: str) -> Inputs:

@@ -1,5 +1,7 @@
 """Held-out text and answers under a method: what several papers' claims look at."""
 
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float
 
@@ -58,7 +60,11 @@ def log_probs(session: Session, model: str, method: str) -> Float[np.ndarray, "W
 def examples(session: Session, model: str, task: str) -> list:
     """Prompts of a task, seeded."""
     sizes, tokenizer = session.sizes, session.model(model).tokenizer
-    options = {"context": sizes.context, "n": sizes.examples, "seed": SEED}
+    options: dict[str, Any] = {
+        "context": sizes.context,
+        "n": sizes.examples,
+        "seed": SEED,
+    }
     if task == "chain":
         return chain_of_key(tokenizer, session.text, **options)
     if task == "extraction":

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import numpy as np
@@ -56,7 +57,8 @@ def _error(session: Session) -> Measured:
 
 def _entropy(session: Session) -> Measured:
     alone, completed = _pair(session)
-    gain = (alone.found.error - completed.found.error).mean(1).ravel()
+    saved = (alone.found.error - completed.found.error).mean(1)
+    gain = np.asarray(saved).ravel()
     entropy = layers.entropies(session, SOFTMAX, num_sinks=SINKS, tail=TAIL).ravel()
     details = {"entropy": entropy.tolist(), "gain": gain.tolist()}
     # Heads of a layer are alike: as samples they count as one.
@@ -72,7 +74,8 @@ def rank_correlation(
     `n` of the pairs count as independent; the interval of three or fewer is all of
     [-1, 1].
     """
-    rho = float(stats.spearmanr(x, y).statistic)
+    correlation: Any = stats.spearmanr(x, y)
+    rho = float(correlation.statistic)
     details = details or {}
     if n <= 3:
         return Measured(rho, -1.0, 1.0, n, details=details)
