@@ -56,8 +56,8 @@ class Steps:
     def __len__(self) -> int:
         return self.config.steps
 
-    def __getitem__(self, step: int) -> Batch:
-        config, step = self.config, int(step)
+    def __getitem__(self, index: int) -> Batch:
+        config, step = self.config, int(index)
         stage = config.stage(step)
         rng = np.random.default_rng([_PLAN, config.data.seed, step])
         shares = np.array(list(stage.lengths.values()))
@@ -67,8 +67,8 @@ class Steps:
         rows = []
         for row in range(self.process * each, (self.process + 1) * each):
             samples = []
-            for index, slot in enumerate(plan[row]):
-                seed = [_SAMPLE, config.data.seed, step, row, index]
+            for place, slot in enumerate(plan[row]):
+                seed = [_SAMPLE, config.data.seed, step, row, place]
                 source = self.sources[config.sources[slot.source]]
                 sample = source.draw(np.random.default_rng(seed), slot.length)
                 samples.append((sample, slot.source))
@@ -154,7 +154,8 @@ def pack(samples: Sequence[tuple[Sample, int]], length: int) -> Batch:
 
 def stack(rows: Sequence[Batch], *, packed: bool) -> Batch:
     """Rows as one batch; without segments and positions unless they are `packed`."""
-    batch = Batch(*map(np.stack, zip(*rows, strict=True)))
+    arrays: list[Any] = [np.stack(parts) for parts in zip(*rows, strict=True)]
+    batch = Batch(*arrays)
     return batch if packed else batch._replace(segments=None, positions=None)
 
 
@@ -167,7 +168,7 @@ def check_batches(
     device and of no more tokens than the largest step has.
     """
     most = max(stage.tokens for stage in config.stages)
-    devices, found = config.mesh.size, {}
+    devices, checks = config.mesh.size, {}
     for name, length in config.checks:
         wanted = max(1, round(config.evaluate.tokens / length))
         each = max(1, min(most // length, wanted) // devices) * devices
@@ -179,8 +180,8 @@ def check_batches(
                 sample = sources[name].draw(np.random.default_rng(seed), length)
                 rows.append(pack([(sample, 0)], length))
             batches.append(stack(rows, packed=False))
-        found[f"{name}@{length}"] = batches
-    return found
+        checks[f"{name}@{length}"] = batches
+    return checks
 
 
 def iterate(steps: Steps, state: Mapping[str, Any] | None = None) -> Any:
