@@ -68,7 +68,7 @@ def results():
 
 @pytest.fixture(scope="module")
 def page(results):
-    return report.html(results)
+    return html_page.html(results)
 
 
 class Reader(html.parser.HTMLParser):
@@ -174,7 +174,7 @@ def test_what_is_held_is_drawn_if_there_is_any(page, results):
     assert page.count("<h2>What is held</h2>") == 1
     assert "streaming_llm:budget=2: 2 of 6 tokens" in page
     assert results["kept"][0]["positions"] == [[0, 1], [0, 3], [0, 5]]
-    assert "What is held" not in report.html(results | {"kept": []})
+    assert "What is held" not in html_page.html(results | {"kept": []})
 
 
 def test_the_heat_map_shows_the_counts_at_their_depths(results):
@@ -271,7 +271,7 @@ def test_the_figure_is_saved_beside_the_report(tmp_path, results):
 
 
 def test_the_same_results_make_the_same_page(page, results):
-    assert report.html(results) == page
+    assert html_page.html(results) == page
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_the_terminal_table_has_every_cell(results, capsys):
 
 def test_a_section_that_was_cut_off_before_its_first_row_is_not_shown(results, capsys):
     cut = {**results, "rows": [], "complete": False}
-    page = report.html(results | {"sections": [cut]})
+    page = html_page.html(results | {"sections": [cut]})
     assert page.count("<h1>") == 1
     report_table.print_table(results)
     alone = capsys.readouterr().out
