@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 from kvjax import registry
-from kvjax.cli.options import load
+from kvjax.cli.options import load, opening
 from kvjax.cli.prefix import Options, Turn, library, restored
 
 
