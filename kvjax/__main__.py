@@ -15,7 +15,7 @@ def main() -> None:
     _open_streams()
     guard = interrupts.Guard()
     # A terminal or a pipe that is not UTF-8 gets a ? for what it cannot show.
-    sys.stdout.reconfigure(errors="replace")  # pyright: ignore
+    sys.stdout.reconfigure(errors="replace")  # pyright: ignore[reportAttributeAccessIssue]
     import kvjax.cli  # takes seconds: signals count already
     from kvjax import files
 

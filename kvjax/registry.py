@@ -291,7 +291,7 @@ def _takes_method(factory: Callable[..., Method]) -> bool:
 
 
 def _made(name: str, *methods: Method, **given) -> Method:
-    """What the factory returns, which must be a method."""
+    """Makes the method; what the factory returns must be one."""
     method = get(name)(*methods, **given)
     if not isinstance(method, Method):
         raise ValueError(

@@ -107,7 +107,8 @@ def with_yes(command: Callable) -> Callable:
     )
     parameters = [*signature.parameters.values(), yes]
     # typer reads the options here.
-    run.__signature__ = signature.replace(parameters=parameters)  # pyright: ignore
+    with_options: Any = run
+    with_options.__signature__ = signature.replace(parameters=parameters)
     return run
 
 

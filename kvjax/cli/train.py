@@ -117,8 +117,9 @@ def decoder_of(settings: "Config") -> Any:
 
     section = settings.model
     if section.checkpoint is None:
-        return llama.LlamaDecoder(llama.from_hf(section.config, dtype="float32"))
-    decoder = models.load_decoder(model_name(section.checkpoint), dtype="float32")
+        return llama.LlamaDecoder(llama.from_hf(section.config or {}, dtype="float32"))
+    name = model_name(section.checkpoint)
+    decoder: Any = models.load_decoder(name, dtype="float32")
     if section.alpha is None:
         return decoder
     config = dataclasses.replace(decoder.config, attention_alpha=section.alpha)
@@ -137,11 +138,11 @@ def _model(
     section = settings.model
     if section.checkpoint is not None:
         name = model_name(section.checkpoint)
-        own = models.load_decoder(name).config.dtype
+        own_decoder: Any = models.load_decoder(name)
+        own = own_decoder.config.dtype
         loaded = models.load(name, dtype="float32")
         print_notes(loaded.decoder)
         loaded = loaded._replace(decoder=decoder_of(settings))
-
         init = functools.partial(jax.device_put, loaded.params)
     else:
         own = llama.from_hf(section.config or {}).dtype
@@ -149,7 +150,6 @@ def _model(
         tokenizer = _tokenizer(settings, texts, out, decoder, resume)
         eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
         loaded = kvjax.LanguageModel(decoder, None, tokenizer, eos)
-
         init = functools.partial(_drawn_weights, decoder, settings.seed)
 
     dtype = jnp.dtype(section.dtype or own).name
@@ -158,7 +158,8 @@ def _model(
             f"{out / 'model'} will be {dtype}, which rounds what float32 has learned: "
             "model.dtype=float32 keeps it."
         )
-    config = dataclasses.replace(loaded.decoder.config, dtype=dtype)
+    trained: Any = loaded.decoder
+    config = dataclasses.replace(trained.config, dtype=dtype)
 
     def save(params, folder):
         written = loaded._replace(decoder=llama.LlamaDecoder(config), params=params)

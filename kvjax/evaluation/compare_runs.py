@@ -10,7 +10,7 @@ import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -386,7 +386,8 @@ def _copied(prefilled: Prefilled) -> Prefilled:
 
 def _predicted(model, method, read, following) -> Predicted:
     scores = continue_scores(model, method, read, following, return_logits=True)
-    return Predicted(scores.log_probs, scores.logits[:, 1:])
+    logits: Any = scores.logits
+    return Predicted(scores.log_probs, logits[:, 1:])
 
 
 def _recorded(model, leader, read, following) -> tuple[fidelity.Steps, ...]:
@@ -405,8 +406,9 @@ def _layers(model, leader, method, first, second, steps) -> fidelity.LayerFideli
         pair = references[layer], candidates[layer]
         references[layer] = candidates[layer] = None
         batch = given.q.shape[1]
-        state = fidelity.joined(*with_layer(pair, 0), batch, num_q_heads)
-        del pair
+        reference, candidate = with_layer(pair, 0)
+        state = fidelity.joined(reference, candidate, batch, num_q_heads)
+        del pair, reference, candidate
         ended = fidelity.run_layer(both, state, given)
         states.append(ended._replace(reference=None, candidate=None))
     return jax.tree.map(np.asarray, fidelity.layers(tuple(states)))

@@ -1,4 +1,4 @@
-"""What every method promises, as checks that any method can be put to.
+"""The promises of every method, as checks that any method can be put to.
 
 Every buffer starts poisoned and padding is huge, so that each comparison also shows
 that nothing unwritten and nothing padded is read. Nothing here needs pytest.
@@ -325,7 +325,7 @@ def jit_equals_eager(subject: Subject) -> None:
 
 
 def wide_types_change_nothing(subject: Subject) -> None:
-    """As under JAX_ENABLE_X64: no integer and no float of ours gets wider by it."""
+    """Checks under JAX_ENABLE_X64: no integer and no float of ours gets wider by it."""
     before = subject.baseline
     with jax.enable_x64(True):
         state, prompt_out = subject.prefill()
@@ -395,7 +395,7 @@ def sharded_over_two_devices_is_the_same(subject: Subject) -> None:
 
 
 def a_spec_is_static_and_a_state_is_arrays_only(subject: Subject) -> None:
-    """What jit needs of both."""
+    """Checks what jit needs of both."""
     state, spec = subject.method.init(subject.spec), subject.spec
     for leaf in jax.tree.leaves(state):
         expect(isinstance(leaf, jax.Array), f"the state holds a {type(leaf).__name__}.")

@@ -144,7 +144,7 @@ def prefill(method: Method, spec: CacheSpec, stream: Stream, chunks=None):
     return state, _prompt_rows(stream, chunks, outs)
 
 
-def prompt_inputs(stream: Stream, chunks: Chunks | None = None, dtype="float32"):
+def prompt_inputs(stream: Stream, chunks: Chunks | None = None, dtype: Any = "float32"):
     """Returns q, k, v, lengths of each chunk, all padded to one size."""
     start, inputs = np.zeros(len(stream.prompts), int), []
     chunks = [stream.prompts] if chunks is None else chunks
@@ -166,7 +166,7 @@ def _prompt_rows(stream, chunks, outs):
     ]
 
 
-def step_inputs(stream: Stream, dtype="float32", rows=1):
+def step_inputs(stream: Stream, dtype: Any = "float32", rows=1):
     """Returns q, k, v of the generated tokens, `(steps, B, H, rows, D)`.
 
     Each behind the generated tokens before it; rows without one are padding, also where
@@ -213,7 +213,9 @@ def run(method: Method, spec: CacheSpec, stream: Stream, chunks=None) -> Run:
 # --- comparing
 
 
-def attended_positions(attended: np.ndarray, num_q_heads: int) -> list[list[int]]:
+def attended_positions(
+    attended: np.ndarray | jax.Array, num_q_heads: int
+) -> list[list[int]]:
     """Returns `(H, N)` of one row as a sorted list of positions per query head."""
     group = num_q_heads // attended.shape[0]
     lists = [sorted(int(j) for j in head if j >= 0) for head in attended]

@@ -5,7 +5,7 @@ pass keeps depends on the backend, on remat and on the dtype, and no estimate fr
 shapes came near enough (NOTES.md), so the compiler is asked.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -50,7 +50,7 @@ def step_memory(decoder: steps.TrainableLM, config: Config) -> list[StepMemory]:
     mesh = sharding.make_mesh(config.mesh)
     tx = optim.optimizer(config, decoder.vocab_size)
     state = steps.state_shapes(decoder, tx, config, mesh)
-    step = steps.make_train_step(decoder, tx, config, mesh)
+    step: Any = steps.make_train_step(decoder, tx, config, mesh)
     shapes = {
         (length, stage.rows(length), stage.shortest is not None)
         for stage in config.stages
@@ -79,7 +79,7 @@ def _batch(rows: int, length: int, packed: bool, mesh: jax.sharding.Mesh) -> Bat
     """Returns the shapes of a batch as :mod:`kvjax.training.pipeline` makes it."""
     placed = sharding.of_batch(mesh)
 
-    def leaf(dtype):
+    def leaf(dtype: Any) -> Any:
         return jax.ShapeDtypeStruct((rows, length), np.dtype(dtype), sharding=placed)
 
     return Batch(

@@ -31,7 +31,7 @@ def optimised(wanted: bool = True) -> Iterator[None]:
 
 
 class Shape(NamedTuple):
-    """Of every batch: what the compiled programs are made for."""
+    """The sizes of every batch: what the compiled programs are made for."""
 
     batch: int
     prompt: int  # most tokens of one
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
 
 class Driven(NamedTuple):
-    """Of each row: what was said, or how likely what was given is."""
+    """The tokens of each row, said or given, and how likely they are."""
 
     tokens: np.ndarray  # (N, steps)
     log_probs: np.ndarray  # (N, steps) nats of these tokens

@@ -59,7 +59,9 @@ def _nats(session: Session, spec: str) -> np.ndarray:
         read = steps.read(
             model, session.method(spec), _shape(session), windows, scored=True
         )
-        return -read.log_probs[:, 2 * sizes.cache :].mean(1, dtype=np.float64)
+        return -np.asarray(read.log_probs)[:, 2 * sizes.cache :].mean(
+            1, dtype=np.float64
+        )
 
     return session.remember(("cascade text", spec), run)
 
@@ -111,7 +113,7 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
             read = steps.read(
                 model, session.method(spec), _shape(session), rows, scored=True
             )
-            likeliest += list(read.likeliest)
+            likeliest += list(np.asarray(read.likeliest))
         decode = model.tokenizer.decode
         shares = []
         for example, row, right in zip(made, whole, likeliest, strict=False):

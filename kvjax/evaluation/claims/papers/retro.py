@@ -1,6 +1,7 @@
 """Claims of "Retrospective Sparse Attention for Efficient Long-Context Generation"."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +108,8 @@ def key_errors(session: Session, spec: str) -> np.ndarray:
     """
 
     def keys(spec):
-        state = _driven(session, spec).states[-1]
+        states: Any = _driven(session, spec).states
+        state = states[-1]
         store = state.store if hasattr(state, "store") else state
         kept = paged.views(store)[0] if hasattr(store, "pages") else store.k
         first = session.sizes.context
