@@ -225,6 +225,7 @@ def test_gguf_metadata(gguf_file, change):
 # --- method specs
 
 NAMES = [*registry.names(), *registry.transforms(), "qest", "", "full ", "é"]
+NAMES += ["kvjax:quest", "kvjax:retro", "math:floor", "no.such:thing", "math:"]
 KNOWN = (*registry.names(), *registry.transforms())
 OPTION_NAMES = sorted({key for name in KNOWN for key in registry.options(name)})
 OPTION_VALUES = st.one_of(

@@ -118,6 +118,8 @@ def tree(tmp_path):
             shutil.copy(ROOT / name, tmp_path / name)
     for name in LINKED:
         (tmp_path / name).symlink_to(ROOT / name)
+    # Pages that are not current are another test's.
+    assert run(tmp_path, "tests/test_readme.py").returncode == 0
     (tmp_path / "kvjax/methods/toy.py").write_text(METHOD)
     with (tmp_path / "kvjax/built_in.py").open("a") as file:
         file.write("from kvjax.methods.toy import toy as toy\n")

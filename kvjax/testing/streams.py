@@ -116,7 +116,15 @@ def make_spec(
     return CacheSpec(**(fields | overrides))
 
 
-def chunk(stream: Stream, start, lengths, dtype="float32", *, size, padding=PADDING):
+def chunk(
+    stream: Stream,
+    start: Any,
+    lengths: Any,
+    dtype: jax.typing.DTypeLike = "float32",
+    *,
+    size: int,
+    padding: float = PADDING,
+):
     """Returns tokens `[start[b], start[b] + lengths[b])` of rows, padded to `size`."""
     size = max(size, 1)
     arrays = []
@@ -144,7 +152,11 @@ def prefill(method: Method, spec: CacheSpec, stream: Stream, chunks=None):
     return state, _prompt_rows(stream, chunks, outs)
 
 
-def prompt_inputs(stream: Stream, chunks: Chunks | None = None, dtype: Any = "float32"):
+def prompt_inputs(
+    stream: Stream,
+    chunks: Chunks | None = None,
+    dtype: jax.typing.DTypeLike = "float32",
+):
     """Returns q, k, v, lengths of each chunk, all padded to one size."""
     start, inputs = np.zeros(len(stream.prompts), int), []
     chunks = [stream.prompts] if chunks is None else chunks
@@ -166,7 +178,7 @@ def _prompt_rows(stream, chunks, outs):
     ]
 
 
-def step_inputs(stream: Stream, dtype: Any = "float32", rows=1):
+def step_inputs(stream: Stream, dtype: jax.typing.DTypeLike = "float32", rows: int = 1):
     """Returns q, k, v of the generated tokens, `(steps, B, H, rows, D)`.
 
     Each behind the generated tokens before it; rows without one are padding, also where
