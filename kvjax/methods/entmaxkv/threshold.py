@@ -1,4 +1,4 @@
-"""The threshold of entmax: estimated from moments, started from counts, corrected.
+"""The threshold of entmax: estimated from moments of the scores, and corrected.
 
 With a = alpha - 1 and beta = 1 / a, scores s have z = a * s and weights
 max(z - tau, 0) ** beta, whose sum is 1 for one tau. Exactly, over scores in hand, it is
@@ -82,7 +82,7 @@ def estimate_threshold(
     def log_mass(tau: Float[Array, "*B"]) -> Float[Array, "2 *B"]:
         """The logs of the mass, and of its derivative's absolute value over beta."""
         t = (middle - tau[..., None]) / spread
-        upper, lower = _log_truncated_moments(t, beta)
+        upper, lower = log_truncated_moments(t, beta)
         parts = jnp.stack(
             [upper + beta * jnp.log(spread), lower + (beta - 1) * jnp.log(spread)]
         )
@@ -109,15 +109,7 @@ def estimate_threshold(
     return jnp.where(is_empty, -jnp.inf, tau)
 
 
-def truncated_moment(
-    mean: Float[Array, "*B"], deviation: Float[Array, "*B"], order: int
-) -> Float[Array, "*B"]:
-    """Computes E[max(Y, 0) ** order] of normal Y, for orders from 1 on."""
-    upper, _ = _log_truncated_moments(mean / deviation, order)
-    return jnp.exp(upper) * deviation**order
-
-
-def _log_truncated_moments(
+def log_truncated_moments(
     t: Float[Array, "*B"], order: int
 ) -> tuple[Float[Array, "*B"], Float[Array, "*B"]]:
     """The logs of E[max(X + t, 0) ** k], X standard normal, k = order and order - 1.
@@ -144,63 +136,6 @@ def _log_truncated_moments(
         for k, tail in zip((order, order - 1), tails, strict=True)
     )
     return upper, lower
-
-
-def histogram_start(
-    scores: Float[Array, "*B S"], *, alpha: float, bins: int = 8
-) -> Float[Array, "*B"]:
-    """Finds t_low, t_low <= tau <= t_low + 1 / bins, from a histogram of the scores.
-
-    Every z but the largest moves down to the edge of its bin in [max - 1, max]; the
-    threshold of so few values follows exactly.
-
-    Args:
-        scores: float32, -inf where masked.
-        alpha: 1.5 or 2.
-        bins: of equal width.
-
-    Raises:
-        ValueError: for another alpha.
-    """
-    beta = gaussian_beta(alpha)
-    if beta > 2:
-        raise ValueError(f"{alpha=}: a histogram's threshold is known for 1.5 and 2.")
-    z = scores / beta
-    top = z.max(-1, keepdims=True)
-    place = (z - (top - 1)) * bins
-    place = jnp.where(place >= 0, jnp.minimum(place, bins - 1).astype(jnp.int32), -1)
-    each = place[..., None, :] == jnp.arange(bins, dtype=jnp.int32)[:, None]
-    counts = each.sum(-1).astype(jnp.float32)
-    counts = counts.at[..., -1].add(-1.0)  # the largest itself stays where it is
-
-    def accept(
-        step: Int[Array, ""], sums: tuple[Array, Array, Array]
-    ) -> tuple[Array, Array, Array]:
-        j = bins - 1 - step
-        edge = j.astype(jnp.float32) / bins
-        count = counts[..., j]
-        number, total, squares = more = (
-            sums[0] + count,
-            sums[1] + count * edge,
-            sums[2] + count * jnp.square(edge),
-        )
-        if beta == 1:
-            inside = total - number * edge < 1
-        else:
-            inside = number * jnp.square(edge) - 2 * total * edge + squares < 1
-        first, second, third = (
-            jnp.where(inside, *pair) for pair in zip(more, sums, strict=True)
-        )
-        return first, second, third
-
-    sums = (jnp.ones_like(top[..., 0]),) * 3
-    number, total, squares = lax.fori_loop(0, bins, accept, sums)
-    if beta == 1:
-        offset = (total - 1) / number
-    else:
-        inner = jnp.square(total) - number * (squares - 1)
-        offset = (total - jnp.sqrt(jnp.maximum(inner, 0.0))) / number
-    return top[..., 0] - 1 + offset
 
 
 def correct_threshold(
