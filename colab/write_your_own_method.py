@@ -127,5 +127,5 @@ for name in ("quest:budget=64,page_size=8", "landmarks:budget=64"):
 # ```
 #
 # To make it one of kvjax's own: this file in `kvjax/methods`, with a docstring as its
-# neighbours have, one import line in `kvjax/built_in.py`, and a test of what its paper
-# promises.
+# neighbours have, one import line in `kvjax/registry/built_in.py`, and a test of what
+# its paper promises.

@@ -12,11 +12,9 @@ from kvjax.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from kvjax import testing as testing
-    from kvjax.built_in import *  # noqa: F403  the one list of methods
     from kvjax.decoding.generate import generate as generate
     from kvjax.decoding.generate import stream as stream
     from kvjax.decoding.scoring import score as score
-    from kvjax.describe import cite as cite
     from kvjax.interface import CacheSpec as CacheSpec
     from kvjax.interface import DecoderLM as DecoderLM
     from kvjax.interface import Diagnostics as Diagnostics
@@ -25,6 +23,8 @@ if TYPE_CHECKING:
     from kvjax.interface import Traffic as Traffic
     from kvjax.registry import parse as parse
     from kvjax.registry import register as register
+    from kvjax.registry.built_in import *  # noqa: F403  the one list of methods
+    from kvjax.registry.describe import cite as cite
     from kvjax.rope import Rope as Rope
     from models import load as load
 
@@ -37,7 +37,7 @@ _HOMES = {
     "Method": "kvjax.interface",
     "Rope": "kvjax.rope",
     "Traffic": "kvjax.interface",
-    "cite": "kvjax.describe",
+    "cite": "kvjax.registry.describe",
     "generate": "kvjax.decoding.generate",
     "load": "models",
     "parse": "kvjax.registry",
@@ -56,7 +56,7 @@ def __getattr__(name: str) -> Any:
         # Modules first: they are asked for before the methods can be imported.
         if importlib.util.find_spec(f"kvjax.{name}"):
             return importlib.import_module(f"kvjax.{name}")
-        methods = vars(importlib.import_module("kvjax.built_in"))
+        methods = vars(importlib.import_module("kvjax.registry.built_in"))
         if name in methods:
             return methods[name]
     raise AttributeError(f"module 'kvjax' has no attribute {name!r}")
@@ -67,6 +67,6 @@ def __dir__() -> list[str]:
 
 
 def _public() -> list[str]:
-    methods = vars(importlib.import_module("kvjax.built_in"))
+    methods = vars(importlib.import_module("kvjax.registry.built_in"))
     factories = [name for name, value in methods.items() if callable(value)]
     return sorted([*_HOMES, *factories, "testing"])

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from kvjax import choices
+from kvjax.attention import choices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 import kvjax
-from kvjax import citations, registry
-from kvjax.describe import describe
+from kvjax import registry
+from kvjax.registry import citations
+from kvjax.registry.describe import describe
 
 FILE = pathlib.Path(__file__).parents[1] / "CITATION.cff"
 NAMES = (*registry.names(), *registry.transforms())

@@ -12,7 +12,7 @@ import re
 import pytest
 
 from kvjax import registry
-from kvjax.describe import describe
+from kvjax.registry.describe import describe
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs/fidelity.md"

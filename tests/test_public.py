@@ -12,8 +12,9 @@ import pytest
 import kvjax
 import models
 import pallas_kernels
-from kvjax import built_in, decoding, registry
+from kvjax import decoding, registry
 from kvjax.decoding import generate, scoring
+from kvjax.registry import built_in
 
 CALLED = ("load", "generate", "stream", "score", "parse", "register", "cite")
 TYPES = ("CacheSpec", "DecoderLM", "Diagnostics", "LanguageModel", "Method", "Rope")

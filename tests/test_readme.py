@@ -20,8 +20,8 @@ from test_fidelity_cards import with_cards
 from tiny import keep_layers
 
 from kvjax import registry
-from kvjax.describe import describe
 from kvjax.evaluation.claims.claim import FROM_SHAPES
+from kvjax.registry.describe import describe
 from kvjax.report import table
 from kvjax.report.figures import compare
 from models import embedded

@@ -121,7 +121,7 @@ def tree(tmp_path):
     # Pages that are not current are another test's.
     assert run(tmp_path, "tests/test_readme.py").returncode == 0
     (tmp_path / "kvjax/methods/toy.py").write_text(METHOD)
-    with (tmp_path / "kvjax/built_in.py").open("a") as file:
+    with (tmp_path / "kvjax/registry/built_in.py").open("a") as file:
         file.write("from kvjax.methods.toy import toy as toy\n")
     (tmp_path / "tests/methods/test_toy.py").write_text(TEST)
     return tmp_path

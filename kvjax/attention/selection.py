@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax import choices
+from kvjax.attention import choices
 from pallas_kernels import topk
 
 Reduce = Literal["mean", "max"]

@@ -33,8 +33,8 @@ from kvjax.cli.options import (
     with_budget,
 )
 from kvjax.cli.progress import show_progress
+from kvjax.registry.specs import names as names_in
 from kvjax.report import documents, earlier, html_page, table
-from kvjax.specs import names as names_in
 
 if TYPE_CHECKING:
     from kvjax.evaluation.compare_inputs import Inputs, Settings

@@ -59,7 +59,7 @@ def distill(
 ) -> int:
     """Trains a feature map for topk_completion, and says which heads it helps."""
     try:
-        from kvjax import array_files
+        from kvjax.files import arrays
         from kvjax.training import run_folder
         from kvjax.training.feature_maps import distill as feature_maps_distill
     except ModuleNotFoundError as error:
@@ -127,7 +127,7 @@ def distill(
         draft.unlink(missing_ok=True)
     about = file.about | {
         "model": language_model.name,
-        "weights": array_files.digest(language_model.params),
+        "weights": arrays.digest(language_model.params),
         "calibrated_at": budget,
     }
     map_files.save(path, file._replace(gain=calibrated.gain, about=about), dtype)

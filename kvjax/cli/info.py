@@ -6,10 +6,11 @@ from typing import Annotated
 import typer
 
 import kvjax
-from kvjax import citations, registry
+from kvjax import registry
 from kvjax.cli.options import JsonOption
-from kvjax.describe import cite as bibtex
-from kvjax.describe import described
+from kvjax.registry import citations
+from kvjax.registry.describe import cite as bibtex
+from kvjax.registry.describe import described
 from kvjax.report import terminal
 
 

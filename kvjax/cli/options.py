@@ -16,7 +16,8 @@ from typing import Annotated, Any
 import typer
 
 import kvjax
-from kvjax import files, registry, specs
+from kvjax import files, registry
+from kvjax.registry import specs
 from kvjax.text import encoding
 
 # Of the command that runs, for the manifest.

@@ -19,7 +19,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
-from kvjax import accounting, array_files, files
+from kvjax import accounting, files
 from kvjax.decoding import reader, timing
 from kvjax.decoding.checks import (
     check_counts,
@@ -36,6 +36,7 @@ from kvjax.decoding.generate import Generation, go_on
 from kvjax.decoding.options import Options
 from kvjax.decoding.reader import Reading
 from kvjax.decoding.sampling import mentioned
+from kvjax.files import arrays as file_arrays
 from kvjax.interface import LanguageModel, Method, State
 from kvjax.registry import as_method
 from kvjax.text import encoding
@@ -261,7 +262,7 @@ def save(
         raise ValueError(f"{messages=} must be objects with texts role and content.")
     if not replace:
         check_new(folder)
-    arrays = array_files.dense(_named(prefix))
+    arrays = file_arrays.dense(_named(prefix))
     about = {
         "format": FORMAT,
         **_identity(model, method_name),
@@ -270,20 +271,20 @@ def save(
         "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
         "longest": prefix.longest,
         "room": prefix.room,
-        "leaves": array_files.describe(arrays),
-        "fingerprints": [int(f) for f in array_files.fingerprints(arrays)],
+        "leaves": file_arrays.describe(arrays),
+        "fingerprints": [int(f) for f in file_arrays.fingerprints(arrays)],
         "messages": messages,
     }
     about["layout"] = _digest(about)
     about["said"] = _sha256(messages)
-    array_files.quiet_orbax()
+    file_arrays.quiet_orbax()
     try:
         with files.replacing(folder, full=replace) as partial:
             partial.mkdir()
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(partial / ARRAYS, arrays)
             files.write_text(partial / ABOUT, json.dumps(about, indent=2) + "\n")
-    except array_files.WRITE as error:
+    except file_arrays.WRITE as error:
         raise OSError(
             f"the prefix could not be written to {folder} ({files.reason(error)}), and "
             "nothing is left of it: make room, or give another folder."
@@ -314,26 +315,26 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
         found = json.loads(files.read_text(path))
         found_format = found["format"]
     except (ValueError, KeyError, TypeError) as error:
-        raise array_files.DamagedError(f"{path} is damaged: {error}.") from error
+        raise file_arrays.DamagedError(f"{path} is damaged: {error}.") from error
     if found_format != FORMAT:
         raise ValueError(
             f"{folder} has format {found_format}, this kvjax reads {FORMAT}: read the "
             "prompt anew."
         )
     if missing := sorted(_KEYS - found.keys()):
-        raise array_files.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
+        raise file_arrays.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
     if found["layout"] != _digest(found):
-        raise array_files.DamagedError(
+        raise file_arrays.DamagedError(
             f"{path} is damaged: {', '.join(_LAYOUT)} are not what was saved."
         )
     messages = found.get("messages")
     # Folders of earlier versions have none of these, or no digest of them.
     if found.get("said", _sha256(messages)) != _sha256(messages):
-        raise array_files.DamagedError(
+        raise file_arrays.DamagedError(
             f"{path} is damaged: messages are not what was saved."
         )
     if messages is not None and not _is_conversation(messages):
-        raise array_files.DamagedError(
+        raise file_arrays.DamagedError(
             f"{path} is damaged: messages must be objects with texts role and content."
         )
     return found
@@ -366,7 +367,7 @@ def restore(
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
     hidden = jax.eval_shape(lambda: reader.no_hidden(model.decoder, len(lengths)))
     like = _flat(shapes, hidden, tokens)
-    if array_files.describe(like) != found["leaves"]:
+    if file_arrays.describe(like) != found["leaves"]:
         raise ValueError(
             f"{folder} was written by a kvjax whose {method_name} held other arrays: "
             "read the prompt anew."
@@ -381,12 +382,12 @@ def restore(
             arrays = checkpointer.restore(folder / ARRAYS, like)
     except _READ as error:
         reason = " ".join(str(error).split())[:200]
-        raise array_files.DamagedError(
+        raise file_arrays.DamagedError(
             f"{folder} is damaged ({type(error).__name__}: {reason})."
         ) from error
-    read_back = [int(f) for f in array_files.fingerprints(arrays)]
+    read_back = [int(f) for f in file_arrays.fingerprints(arrays)]
     if read_back != found["fingerprints"]:
-        raise array_files.DamagedError(
+        raise file_arrays.DamagedError(
             f"{folder} is damaged: its arrays are not what was saved."
         )
     structure = jax.tree.structure(shapes)
@@ -437,7 +438,7 @@ def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
         "method": method_name,
         "dtype": jnp.dtype(spec.dtype).name,
         "decoder": repr(model.decoder),
-        "weights": array_files.digest(model.params),
+        "weights": file_arrays.digest(model.params),
         "model": model.name,
     }
 

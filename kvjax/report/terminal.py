@@ -14,7 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from kvjax import specs as spec_text
+from kvjax.registry import specs as method_specs
 
 PROSE_WIDTH = 100
 FILE_WIDTH = 150  # of what is no terminal and says no COLUMNS
@@ -113,8 +113,8 @@ def without_value(spec: str, key: str) -> str:
 
 
 def _options(specs: Iterable[str]) -> list[str]:
-    parts = [part for spec in specs for part in spec_text.parts(spec)]
-    return [option for part in parts for option in spec_text.split(part)[1]]
+    parts = [part for spec in specs for part in method_specs.parts(spec)]
+    return [option for part in parts for option in method_specs.split(part)[1]]
 
 
 def _without(specs: list[str], option: str) -> list[str] | None:
@@ -133,8 +133,8 @@ def _without(specs: list[str], option: str) -> list[str] | None:
 
 
 def _strip(part: str, option: str) -> str:
-    name, options = spec_text.split(part)
-    return spec_text.join(name, [o for o in options if o != option])
+    name, options = method_specs.split(part)
+    return method_specs.join(name, [o for o in options if o != option])
 
 
 def pieces(name: str) -> list[str]:

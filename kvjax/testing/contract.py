@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from kvjax import accounting, built_in
+from kvjax import accounting
 from kvjax.interface import Diagnostics, Method, Traffic
+from kvjax.registry import built_in
 from kvjax.rope import Rope
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams

@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvjax import built_in
 from kvjax.attention import partials
 from kvjax.interface import CacheSpec, Method
+from kvjax.registry import built_in
 from kvjax.testing import streams
 from kvjax.testing.streams import Chunks, Run, Stream
 

@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import orbax.checkpoint as ocp
 
-from kvjax import array_files, files
+from kvjax import files
+from kvjax.files import arrays
 
 FOLDER = "checkpoints"
 
@@ -85,13 +86,13 @@ class Checkpoints(NamedTuple):
         Raises:
             OSError: if this save, or an earlier one, failed; the older ones survive.
         """
-        state = array_files.dense(state)
+        state = arrays.dense(state)
         about = {
             "about": dict(about),
             "metric": metric,
-            "leaves": array_files.describe(state),
+            "leaves": arrays.describe(state),
             "fingerprints": [
-                int(f) for f in jax.device_get(array_files.fingerprints(state))
+                int(f) for f in jax.device_get(arrays.fingerprints(state))
             ],
         }
         if metric is not None:
@@ -104,7 +105,7 @@ class Checkpoints(NamedTuple):
                     about=ocp.args.JsonSave(about),
                 ),
             )
-        except array_files.WRITE as error:
+        except arrays.WRITE as error:
             raise self._failed(error) from error
 
     def not_finite(self, step: int, dtype: str, what: str, fix: str) -> NotFiniteError:
@@ -126,14 +127,14 @@ class Checkpoints(NamedTuple):
         try:
             self.manager.wait_until_finished()
             self.manager.check_for_errors()
-        except array_files.WRITE as error:
+        except arrays.WRITE as error:
             raise self._failed(error) from error
 
     def close(self) -> None:
         """Waits and frees what the manager holds. Raises as :meth:`save`."""
         try:
             self.manager.close()
-        except array_files.WRITE as error:
+        except arrays.WRITE as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> OSError:
@@ -153,7 +154,7 @@ def open_folder(out: pathlib.Path, *, keep: int, best_mode: str = "min") -> Chec
         keep: newest ones kept; of those saved with a metric, the best one is too.
         best_mode: whether the least or greatest metric is best, "min" or "max".
     """
-    array_files.quiet_orbax()
+    arrays.quiet_orbax()
     folder = (out / FOLDER).resolve()
     _remove_partial(folder)
     metrics = {}
@@ -197,7 +198,7 @@ def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
         )
     except _READ as error:
         raise _damaged(where, error) from error
-    wanted = array_files.describe(like)
+    wanted = arrays.describe(like)
     if leaves != wanted:
         raise ValueError(
             f"{where} is of another model or optimizer: {_differ(leaves, wanted)}"
@@ -208,10 +209,10 @@ def restore(checkpoints: Checkpoints, step: int, like: Any) -> Restored:
         )["state"]
     except _READ as error:
         raise _damaged(where, error) from error
-    actual = [int(f) for f in jax.device_get(array_files.fingerprints(state))]
+    actual = [int(f) for f in jax.device_get(arrays.fingerprints(state))]
     if actual != expected:
         wrong = [n for n, a, b in zip(wanted, actual, expected, strict=True) if a != b]
-        raise array_files.DamagedError(
+        raise arrays.DamagedError(
             f"{where} is damaged: {len(wrong)} arrays are not what was saved, first "
             f"{wrong[0]}."
         )
@@ -236,7 +237,7 @@ def newest(
     for step in reversed(checkpoints.steps()):
         try:
             restored = restore(checkpoints, step, like)
-        except array_files.DamagedError as error:
+        except arrays.DamagedError as error:
             damaged.append((step, error))
             continue
         for bad, error in damaged:
@@ -253,9 +254,9 @@ def newest(
     return None
 
 
-def _damaged(where: pathlib.Path, error: Exception) -> array_files.DamagedError:
+def _damaged(where: pathlib.Path, error: Exception) -> arrays.DamagedError:
     reason = " ".join(str(error).split())[:200]
-    return array_files.DamagedError(
+    return arrays.DamagedError(
         f"{where} is damaged, or no checkpoint of kvjax train "
         f"({type(error).__name__}: {reason})."
     )

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 import models
-from kvjax import array_files, cli, registry
+from kvjax import cli, registry
 from kvjax.evaluation import head_gains
+from kvjax.files import arrays
 from kvjax.methods.topk_completion import map_files
 from kvjax.training import run_folder
 
@@ -57,7 +58,7 @@ def test_a_map_is_made_resumed_and_used(run, command, checkpoint, tmp_path, caps
 
     model = models.load(checkpoint)
     assert (file.kind, file.trained_length, file.num_layers) == ("learned", 40, 1)
-    assert file.about["weights"] == array_files.digest(model.params)
+    assert file.about["weights"] == arrays.digest(model.params)
     assert (file.about["features"], file.about["calibrated_at"]) == (2, 30)
     alone, completed = (np.array(printed[key]) for key in ("alone", "completed"))
     np.testing.assert_array_equal(file.gain, completed < alone)

@@ -12,9 +12,9 @@ from text_families import FAMILIES, surround
 from tiny import SMALL, tiny_model
 
 from kvjax import registry
-from kvjax.array_files import DamagedError
 from kvjax.decoding import generate, reader, saved_prompt
 from kvjax.decoding.sampling import Sampling
+from kvjax.files.arrays import DamagedError
 from kvjax.rope import Rope
 
 MODEL = tiny_model()

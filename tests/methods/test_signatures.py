@@ -13,9 +13,10 @@ import jax
 import jaxtyping
 import pytest
 
-from kvjax import built_in, registry
+from kvjax import registry
 from kvjax.attention import partials
 from kvjax.interface import CacheSpec, Method
+from kvjax.registry import built_in
 from kvjax.rope import Rope
 
 NAMES = [*registry.names(), *registry.transforms()]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import models
-from kvjax import array_files, registry
+from kvjax import registry
+from kvjax.files import arrays
 from kvjax.methods.topk_completion import feature_maps, map_files
 from kvjax.training.feature_maps import distill
 from models import embedded
@@ -26,7 +27,7 @@ def test_the_map_is_of_the_model_and_small(model):
     path = embedded.path(embedded.DEFAULT) / map_files.SHIPPED
     assert path.stat().st_size < MOST_BYTES
     assert file.about["model"] == embedded.DEFAULT
-    assert file.about["weights"] == array_files.digest(model.params)
+    assert file.about["weights"] == arrays.digest(model.params)
     assert file.trained_length == 4096
     assert file.num_layers == model.decoder.num_layers
     spec = model.decoder.cache_spec(1, 64)

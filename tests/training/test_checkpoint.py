@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kvjax import array_files, files
+from kvjax import files
+from kvjax.files import arrays
 from kvjax.training import checkpoint
 
 # Orbax drops the reads beside one that fails, which shows when they are collected.
@@ -158,9 +159,7 @@ def test_a_damaged_checkpoint_is_an_error_and_the_one_before_is_found(
 ):
     path = fill(folder, 1, 2)
     DAMAGE[damage](path / "2")
-    with pytest.raises(
-        array_files.DamagedError, match=r"checkpoints/2 is damaged"
-    ) as e:
+    with pytest.raises(arrays.DamagedError, match=r"checkpoints/2 is damaged") as e:
         checkpoint.restore(folder(), 2, LIKE)
     assert "\n" not in str(e.value)
     said = []
@@ -185,9 +184,7 @@ def test_a_fingerprint_that_differs_by_one_bit_is_damage(folder):
     document = json.loads(file.read_text())
     document["fingerprints"][-1] ^= 1
     file.write_text(json.dumps(document))
-    with pytest.raises(
-        array_files.DamagedError, match=r"1 arrays .* first \['weights'\]"
-    ):
+    with pytest.raises(arrays.DamagedError, match=r"1 arrays .* first \['weights'\]"):
         checkpoint.restore(folder(), 1, LIKE)
 
 
@@ -221,7 +218,7 @@ def test_a_foreign_checkpoint_is_an_error_that_names_what_differs(
     path = fill(folder, 1, 2)
     with pytest.raises(ValueError, match=message) as caught:
         checkpoint.newest(folder(), shapes(state() | change), print)
-    assert not isinstance(caught.value, array_files.DamagedError)
+    assert not isinstance(caught.value, arrays.DamagedError)
     assert sorted(p.name for p in path.iterdir()) == ["1", "2"]
 
 
@@ -235,7 +232,7 @@ def test_what_a_crash_left_half_written_is_removed(folder):
 
 def test_fingerprints_see_every_bit_and_every_exchange():
     base = state()
-    expected = [int(f) for f in array_files.fingerprints(base)]
+    expected = [int(f) for f in arrays.fingerprints(base)]
     index = [
         jax.tree_util.keystr(p) for p, _ in jax.tree_util.tree_leaves_with_path(base)
     ]
@@ -245,15 +242,15 @@ def test_fingerprints_see_every_bit_and_every_exchange():
         host = np.array(base["weights"])
         host.view(np.uint32)[row, column] ^= np.uint32(1) << np.uint32(bit)
         changed = base | {"weights": jnp.asarray(host)}
-        changed = [int(f) for f in array_files.fingerprints(changed)]
+        changed = [int(f) for f in arrays.fingerprints(changed)]
         differing = {
             n for n, a, b in zip(index, changed, expected, strict=True) if a != b
         }
         assert differing == {"['weights']"}
     swapped = base["weights"].at[:2].set(base["weights"][1::-1])
-    assert int(array_files.fingerprints([swapped])[0]) not in expected
-    (zero,) = array_files.fingerprints([jnp.zeros(3)])
-    (negative,) = array_files.fingerprints([jnp.zeros(3).at[1].set(-0.0)])
+    assert int(arrays.fingerprints([swapped])[0]) not in expected
+    (zero,) = arrays.fingerprints([jnp.zeros(3)])
+    (negative,) = arrays.fingerprints([jnp.zeros(3).at[1].set(-0.0)])
     assert zero != negative
 
 

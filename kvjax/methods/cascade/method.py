@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention.choices import check_choice
 from kvjax.attention.partials import softmax_only
-from kvjax.choices import check_choice
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.cascade import rings, schedule
 from kvjax.stores import buffers, step

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
-from kvjax.choices import check_choice
+from kvjax.attention.choices import check_choice
 from kvjax.methods.entmaxkv import page_bounds, threshold
 from pallas_kernels.entmax import equations
 from pallas_kernels.page_entmax import page_entmax

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
+from kvjax.attention.choices import check_choices
 from kvjax.attention.partials import entmax_only
-from kvjax.choices import check_choices
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.entmaxkv import attention, page_bounds, threshold
 from kvjax.stores import buffers, contiguous, paged, step

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
-from kvjax.choices import check_choice
+from kvjax.attention.choices import check_choice
 
 Schedule = Literal["fixed", "qc", "never"]
 SelfMode = Literal["paper", "snapkv", "drop"]

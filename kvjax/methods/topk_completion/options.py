@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 import jax
 
 from kvjax.attention import selection
-from kvjax.choices import check_choices
+from kvjax.attention.choices import check_choices
 from kvjax.interface import CacheSpec
 from kvjax.methods.topk_completion import (
     estimators,

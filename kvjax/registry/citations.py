@@ -133,7 +133,9 @@ def paper_entry(arxiv: str) -> str:
         ValueError: if the table has no such paper.
     """
     if arxiv not in PAPERS:
-        raise ValueError(f"{arxiv=} is not among the papers of kvjax.citations.")
+        raise ValueError(
+            f"{arxiv=} is not among the papers of kvjax.registry.citations."
+        )
     return _arxiv_entry(arxiv, PAPERS[arxiv])
 
 

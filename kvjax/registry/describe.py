@@ -9,7 +9,8 @@ import textwrap
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from kvjax import citations, registry, specs
+from kvjax import registry
+from kvjax.registry import citations, specs
 from kvjax.version import __version__
 
 

@@ -18,9 +18,9 @@ import typing
 import warnings
 from collections.abc import Callable, Iterable
 
-from kvjax import built_in, specs
 from kvjax.attention.partials import suits
 from kvjax.interface import Method, remember_spec
+from kvjax.registry import built_in, specs
 
 Factory = typing.TypeVar("Factory", bound=Callable[..., Method])
 
