@@ -379,6 +379,32 @@ class DecoderLM(Protocol):
 
 
 @runtime_checkable
+class LayerwiseLM(Protocol):
+    """A :class:`DecoderLM` that also runs one layer at a time.
+
+    Prompts are then read by one small program that all its layers share, where one of
+    the whole model takes as many times as long to compile as there are layers.
+    """
+
+    def embed(
+        self, params: Params, tokens: Int[Array, "B T"]
+    ) -> Float[Array, "B T E"]: ...
+
+    def layer_params(self, params: Params) -> tuple[Params, ...]: ...
+
+    def run_layer(
+        self,
+        layer_params: Params,
+        x: Float[Array, "B T E"],
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "B T E"]: ...
+
+    def normalise(
+        self, params: Params, x: Float[Array, "*B E"]
+    ) -> Float[Array, "*B E"]: ...
+
+
+@runtime_checkable
 class LayeredLM(Protocol):
     """The part of a model that says what its layers hold."""
 

@@ -17,7 +17,15 @@ from kvjax import interface
 from kvjax.decoding import loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.options import Options
-from kvjax.interface import DecoderLM, LanguageModel, Method, Params, State, with_layer
+from kvjax.interface import (
+    DecoderLM,
+    LanguageModel,
+    LayerwiseLM,
+    Method,
+    Params,
+    State,
+    with_layer,
+)
 from kvjax.registry import as_method
 from kvjax.text.stream import CONTEXT
 
@@ -153,33 +161,98 @@ def read_and_judge(
 
 @functools.cache
 def program(judge: Judge | None) -> Any:
-    """Returns :func:`read_chunk` of a judge as a program that uses its reading up.
+    """Returns a judge's `run(decoder, method, params, reading, tokens, lengths)`.
 
-    The first chunk and those behind it run the same program.
+    It reads one right-padded chunk, whose rows have `lengths` tokens in it, uses
+    `reading` up, and returns the :class:`Reading` behind it and what the judge says.
+    The first chunk and those behind it run the same programs.
     """
-    run = functools.partial(read_chunk, judge)
-    return jax.jit(run, static_argnums=(0, 1), donate_argnums=3)
+
+    def run(decoder, method, params, reading, tokens, lengths):
+        states, hidden = reading
+        if isinstance(decoder, LayerwiseLM):
+            states, hidden = _by_layer(decoder, method, params, states, tokens, lengths)
+            end = _normalised(judge)
+        else:
+            states, hidden = _whole(decoder, method, params, states, tokens, lengths)
+            end = _as_it_is(judge)
+        newest, judged = end(decoder, params, hidden, reading.hidden, tokens, lengths)
+        return Reading(states, newest), judged
+
+    return run
 
 
-def read_chunk(
+def _by_layer(decoder, method, params, states, tokens, lengths):
+    """Reads a chunk layer by layer, all by one program where their shapes agree."""
+    states, x = list(states), _embed(decoder, params, tokens)
+    for layer, own in enumerate(decoder.layer_params(params)):
+        # Without the layer's number, which would make a program of its own.
+        given, states[layer] = with_layer(states[layer], 0), None
+        state, x = _layer(decoder, method, own, given, x, lengths)
+        states[layer] = with_layer(state, layer)
+    return tuple(states), x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _embed(decoder, params, tokens):
+    return decoder.embed(params, tokens)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _layer(decoder, method, layer_params, state, x, lengths):
+    states = [state]
+
+    def attend(q, k, v):
+        states[0], out = method.prefill(states[0], q, k, v, lengths)
+        return out
+
+    x = decoder.run_layer(layer_params, x, attend)
+    return states[0], x
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _whole(decoder, method, params, states, tokens, lengths):
+    return decoder.prefill(params, states, tokens, lengths, method)
+
+
+@functools.cache
+def _normalised(judge):
+    """Returns :func:`end_chunk` of a judge, of what the last layer gives."""
+
+    def end(decoder, params, x, *given):
+        return end_chunk(judge, decoder, params, decoder.normalise(params, x), *given)
+
+    return jax.jit(end, static_argnums=0)
+
+
+@functools.cache
+def _as_it_is(judge):
+    """Returns :func:`end_chunk` of a judge as a program."""
+    return jax.jit(functools.partial(end_chunk, judge), static_argnums=0)
+
+
+def end_chunk(
     judge: Judge | None,
     decoder: DecoderLM,
-    method: Method,
     params: Params,
-    reading: Reading,
+    hidden: Float[Array, "B T E"],
+    newest: Float[Array, "B E"],
     tokens: Int[Array, "B T"],
     lengths: Int[Array, "B"],
-) -> tuple[Reading, Any]:
-    """Reads one right-padded chunk, whose rows have `lengths` tokens in it."""
-    states, hidden = decoder.prefill(params, reading.states, tokens, lengths, method)
+) -> tuple[Float[Array, "B E"], Any]:
+    """Returns the hidden states of each row's newest token, and what the judge says.
+
+    Args:
+        hidden: of the chunk.
+        newest: of each row's newest token before the chunk.
+    """
     judged = None
     if judge is not None:
-        before = jnp.concatenate([reading.hidden[:, None], hidden[:, :-1]], axis=1)
+        before = jnp.concatenate([newest[:, None], hidden[:, :-1]], axis=1)
         judged = by_position(decoder, judge, params, before, tokens)
     index = jnp.maximum(lengths - 1, 0)[:, None, None]
     last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    newest = jnp.where((lengths > 0)[:, None], last, reading.hidden)
-    return Reading(states, newest), judged
+    return jnp.where((lengths > 0)[:, None], last, newest), judged
 
 
 def by_position(
@@ -231,9 +304,15 @@ def _finish(method, state):
     return method.finish(state)
 
 
-def drop_programs() -> None:
-    """Frees what was compiled to read prompts without a judge, of every method."""
-    loop.free(_init, program(None), _finish)
+def programs(judge: Judge | None = None) -> tuple[Any, ...]:
+    """Returns what is compiled to read prompts and judge them so, of every method."""
+    ends = _normalised(judge), _as_it_is(judge)
+    return (_init, _embed, _layer, _whole, *ends, _finish)
+
+
+def drop_programs(judge: Judge | None = None) -> None:
+    """Frees the programs of a judge, of every method."""
+    loop.free(*programs(judge))
 
 
 def bucket(tokens: int) -> int:

@@ -184,7 +184,7 @@ def _continue(model, method, prefilled, tokens, return_logits):
 
 def drop_programs() -> None:
     """Frees what was compiled to score tokens, of every method."""
-    loop.free(reader.program(finite.log_prob))
+    reader.drop_programs(finite.log_prob)
     for return_logits in (False, True):
         loop.drop_programs(_rule(return_logits))
 

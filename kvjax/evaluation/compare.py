@@ -26,8 +26,8 @@ from kvjax.stores import buffers
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
 # Bytes of the states that a group of methods holds while it reads together.
-ROOM = 800_000_000
-GROUP = 4  # methods that read together at most, and are worth more than a batch
+ROOM = 1_150_000_000
+GROUP = 5  # methods that read together at most, and are worth more than a batch
 
 # Fields of `Inputs`, in the order they are answered in: the last batches are timed, and
 # only generated prompts are as long as the context.

@@ -40,9 +40,10 @@ def agreement(
             f"logits of shape {reference.shape} and {candidate.shape} do not compare."
         )
     same = reference.argmax(-1) == candidate.argmax(-1)
-    # A row at a time: float64 copies of all logits at once may not fit.
-    rows = zip(reference, candidate, strict=True)
-    kl = np.stack([_kl(*row) for row in rows])
+    kl = np.empty(same.shape, np.float64)
+    # A token at a time: float64 copies of all logits at once may not fit.
+    for place in np.ndindex(*same.shape):
+        kl[place] = _kl(reference[place], candidate[place])
     return Agreement(same.astype(np.float64), kl)
 
 

@@ -112,8 +112,8 @@ def _need(decoder, methods, plans, settings, batch, room) -> Need:
     )
     predicted = settings.new_tokens * decoder.vocab_size
     # Logits of all windows under the reference and of a batch under a method, in
-    # float32; of a window, both distributions and two products, in float64.
-    logits = 4 * (settings.windows + 2 * batch) * predicted + 4 * 8 * predicted
+    # float32.
+    logits = 4 * (settings.windows + 2 * batch) * predicted
     weights = plans[REFERENCE].weights.held
     programs = COMPILING * decoder.num_layers
     return Need(weights, batch * states, batch * temporaries + logits + programs)

@@ -172,6 +172,16 @@ def _graph(config: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0))))
 
 
+@functools.cache
+def _layer_graph(config: LlamaConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: Layer(config, nnx.Rngs(0))))[0]
+
+
+@functools.cache
+def _norm_graph(config: LlamaConfig) -> nnx.GraphDef:
+    return nnx.split(nnx.eval_shape(lambda: RMSNorm(config.width, config)))[0]
+
+
 @dataclasses.dataclass(frozen=True)
 class LlamaDecoder:
     """A :class:`kvjax.interface.DecoderLM`: pure functions of `params`, hashable."""
@@ -288,6 +298,29 @@ class LlamaDecoder:
 
         hidden = self._module(params).hidden(tokens, attention)
         return tuple(after), hidden
+
+    def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
+        """Returns what goes into the first layer."""
+        return params["embedding"][tokens]
+
+    def layer_params(self, params: Params) -> tuple[Params, ...]:
+        """Returns the parameters of each layer, in their order."""
+        return tuple(params["layers"][layer] for layer in range(self.num_layers))
+
+    def run_layer(
+        self,
+        layer_params: Params,
+        x: Float[Array, "B T E"],
+        attend: Callable[[Array, Array, Array], Array],
+    ) -> Float[Array, "B T E"]:
+        """Runs one layer under any `attend(q, k, v) -> out`."""
+        return nnx.merge(_layer_graph(self.config), layer_params)(x, attend)
+
+    def normalise(
+        self, params: Params, x: Float[Array, "*B E"]
+    ) -> Float[Array, "*B E"]:
+        """Returns the final hidden states of what the last layer gives."""
+        return nnx.merge(_norm_graph(self.config), params["norm"])(x)
 
     def logits(
         self, params: Params, hidden: Float[Array, "*B E"]

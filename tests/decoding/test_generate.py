@@ -1,5 +1,7 @@
 """The decode loop under every method: batching, chunks, streaming, stops, memory."""
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from text_families import FAMILIES
 from tiny import EOS, SMALL, ByteTokenizer, dense, tiny_model
 
 import kvjax
-from kvjax import registry
+from kvjax import interface, registry
 from kvjax.decoding import generate as decoding_generate
 from kvjax.decoding import loop, reader
 from kvjax.decoding.detokenize import TextRow
@@ -109,12 +111,8 @@ def test_bucket_wastes_at_most_an_eighth():
 
 def test_nothing_compiles_again_within_a_bucket():
     method = kvjax.full()
-    functions = [
-        reader._init,
-        reader.program(None),
-        reader._finish,
-        loop.steps(decoding_generate.SAMPLED),
-    ]
+    functions = [*reader.programs(), loop.steps(decoding_generate.SAMPLED)]
+    read_layer = functions.index(reader._layer)
 
     def compiled():
         return [function._cache_size() for function in functions]
@@ -127,10 +125,36 @@ def test_nothing_compiles_again_within_a_bucket():
     before = compiled()
     go(145, 38)  # prompts of 145..160 share a bucket, so do 37..40 new tokens
     first = compiled()
-    assert first[1] == before[1] + 1  # for all three chunks
+    # For all three chunks, and every layer.
+    assert first[read_layer] == before[read_layer] + 1
     go(152, 37)
     go(150, 40)
     assert compiled() == first
+
+
+def test_prompts_are_read_alike_by_layers_and_as_a_whole(method):
+    class Whole(NamedTuple):
+        """A model that cannot run a layer alone."""
+
+        decoder: Any
+
+        def __getattr__(self, name):
+            if name in ("embed", "layer_params", "run_layer", "normalise"):
+                raise AttributeError(name)
+            return getattr(self.decoder, name)
+
+    whole = MODEL._replace(decoder=Whole(MODEL.decoder))
+    assert not isinstance(whole.decoder, interface.LayerwiseLM)
+    prompts = [RNG.integers(0, 256, length).tolist() for length in (70, 33)]
+    by_layer, at_once = (
+        reader.prefill(model, method, prompts, max_new_tokens=8, chunk_size=32)
+        for model in (MODEL, whole)
+    )
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
+        (by_layer.states, by_layer.hidden),
+        (at_once.states, at_once.hidden),
+    )
 
 
 def test_prefill_ends_at_each_rows_last_token():

@@ -8,8 +8,9 @@ from tiny import SMALL, tiny_model
 
 import kvjax
 from kvjax import registry
+from kvjax.decoding import reader
 from kvjax.decoding.generate import continued, prefill
-from kvjax.decoding.reader import bucket, program
+from kvjax.decoding.reader import bucket
 from kvjax.evaluation import compare, compare_inputs, compare_runs, fidelity, together
 
 MODEL = tiny_model(num_layers=2)
@@ -139,18 +140,18 @@ def test_the_batch_leaves_room_for_methods_to_read_together():
     sizes = [
         compare._prompt_bytes(MODEL.decoder, m, SETTINGS) for m in METHODS.values()
     ]
-    four = 4 * sum(sizes) / len(sizes)
-    assert batch(int(2 * four) + 1) == 2
-    assert batch(int(2 * four) - 1) == 1
+    group = compare.GROUP * sum(sizes) / len(sizes)
+    assert batch(int(2 * group) + 1) == 2
+    assert batch(int(2 * group) - 1) == 1
 
 
 def test_prompts_of_several_lengths_are_read_by_one_program():
     method = kvjax.full()
     assert bucket(40) != bucket(60)  # or one program would serve them anyway
-    before = program(None)._cache_size()
+    before = reader._layer._cache_size()
     for size in (60, 40, 64):
         prefill(MODEL, method, [PROMPTS[0][:size]], longest=64, **OPTIONS)
-    assert program(None)._cache_size() == before + 1
+    assert reader._layer._cache_size() == before + 1
 
 
 def test_making_room_for_longer_prompts_changes_no_token():
