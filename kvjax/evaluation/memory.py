@@ -17,8 +17,11 @@ from kvjax.interface import DecoderLM, Method
 
 REFERENCE = "full"
 
-# What compiling takes: 2.49 GB at the peak, 1.77 afterwards, with 30 layers on a CPU.
+# With 30 layers on a CPU: 2.49 GB while compiling and 1.77 afterwards; five methods that
+# read together, 3.26 GB at the peak, of which all else here counts 2.6.
 COMPILING = 24_000_000  # bytes a layer
+PROGRAMS = 3_000_000  # bytes a layer, of each method that reads together
+PROCESS = 400_000_000  # bytes of Python and JAX before any of it
 
 
 class Need(NamedTuple):
@@ -102,10 +105,11 @@ def _tries(settings: Settings, room: int) -> Iterator[tuple[int, int]]:
 def _need(decoder, methods, plans, settings, batch, room) -> Need:
     settings = dataclasses.replace(settings, batch=batch)
     reference = plans[REFERENCE].prompt_state
-    states = 0
+    states = together = 0
     for names in compare.groups(decoder, methods, methods[REFERENCE], settings, room):
         prompts = [plans[name].prompt_state for name in names if name != REFERENCE]
         # What decodes uses its states up, so it is given a copy; of one at a time.
+        together = max(together, len(names))
         states = max(states, sum(prompts) + reference + max([*prompts, reference]))
     temporaries = max(
         max(plan.prompt_temporaries, plan.decode_temporaries) for plan in plans.values()
@@ -115,7 +119,7 @@ def _need(decoder, methods, plans, settings, batch, room) -> Need:
     # float32.
     logits = 4 * (settings.windows + 2 * batch) * predicted
     weights = plans[REFERENCE].weights.held
-    programs = COMPILING * decoder.num_layers
+    programs = (COMPILING + together * PROGRAMS) * decoder.num_layers + PROCESS
     return Need(weights, batch * states, batch * temporaries + logits + programs)
 
 
