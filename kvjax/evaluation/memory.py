@@ -17,8 +17,8 @@ from kvjax.interface import DecoderLM, Method
 
 REFERENCE = "full"
 
-# With 30 layers on a CPU: 2.49 GB while compiling and 1.77 afterwards; five methods that
-# read together, 3.26 GB at the peak, of which all else here counts 2.6.
+# With 30 layers on a CPU: 2.49 GB while compiling and 1.77 afterwards; five methods
+# that read together, 3.26 GB at the peak, of which all else here counts 2.6.
 COMPILING = 24_000_000  # bytes a layer
 PROGRAMS = 3_000_000  # bytes a layer, of each method that reads together
 PROCESS = 400_000_000  # bytes of Python and JAX before any of it
