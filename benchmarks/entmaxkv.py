@@ -85,9 +85,11 @@ def best_choice(budget, page_size=1):
 
 
 def adapted(method, state):
-    """The shared state with a counter of as many lists as the method has."""
-    shape = jax.eval_shape(method.init, state.store.spec).overflow.shape
-    return state._replace(overflow=jnp.zeros(shape, jnp.int32))
+    """The shared state as the method's own: a counter a list, moments if it has any."""
+    own = jax.eval_shape(method.init, state.store.spec)
+    overflow = jnp.zeros(own.overflow.shape, jnp.int32)
+    moments = None if own.moments is None else state.moments
+    return state._replace(overflow=overflow, moments=moments)
 
 
 def whole(state):
