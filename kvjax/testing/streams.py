@@ -68,7 +68,7 @@ def make_stream(
     heads: tuple[int, int] = (4, 2),
     head_dim: int = 8,
     seed: int = 0,
-    dtype: str = "float32",
+    dtype: jax.typing.DTypeLike = "float32",
     sharpness: float = 2.0,
 ) -> Stream:
     """Draws random heads; `sharpness` scales the queries: some keys clearly win.
@@ -98,7 +98,7 @@ def make_stream(
 def make_spec(
     stream: Stream,
     capacity: int | None = None,
-    dtype: str = "float32",
+    dtype: jax.typing.DTypeLike = "float32",
     **overrides: Any,
 ) -> CacheSpec:
     """Returns a spec that fits the stream, of odd capacity unless one is given."""
