@@ -345,7 +345,8 @@ class TestPageScores:
             run = functools.partial(run, implementation="triton", interpret=True)
             found = jax.jit(run)(q, low, high)
             assert found.dtype == jnp.float32
-            np.testing.assert_allclose(found, reduced, rtol=0, atol=1e-5)
+            # Sums of 128 products near 80, whose order is up to NumPy and the machine.
+            np.testing.assert_allclose(found, reduced, rtol=0, atol=2e-5)
 
     def test_moments(self, heads, head_dim, dtype):
         arrays, (q, mean, variance) = _statistics(heads, head_dim, dtype)
