@@ -200,6 +200,11 @@ def test_importing_kvjax_needs_jax_and_numpy_only():
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("package", PACKAGES)
+def test_packages_say_that_they_are_typed(package):
+    assert (ROOT / package / "py.typed").exists()
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_files_are_short_and_errors_are_exceptions(module):
     source = MODULES[module].read_text()

@@ -182,13 +182,7 @@ def compare(
             measured = measured_bytes(model, methods[name], layers, settings)
             num_bytes = read, measured, held
             rows[name] = _row(
-                name,
-                num_bytes,
-                inputs,
-                replies,
-                losses,
-                expected.log_probs,
-                seconds,
+                name, num_bytes, inputs, replies, losses, expected.log_probs, seconds
             )
             if name == reference:
                 rows[name] = _of_itself(rows[name])
