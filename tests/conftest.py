@@ -54,6 +54,7 @@ LONG = {
     "test_resume.py",
     "test_site.py",
     "test_smollm2.py",
+    "test_toy_method.py",
     "test_tpu.py",
     "test_triton.py",
 }
