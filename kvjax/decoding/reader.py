@@ -256,13 +256,16 @@ def end_chunk(
 
 
 def by_position(
-    decoder: DecoderLM,
+    decoder: Any,
     judge: Judge,
     params: Params,
     hidden: Float[Array, "B T E"],
     tokens: Int[Array, "B T"],
 ) -> Any:
-    """Judges tokens by hidden states, some positions at a time: not all logits fit."""
+    """Judges tokens by hidden states, some positions at a time: not all logits fit.
+
+    Of the decoder it needs `logits` alone.
+    """
 
     def one_position(at):  # (B, E), (B,)
         hidden, tokens = at
