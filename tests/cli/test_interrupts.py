@@ -246,7 +246,7 @@ def test_a_child_is_ended_alone():
 def test_a_stopped_generation_ends_so(checkpoint):
     """The whole command: the signal comes as the first block of tokens is shown."""
     script = """
-    from kvjax import detokenize
+    from kvjax.decoding import detokenize
 
     del sys.modules["kvjax.cli"], kvjax.cli
     push = detokenize.TextRow.push
