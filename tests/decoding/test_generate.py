@@ -1,5 +1,6 @@
 """The decode loop under every method: batching, chunks, streaming, stops, memory."""
 
+import collections
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +21,7 @@ from kvjax.decoding.sampling import Sampling, active
 from kvjax.interface import LanguageModel, layer_specs
 from kvjax.rope import Rope
 from kvjax.stores import buffers
+from models.llama import LlamaDecoder
 
 MODEL = tiny_model()
 RNG = np.random.default_rng(0)
@@ -109,28 +111,34 @@ def test_bucket_wastes_at_most_an_eighth():
     assert [bucket(size) for size in sizes] == sizes
 
 
-def test_nothing_compiles_again_within_a_bucket():
-    method = kvjax.full()
-    reader.drop_programs()  # other tests read by the same ones
-    functions = [*reader.programs(), loop.steps(decoding_generate.SAMPLED)]
-    read_layer = functions.index(reader._layer)
+def test_nothing_is_traced_again_within_a_bucket(monkeypatch):
+    method, traced = kvjax.full(), collections.Counter()
+    decoding_generate.drop_programs()  # other tests read by the same ones
 
-    def compiled():
-        return [function._cache_size() for function in functions]
+    def count(name):
+        traces = getattr(LlamaDecoder, name)
+
+        def counted(*arguments):
+            traced[name] += 1
+            return traces(*arguments)
+
+        monkeypatch.setattr(LlamaDecoder, name, counted)
+
+    count("run_layer")
+    count("decode_step")
 
     def go(length, new):
         prompt = RNG.integers(0, 256, length).tolist()
         done = run(method, [prompt], max_new_tokens=new, eos_ids=(), chunk_size=64)
         assert len(done[0].tokens) == new
 
-    before = compiled()
     go(145, 38)  # prompts of 145..160 share a bucket, so do 37..40 new tokens
-    first = compiled()
-    # For all three chunks, and every layer.
-    assert first[read_layer] == before[read_layer] + 1
+    first = dict(traced)
+    assert first["run_layer"] == 1  # for all three chunks, and every layer
+    assert first["decode_step"] > 0
     go(152, 37)
     go(150, 40)
-    assert compiled() == first
+    assert traced == first
 
 
 def test_prompts_are_read_alike_by_layers_and_as_a_whole(method):
