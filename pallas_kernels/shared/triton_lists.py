@@ -46,7 +46,9 @@ def grid(q, pages, page_ids) -> tuple[int, int, int]:
     return batch * lists, max(min(wanted, most, MAX_SPLITS), 1), row_blocks
 
 
-def inputs(q, pages, page_ids, query_positions, mask) -> tuple[jax.typing.ArrayLike, ...]:
+def inputs(
+    q, pages, page_ids, query_positions, mask
+) -> tuple[jax.typing.ArrayLike, ...]:
     """The arrays that every kernel of queries takes, first."""
     return (
         q,
