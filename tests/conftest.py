@@ -1,5 +1,6 @@
 """In every test: strict dtypes, checked shapes, two devices, poisoned buffers."""
 
+import collections
 import gc
 import os
 import time
@@ -68,6 +69,30 @@ def pytest_collection_modifyitems(items):
 def poisoned_buffers(monkeypatch):
     """Every slot that was never written holds a huge number."""
     monkeypatch.setattr(buffers, "fill_value", POISON)
+
+
+@pytest.fixture
+def traces(monkeypatch):
+    """Counts how often parts of a Llama are traced: once a program that has them.
+
+    The sizes of JAX's own caches tell less: it may leave a program out of them.
+    """
+    from models.llama import LlamaDecoder
+
+    counted = collections.Counter()
+
+    def count(name):
+        trace = getattr(LlamaDecoder, name)
+
+        def counting(*arguments, **options):
+            counted[name] += 1
+            return trace(*arguments, **options)
+
+        monkeypatch.setattr(LlamaDecoder, name, counting)
+
+    for name in ("run_layer", "decode_step", "hidden"):
+        count(name)
+    return counted
 
 
 @pytest.fixture

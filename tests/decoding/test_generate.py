@@ -1,6 +1,5 @@
 """The decode loop under every method: batching, chunks, streaming, stops, memory."""
 
-import collections
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +20,6 @@ from kvjax.decoding.sampling import Sampling, active
 from kvjax.interface import LanguageModel, layer_specs
 from kvjax.rope import Rope
 from kvjax.stores import buffers
-from models.llama import LlamaDecoder
 
 MODEL = tiny_model()
 RNG = np.random.default_rng(0)
@@ -111,21 +109,9 @@ def test_bucket_wastes_at_most_an_eighth():
     assert [bucket(size) for size in sizes] == sizes
 
 
-def test_nothing_is_traced_again_within_a_bucket(monkeypatch):
-    method, traced = kvjax.full(), collections.Counter()
+def test_nothing_is_traced_again_within_a_bucket(traces):
+    method = kvjax.full()
     decoding_generate.drop_programs()  # other tests read by the same ones
-
-    def count(name):
-        traces = getattr(LlamaDecoder, name)
-
-        def counted(*arguments):
-            traced[name] += 1
-            return traces(*arguments)
-
-        monkeypatch.setattr(LlamaDecoder, name, counted)
-
-    count("run_layer")
-    count("decode_step")
 
     def go(length, new):
         prompt = RNG.integers(0, 256, length).tolist()
@@ -133,12 +119,12 @@ def test_nothing_is_traced_again_within_a_bucket(monkeypatch):
         assert len(done[0].tokens) == new
 
     go(145, 38)  # prompts of 145..160 share a bucket, so do 37..40 new tokens
-    first = dict(traced)
+    first = dict(traces)
     assert first["run_layer"] == 1  # for all three chunks, and every layer
     assert first["decode_step"] > 0
     go(152, 37)
     go(150, 40)
-    assert traced == first
+    assert traces == first
 
 
 def test_prompts_are_read_alike_by_layers_and_as_a_whole(method):

@@ -8,7 +8,7 @@ from tiny import SMALL, dense, tiny_model
 
 import kvjax
 from kvjax import registry
-from kvjax.decoding import loop, scoring
+from kvjax.decoding import scoring
 from kvjax.decoding.generate import generate
 from kvjax.decoding.scoring import score
 
@@ -98,12 +98,14 @@ def test_rows_do_not_see_each_other():
     np.testing.assert_allclose(together[1, :89], alone[0], atol=1e-5)
 
 
-def test_steps_compile_once_for_lengths_of_a_bucket():
-    method, steps = kvjax.full(), loop.steps(scoring._rule(False))
+def test_steps_compile_once_for_lengths_of_a_bucket(traces):
+    method = kvjax.full()
+    scoring.drop_programs()
     score(MODEL, method, TOKENS, prefill=20)
-    before = steps._cache_size()
+    first = dict(traces)
+    assert first["decode_step"] > 0
     score(MODEL, method, [row[:-1] for row in TOKENS], prefill=20)
-    assert steps._cache_size() == before
+    assert traces == first
 
 
 @pytest.mark.parametrize(
