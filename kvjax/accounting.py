@@ -1,4 +1,4 @@
-"""The bytes a method reads per token and holds, from shapes alone: one accounting."""
+"""The bytes a model reads and holds: each method's own `traffic`, over all layers."""
 
 import functools
 

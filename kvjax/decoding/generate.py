@@ -1,4 +1,4 @@
-"""Prompt to text: a prefill in chunks, then one jitted loop whose states stay in place.
+"""Prompt to text: the reader of prompts, then blocks of the loop of decode steps.
 
 The loop runs up to `stream_every` steps on the device before the host looks at the
 tokens: text streams, and no step waits. A model and a method are arguments here.

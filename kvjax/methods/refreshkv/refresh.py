@@ -1,4 +1,4 @@
-"""A transform: a selection of pages, whoever made it, serves several steps."""
+"""The transform `refresh`: pages that any method chose serve several steps."""
 
 import dataclasses
 import functools
