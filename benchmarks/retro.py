@@ -15,7 +15,7 @@ of full attention, a layer at a time, and what revising did. Lost: the text's en
 the file against each other. Chain and extraction: long answers from a list, links or
 rows. Questions: keys hidden in one prompt, all asked for, one after the other; the
 questions are fed, the answers decoded. Bytes: of a layer of an 8B model. Time: a decode
-step, in turns.
+step, in turns. One file: all parts are against the same baselines, by the same pages.
 """
 
 import argparse

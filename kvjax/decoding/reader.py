@@ -1,4 +1,4 @@
-"""The one reader of prompts: chunks of few shapes, through one program a method.
+"""The one reader of prompts: chunks of few shapes, layer by layer.
 
 A :class:`Reading` is a prompt that was read so far; :func:`ended`, a :class:`Prefilled`
 is ready to decode. With a judge, the reader also says of each token how likely it was.

@@ -1,7 +1,5 @@
 """The decode loop under every method: batching, chunks, streaming, stops, memory."""
 
-from typing import Any, NamedTuple
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,15 +8,13 @@ from text_families import FAMILIES
 from tiny import EOS, SMALL, ByteTokenizer, dense, tiny_model
 
 import kvjax
-from kvjax import interface, registry
+from kvjax import registry
 from kvjax.decoding import generate as decoding_generate
 from kvjax.decoding import loop, reader
 from kvjax.decoding.detokenize import TextRow
 from kvjax.decoding.generate import Generation, generate, prefill, stream
-from kvjax.decoding.reader import bucket
 from kvjax.decoding.sampling import Sampling, active
 from kvjax.interface import LanguageModel, layer_specs
-from kvjax.rope import Rope
 from kvjax.stores import buffers
 
 MODEL = tiny_model()
@@ -100,67 +96,6 @@ def test_the_loop_updates_its_states_in_place(method, batch):
     assert extra < held / 2 + 2**16, (memory.temp_size_in_bytes, held)
 
 
-def test_bucket_wastes_at_most_an_eighth():
-    sizes = [bucket(tokens) for tokens in range(1, 5000)]
-    for tokens, size in enumerate(sizes, start=1):
-        assert tokens <= size <= tokens * 1.125
-    assert sizes == sorted(sizes)
-    assert len(set(sizes)) < 90  # nine octaves of eight, and the first fifteen
-    assert [bucket(size) for size in sizes] == sizes
-
-
-def test_nothing_is_traced_again_within_a_bucket(traces):
-    method = kvjax.full()
-    decoding_generate.drop_programs()  # other tests read by the same ones
-
-    def go(length, new):
-        prompt = RNG.integers(0, 256, length).tolist()
-        done = run(method, [prompt], max_new_tokens=new, eos_ids=(), chunk_size=64)
-        assert len(done[0].tokens) == new
-
-    go(145, 38)  # prompts of 145..160 share a bucket, so do 37..40 new tokens
-    first = dict(traces)
-    assert first["run_layer"] == 1  # for all three chunks, and every layer
-    assert first["decode_step"] > 0
-    go(152, 37)
-    go(150, 40)
-    assert traces == first
-
-
-def test_prompts_are_read_alike_by_layers_and_as_a_whole(method):
-    class Whole(NamedTuple):
-        """A model that cannot run a layer alone."""
-
-        decoder: Any
-
-        def __getattr__(self, name):
-            if name in ("embed", "layer_params", "run_layer", "normalise"):
-                raise AttributeError(name)
-            return getattr(self.decoder, name)
-
-    whole = MODEL._replace(decoder=Whole(MODEL.decoder))
-    assert not isinstance(whole.decoder, interface.LayerwiseLM)
-    prompts = [RNG.integers(0, 256, length).tolist() for length in (70, 33)]
-    by_layer, at_once = (
-        reader.prefill(model, method, prompts, max_new_tokens=8, chunk_size=32)
-        for model in (MODEL, whole)
-    )
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5),
-        (by_layer.states, by_layer.hidden),
-        (at_once.states, at_once.hidden),
-    )
-
-
-def test_prefill_ends_at_each_rows_last_token():
-    done = prefill(MODEL, kvjax.full(), PROMPTS, max_new_tokens=4, chunk_size=16)
-    for row, prompt in enumerate(PROMPTS):
-        hidden = MODEL.decoder.hidden(MODEL.params, jnp.array([prompt]), dense)
-        np.testing.assert_allclose(done.hidden[row], hidden[0, -1], atol=2e-4)
-        assert done.recent[row].tolist() == prompt[-1:]
-    assert [int(n) for n in done.states[0].length] == [len(p) for p in PROMPTS]
-
-
 def test_greedy_decoding_repeats_the_whole_forward_pass():
     tokens = list(PROMPTS[0])
 
@@ -171,15 +106,6 @@ def test_greedy_decoding_repeats_the_whole_forward_pass():
         tokens.append(int(logits.argmax()))
     done = run(kvjax.full(), PROMPTS[:1], max_new_tokens=8, eos_ids=())
     assert done[0].tokens == tokens[len(PROMPTS[0]) :]
-
-
-def test_dynamic_rope_gets_a_long_prompt_in_one_chunk():
-    rope = Rope(8, kind="dynamic", factor=2.0, original_context=32)
-    model = tiny_model(rope=rope)
-    assert len(list(reader.chunks(model.decoder, [[1] * 70], 16))) == 1
-    assert len(list(reader.chunks(model.decoder, [[1] * 32], 16))) == 2
-    whole = run(kvjax.full(), model=model, eos_ids=())
-    assert run(kvjax.full(), model=model, eos_ids=(), chunk_size=16) == whole
 
 
 def test_same_tokens_as_transformers():
@@ -493,27 +419,3 @@ def test_the_context_may_be_filled_to_the_last_token():
     model = tiny_model(context=24)
     done = run(kvjax.full(), [PROMPTS[0][:14]], model, max_new_tokens=10, eos_ids=())
     assert len(done[0].tokens) == 10
-
-
-def test_layers_share_the_program_that_ends_a_prompt():
-    traced = []
-    method = kvjax.snapkv(budget=8, window=4)
-
-    def finish(state):
-        traced.append(state)
-        return method.finish(state)
-
-    model = tiny_model(num_layers=3)
-    watched = method._replace(finish=finish)
-    read = prefill(model, watched, PROMPTS, max_new_tokens=4)
-    assert len(traced) == 1
-    assert [state.spec.layer for state in read.states] == [0, 1, 2]
-
-    # Each layer ends its own prompt.
-    reading = reader.begin(model.decoder, method, 3, 70, 4)
-    parts = reader.chunks(model.decoder, PROMPTS, 512)
-    states = reader.read(model, method, reading, parts).states
-    for ended, state in zip(read.states, states, strict=True):
-        expected = jax.tree.leaves(method.finish(state))
-        for a, b in zip(jax.tree.leaves(ended), expected, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-6)
