@@ -1,5 +1,6 @@
 """`kvjax stream`: text without end, scored as it comes, then continued."""
 
+import contextlib
 import json
 import math
 import pathlib
@@ -54,7 +55,6 @@ def stream(
     with to stdout.
     """
     from kvjax.decoding import endless
-    from kvjax.decoding.finite import NotFiniteError
     from kvjax.decoding.sampling import Sampling, validate
 
     parsed = registry.parse(method)
@@ -83,16 +83,13 @@ def stream(
     start, shown, latest = time.perf_counter(), None, None
     try:
         while True:
-            latest = next(found)
+            with _told(as_json):
+                latest = next(found)
             if shown is None or latest.tokens - shown.tokens >= every:
                 _show(latest, shown, start, to, as_json)
                 shown = latest
     except StopIteration as end:
         read = end.value
-    except NotFiniteError as error:
-        if as_json:  # whoever reads the lines learns why they end
-            print(json.dumps({"error": str(error)}), flush=True)
-        raise
     if latest is not shown:
         _show(latest, shown, start, to, as_json)
     if not new_tokens:
@@ -107,7 +104,8 @@ def stream(
     )
     try:
         while True:
-            _, piece = next(events)
+            with _told(as_json):
+                _, piece = next(events)
             if not as_json:
                 sys.stdout.write(piece)
                 sys.stdout.flush()
@@ -117,6 +115,19 @@ def stream(
         print(json.dumps(generation._asdict()), flush=True)
     else:
         print()
+
+
+@contextlib.contextmanager
+def _told(as_json: bool) -> Iterator[None]:
+    """Ends JSON lines by the error: whoever reads them learns why they end."""
+    from kvjax.decoding.finite import NotFiniteError
+
+    try:
+        yield
+    except NotFiniteError as error:
+        if as_json:
+            print(json.dumps({"error": str(error)}), flush=True)
+        raise
 
 
 def _blocks(path: pathlib.Path) -> Iterator[bytes]:

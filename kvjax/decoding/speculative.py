@@ -8,8 +8,9 @@ import math
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.decoding.finite import is_finite
 from kvjax.interface import DecoderLM, Method, Params, State
 
 
@@ -20,6 +21,7 @@ class Verified(NamedTuple):
     accepted: Int[Array, "B"]  # tokens of the draft that greedy decoding says too
     next_token: Int[Array, "B"]  # what it says after them
     hidden: Float[Array, "B E"]  # of the last accepted token: its logits say that
+    finite: Bool[Array, "B"]  # False: some logits are no numbers, and nothing holds
 
 
 def rewind(
@@ -59,7 +61,8 @@ def verify(
         tokens: each row's newest token, then T - 1 drafted ones.
 
     Returns:
-        :class:`Verified`; a pure function, for `jax.jit`.
+        :class:`Verified`; a pure function, for `jax.jit`, that says what is not finite
+        and cannot raise (:func:`kvjax.decoding.finite.not_finite` is the error for it).
 
     Raises:
         ValueError: if the method cannot take tokens back, or the model's rope is
@@ -73,7 +76,8 @@ def verify(
     batch, rows = tokens.shape
     lengths = jnp.full((batch,), rows, jnp.int32)
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
-    said = decoder.logits(params, hidden).argmax(-1).astype(tokens.dtype)
+    logits = decoder.logits(params, hidden)
+    said = logits.argmax(-1).astype(tokens.dtype)
     agrees = (said[:, :-1] == tokens[:, 1:]).astype(jnp.int32)
     accepted = agrees.cumprod(axis=1).sum(axis=1, dtype=jnp.int32)
     return Verified(
@@ -81,4 +85,5 @@ def verify(
         accepted=accepted,
         next_token=jnp.take_along_axis(said, accepted[:, None], axis=1)[:, 0],
         hidden=jnp.take_along_axis(hidden, accepted[:, None, None], axis=1)[:, 0],
+        finite=is_finite(logits).all(-1),
     )

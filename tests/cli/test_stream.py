@@ -72,6 +72,28 @@ def test_lines_to_read_and_text_to_use(run, checkpoint, text_file, capsys):
     assert "bits/byte" not in captured.out
 
 
+def test_lines_of_json_end_by_the_error(checkpoint, tmp_path, monkeypatch, capsys):
+    """Also in the continuation: by a token that the text does not have."""
+    from kvjax import cli
+
+    model = models.load(str(checkpoint), dtype="float32")
+    (tmp_path / "text").write_text(TEXT[:60])
+    (said,) = generate(model, METHOD, [TEXT[:60]], max_new_tokens=16, eos_ids=())
+    read = model.tokenizer.encode(TEXT[:60])
+    token = next(token for token in said.tokens if token not in read)
+    embedding = model.params["embedding"].at[token].set(np.inf)
+    broken = model._replace(params=model.params | {"embedding": embedding})
+    # No file holds such weights: loading refuses them.
+    monkeypatch.setattr("kvjax.cli.stream.load", lambda *_: broken)
+    options = ("--text", tmp_path / "text", "--json")
+    command = ["stream", *map(str, options), "--method", METHOD, "--new-tokens", "32"]
+    assert cli.run(command) == 2
+    captured = capsys.readouterr()
+    *_, last = map(json.loads, captured.out.splitlines())
+    assert "not finite" in last["error"]
+    assert last["error"] in captured.err
+
+
 def test_help_shows_an_example(run):
     out = " ".join(run("stream", "--help").split())
     assert "Example: kvjax stream --text book.txt" in out
