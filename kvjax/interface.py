@@ -214,6 +214,19 @@ class SelectFn(Protocol):
 
 
 @runtime_checkable
+class ImportanceFn(Protocol):
+    """Scores the tokens of a prompt, float32: `finish` keeps the highest of a KV head.
+
+    Of methods whose state before `finish`, which it takes, has a
+    :class:`kvjax.stores.contiguous.Contiguous` in its field `store`; slot s is token s.
+    +inf is kept whatever the budget, such as sinks and the newest tokens; -inf is no
+    token. Transforms that share budgets out rank by it.
+    """
+
+    def __call__(self, state: State, /) -> Float[Array, "B Hkv S"]: ...
+
+
+@runtime_checkable
 class RewindFn(Protocol):
     """Takes back the newest `count` tokens, at most `most`, as if they had not come.
 
@@ -240,6 +253,7 @@ class Method(NamedTuple):
             tokens that the step revises.
         select: None unless the method lists pages.
         rewind: None unless tokens can be taken back.
+        importance: None unless `finish` keeps the tokens that score highest by it.
         exact_prompt: `prefill` returns exact attention over the prompt, whatever the
             options. Such methods can read a prompt together: the model runs once.
         renumbers: no query meets a key at a distance that grows with the text, because
@@ -254,6 +268,7 @@ class Method(NamedTuple):
     traffic: TrafficFn
     rows: int = 1
     select: SelectFn | None = None
+    importance: ImportanceFn | None = None
     rewind: RewindFn | None = None
     exact_prompt: bool = False
     renumbers: bool = False

@@ -9,9 +9,8 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
-from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, kept_slots, step
-from kvjax.stores.kept_slots import Kept
+from kvjax.interface import CacheSpec, Method, Traffic
+from kvjax.stores import buffers, contiguous, kept_prompt, step
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.received_attention import received_attention
 
@@ -92,13 +91,15 @@ def snapkv(
         >>> state = method.init(spec)
     """
     options = Options(budget, window, kernel, pooling, group_reduce)
+    scores = functools.partial(importance, options)
     return Method(
         init=functools.partial(init, options),
         prefill=prefill,
-        finish=functools.partial(finish, options),
-        append=append,
-        inspect_step=inspect_step,
+        finish=functools.partial(kept_prompt.finish, scores, budget),
+        append=kept_prompt.append,
+        inspect_step=kept_prompt.inspect_step,
         traffic=functools.partial(traffic, options),
+        importance=scores,
         exact_prompt=True,
     )
 
@@ -126,8 +127,8 @@ def prefill(
     return SnapKVPrompt(store, queries), chunk.out
 
 
-def finish(options: Options, state: SnapKVPrompt) -> Kept:
-    """Keeps the tokens of most votes, and the window."""
+def importance(options: Options, state: SnapKVPrompt) -> Float[Array, "B Hkv S"]:
+    """Counts the votes for each token of the prompt; the window is certain to stay."""
     store, spec, window = state.store, state.store.spec, options.window
     voters = buffers.newest_positions(store.length, window)
     # Values are not needed, only each voter's normaliser.
@@ -142,42 +143,9 @@ def finish(options: Options, state: SnapKVPrompt) -> Kept:
     prefix = prefix < (store.length - window)[:, None, None]
     prefix = jnp.broadcast_to(prefix, votes.shape)
     votes = selection.pool(votes, options.kernel, options.pooling, prefix)
-    chosen = selection.top_slots(votes, options.budget - window, prefix)
-    newest = jnp.where(voters >= 0, voters, -1)[:, None, :]
-    newest = jnp.broadcast_to(newest, (*chosen.shape[:2], window))
-    kept = selection.in_order(jnp.concatenate([chosen, newest], axis=-1))
-    return kept_slots.take(store, kept, spare=spec.max_new_tokens)
-
-
-def append(
-    state: Kept, k: Float[Array, "B Hkv 1 D"], v: Float[Array, "B Hkv 1 D"]
-) -> Kept:
-    """Writes the next token into the first spare slot."""
-    slot = kept_slots.num_kept(state)[:, None]
-    slots = jnp.broadcast_to(slot, (slot.shape[0], state.positions.shape[1]))
-    return kept_slots.write(state, slots, k, v)
-
-
-def inspect_step(
-    state: Kept, q: Float[Array, "B Hq 1 D"]
-) -> tuple[Kept, Float[Array, "B Hq 1 D"], Diagnostics]:
-    """Attends to all that is kept."""
-    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
-    out, lse = decode_attention(
-        rotated,
-        state.k,
-        state.v,
-        positions,
-        state.positions,
-        sm_scale=state.spec.sm_scale,
-    )
-    diagnostics = step.diagnose(state.positions, lse, state.length)
-    return state, out.astype(q.dtype), diagnostics
+    return kept_prompt.with_certain(votes, store.length, window=window)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts the bytes at the end of the run, when every generated token is there."""
-    kept = min(length, options.budget + spec.max_new_tokens)
-    positions = spec.batch * spec.num_kv_heads * kept
-    metadata = positions * jnp.dtype(jnp.int32).itemsize
-    return Traffic(kv=buffers.kv_bytes(spec, kept), metadata=metadata)
+    return kept_prompt.traffic(options.budget, spec, length)
