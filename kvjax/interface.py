@@ -14,7 +14,7 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -45,6 +45,8 @@ class CacheSpec:
             the prompt's cache but keep every generated token size their buffers by it.
         sm_scale: factor on the logits; ``head_dim ** -0.5`` unless given, or if nan.
         layer: index of the layer, for transforms that treat layers differently.
+        num_layers: of the model, for transforms that share budgets out among layers;
+            0 where nobody says. :func:`layer_specs` does.
         alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
     """
 
@@ -58,6 +60,7 @@ class CacheSpec:
     max_new_tokens: int = 0
     sm_scale: float = math.nan
     layer: int = 0
+    num_layers: int = 0
     alpha: float = 1.0
 
     def __post_init__(self):
@@ -275,7 +278,8 @@ class Method(NamedTuple):
 
     def __repr__(self) -> str:
         """The spec string where the method was made of one, else its factory."""
-        return f"Method({_SPECS.get(self) or _factory(self)!r})"
+        made_of = RECIPES.get(self)
+        return f"Method({made_of.spec if made_of else _factory(self)!r})"
 
     def decode_step(
         self, state: State, q: Float[Array, "B Hq T D"]
@@ -285,7 +289,15 @@ class Method(NamedTuple):
         return state, out
 
 
-_SPECS: dict[Method, str] = {}
+class Recipe(NamedTuple):
+    """The spec that a method was made of, for transforms that make more of its kind."""
+
+    spec: str
+    options: Mapping[str, Any]  # of the innermost factory, with its defaults
+    remake: Callable[..., Method]  # takes some of these options, with other values
+
+
+RECIPES: dict[Method, Recipe] = {}  # of every method that was made of a spec
 
 
 def _factory(method: Method) -> str:
@@ -307,11 +319,6 @@ def _factory(method: Method) -> str:
 def _module_name(function: Any) -> str:
     *_, folder, name = ["", *getattr(function, "__module__", "").split(".")]
     return folder if name == "method" else name
-
-
-def remember_spec(method: Method, spec: str) -> None:
-    """Has a method say in its `repr` what it was made of."""
-    _SPECS[method] = spec
 
 
 @runtime_checkable
@@ -434,10 +441,13 @@ class LayeredLM(Protocol):
 def layer_specs(
     decoder: LayeredLM, batch: int, capacity: int, max_new_tokens: int = 0
 ) -> tuple[CacheSpec, ...]:
-    """Returns the spec of every layer, in their order."""
-    return tuple(
+    """Returns the spec of every layer, in their order, each with their number."""
+    specs = (
         decoder.cache_spec(batch, capacity, max_new_tokens, layer)
         for layer in range(decoder.num_layers)
+    )
+    return tuple(
+        dataclasses.replace(spec, num_layers=decoder.num_layers) for spec in specs
     )
 
 

@@ -13,7 +13,8 @@ from kvjax.stores.buffers import kv_bytes
 
 # --- by hand: 2 rows, 8 query heads on 4 KV heads of 16, two bytes an element
 
-SPEC = CacheSpec(2, 8, 4, 16, 1000, "bfloat16", Rope(16), max_new_tokens=10, layer=7)
+SIZES = (2, 8, 4, 16, 1000, "bfloat16", Rope(16))
+SPEC = CacheSpec(*SIZES, max_new_tokens=10, layer=7, num_layers=8)
 TOKEN = 2 * 4 * (16 + 16) * 2  # rows, KV heads, key and value, bytes
 FLOAT_AND_INT = 4 + 4  # a score and a position
 
@@ -61,6 +62,8 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("refreshkv:schedule=never,budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * 4),
         ("dense_layers:first=8+tova:budget=64", 1000, 1000 * TOKEN, 0),
         ("dense_layers+h2o:budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * FLOAT_AND_INT),
+        # The last of eight layers has a quarter of the even budget.
+        ("layer_budgets:beta=4+tova:budget=64", 1000, 16 * TOKEN, 2 * 16 * 8),
     ],
 )
 def test_bytes_read(method, length, kv, metadata):
@@ -99,6 +102,7 @@ CLOCK = 2 * 4  # one int32 a row
             63 * 17 * TOKEN + 2 * 8 * 3 * 17 * 4 + 2 * 4 * 63 * 4 + 2 * CLOCK,
         ),
         ("oracle_topk:budget=64", 1000 * TOKEN + CLOCK),
+        ("layer_budgets:beta=4+tova:budget=64", 16 * TOKEN + 2 * 16 * 8 + CLOCK),
     ],
 )
 def test_bytes_held_while_decoding(method, expected):

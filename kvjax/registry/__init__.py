@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable
 
 from kvjax.attention.partials import suits
-from kvjax.interface import Method, remember_spec
+from kvjax.interface import RECIPES, Method, Recipe
 from kvjax.registry import built_in, specs
 
 Factory = typing.TypeVar("Factory", bound=Callable[..., Method])
@@ -35,9 +35,8 @@ _BUILT_IN = {
 _REGISTERED: dict[str, Callable[..., Method]] = {}
 # What factories take that is no option: transforms have the first, some the second.
 _METHODS_TAKEN = ("method", "dense")
-
-# Made by every call alike, and by name.
-remember_spec(built_in.full(), "full")
+# What a transform is shown around: it takes one that lists pages, or ranks a prompt.
+_WRAPPED = ("quest", "snapkv")
 
 
 def names(alpha: float | None = None) -> tuple[str, ...]:
@@ -137,25 +136,38 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
     *outer, innermost = specs.parts(spec)
     name, given = _split(innermost)
     if is_transform(name):
+        _, _, inner = example(name).rpartition("+")
         raise ValueError(
             f"{spec!r} ends in the transform {name!r}: join it to a method, for "
-            f"example '{innermost}+quest'."
+            f"example '{innermost}+{inner}'."
         )
     fitting = {key: v for key, v in defaults.items() if key in options(name)}
-    method = _made(name, **(fitting | given))
-    written = _joined(name, fitting | given)
-    for part in reversed(outer):
-        name, given = _split(part)
-        if not is_transform(name):
+    given = fitting | given
+    method = _made(name, **given)
+    _remember(method, [], name, given)
+    for index in reversed(range(len(outer))):
+        transform, options_given = _split(outer[index])
+        if not is_transform(transform):
             raise ValueError(
-                f"{name!r} in {spec!r} is no transform: known are "
+                f"{transform!r} in {spec!r} is no transform: known are "
                 f"{', '.join(transforms())}."
             )
-        parameters = _signature(get(name)).parameters
+        parameters = _signature(get(transform)).parameters
         wrapped = [method] + [built_in.full()] * ("dense" in parameters)
-        method = _made(name, *wrapped, **given)
-    remember_spec(method, "+".join([*outer, written]))
+        method = _made(transform, *wrapped, **options_given)
+        _remember(method, outer[index:], name, given)
     return method
+
+
+def example(name: str) -> str:
+    """Returns the spec of a transform around a method that it takes."""
+    for inner in _WRAPPED:
+        try:
+            parse(f"{name}+{inner}")
+        except ValueError:
+            continue
+        return f"{name}+{inner}"
+    return f"{name}+{_WRAPPED[0]}"
 
 
 def as_method(method: Method | str) -> Method:
@@ -275,6 +287,19 @@ def _check_factory(factory: object, name: str) -> None:
             )
 
 
+def _remember(method: Method, outer: list[str], name: str, given: dict) -> None:
+    """Notes what a method was made of: transforms around a factory with options."""
+    defaults = {key: p.default for key, p in options(name).items()}
+    spec = "+".join([*outer, _joined(name, given)])
+    remake = functools.partial(_remade, outer, name, given)
+    RECIPES[method] = Recipe(spec, defaults | given, remake)
+
+
+def _remade(outer: list[str], name: str, given: dict, **changed: int) -> Method:
+    """Returns the method with other options of its innermost factory."""
+    return parse("+".join([*outer, _joined(name, given | changed)]))
+
+
 def _kind(value: object) -> str:
     if isinstance(value, Method):
         return "a method that one made"
@@ -356,3 +381,7 @@ def _nearest(name: str, known: Iterable[str]) -> str:
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known) or 'none'}."
+
+
+# Made by every call alike, and by name.
+_remember(built_in.full(), [], "full", {})

@@ -18,6 +18,7 @@ from kvjax.testing.oracle import (
     softmax_attention,
 )
 
+NUM_LAYERS = 8  # of the model that a layer is said to be of
 # What a padded token holds: any use of it shows.
 PADDING = 1e4
 
@@ -112,6 +113,7 @@ def make_spec(
         "dtype": dtype,
         "rope": Rope(head_dim),
         "max_new_tokens": stream.steps,
+        "num_layers": NUM_LAYERS,
     }
     return CacheSpec(**(fields | overrides))
 

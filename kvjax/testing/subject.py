@@ -1,5 +1,6 @@
 """A method with small options on one random stream, compiled once for all checks."""
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable
@@ -8,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kvjax import registry
 from kvjax.attention import partials
 from kvjax.interface import CacheSpec, Method
 from kvjax.registry import built_in
@@ -17,13 +19,15 @@ from kvjax.testing.streams import Chunks, Run, Stream
 # Small legal values, by the name of the option. An option with a larger default that is
 # missing here must be given one, so that no method is tested idle.
 SMALL = {"budget": 8, "page_size": 4, "window": 4, "kernel": 3, "num_sinks": 2}
-SMALL |= {"stride": 4, "tail": 1, "features": 2, "calibration": 6}
+SMALL |= {"stride": 4, "tail": 1, "features": 2, "calibration": 6, "every": 4}
 LARGEST_DEFAULT = 8
+# What transforms are tried around: the first that they take.
+WRAPPED = ("quest", "snapkv")
 
 # Lengths 1, page - 1, page, page + 1, and two that overflow the budget.
 PROMPTS = (1, 3, 4, 5, 21, 18)
 STEPS = 6
-LAYER = 7  # beyond what `dense_layers` leaves dense by default
+LAYER = 7  # beyond what `dense_layers` leaves dense by default; the last
 
 
 class Subject:
@@ -56,14 +60,18 @@ class Subject:
 
     def make(self, **overrides: Any) -> Method:
         """Returns the method with small options, but those it has of `overrides`."""
-        wrapped: dict[str, Any] = {}
-        if self._takes("method"):
-            inner = _among(_keyword_only(built_in.quest), SMALL | overrides)
-            wrapped["method"] = built_in.quest(**inner)
-        if self._takes("dense"):
-            wrapped["dense"] = built_in.full()
         given = _among(self.options, SMALL | self.small | overrides)
-        return self.factory(**wrapped, **given)
+        if self._takes("dense"):
+            given["dense"] = built_in.full()
+        if not self._takes("method"):
+            return self.factory(**given)
+        # Made of a spec, as on the command line: a transform may make more of its kind.
+        small = SMALL | overrides
+        *others, wrapped = (registry.parse(name, **small) for name in WRAPPED)
+        for method in others:
+            with contextlib.suppress(ValueError):
+                return self.factory(method=method, **given)
+        return self.factory(method=wrapped, **given)
 
     def covering(self, capacity: int) -> Method:
         """Returns the method with a budget of more tokens than the capacity."""

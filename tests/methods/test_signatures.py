@@ -16,7 +16,6 @@ import pytest
 from kvjax import registry
 from kvjax.attention import partials
 from kvjax.interface import CacheSpec, Method
-from kvjax.registry import built_in
 from kvjax.rope import Rope
 
 NAMES = [*registry.names(), *registry.transforms()]
@@ -47,10 +46,8 @@ def missing(source: str) -> list[str]:
 
 
 def made_by(name: str) -> Method:
-    needed = {"method": built_in.quest(), "dense": built_in.full()}
-    factory = registry.get(name)
-    parameters = inspect.signature(factory).parameters
-    return factory(*(needed[p] for p in parameters if p in needed))
+    spec = registry.example(name) if registry.is_transform(name) else name
+    return registry.parse(spec)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -58,7 +55,8 @@ def test_shapes_are_checked_where_a_step_begins(name):
     """A query of one row, without the axis of rows, reaches no computation."""
     method = made_by(name)
     alpha = 1.0 if partials.suits(registry.get(name), 1.0) else 1.5
-    spec = CacheSpec(2, 4, 2, 8, 64, "float32", Rope(8), layer=7, alpha=alpha)
+    sizes = (2, 4, 2, 8, 64, "float32", Rope(8))
+    spec = CacheSpec(*sizes, layer=7, num_layers=8, alpha=alpha)
     state = jax.eval_shape(lambda: method.finish(method.init(spec)))
     q = jax.ShapeDtypeStruct((2, 4, 8), "float32")
     with pytest.raises(jaxtyping.TypeCheckError, match="inspect_step"):

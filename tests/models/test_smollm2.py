@@ -204,7 +204,7 @@ def expected(stream, model):
     return dense(*stream[:3], model.decoder.config.rope)
 
 
-SPECS = [*registry.names(1.0), *(f"{t}+quest" for t in registry.transforms())]
+SPECS = [*registry.names(1.0), *map(registry.example, registry.transforms())]
 
 
 @pytest.mark.parametrize("spec", SPECS)
