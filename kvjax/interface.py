@@ -166,6 +166,12 @@ class FinishFn(Protocol):
     Evicting methods choose here what to keep, and the state takes its final, smaller
     shape. Layers of equal shapes share one program: nothing may depend on
     `CacheSpec.layer` here but through what `init` put into the state.
+
+    No chunk comes afterwards. What does, a question about the prompt as much as what is
+    generated, is appended token by token, and kept or evicted by the one rule that the
+    method has for appended tokens (the section State of its factory). A finished state
+    is arrays whose first axis are the rows, but for weights that rows share: copied,
+    saved and restored, or with other rows of the same prompt, it goes on as it was.
     """
 
     def __call__(self, state: State, /) -> State: ...
@@ -245,8 +251,9 @@ class Method(NamedTuple):
 
     Made by a factory whose keyword-only arguments are the hyperparameters. The order
     of calls is `init`, `prefill` once per chunk of the prompt, `finish` once, then
-    `append` and `inspect_step` for every token. `q` and `k` arrive un-rotated: a method
-    owns its positions. A row's result never depends on the other rows.
+    `append` and `inspect_step` for every token, generated or of a question that comes
+    after `finish`. `q` and `k` arrive un-rotated: a method owns its positions. A row's
+    result never depends on the other rows.
 
     Each function has a type in this module, whose docstring says what it promises. T is
     the chunk in `prefill` and `rows` in a step; out is as q, in q's dtype.

@@ -6,6 +6,7 @@ as well. Every buffer starts poisoned (`conftest.py`).
 
 import dataclasses
 import functools
+import itertools
 import os
 import subprocess
 import sys
@@ -143,6 +144,42 @@ def renamed(*, budget: int = 8, page_size: int = 4) -> Method:
     return right._replace(inspect_step=lambda cache, q: right.inspect_step(cache, q))
 
 
+def counts_all(*, budget: int = 8, page_size: int = 4) -> Method:
+    """Its state knows how much the rows hold together."""
+    right = quest(budget, page_size)
+
+    def finish(state):
+        return state, state.length.sum(keepdims=True)
+
+    def append(state, k, v):
+        return right.append(state[0], k, v), state[1]
+
+    def inspect_step(state, q):
+        own, out, diagnostics = right.inspect_step(state[0], q)
+        return (own, state[1]), out + 1e-3 * state[1].astype(out.dtype), diagnostics
+
+    return right._replace(finish=finish, append=append, inspect_step=inspect_step)
+
+
+def forgets_its_shapes(*, budget: int = 8, page_size: int = 4) -> Method:
+    """Another structure each time that a prompt ends."""
+    right, times = quest(budget, page_size), itertools.count()
+
+    def finish(state):
+        return {str(next(times)): state}
+
+    def append(state, k, v):
+        ((name, own),) = state.items()
+        return {name: right.append(own, k, v)}
+
+    def inspect_step(state, q):
+        ((name, own),) = state.items()
+        own, out, diagnostics = right.inspect_step(own, q)
+        return {name: own}, out, diagnostics
+
+    return right._replace(finish=finish, append=append, inspect_step=inspect_step)
+
+
 def idle(*, how_many: int = 4096) -> Method:
     return registry.get("streaming_llm")(budget=how_many)
 
@@ -159,6 +196,8 @@ def idle(*, how_many: int = 4096) -> Method:
         (boasts, "output_is_attention_over_what_was_attended", "off by"),
         (lies_about_prompts, "a_prompt_is_exact_where_the_method_says_so", "are off"),
         (looks_aside, "rows_do_not_see_each_other", "a row that stayed"),
+        (counts_all, "a_prompt_that_ended_serves_many_questions", "outputs"),
+        (forgets_its_shapes, "a_prompt_that_ended_is_kept_as_arrays", "what finish"),
     ],
 )
 def test_a_fault_is_named(factory, check, message):

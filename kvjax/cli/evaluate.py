@@ -16,6 +16,7 @@ from kvjax.cli.options import (
     MethodOption,
     ModelOption,
     NewTokensOption,
+    QuestionOption,
     SeedOption,
     TasksOption,
     TextOption,
@@ -51,6 +52,7 @@ def evaluate(
     new_tokens: NewTokensOption = 64,
     batch: BatchOption = 8,
     text: TextOption = None,
+    question: QuestionOption = "seen",
     chat: AskChatOption = False,
     save_answers: AnswersOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 1024,
@@ -78,6 +80,7 @@ def evaluate(
     task = task or one_task.OWN
     if not questions:
         one_task.check_task(task)
+    one_task.check_question(task, question, questions)
     if task in ("perplexity", "fidelity") and (chat or save_answers):
         option = "--chat" if chat else "--save-answers"
         raise ValueError(f"--task {task} answers nothing: leave {option} out.")
@@ -102,6 +105,7 @@ def evaluate(
             chunk_size=chunk_size,
             questions=questions,
             is_chat=chat,
+            question=question,
             on_answer=lambda *answer: keep(method, task, *answer),
             progress=lambda fraction: progress(method, fraction),
         )

@@ -81,6 +81,14 @@ AskChatOption = Annotated[
         "--chat", help="Ask in the model's chat template; the answer is begun for it."
     ),
 ]
+QuestionOption = Annotated[
+    str,
+    typer.Option(
+        "--question",
+        help="seen: a question is part of the prompt, and a method knows it when it "
+        "chooses what to keep; after: its tokens come once that is chosen.",
+    ),
+]
 AnswersOption = Annotated[
     pathlib.Path | None,
     typer.Option(

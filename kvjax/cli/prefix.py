@@ -48,6 +48,14 @@ def prefill(
             "with --chat 2048 or what the model's context leaves."
         ),
     ] = None,
+    finish: Annotated[
+        bool,
+        typer.Option(
+            "--finish",
+            help="End the prompt, and save what the method keeps of it: a prompt of "
+            "generate --resume is then a question that comes afterwards.",
+        ),
+    ] = False,
     chat: ChatOption = False,
     system: SystemOption = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
@@ -58,6 +66,10 @@ def prefill(
     prefix = library()
     parsed = registry.parse(method)
     positive(chunk_size=chunk_size, **({} if room is None else {"room": room}))
+    if finish and chat:
+        raise ValueError(
+            "--finish ends what is read, and a conversation goes on: leave --chat out."
+        )
     text = read_prompt(prompt, prompt_file)
     messages = first_messages(text, chat, system)
     prefix.check_new(save)
@@ -73,6 +85,8 @@ def prefill(
         read = conversation.read(
             language_model, parsed, messages, room=room, chunk_size=chunk_size
         ).prefix
+    if finish:
+        read = prefix.finish(parsed, read)
     prompt_tokens = len(read.prompts[0])
     name = registry.canonical(method)
     prefix.save(save, language_model, read, method_name=name, messages=messages)
@@ -82,6 +96,7 @@ def prefill(
         "method": name,
         "prompt_tokens": prompt_tokens,
         "room": read.room,
+        "finished": read.is_finished,
         "bytes": sum(f.stat().st_size for f in save.rglob("*") if f.is_file()),
         "seconds": time.perf_counter() - start,
     }
@@ -90,7 +105,8 @@ def prefill(
         return
     print(
         f"{save}: {prompt_tokens:,} tokens read by {language_model.name} under {name}, "
-        f"{table.format_bytes(document['bytes'])}; room for {read.room:,} more"
+        f"{table.format_bytes(document['bytes'])}{', finished' * finish}; "
+        f"room for {read.room:,} more"
     )
 
 
@@ -161,6 +177,8 @@ def resumed(
         )
     language_model, name, parsed, found = restored(folder, model, method, dtype)
     chosen = options(language_model)
+    if found.is_finished:
+        return _asked(language_model, name, parsed, found, text or "", chosen)
     if text is not None:
         tokens = encoding.following_tokens(
             language_model.tokenizer, text, after=found.prompts[0]
@@ -173,6 +191,16 @@ def resumed(
         )
     events = prefix.stream(language_model, parsed, found, **chosen)
     return Turn(language_model, name, len(found.prompts[0]), events, chosen)
+
+
+def _asked(model, name, method, found, question, options) -> Turn:
+    """Asks a question of a prompt that has ended, or goes on with it without one."""
+    prefix = library()
+    tokens = encoding.following_tokens(
+        model.tokenizer, question, after=found.prompts[0]
+    )
+    events = prefix.stream_answers(model, method, found, [tokens], **options)
+    return Turn(model, name, len(found.prompts[0]) + len(tokens), events, options)
 
 
 def _model_of(folder, saved, dtype) -> kvjax.LanguageModel:

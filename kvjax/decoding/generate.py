@@ -172,14 +172,27 @@ def continued(
     return go_on(model, as_method(method), prefilled, checked, seen)
 
 
+class Forced(NamedTuple):
+    """The tokens that rows are fed before they choose their own: questions, say."""
+
+    tokens: Int[np.ndarray, "B Q"]  # right-padded
+    lengths: Int[np.ndarray, "B"]
+
+
 def go_on(
     model: LanguageModel,
     method: Method,
     prefilled: Prefilled,
     options: Options,
     seen: Bool[np.ndarray, "B V"] | None = None,
+    forced: Forced | None = None,
 ) -> Generator[tuple[int, str], None, list[Generation]]:
-    """Runs :func:`continued` with options that were checked."""
+    """Runs :func:`continued` with options that were checked.
+
+    Args:
+        forced: what each row is fed first, by the same steps, and what its text comes
+            behind. A row whose tokens end sooner chooses while others are still fed.
+    """
     decoder, params, eos_ids = model.decoder, model.params, options.ends(model)
     eos_array = np.array(sorted(eos_ids), np.int32)
     sampling = active(options.sampling)
@@ -188,6 +201,12 @@ def go_on(
     keys = None if sampling.temperature is None else row_keys(options.seed, batch)
     seen = None if sampling.repetition_penalty is None else seen
     given = keys, sampling, eos_array
+    fed = np.zeros(
+        batch, np.int32
+    )  # of each row's tokens, those that it did not choose
+    if forced is not None:
+        given, fed = (*given, *forced), forced.lengths
+    most = options.max_new_tokens + int(fed.max())
     none, all_rows = np.zeros(batch, bool), np.ones(batch, bool)
     with timing.stretch("prompt"):
         tail = Tail(np.int32(0), none, all_rows, seen)
@@ -196,18 +215,18 @@ def go_on(
         )
         block, produced = np.asarray(tokens)[:, None], 1
     stop = tuple(options.stop)
-    behind = np.asarray(window if before is None else before)
-    behind = [[token for token in row if token != NO_TOKEN] for row in behind.tolist()]
     rows = [
         TextRow(model.tokenizer, stop, eos_ids, options.max_new_tokens, row)
-        for row in behind
+        for row in _behind(window if before is None else before, forced)
     ]
     part = timing.Stretch("decode")  # of the block; the first comes of the prompt
     while True:
         finite = np.asarray(tail.finite)
         had = sum(len(row.tokens) for row in rows)
+        skipped = np.maximum(fed - (produced - block.shape[1]), 0)
         for index, row in enumerate(rows):
             new = block[index] if finite[index] else block[index, :-1]
+            new = new[skipped[index] :]
             if row.finish_reason is not None or not len(new):
                 continue
             text = row.push(new.tolist())
@@ -223,7 +242,7 @@ def go_on(
                 Generation(row.tokens, row.text, str(row.finish_reason)) for row in rows
             ]
         with timing.stretch("decode") as part:
-            left = options.max_new_tokens - produced
+            left = most - produced
             taken = loop.steps(SAMPLED)(
                 decoder,
                 method,
@@ -241,29 +260,52 @@ def go_on(
         produced += count
 
 
+def _behind(window: Array | np.ndarray, forced: Forced | None) -> list[list[int]]:
+    """Returns the tokens that each row's text comes behind, or the last of them."""
+    behind = [
+        [token for token in row if token != NO_TOKEN]
+        for row in np.asarray(window).tolist()
+    ]
+    if forced is None:
+        return behind
+    pairs = zip(forced.tokens.tolist(), forced.lengths.tolist(), strict=True)
+    questions = [tokens[:length] for tokens, length in pairs]
+    return [[*a, *b] for a, b in zip(behind, questions, strict=True)]
+
+
 class Tail(NamedTuple):
     """The facts that a step remembers of each row, beside states and window."""
 
-    chosen: Int[Array | np.ndarray | np.int32, ""]  # tokens of a row
+    chosen: Int[Array | np.ndarray | np.int32, ""]  # tokens of a row, forced ones too
     done: Bool[Array | np.ndarray, "B"]
     finite: Bool[Array | np.ndarray, "B"]  # the logits that chose the newest token were
     seen: Bool[Array | np.ndarray, "B V"] | None  # only under a repetition penalty
 
 
 def _sampled(logits, index, tail, given):
-    """Returns the next tokens twice, the tail with them in between."""
+    """Returns the next tokens twice, the tail with them in between.
+
+    Where tokens are forced, a row samples its first with the key that it has alone.
+    """
     del index
-    keys, sampling, eos_ids = given
+    keys, sampling, eos_ids, *forced = given
+    number, axes = tail.chosen, (0, None)
+    if forced:
+        number, axes = jnp.maximum(tail.chosen - forced[1], 0), (0, 0)
     if keys is not None:
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys, tail.chosen)
+        keys = jax.vmap(jax.random.fold_in, axes)(keys, number)
     tokens = sample(keys, logits, tail.seen, sampling)
+    ends = (tokens[:, None] == eos_ids).any(-1)
+    if forced:
+        told = jnp.take(forced[0], tail.chosen, axis=1, mode="clip")
+        is_told = tail.chosen < forced[1]
+        tokens, ends = jnp.where(is_told, told, tokens), ends & ~is_told
     tokens = jnp.where(tail.done, PAD, tokens)
     finite = is_finite(logits) | tail.done
-    done = tail.done | (tokens[:, None] == eos_ids).any(-1)
     seen = tail.seen
     if seen is not None:
         seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
-    return tokens, Tail(tail.chosen + 1, done, finite, seen), tokens
+    return tokens, Tail(tail.chosen + 1, tail.done | ends, finite, seen), tokens
 
 
 def _is_over(tail: Tail) -> Bool[Array, ""]:

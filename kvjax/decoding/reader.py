@@ -280,10 +280,17 @@ def ended(
     method: Method, reading: Reading, prompts: Sequence[Sequence[int]]
 ) -> Prefilled:
     """Ends prompts that were read; `reading` is used up."""
+    states = timing.settled(finish(method, reading.states))
+    return ready(method, reading._replace(states=states), prompts)
+
+
+def ready(
+    method: Method, finished: Reading, prompts: Sequence[Sequence[int]]
+) -> Prefilled:
+    """Makes prompts whose states are finished ready to decode."""
     newest = jnp.asarray(recent(prompts, method.rows))
     before = recent(prompts, CONTEXT, NO_TOKEN)
-    states = timing.settled(finish(method, reading.states))
-    return Prefilled(states, reading.hidden, newest, before)
+    return Prefilled(finished.states, finished.hidden, newest, before)
 
 
 def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:

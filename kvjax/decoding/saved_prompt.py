@@ -1,11 +1,11 @@
 """Prompts read once and gone on with many times: kept on disk, bit for bit.
 
 A prefix is the state of every layer before `finish`, so that more of the prompt may
-still come. On disk it is complete or absent, and says what it belongs to: another
-model, method or dtype is refused. Needs orbax: `pip install 'kvjax[train]'`.
+still come; or behind it, smaller if the method evicts: then questions come, appended
+as generated tokens are. On disk it is complete or absent, and says what it belongs to:
+another model, method or dtype is refused. Needs orbax: `pip install 'kvjax[train]'`.
 """
 
-import hashlib
 import itertools
 import json
 import math
@@ -20,7 +20,7 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array, Float
 
 from kvjax import accounting, files
-from kvjax.decoding import reader, timing
+from kvjax.decoding import asking, reader, timing
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
@@ -34,6 +34,17 @@ from kvjax.decoding.checks import (
 from kvjax.decoding.finite import not_finite
 from kvjax.decoding.generate import Generation, go_on
 from kvjax.decoding.options import Options
+from kvjax.decoding.prefix_file import ABOUT as ABOUT
+from kvjax.decoding.prefix_file import (
+    FORMATS,
+    digest,
+    identity,
+    is_conversation,
+    refusal,
+    sha256,
+)
+from kvjax.decoding.prefix_file import about as about
+from kvjax.decoding.prefix_file import is_finished as says_finished
 from kvjax.decoding.reader import Reading
 from kvjax.decoding.sampling import mentioned
 from kvjax.files import arrays as file_arrays
@@ -41,14 +52,8 @@ from kvjax.interface import LanguageModel, Method, State
 from kvjax.registry import as_method
 from kvjax.text import encoding
 
-FORMAT = 2  # of a folder; a change that breaks readers adds one
-ABOUT, ARRAYS = "prefix.json", "arrays"
+ARRAYS = "arrays"
 NEW_TOKENS = 128  # where nothing else bounds them
-_LAYOUT = ("prompt_tokens", "longest", "room", "leaves")
-_KEYS = {
-    *("method", "dtype", "decoder", "weights", "model"),
-    *(*_LAYOUT, "layout", "fingerprints"),
-}
 # On a file that is missing, cut or not its own, orbax raises what comes.
 _READ = Exception
 
@@ -56,11 +61,12 @@ _READ = Exception
 class Prefix(NamedTuple):
     """The prompts that a model has read under a method; made by :func:`read`."""
 
-    states: tuple[State, ...]  # one a layer, `finish` not yet applied
+    states: tuple[State, ...]  # one a layer
     hidden: Float[Array, "B E"]  # of each row's last token
     prompts: tuple[tuple[int, ...], ...]  # token ids, every row's
     longest: int  # tokens of the longest prompt when the buffers were made
     room: int  # tokens that the buffers have room for beside it
+    is_finished: bool = False  # `finish` was applied: no more of the prompts is read
 
 
 def read(
@@ -106,6 +112,18 @@ def _read(model, method, reading, pieces, options: Options) -> Reading:
     return reading
 
 
+def finish(method: Method | str, prefix: Prefix) -> Prefix:
+    """Ends the prompts: the method chooses what to keep, and nothing else is held.
+
+    As `finish` does before the first token is generated, once for all that is asked
+    afterwards; `prefix` is used up. What comes behind is appended: see :func:`ask`.
+    """
+    if prefix.is_finished:
+        return prefix
+    states = reader.finish(as_method(method), prefix.states)
+    return prefix._replace(states=states, is_finished=True)
+
+
 def extend(
     model: LanguageModel,
     method: Method | str,
@@ -142,6 +160,11 @@ def extend(
     ]
     if not any(map(len, more)):
         return prefix
+    if prefix.is_finished:
+        raise ValueError(
+            "the prompts have ended: what was left out is gone, and no more of them is "
+            "read. Append it, with saved_prompt.ask."
+        )
     if model.decoder.rope.static_until < math.inf:
         raise ValueError(
             "the model's rope is 'dynamic', which rotates all keys of a prompt at "
@@ -198,7 +221,9 @@ def stream(
     max_new_tokens: int | None = None,
     **options: Any,
 ) -> Generator[tuple[int, str], None, list[Generation]]:
-    """Goes on from a prefix, which is used up: yields `(row, new text)`.
+    """Goes on from a prefix: yields `(row, new text)`.
+
+    The prefix is used up, but for one that has ended (:func:`finish`): that is copied.
 
     The generator returns what :func:`generate` does; arguments are those of
     :func:`kvjax.decoding.generate.generate`, but for `max_new_tokens=None`: all there
@@ -209,6 +234,10 @@ def stream(
         ValueError: if there is no room for `max_new_tokens`, or an option is out of its
             range.
     """
+    if prefix.is_finished:
+        nothing = [()] * len(prefix.prompts)
+        options["max_new_tokens"] = max_new_tokens
+        return stream_answers(model, method, prefix, nothing, **options)
     method = as_method(method)
     check_model(model)
     if max_new_tokens is None:
@@ -227,7 +256,82 @@ def generate(
     model: LanguageModel, method: Method | str, prefix: Prefix, **options: Any
 ) -> list[Generation]:
     """Runs :func:`stream` to its end and returns a `Generation` a row."""
-    events = stream(model, method, prefix, **options)
+    return _drained(stream(model, method, prefix, **options))
+
+
+def ask(
+    model: LanguageModel,
+    method: Method | str,
+    prefix: Prefix,
+    questions: Sequence[str | Sequence[int]],
+    **options: Any,
+) -> list[Generation]:
+    """Asks questions of prompts that have ended, as often as wanted.
+
+    The tokens of a question are appended as generated ones are, so that the method
+    keeps or evicts them by the same rule; nothing of the prompts is read again.
+
+    Args:
+        prefix: from :func:`finish`; not used up, its rows are copied.
+        questions: texts, or token ids, as `more` of :func:`extend`.
+        **options: `rows`, of each question the prompt that it is asked of, without
+            which question i is asked of prompt i; others of :func:`stream`.
+
+    Returns:
+        One `Generation` a question: what comes behind it.
+
+    Raises:
+        ValueError: if the prompts have not ended, there is no room for the longest
+            question and `max_new_tokens`, or as
+            :func:`kvjax.decoding.asking.stream`.
+    """
+    return _drained(stream_answers(model, method, prefix, questions, **options))
+
+
+def stream_answers(
+    model: LanguageModel,
+    method: Method | str,
+    prefix: Prefix,
+    questions: Sequence[str | Sequence[int]],
+    *,
+    rows: Sequence[int] | None = None,
+    max_new_tokens: int | None = None,
+    **options: Any,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """Yields `(question, new text)` while :func:`ask` decodes; returns what it does."""
+    method = as_method(method)
+    check_model(model)
+    if not prefix.is_finished:
+        raise ValueError(
+            "the prefix has not ended, and more of a prompt is read, not appended: use "
+            "extend, or end it first with finish (kvjax prefill --finish)."
+        )
+    questions = rows_of(questions, "questions")
+    rows = asking.chosen_rows(len(prefix.prompts), len(questions), rows)
+    asked = [
+        _following(model, prefix.prompts[row], question, f"question {index}")
+        for index, (row, question) in enumerate(zip(rows, questions, strict=True))
+    ]
+    longest = max(map(len, asked))
+    left = tokens_left(model, method, prefix)
+    if max_new_tokens is None:
+        max_new_tokens = NEW_TOKENS if left is None else max(left - longest, 1)
+    check_counts(max_new_tokens=max_new_tokens)
+    check_room(model, method, prefix, longest + max_new_tokens)
+    prompts = [(*prefix.prompts[r], *new) for r, new in zip(rows, asked, strict=True)]
+    return asking.stream(
+        model,
+        method,
+        reader.ready(method, Reading(prefix.states, prefix.hidden), prefix.prompts),
+        asked,
+        rows=rows,
+        max_new_tokens=max_new_tokens,
+        seen=mentioned(prompts, model.decoder.vocab_size),
+        **options,
+    )
+
+
+def _drained(events: Generator[Any, None, list[Generation]]) -> list[Generation]:
     while True:
         try:
             next(events)
@@ -258,14 +362,15 @@ def save(
         ValueError: if a message lacks the texts `role` and `content`.
     """
     folder = pathlib.Path(folder).resolve()
-    if messages is not None and not _is_conversation(messages):
+    if messages is not None and not is_conversation(messages):
         raise ValueError(f"{messages=} must be objects with texts role and content.")
     if not replace:
         check_new(folder)
     arrays = file_arrays.dense(_named(prefix))
     about = {
-        "format": FORMAT,
-        **_identity(model, method_name),
+        "format": FORMATS[prefix.is_finished],
+        **({"finished": True} if prefix.is_finished else {}),
+        **identity(model, method_name),
         # Found from any folder; a name that `models.load` knows stays one.
         "model": files.located(model.name),
         "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
@@ -275,8 +380,8 @@ def save(
         "fingerprints": [int(f) for f in file_arrays.fingerprints(arrays)],
         "messages": messages,
     }
-    about["layout"] = _digest(about)
-    about["said"] = _sha256(messages)
+    about["layout"] = digest(about)
+    about["said"] = sha256(messages)
     file_arrays.quiet_orbax()
     try:
         with files.replacing(folder, full=replace) as partial:
@@ -298,48 +403,6 @@ def check_new(folder: str | pathlib.Path) -> None:
         raise FileExistsError(f"{folder} exists; remove it or choose another folder.")
 
 
-def about(folder: str | pathlib.Path) -> dict[str, Any]:
-    """Reads what a folder says it holds: the names of model and method, sizes, dtype.
-
-    Raises:
-        FileNotFoundError: if there is no prefix.
-        ValueError: if it is of another format, or damaged.
-    """
-    path = pathlib.Path(folder) / ABOUT
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no prefix ({ABOUT} is missing): make one with "
-            "kvjax prefill --save."
-        )
-    try:
-        found = json.loads(files.read_text(path))
-        found_format = found["format"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise file_arrays.DamagedError(f"{path} is damaged: {error}.") from error
-    if found_format != FORMAT:
-        raise ValueError(
-            f"{folder} has format {found_format}, this kvjax reads {FORMAT}: read the "
-            "prompt anew."
-        )
-    if missing := sorted(_KEYS - found.keys()):
-        raise file_arrays.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
-    if found["layout"] != _digest(found):
-        raise file_arrays.DamagedError(
-            f"{path} is damaged: {', '.join(_LAYOUT)} are not what was saved."
-        )
-    messages = found.get("messages")
-    # Folders of earlier versions have none of these, or no digest of them.
-    if found.get("said", _sha256(messages)) != _sha256(messages):
-        raise file_arrays.DamagedError(
-            f"{path} is damaged: messages are not what was saved."
-        )
-    if messages is not None and not _is_conversation(messages):
-        raise file_arrays.DamagedError(
-            f"{path} is damaged: messages must be objects with texts role and content."
-        )
-    return found
-
-
 def restore(
     folder: str | pathlib.Path,
     model: LanguageModel,
@@ -358,12 +421,17 @@ def restore(
     folder = pathlib.Path(folder).resolve()
     found = about(folder)
     lengths, longest, room = found["prompt_tokens"], found["longest"], found["room"]
-    for key, value in _identity(model, method_name).items():
+    for key, value in identity(model, method_name).items():
         if key != "model" and found[key] != value:
-            raise ValueError(_refusal(folder, key, found, model, value))
-    shapes = jax.eval_shape(
-        lambda: reader.empty_states(model.decoder, method, len(lengths), longest, room)
-    )
+            raise ValueError(refusal(folder, key, found, model, value))
+    is_finished = says_finished(found)
+
+    def states_held() -> tuple[State, ...]:
+        sizes = len(lengths), longest, room
+        states = reader.empty_states(model.decoder, method, *sizes)
+        return reader.finish(method, states) if is_finished else states
+
+    shapes = jax.eval_shape(states_held)
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
     hidden = jax.eval_shape(lambda: reader.no_hidden(model.decoder, len(lengths)))
     like = _flat(shapes, hidden, tokens)
@@ -396,7 +464,12 @@ def restore(
     rows = np.asarray(arrays["tokens"]).tolist()
     prompts = tuple(tuple(rows[a:b]) for a, b in itertools.pairwise(ends))
     return Prefix(
-        jax.tree.unflatten(structure, states), arrays["hidden"], prompts, longest, room
+        jax.tree.unflatten(structure, states),
+        arrays["hidden"],
+        prompts,
+        longest,
+        room,
+        is_finished,
     )
 
 
@@ -410,47 +483,3 @@ def _flat(states, hidden, tokens):
     leaves = jax.tree.leaves(states)
     named = {f"state{index:05}": leaf for index, leaf in enumerate(leaves)}
     return {**named, "hidden": hidden, "tokens": tokens}
-
-
-def _digest(about: Mapping[str, Any]) -> str:
-    """Hashes what the arrays are cut by; who may read them is compared, not trusted."""
-    return _sha256([about[key] for key in _LAYOUT])
-
-
-def _sha256(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _is_conversation(messages: Any) -> bool:
-    return isinstance(messages, list | tuple) and all(
-        isinstance(message, Mapping)
-        and isinstance(message.get("role"), str)
-        and isinstance(message.get("content"), str)
-        for message in messages
-    )
-
-
-def _identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
-    """Returns what must agree, coarse before fine: the first difference is named."""
-    spec = model.decoder.cache_spec(1, 1)
-    return {
-        "method": method_name,
-        "dtype": jnp.dtype(spec.dtype).name,
-        "decoder": repr(model.decoder),
-        "weights": file_arrays.digest(model.params),
-        "model": model.name,
-    }
-
-
-def _refusal(folder, key, found, model, value) -> str:
-    if key in ("method", "dtype"):
-        return (
-            f"{folder} was saved with {key} {found[key]} and cannot go on with "
-            f"{value}: use that one, or read the prompt anew."
-        )
-    differ = {"decoder": "sizes", "weights": "weights"}[key]
-    return (
-        f"{folder} was saved with model {found['model']!r} and cannot go on with "
-        f"{model.name!r}: their {differ} differ."
-    )

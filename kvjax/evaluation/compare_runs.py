@@ -5,8 +5,6 @@ what it kept. Batches have equal sizes, so that compiled code serves all of them
 first batch compiles and is never timed.
 """
 
-import contextlib
-import ctypes
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -17,15 +15,15 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from kvjax.attention.choices import check_choice
 from kvjax.decoding import generate, reader, scoring
-from kvjax.decoding.finite import NotFiniteError
 from kvjax.decoding.generate import continued
 from kvjax.decoding.reader import Prefilled
 from kvjax.decoding.scoring import continue_scores
-from kvjax.evaluation import fidelity, together
+from kvjax.evaluation import asked_after, batches, fidelity, together
+from kvjax.evaluation.asked_after import When
 from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.interface import LanguageModel, Method, with_layer
-from kvjax.text.stream import continuation
 
 TIMED = 2  # batches whose decoding is timed
 
@@ -48,16 +46,6 @@ class Predicted(NamedTuple):
     logits: Float[np.ndarray, "W T V"]
 
 
-class _Ticks:
-    """A tokenizer whose text only says that tokens have come: a letter each."""
-
-    def encode(self, text: str) -> list[int]:
-        raise TypeError("prompts are tokens here.")
-
-    def decode(self, tokens: list[int]) -> str:
-        return "." * len(tokens)
-
-
 def retrieve(
     model: LanguageModel,
     methods: Sequence[Method],
@@ -68,6 +56,7 @@ def retrieve(
     chunk_size: int = 512,
     longest: int = 0,
     timed: bool = False,
+    question: str = "seen",
     on_answers: OnAnswers = lambda place, first, said: None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Retrieval]:
@@ -80,23 +69,45 @@ def retrieve(
         methods: which read together; several must all have exact prompts.
         longest: tokens of a prompt to make room for, where none is so long; see
             :func:`kvjax.decoding.reader.prefill`.
+        question: `seen` reads it as the end of the prompt; `after` reads the context
+            alone, and once it has ended decodes the questions about it, as
+            :func:`kvjax.evaluation.asked_after.answers` does.
         on_answers: called with a method's place, the number of a batch's first example,
-            and what was answered, batch by batch.
+            and what was answered, batch by batch; of questions asked `after`, one by
+            one.
         timed: the last `TIMED` batches generate exactly `new_tokens`, and are timed;
             never the first one, which compiles: if it is the only one, it runs again.
+            Of questions that are `seen` alone.
 
     Raises:
-        ValueError: as :func:`kvjax.decoding.generate.generate`.
+        ValueError: as :func:`kvjax.decoding.generate.generate`; if `question` is
+            unknown, an example without a context is to be asked `after`, or that timed.
     """
-    clocked, decode = model._replace(tokenizer=_Ticks()), model.tokenizer.decode
+    check_choice("question", question, When)
+    if question == "after":
+        if timed:
+            raise ValueError(f"{timed=} is of {question=} no figure: time 'seen'.")
+        after = asked_after.answers(
+            model,
+            methods,
+            examples,
+            new_tokens=new_tokens,
+            batch=batch,
+            chunk_size=chunk_size,
+            longest=longest,
+            on_answer=lambda place, index, said: on_answers(place, index, [said]),
+            progress=progress,
+        )
+        return [_scored(examples, said, []) for said in after]
+    clocked = batches.ticking(model)
     answers: list[list[str]] = [[] for _ in methods]
     rates: list[list[float]] = [[] for _ in methods]
-    groups = list(_batches(examples, batch))
+    groups = list(batches.equal(examples, batch))
     repeats = groups if timed and len(groups) == 1 else []
     first_timed = max(len(groups) + len(repeats) - TIMED, 1)
     for index, group in enumerate([*groups, *repeats]):
         is_timed = timed and index >= first_timed
-        _release()
+        batches.release()
         read = together.read(
             model,
             methods,
@@ -105,7 +116,7 @@ def retrieve(
             chunk_size=chunk_size,
             longest=longest,
         )
-        _release()
+        batches.release()
         # A few tokens more than the answer's: text may begin with a blank.
         answer = max(example.answer_tokens for example in group) + 2
         steps = new_tokens if is_timed else min(answer, new_tokens)
@@ -118,12 +129,12 @@ def retrieve(
                 eos_ids=(),
                 stream_every=new_tokens,
             )
-            with _told_apart(place):
+            with batches.told_apart(place):
                 generations, rate = _timed(events, batch * (steps - 1))
             if is_timed:
                 rates[place].append(rate)
             said = [
-                _answer(model, decode, example, generation.tokens)
+                batches.reply(model, example, generation.tokens)
                 for example, generation in zip(group, generations, strict=True)
             ]
             answers[place] += said
@@ -136,30 +147,17 @@ def retrieve(
             progress(done / (len(groups) + len(repeats)))
     generate.drop_programs(reading=False)
     return [
-        Retrieval(
-            [x.score(answer) for x, answer in zip(examples, said, strict=False)],
-            said[: len(examples)],
-            rate,
-        )
-        for said, rate in zip(answers, rates, strict=True)
+        _scored(examples, said, rate) for said, rate in zip(answers, rates, strict=True)
     ]
 
 
-def _answer(model: LanguageModel, decode, example: Prompted, tokens) -> str:
-    """The answer up to a token that ends a text: decoding does not stop at one."""
-    tokens = tokens[: example.answer_tokens + 2]
-    ends = [index for index, token in enumerate(tokens) if token in model.eos_ids]
-    return continuation(decode, example.prompt, tokens[: ends[0]] if ends else tokens)
-
-
-@contextlib.contextmanager
-def _told_apart(place: int):
-    """Notes in an error of one method of several at which place it is."""
-    try:
-        yield
-    except NotFiniteError as error:
-        error.place = place
-        raise
+def _scored(
+    examples: Sequence[Prompted], said: Sequence[str], rates: list[float]
+) -> Retrieval:
+    """Scores the answers; those that only fill a batch up do not count."""
+    said = list(said[: len(examples)])
+    pairs = zip(examples, said, strict=True)
+    return Retrieval([example.score(text) for example, text in pairs], said, rates)
 
 
 def _timed(events, tokens: int):
@@ -215,7 +213,7 @@ def predict(
         ValueError: as :func:`kvjax.decoding.reader.prefill`.
     """
     parts = []
-    groups = list(_batches(windows, batch))
+    groups = list(batches.equal(windows, batch))
     for index, group in enumerate(groups):
         prompts, following = _cut(group, new_tokens)
         (read,) = together.read(
@@ -244,7 +242,7 @@ def layer_fidelity(
     """
     leader = fidelity.in_steps_of(reference, candidate.rows)
     parts = []
-    for group in _batches(windows, batch):
+    for group in batches.equal(windows, batch):
         prompts, following = _cut(group, new_tokens)
         first, second = together.read(
             model,
@@ -289,7 +287,7 @@ def follow(
         ValueError: as the two.
     """
     parts: list[list[Followed]] = [[] for _ in methods]
-    groups = list(_batches(windows, batch))
+    groups = list(batches.equal(windows, batch))
     for index, group in enumerate(groups):
         places = np.arange(index * batch, (index + 1) * batch) % len(windows)
         followed = _follow(
@@ -325,11 +323,11 @@ def _follow(model, reference, methods, windows, expected, options):
     prompts, following = _cut(windows, options["max_new_tokens"])
     leaders = [fidelity.in_steps_of(reference, method.rows) for method in methods]
     readers = list(dict.fromkeys([*leaders, *methods]))
-    _release()
+    batches.release()
     read = together.read(model, readers, prompts, **options)
     kept = dict(zip(readers, read, strict=True))
     del read
-    _release()
+    batches.release()
     steps = {
         leader: _recorded(model, leader, kept[leader], following)
         for leader in dict.fromkeys(leaders)
@@ -342,7 +340,7 @@ def _follow(model, reference, methods, windows, expected, options):
                 own = _copied(kept[method])
             else:
                 (own,) = together.read(model, [method], prompts, **options)
-            with _told_apart(place):
+            with batches.told_apart(place):
                 predicted = _predicted(model, method, own, following)
             del own
         second = _copied(kept[method]) if method in leaders else kept.pop(method)
@@ -350,7 +348,7 @@ def _follow(model, reference, methods, windows, expected, options):
         layers = _layers(model, leader, method, first, second, steps[leader])
         del first, second
         agreement = fidelity.agreement(expected.logits, predicted.logits)
-        _release()
+        batches.release()
         yield Followed(predicted.log_probs, agreement, layers)
 
 
@@ -360,17 +358,7 @@ def drop_programs() -> None:
     scoring.drop_programs()
     fidelity.drop_programs()
     gc.collect()
-    _release()
-
-
-def _release() -> None:
-    """Gives freed memory back to the system, where the C library would keep it.
-
-    Each thread of XLA has a heap of its own: what one has freed is of no use to the
-    others, and adds up to more than the model.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # glibc alone has it
-        ctypes.CDLL(None).malloc_trim(0)
+    batches.release()
 
 
 def _cut(windows, new_tokens):
@@ -420,11 +408,3 @@ def _joined(parts: Sequence[Predicted], count: int) -> Predicted:
 
 def _layers_of(parts, count: int) -> fidelity.LayerFidelity:
     return jax.tree.map(lambda *x: np.concatenate(x, 1)[:, :count], *parts)
-
-
-def _batches(items: Sequence, size: int):
-    """Groups of exactly `size`, the last filled up again from the first item on."""
-    count = -(-len(items) // size) * size
-    filled = [items[i % len(items)] for i in range(count)]
-    for start in range(0, count, size):
-        yield filled[start : start + size]

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from kvjax import accounting
+from kvjax.attention.choices import check_choice
 from kvjax.decoding.checks import check_counts, check_model, check_seed
 from kvjax.evaluation import (
     answers,
@@ -14,6 +15,7 @@ from kvjax.evaluation import (
     statistics,
     teacher_forced,
 )
+from kvjax.evaluation.asked_after import When
 from kvjax.evaluation.tasks import chain, chat, extraction, needles, own
 from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.evaluation.tasks.own import Question
@@ -26,7 +28,8 @@ RETRIEVAL = {
     "chain": chain.chain_of_key,
     "extraction": extraction.extraction,
 }
-TASKS = (*RETRIEVAL, "perplexity", "fidelity")
+PREDICTION = ("perplexity", "fidelity")
+TASKS = (*RETRIEVAL, *PREDICTION)
 OWN = "own"  # the user's questions
 
 
@@ -34,6 +37,23 @@ def check_task(task: str) -> None:
     """Raises ValueError unless the task exists."""
     if task not in TASKS:
         raise ValueError(f"unknown {task=}: choose one of {', '.join(TASKS)}.")
+
+
+def check_question(
+    task: str, question: str, questions: Sequence[Question] = ()
+) -> None:
+    """Raises ValueError unless the task's questions can come then.
+
+    Args:
+        question: `seen` or `after`, see :func:`run`.
+        questions: of the task `own`.
+    """
+    check_choice("question", question, When)
+    if question == "seen":
+        return
+    if task in PREDICTION:
+        raise ValueError(f"--task {task} asks nothing: leave --question out.")
+    own.check_contexts(questions)
 
 
 def run(
@@ -51,6 +71,7 @@ def run(
     chunk_size: int = 1024,
     questions: Sequence[Question] = (),
     is_chat: bool = False,
+    question: str = "seen",
     on_answer: Callable[[int, Prompted, str], None] = answers.ignore,
     progress: Callable[[float], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -73,6 +94,8 @@ def run(
         chunk_size: most prompt tokens processed at once.
         questions: of the task `own`, from :mod:`kvjax.evaluation.tasks.own`.
         is_chat: prompts are turns in the model's chat template (not of windows).
+        question: `seen` when a method chooses what to keep, as the prompt's end, or
+            asked `after` the context alone was read (not of windows).
         on_answer: called with an example's number, the example and what was answered.
         progress: called with the fraction that is done.
 
@@ -86,8 +109,13 @@ def run(
     check_counts(new_tokens=new_tokens)
     check_seed(seed)
     compare_inputs.check_context(model, context)
+    check_question(task, question, questions)
     accounting.check_diagnostics(method, model.decoder)
-    shapes = {"batch": min(batch, len(questions) or n), "chunk_size": chunk_size}
+    shapes: dict[str, Any] = {
+        "batch": min(batch, len(questions) or n),
+        "chunk_size": chunk_size,
+    }
+    asked = shapes | {"question": question}
     if task == OWN:
         examples = own.prompts(
             model.tokenizer,
@@ -96,7 +124,7 @@ def run(
             new_tokens=new_tokens,
             is_chat=is_chat,
         )
-        return _retrieval(model, method, examples, shapes, on_answer, progress)
+        return _retrieval(model, method, examples, asked, on_answer, progress)
     if task in RETRIEVAL:
         examples = chat.fitted(
             model.tokenizer,
@@ -106,7 +134,7 @@ def run(
             context,
             is_chat=is_chat,
         )
-        return _retrieval(model, method, examples, shapes, on_answer, progress)
+        return _retrieval(model, method, examples, asked, on_answer, progress)
     if not 2 <= new_tokens < context:
         raise ValueError(f"{new_tokens=} must be in [2, {context=}).")
     windows = needles.windows(model.tokenizer, text, context=context, n=n, seed=seed)
@@ -116,7 +144,12 @@ def run(
     return _fidelity(model, method, reference, windows, shapes, progress)
 
 
-def _retrieval(model, method, examples, shapes, on_answer, progress) -> dict[str, Any]:
+def _retrieval(model, method, examples, asked, on_answer, progress) -> dict[str, Any]:
+    numbers = _asked(model, method, examples, asked, on_answer, progress)
+    return {"question": asked["question"], **numbers}
+
+
+def _asked(model, method, examples, asked, on_answer, progress) -> dict[str, Any]:
     longest = max(example.answer_tokens for example in examples)
 
     def answered(place: int, first: int, said: Sequence[str]) -> None:
@@ -131,7 +164,7 @@ def _retrieval(model, method, examples, shapes, on_answer, progress) -> dict[str
         new_tokens=longest,
         on_answers=answered,
         progress=progress,
-        **shapes,
+        **asked,
     )
     found = zip(examples, replies.answers, replies.scores, strict=True)
     listed = [
@@ -147,12 +180,12 @@ def _retrieval(model, method, examples, shapes, on_answer, progress) -> dict[str
         for entry, example in zip(listed, examples, strict=True):
             entry["keys"] = len(example.keys)
         interval = statistics.share_interval(replies.scores)
-        asked = {"links": examples[0].links}
-        return {"valid_prefix": interval._asdict(), **asked, "examples": listed}
+        sizes = {"links": examples[0].links}
+        return {"valid_prefix": interval._asdict(), **sizes, "examples": listed}
     if isinstance(examples[0], extraction.Extraction):
         interval = statistics.share_interval(replies.scores)
-        asked = {"rows": len(examples[0].rows)}
-        return {"f1": interval._asdict(), **asked, "examples": listed}
+        sizes = {"rows": len(examples[0].rows)}
+        return {"f1": interval._asdict(), **sizes, "examples": listed}
     for entry in listed:
         entry["correct"] = entry.pop("score") == 1
     accuracy = compare.proportion(replies.scores)._asdict()

@@ -11,7 +11,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from kvjax.decoding.reader import Prefilled, prefill, recent
+from kvjax.decoding.options import Options
+from kvjax.decoding.reader import Prefilled, prefill, read_whole, recent
 from kvjax.interface import LanguageModel, Method
 
 
@@ -66,7 +67,25 @@ def read(
     Raises:
         ValueError: as there.
     """
-    read = prefill(model, reader(tuple(methods)), prompts, **options)
+    both = prefill(model, reader(tuple(methods)), prompts, **options)
+    return _apart(methods, both, prompts)
+
+
+def read_checked(
+    model: LanguageModel,
+    methods: Sequence[Method],
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+) -> list[Prefilled]:
+    """Reads prompts as :func:`read` does, if others have checked that they fit."""
+    both = read_whole(model, reader(tuple(methods)), prompts, options)
+    return _apart(methods, both, prompts)
+
+
+def _apart(
+    methods: Sequence[Method], read: Prefilled, prompts: Sequence[Sequence[int]]
+) -> list[Prefilled]:
+    """Returns what was read for each method, from what was read for all."""
     return [
         read._replace(
             states=tuple(layer[index] for layer in read.states),

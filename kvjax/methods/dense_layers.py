@@ -39,7 +39,8 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     Returns:
         A :class:`kvjax.Method` over :class:`Dense` or :class:`Sparse`, by layer.
 
-    State: that of the method in charge of the layer.
+    State: that of the method in charge of the layer, and so is what becomes of what is
+        appended.
     Reads per step and layer: as the method in charge of the layer.
     Exact when: `method` is, or all layers are dense.
 

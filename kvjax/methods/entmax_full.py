@@ -24,7 +24,8 @@ def entmax_full(*, alpha: float | None = None) -> Method:
     Returns:
         A :class:`kvjax.Method` over :class:`kvjax.stores.contiguous.Contiguous`.
 
-    State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32.
+    State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32. What is appended is
+        kept.
     Reads per step and layer: 2*length*D*Hkv elements of KV, per row.
     Exact when: always.
 

@@ -69,8 +69,9 @@ def h2o(
         A :class:`kvjax.Method`; its state is :class:`H2OState` after `finish`.
 
     State: k, v `(B, Hkv, N, D)` cache dtype, N = min(budget, capacity); scores float32,
-        positions int32 `(B, Hkv, N)`. While the prompt runs: the whole cache and its
-        scores.
+        positions int32 `(B, Hkv, N)`. What is appended evicts, once there are N, the
+        lowest score before the `recent` newest. While the prompt runs: the whole cache
+        and its scores.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, and as many
         scores and positions, per row.
     Exact when: budget >= length.

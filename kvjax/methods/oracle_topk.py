@@ -47,7 +47,8 @@ def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Me
     Returns:
         A :class:`kvjax.Method` over :class:`kvjax.stores.contiguous.Contiguous`.
 
-    State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32.
+    State: k, v `(B, Hkv, S, D)` cache dtype; length `(B,)` int32. What is appended is
+        kept.
     Reads per step and layer: length*D*Hkv elements of keys to choose, and budget*D
         elements of values per list, per row.
     Exact when: budget >= length.

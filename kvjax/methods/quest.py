@@ -87,7 +87,7 @@ def quest(
         A :class:`kvjax.Method` over :class:`kvjax.stores.paged.Paged`.
 
     State: pages `(B, Hkv, NP, P, 2*D)`; page_min, page_max `(B, Hkv, NP, D)`; all in
-        the cache dtype.
+        the cache dtype. What is appended is kept.
     Reads per step and layer: 2*NP*D*Hkv elements of summaries and 2*budget*D*Hkv of KV
         (Hq instead of Hkv lists for per="query"), per row.
     Exact when: budget >= length.

@@ -70,6 +70,7 @@ def snapkv(
         after `finish`.
 
     State: k, v `(B, Hkv, budget + max_new_tokens, D)` cache dtype; positions int32.
+        What is appended is kept, on top of the budget.
         While the prompt runs: the whole cache and `window` queries.
     Reads per step and layer: 2*(budget + generated)*D*Hkv elements of KV, and as many
         positions, per row.

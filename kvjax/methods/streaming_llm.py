@@ -66,6 +66,7 @@ def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
         A :class:`kvjax.Method` over :class:`StreamingState`.
 
     State: sinks and ring, together k, v `(B, Hkv, budget, D)` cache dtype; length.
+        What is appended takes the place of the oldest in the ring.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, per row.
     Exact when: budget >= length; under `dynamic` RoPE up to the original context.
 

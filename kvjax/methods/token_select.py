@@ -97,8 +97,8 @@ def token_select(
         A :class:`kvjax.Method` over :class:`TokenSelectState`.
 
     State: k, v `(B, Hkv, S, D)` and query `(B, Hq, D)`, cache dtype; chosen
-        `(B, 1, min(budget, S) - num_sinks - window)` int32. A chunk of the prompt
-        rotates a copy of all keys.
+        `(B, 1, min(budget, S) - num_sinks - window)` int32. What is appended is kept. A
+        chunk of the prompt rotates a copy of all keys.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, and
         length*D*Hkv elements of keys to choose, per row; under a `threshold` the keys
         only at steps that do (`Diagnostics.refreshed`), which the accounting, made of

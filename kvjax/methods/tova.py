@@ -43,7 +43,8 @@ def tova(*, budget: int = 1024) -> Method:
         A :class:`kvjax.Method`; its state is :class:`TovaState` after `finish`.
 
     State: k, v `(B, Hkv, N, D)` cache dtype, N = min(budget, capacity); weights float32
-        and positions int32 `(B, 1, N)`. While the prompt runs: the whole cache and one
+        and positions int32 `(B, 1, N)`. What is appended evicts, once there are N, the
+        token with the least weight. While the prompt runs: the whole cache and one
         query.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, and as many
         weights and positions as tokens, per row.

@@ -205,6 +205,7 @@ def print_task(document: Mapping[str, Any]) -> None:
     """Prints one task's result."""
     document = files.json_ready(document)
     about = f"{document['task']}, {document['method']}, context {document['context']}"
+    about += ", question after it" if document.get("question") == "after" else ""
     text = f" of {document['text']}" if "text" in document else ""
     if "accuracy" in document:
         own = text if document["task"] == "own" else ""

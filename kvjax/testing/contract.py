@@ -17,6 +17,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import accounting
+from kvjax.decoding import asking
+from kvjax.decoding.reader import Prefilled
 from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
 from kvjax.rope import Rope
@@ -345,6 +347,49 @@ def wide_types_change_nothing(subject: Subject) -> None:
         _equal(wide.dtype, leaf.dtype, "an array of the state, under 64 bits,")
 
 
+# --- questions after a prompt has ended
+
+
+def a_prompt_that_ended_serves_many_questions(subject: Subject) -> None:
+    """Every row goes on from a copy of one: as from a prompt that it read itself.
+
+    Tokens that come after `finish` are appended, a question's as generated ones: there
+    is no other way in.
+    """
+    rows = [4] * len(PROMPTS)
+    questions = streams.make_stream(
+        [PROMPTS[row] for row in rows], STEPS, head_dim=6, seed=3
+    )
+    for theirs, mine in zip(questions[:3], subject.stream[:3], strict=True):
+        theirs[:, :, : PROMPTS[4]] = mine[rows, :, : PROMPTS[4]]
+    alone = subject.run(questions)
+    state, _ = subject.prefill()
+    nothing = jnp.zeros((len(rows), 1))
+    ended = Prefilled((subject.jitted_finish(state),), nothing, nothing.astype("int32"))
+    answers = []
+    for _ in range(2):  # the prompt is not used up
+        (copied,) = asking.taken(subject.method, ended, rows).states
+        answers.append(subject.decode(copied, questions)[1])
+    for out, diagnostics in answers:
+        _same(out[:, :, :, -1], alone.out, "outputs")
+        _same(diagnostics.attended, alone.diagnostics.attended, "attended")
+
+
+def a_prompt_that_ended_is_kept_as_arrays(subject: Subject) -> None:
+    """Away from the device and back, into what shapes alone say, as from a file."""
+    state, _ = subject.prefill()
+    ended = subject.jitted_finish(state)
+    like = jax.eval_shape(
+        lambda: subject.method.finish(subject.method.init(subject.spec))
+    )
+    _equal(jax.tree.structure(ended), jax.tree.structure(like), "what finish returns")
+    leaves = [jnp.asarray(np.array(leaf)) for leaf in jax.tree.leaves(ended)]
+    restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
+    _, (out, _) = subject.decode(restored)
+    what = "outputs behind a prompt that was put away"
+    np.testing.assert_array_equal(out[:, :, :, -1], subject.baseline.out, err_msg=what)
+
+
 # --- memory and devices
 
 
@@ -433,6 +478,8 @@ CHECKS |= {
         a_scan_equals_the_loop,
         jit_equals_eager,
         wide_types_change_nothing,
+        a_prompt_that_ended_serves_many_questions,
+        a_prompt_that_ended_is_kept_as_arrays,
         bytes_are_known_before_anything_is_allocated,
         a_step_writes_in_place,
         sharded_over_two_devices_is_the_same,

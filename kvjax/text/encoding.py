@@ -39,8 +39,8 @@ def added(encode: Encode) -> Added:
     return Added(tuple(nothing[:before]), tuple(nothing[len(nothing) - behind :]))
 
 
-def shared(first: Sequence[int], second: Sequence[int]) -> int:
-    """Returns how many tokens both begin with."""
+def shared(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Returns how many tokens, or characters, both begin with."""
     count = 0
     for a, b in zip(first, second, strict=False):
         if a != b:

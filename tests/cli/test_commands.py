@@ -226,6 +226,12 @@ def test_eval_prints_the_accuracy_it_measured(run, checkpoint, text_file):
     out = run("eval", *options)
     assert out.startswith("passkey, full, context 200: ")
     assert "n=2" in out
+    asked = ["--method", "snapkv:budget=40", "--question", "after"]
+    assert run("eval", *options, *asked).startswith(
+        "passkey, snapkv:budget=40, context 200, question after it: "
+    )
+    assert json.loads(run("eval", *options, *asked, "--json"))["question"] == "after"
+    assert document["question"] == "seen"
 
 
 def test_compare_writes_what_it_prints(run, checkpoint, text_file, tmp_path):

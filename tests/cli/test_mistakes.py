@@ -49,6 +49,8 @@ def broken(checkpoint, tmp_path):
         ("eval --task needle", "unknown task='needle': choose one of passkey,"),
         ("eval --task passkey --n -3", "n=-3 must be at least 1"),
         ("eval --task passkey --context 0", "context=0 must be at least 1"),
+        ("eval --task passkey --question late", "must be one of seen, after"),
+        ("eval --task fidelity --question after", "asks nothing: leave --question out"),
         ("compare --n -3", "examples=-3 must be at least 1"),
         ("compare --budget 0", "budget=0 must be at least 1"),
         ("compare --budget 16", "snapkv:budget=16: budget=16 must exceed window=32"),

@@ -109,6 +109,7 @@ def test_room_that_is_used_up_says_how_to_get_more(fail, folder):
         ("prefill --prompt x --save y --chunk-size 0", "chunk_size=0 must be at least"),
         ("generate --prompt x --max-new-tokens 0", "max_new_tokens=0 must be at least"),
         ("generate --resume y --max-new-tokens -3", "max_new_tokens=-3 must be at"),
+        ("prefill --prompt x --save y --finish --chat", "goes on: leave --chat out"),
     ],
 )
 def test_numbers_below_one_are_mistakes_before_any_work(fail, arguments, message):
@@ -171,3 +172,45 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(checkpoint, tmp_path):
     (line,) = done.stderr.splitlines()
     assert f"could not be written to {save} (File too large), and nothing" in line
     assert not save.parent.exists()
+
+
+def test_a_finished_prompt_is_asked_again_and_again(run, fail, checkpoint, tmp_path):
+    """Smaller on disk; a question is none of the other's, and sees what was kept."""
+    read = [
+        "--model",
+        checkpoint,
+        "--method",
+        "snapkv:budget=16,window=4",
+        "--room",
+        30,
+    ]
+    read += ["--prompt", TEXT[:99], "--save"]
+    whole = json.loads(run("prefill", *read, tmp_path / "whole", "--json"))
+    assert not whole["finished"]
+    save = tmp_path / "ended"
+    printed = run("prefill", *read, save, "--finish")
+    assert ", finished; room for 30 more" in printed
+    size = sum(file.stat().st_size for file in save.rglob("*") if file.is_file())
+    assert size < whole["bytes"]
+    ask = ["generate", "--resume", save, "--max-new-tokens", 9, "--json", "--prompt"]
+    first, other, again = (
+        json.loads(run(*ask, question))
+        for question in ("Where?", "Who is it?", "Where?")
+    )
+    assert first["tokens"] == again["tokens"] != other["tokens"]
+    assert [x["prompt_tokens"] for x in (first, other)] == [99 + 6, 99 + 10]
+    model, method = models.load(checkpoint), registry.parse(read[3])
+    found = saved_prompt.finish(
+        method, saved_prompt.read(model, method, [TEXT[:99]], room=30)
+    )
+    (told,) = saved_prompt.ask(model, method, found, ["Where?"], max_new_tokens=9)
+    assert told.text == first["text"]
+    # All there is room for, and no more.
+    assert len(json.loads(run(*ask[:3], "--json"))["tokens"]) <= 30
+    resumed = ["generate", "--resume", save]
+    for more, message in [
+        (["--method", "tova:budget=5"], "cannot go on with tova:budget=5"),
+        (["--chat", "--prompt", "x"], "holds no conversation"),
+        (["--max-new-tokens", 25, "--prompt", "Where?"], "31 are wanted"),
+    ]:
+        assert message in fail(*resumed, *more)

@@ -80,3 +80,16 @@ def test_without_a_template_it_is_an_error():
     bare = HFTokenizer(TOKENIZER.backend)
     with pytest.raises(ValueError, match="this is no chat model"):
         chat.turn(bare, "x")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_in_a_chat_the_request_comes_after_the_context(name):
+    """The turn up to the task's own context; what is asked for is the question's."""
+    for made in fitted(name, is_chat=True):
+        context = TOKENIZER.decode(made.prompt[: made.asked_at])
+        question = TOKENIZER.decode(made.prompt[made.asked_at :])
+        assert context + question == made.text
+        assert context.startswith("<user>")
+        assert context.count("\n") > 5
+        assert question.startswith(("\n\n", "\ntable:"))
+        assert question.count("\n") <= 4

@@ -171,3 +171,24 @@ def test_questions_are_a_task():
     prompts = [question.text for question in questions]
     said = generate(model, kvjax.full(), prompts, max_new_tokens=6)
     assert replies == [generation.text for generation in said]
+
+
+def test_questions_about_one_text_share_its_tokens():
+    other = WHERE | {"question": "What?", "answer": "key"}
+    questions = tasks_own.parse(
+        lines(WHERE, other, {"question": "a", "answer": "b"}), "t"
+    )
+    sizes = {"context": 100, "new_tokens": 9}
+    for tokenizer, is_chat in ((ByteTokenizer(), False), (byte_tokenizer(), True)):
+        first, second, none = tasks_own.prompts(
+            tokenizer, questions, **sizes, is_chat=is_chat
+        )
+        opening = "<user>" * is_chat
+        shared = tokenizer.decode(first.prompt[: first.asked_at])
+        assert shared == opening + WHERE["context"]
+        assert second.prompt[: second.asked_at] == first.prompt[: first.asked_at]
+        assert first.text[len(shared) :] == "\n\nWhere?"
+        assert none.asked_at == 0
+    tasks_own.check_contexts(questions[:2])
+    with pytest.raises(ValueError, match="t, line 3: has no context, and --question"):
+        tasks_own.check_contexts(questions)

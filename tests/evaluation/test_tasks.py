@@ -9,6 +9,7 @@ from tiny import ByteTokenizer, PairTokenizer
 
 from kvjax.evaluation.tasks import chain, extraction, haystack
 from kvjax.evaluation.tasks import needles as tasks_needles
+from kvjax.text import encoding
 from kvjax.text.stream import continuation
 
 RNG = np.random.default_rng(0)
@@ -366,3 +367,30 @@ def test_a_prompt_that_its_answer_does_not_go_on_with_is_refused():
     example = example._replace(prompt=tokenizer.encode(example.text + " "))
     with pytest.raises(ValueError, match=r"the tokenizer joins .* and its answer"):
         haystack.whole(tokenizer, example)
+
+
+# --- where the context ends and the question begins
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [BYTES, Bos(), PairTokenizer(), joining_bytes()],
+    ids=lambda t: type(t).__name__,
+)
+@pytest.mark.parametrize("name", [*MAKERS, "chain", "extraction"])
+def test_the_context_knows_nothing_of_the_question(name, tokenizer):
+    """Its tokens are those of the text before the question, but for a joined one."""
+    make = MAKERS.get(name) or getattr(chain, "chain_of_key", None)
+    options = {}
+    if name == "extraction":
+        make, options = extraction.extraction, {"rows": 3}
+    if name == "chain":
+        options = {"links": 2, "keys": 6}
+    for example in make(tokenizer, TEXT, context=600, n=2, **options):
+        body, _, _ = example.text.rpartition("\n\n")
+        alone = encoding.begin(tokenizer.encode, body + "\n")
+        assert 0 < len(alone) - 2 <= example.asked_at <= len(alone)
+        assert example.prompt[: example.asked_at] == alone[: example.asked_at]
+        context = haystack.context_of(tokenizer, example)
+        assert body.startswith(context.rstrip("\n"))
+        assert len(body) + 1 - len(context) <= 8

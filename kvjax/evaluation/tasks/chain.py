@@ -30,6 +30,7 @@ class Chain(NamedTuple):
     keys: frozenset[str]  # all that the text lists
     start: str  # the prompt's last word, which is the first key's first
     links: int  # keys that are asked for
+    asked_at: int = 0  # tokens of the prompt before anything is asked
 
     def score(self, generated: str) -> float:
         """Share of the `links` keys that come before the first mistake, in [0, 1].

@@ -82,5 +82,11 @@ def _asked(tokenizer: Tokenizer, example: T) -> T:
     body, _, begun = example.text.rpartition("\n")
     asks = getattr(example, "asks", ASKED)
     text = turn(tokenizer, f"{body}{asks}{begun.strip()}") + begun
-    made = haystack.ask(_Verbatim(tokenizer), text, example.answer)
+    context = haystack.context_of(tokenizer, example)
+    made = haystack.ask(
+        _Verbatim(tokenizer),
+        text,
+        example.answer,
+        context=turn(tokenizer, context) if context else "",
+    )
     return cast(Any, example)._replace(**made._asdict())

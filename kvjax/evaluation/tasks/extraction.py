@@ -30,6 +30,7 @@ class Extraction(NamedTuple):
     answer_tokens: int  # tokens the answer takes after the prompt
     start: str  # the first row's name, with which the prompt ends
     rows: tuple[tuple[str, str], ...]  # names and numbers, as they are asked for
+    asked_at: int = 0  # tokens of the prompt before anything is asked
 
     @property
     def asks(self) -> str:

@@ -15,13 +15,21 @@ from kvjax.text.stream import continuation
 
 @runtime_checkable
 class Prompted(Protocol):
-    """An example of any task: a prompt, its right answer, and how a reply scores."""
+    """An example of any task: a prompt, its right answer, and how a reply scores.
+
+    The prompt is context up to `asked_at`, and from there on what is asked about it:
+    examples of equal `prompt[:asked_at]` may share one reading of it. In a chat the
+    question is the rest of the turn, and the opening of the next.
+    """
 
     @property
     def text(self) -> str: ...
 
     @property
     def prompt(self) -> list[int]: ...
+
+    @property
+    def asked_at(self) -> int: ...
 
     @property
     def answer(self) -> str: ...
@@ -48,6 +56,7 @@ class Asked(NamedTuple):
     prompt: list[int]  # the text as tokens
     answer: str
     answer_tokens: int  # tokens the answer takes after the prompt
+    asked_at: int = 0  # tokens of the prompt before anything is asked
 
 
 class Source(NamedTuple):
@@ -101,11 +110,11 @@ def fit(
     """
     lines = list(lines)
     while True:
-        text = insert(lines, [sizes[line] for line in lines], needles)
-        text += needles.question
+        body = insert(lines, [sizes[line] for line in lines], needles)
+        text = body + needles.question
         whole = len(encoding.begin(tokenizer.encode, text + needles.answer))
         if whole <= context:
-            return ask(tokenizer, text, needles.answer)
+            return ask(tokenizer, text, needles.answer, context=body)
         if not lines:
             raise ValueError(
                 f"{context=} is too short: the needle, its question and its answer "
@@ -115,11 +124,18 @@ def fit(
             whole -= sizes[lines.pop()]
 
 
-def ask(tokenizer: Tokenizer, question: str, answer: str) -> Asked:
+def ask(
+    tokenizer: Tokenizer, question: str, answer: str, *, context: str = ""
+) -> Asked:
     """Cuts the tokens of question and answer as one text where the answer begins.
 
     A tokenizer may join the blank that ends a question with the answer's first letters:
     the blank is then the answer's.
+
+    Args:
+        question: all of the text before the answer, a context too.
+        context: a text that knows nothing of what is asked, as what `question` begins
+            with. The tokens that both begin with are the prompt's context.
 
     Raises:
         ValueError: if the tokens of the right answer do not say it.
@@ -144,7 +160,19 @@ def ask(tokenizer: Tokenizer, question: str, answer: str) -> Asked:
             "tokenizer for this task."
         )
     text = question.removesuffix(joined)
-    return Asked(text, whole[:end], joined + answer, len(whole) - end)
+    prompt, asked_at = whole[:end], 0
+    if context:
+        asked_at = encoding.shared(encoding.begin(encode, context), prompt)
+    return Asked(text, prompt, joined + answer, len(whole) - end, asked_at)
+
+
+def context_of(tokenizer: Tokenizer, example: Prompted) -> str:
+    """Returns what of an example's text is context, in whole characters.
+
+    Of a text without special tokens: the prompt of no chat.
+    """
+    context = continuation(tokenizer.decode, [], example.prompt[: example.asked_at])
+    return context[: encoding.shared(context, example.text)]
 
 
 def whole(tokenizer: Tokenizer, example: Prompted) -> list[int]:

@@ -34,6 +34,7 @@ class Example(NamedTuple):
     answer: str  # five digits, behind a blank if that is one token with the first
     answer_tokens: int  # tokens the answer takes after the prompt
     depth: float  # where the needle was asked to sit: 0 = first line, 1 = last
+    asked_at: int = 0  # tokens of the prompt before anything is asked
 
     def score(self, generated: str) -> float:
         """1 if the text begins with the answer, leading blanks ignored; else 0."""
@@ -238,5 +239,5 @@ def _examples(
         depth = float(depths[index % len(depths)])
         needles = build(rng, lines, depth)
         asked = haystack.fit(tokenizer, lines, source.sizes, needles, context)
-        examples.append(Example(*asked, depth))
+        examples.append(Example(**asked._asdict(), depth=depth))
     return examples

@@ -23,6 +23,7 @@ class Question(NamedTuple):
     where: str  # file and line, for messages
     text: str  # the context, an empty line, the question
     answers: tuple[str, ...]
+    context: str = ""  # with which the text begins
 
 
 class Own(NamedTuple):
@@ -34,6 +35,7 @@ class Own(NamedTuple):
     answers: tuple[str, ...]
     answer_tokens: int  # most tokens of a reply
     is_chat: bool
+    asked_at: int = 0  # tokens of the prompt before the question; 0 without a context
 
     def score(self, generated: str) -> float:
         """1 if an answer stands in the reply as words of its own, else 0.
@@ -114,7 +116,7 @@ def _question(where: str, line: str) -> Question:
     # A blank at the end may be one token with what follows: it is the reply's.
     question = question.rstrip(" ")
     text = f"{context}\n\n{question}" if context else question
-    return Question(where, text, answers)
+    return Question(where, text, answers, context)
 
 
 def _context(given: Mapping[str, Any]) -> str:
@@ -170,7 +172,13 @@ def prompts(
             text = chat.turn(tokenizer, question.text)
             prompt = chat.encode(tokenizer, text)
         own = Own(
-            text, prompt, question.answers[0], question.answers, new_tokens, is_chat
+            text,
+            prompt,
+            question.answers[0],
+            question.answers,
+            new_tokens,
+            is_chat,
+            _asked_at(tokenizer, question, prompt, is_chat),
         )
         shortest = min(len(tokenizer.encode(answer)) for answer in question.answers)
         if len(prompt) + new_tokens > context:
@@ -185,3 +193,25 @@ def prompts(
             )
         prompts.append(own)
     return prompts
+
+
+def _asked_at(
+    tokenizer: Tokenizer, question: Question, prompt: Sequence[int], is_chat: bool
+) -> int:
+    """Returns the number of tokens that the prompt shares with its context alone."""
+    if not question.context:
+        return 0
+    alone = encoding.begin(tokenizer.encode, question.context)
+    if is_chat:
+        alone = chat.encode(tokenizer, chat.turn(tokenizer, question.context))
+    return encoding.shared(alone, prompt)
+
+
+def check_contexts(questions: Sequence[Question]) -> None:
+    """Raises ValueError, naming the line, if a question has no context."""
+    for question in questions:
+        if not question.context:
+            raise ValueError(
+                f"{question.where}: has no context, and --question after reads that "
+                "before the question comes: give it one, or leave --question out."
+            )

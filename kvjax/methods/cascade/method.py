@@ -140,7 +140,8 @@ def cascade(
         A :class:`kvjax.Method`; its state is :class:`CascadeState` after `finish`.
 
     State: sinks and rings, together k, v `(B, Hkv, budget - 1, D)` cache dtype; scores
-        float32, positions int32 `(B, Hkv, budget)`; the current token. While the prompt
+        float32, positions int32 `(B, Hkv, budget)`; the current token. What is appended
+        goes into the rings, and out of them, as the prompt did. While the prompt
         runs: a stride instead of the token, and what its queries gave, float32
         `(B, Hq, budget + stride)`.
     Reads per step and layer: 2*min(budget, length)*D*Hkv elements of KV, the scores,

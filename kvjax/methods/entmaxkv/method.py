@@ -131,7 +131,8 @@ def entmaxkv(
         A :class:`kvjax.Method` over :class:`EntmaxKVState`.
 
     State: pages `(B, Hkv, NP, P, 2*D)`; page_min, page_max `(B, Hkv, NP, D)`, all in
-        the cache dtype; `gaussian` also mean, variance `(B, Hkv, NP, D)` float32.
+        the cache dtype; `gaussian` also mean, variance `(B, Hkv, NP, D)` float32. What
+        is appended is kept.
     Reads per step and layer: 2*NP*D*Hkv elements of summaries and at most
         2*budget*D*Hkv of KV (Hq instead of Hkv lists for per="query"), per row; with
         `certified` as much KV as it takes.

@@ -130,6 +130,7 @@ def refreshkv(
         A :class:`kvjax.Method`; its state is :class:`RefreshKVState` after `finish`.
 
     State: k, v `(B, Hkv, S, D)` and the small `(B, Hkv, budget, D)`, cache dtype.
+        What is appended is kept; it evicts from the small cache alone.
     Reads per step and layer: 2*budget*D*Hkv elements of KV in small steps, 2*length*D*
         Hkv in full ones, per row.
     Exact when: budget >= length, or the step is full.

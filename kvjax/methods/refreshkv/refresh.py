@@ -62,7 +62,7 @@ def refresh(
     Returns:
         A :class:`kvjax.Method` over :class:`RefreshState`.
 
-    State: that of `method`, and the list of pages.
+    State: that of `method`, and the list of pages. What is appended is kept.
     Reads per step and layer: pages as `method`; what it reads to choose once in
         `stride` steps, and the list.
     Exact when: `method` is.

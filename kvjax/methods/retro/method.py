@@ -54,7 +54,8 @@ def retro(method: Method, *, window: int = 2) -> Method:
         A :class:`kvjax.Method` over :class:`RetroState`, of `window` rows.
 
     State: that of `method`; out `(B, Hq, window-1, D)` and lse `(B, Hq, window-1)`
-        float32; last_loaded `(B, H, NP)` int32, H lists of pages.
+        float32; last_loaded `(B, H, NP)` int32, H lists of pages. What is appended is
+        kept, and revised while it is in the window.
     Reads per step and layer: as `method`; out, lse and last_loaded of the pages read;
         the keys of the newest window/P + 1 pages, whose extremes are taken again.
     Exact when: `method` is; under `dynamic` RoPE up to the original context.

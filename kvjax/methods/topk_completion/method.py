@@ -93,6 +93,7 @@ def topk_completion(
 
     State: k, v `(B, Hkv, S, D)`, or quest's pages for selector="pages"; summary `(B,
         Hkv, F, D + 2)` and the map's arrays, float32; outliers, middle_end int32.
+        What is appended is kept; behind a `window` it joins the middle.
     Reads per step and layer: 2*(num_sinks + tail + K + generated)*D*Hkv elements of KV
         (K from Hq lists for per="query"), the summary and the map's arrays in float32,
         and to choose length*D*Hkv elements of keys (`oracle`) or 2*NP*D*Hkv of page

@@ -1,0 +1,230 @@
+"""Questions asked of prompts that were read and ended: one reading for many of them.
+
+The tokens of a question go through decode steps, as if they had been generated: a
+method keeps or evicts them as it does those. Nothing of the prompt is read again, so
+what a question costs does not depend on how the prompt was read.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Generator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from kvjax.decoding import generate, reader
+from kvjax.decoding.checks import check_model, check_vocabulary, token_rows
+from kvjax.decoding.generate import Forced, Generation
+from kvjax.decoding.options import Options
+from kvjax.decoding.reader import PAD, Prefilled
+from kvjax.interface import CacheSpec, LanguageModel, Method, State, with_layer
+from kvjax.registry import as_method
+
+
+def ask(
+    model: LanguageModel,
+    method: Method | str,
+    prefilled: Prefilled,
+    questions: Sequence[Sequence[int]],
+    **options: Any,
+) -> list[Generation]:
+    """Asks questions of prompts that were read, and decodes an answer to each.
+
+    `prefilled` is not used up: its rows are copied, once for all these questions, and
+    what is asked next begins where the prompts ended.
+
+    Args:
+        prefilled: prompts, read with room for the longest question and its answer:
+            `max_new_tokens` of :func:`kvjax.decoding.reader.prefill` is for both.
+        questions: token ids, of any lengths, none too: the answer then goes on with the
+            prompt.
+        **options: of :func:`stream`.
+
+    Returns:
+        One :class:`kvjax.decoding.generate.Generation` a question, in order: what comes
+        behind it.
+
+    Raises:
+        ValueError: as :func:`stream`.
+    """
+    events = stream(model, method, prefilled, questions, **options)
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return end.value
+
+
+def stream(
+    model: LanguageModel,
+    method: Method | str,
+    prefilled: Prefilled,
+    questions: Sequence[Sequence[int]],
+    *,
+    rows: Sequence[int] | None = None,
+    keep: bool = True,
+    longest: int = 0,
+    seen: Bool[np.ndarray, "B V"] | None = None,
+    **options: Any,
+) -> Generator[tuple[int, str], None, list[Generation]]:
+    """Yields `(question, new text)`; the generator returns what :func:`ask` does.
+
+    Args:
+        prefilled, questions: as :func:`ask`.
+        rows: of each question the row of `prefilled` that it is asked of, any number
+            of times. Without, question i is asked of row i.
+        keep: False uses `prefilled` up, and copies nothing that need not be.
+        longest: tokens of a question to make room for, where none is so long: calls of
+            the same number then share their compiled code, even in buckets.
+        seen: tokens of each question's prompt, which a repetition penalty needs.
+        **options: of :func:`kvjax.decoding.generate.generate`: `max_new_tokens` is of
+            an answer alone, `sampling`, `stop`, `eos_ids`, `seed`, `stream_every`.
+
+    Raises:
+        ValueError: if there is no question, one is of a row that is not there or holds
+            an unknown token; if the number of rows cannot be changed, because the
+            method's sizes depend on it; and as
+            :func:`kvjax.decoding.generate.generate`.
+    """
+    method = as_method(method)
+    check_model(model)
+    wanted = Options(**options)
+    asked = token_rows(questions)
+    batch = len(prefilled.recent)
+    rows = chosen_rows(batch, len(asked), rows)
+    check_vocabulary(model.decoder, asked)
+    if keep or rows != list(range(batch)):
+        prefilled = taken(method, prefilled, rows)
+    size = reader.bucket(max(longest, 1, *map(len, asked)))
+    tokens = np.full((len(asked), size), PAD, np.int32)
+    for row, question in enumerate(asked):
+        tokens[row, : len(question)] = question
+    forced = Forced(tokens, np.array([len(question) for question in asked], np.int32))
+    return generate.go_on(model, method, prefilled, wanted, seen, forced)
+
+
+def chosen_rows(batch: int, count: int, rows: Sequence[int] | None) -> list[int]:
+    """Returns the row that each of `count` questions is asked of; in order if None.
+
+    Raises:
+        ValueError: if there is no question, or one is of a row that is not there.
+    """
+    if not count:
+        raise ValueError("questions is empty: give at least one.")
+    if rows is None and count != batch:
+        raise ValueError(
+            f"{count} questions are asked of {batch} prompts: give `rows`, the prompt "
+            "of each."
+        )
+    rows = list(range(batch) if rows is None else rows)
+    if len(rows) != count or not all(0 <= row < batch for row in rows):
+        raise ValueError(
+            f"{rows=} must name one of {batch} prompts, from 0 on, for each of {count} "
+            "questions."
+        )
+    return rows
+
+
+def taken(method: Method, prefilled: Prefilled, rows: Sequence[int]) -> Prefilled:
+    """Returns copies of some rows of prompts that were read, in that order.
+
+    Raises:
+        ValueError: if there are more or fewer than before, and the method's sizes
+            depend on how many.
+    """
+    index = np.asarray(rows, np.int32)
+    before = len(prefilled.recent)
+    if not allows_rows(method, prefilled, len(index)):
+        raise ValueError(
+            f"what {method!r} keeps depends on the number of rows: of {before} prompts "
+            f"ask {before} questions at a time, not {len(index)}."
+        )
+    states, layouts = [], _layouts(method, prefilled, len(index))
+    for state, layout in zip(prefilled.states, layouts, strict=True):
+        leaves, structure = jax.tree.flatten(_of_rows(state, len(index)))
+        leaves = _take(leaves, index, layout.have_rows)
+        states.append(jax.tree.unflatten(structure, leaves))
+    known = prefilled.before
+    return Prefilled(
+        tuple(states),
+        prefilled.hidden[index],
+        prefilled.recent[index],
+        None if known is None else known[index],
+    )
+
+
+def allows_rows(method: Method, prefilled: Prefilled, count: int) -> bool:
+    """Says whether :func:`taken` can make so many rows of those that were read."""
+    if count == len(prefilled.recent):
+        return True
+    return all(layout.fits for layout in _layouts(method, prefilled, count))
+
+
+class _Layout(NamedTuple):
+    """The arrays of a layer's state: of each, whether its first axis are the rows."""
+
+    have_rows: tuple[bool, ...]
+    fits: bool  # no other axis depends on the number of rows
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _take(leaves: list[Array], index: Int[Array, "B"], have_rows: tuple[bool, ...]):
+    return [
+        leaf[index] if has_rows else jnp.copy(leaf)
+        for leaf, has_rows in zip(leaves, have_rows, strict=True)
+    ]
+
+
+def _layouts(method: Method, prefilled: Prefilled, count: int) -> list[_Layout]:
+    """Returns the layout of every layer, each found out once."""
+    before = len(prefilled.recent)
+    other = count if count != before else before + 1
+    known, found = {}, []
+    for state in prefilled.states:
+        leaves, structure = jax.tree.flatten(with_layer(state, 0))
+        shapes = structure, tuple(leaf.shape for leaf in leaves)
+        if shapes not in known:
+            spec = next(
+                filter(_is_spec, jax.tree.leaves(state, is_leaf=_is_spec)), None
+            )
+            # A method that says nothing of its layer has rows in all of them.
+            layout = _Layout((True,) * len(leaves), True)
+            known[shapes] = layout if spec is None else _layout(method, spec, other)
+        found.append(known[shapes])
+    return found
+
+
+@functools.cache
+def _layout(method: Method, spec: CacheSpec, count: int) -> _Layout:
+    """Finds the axes that change with the number of rows, from shapes alone."""
+
+    def shapes(batch: int) -> dict[Any, tuple[int, ...]]:
+        layer = dataclasses.replace(spec, batch=batch)
+        state = jax.eval_shape(lambda: method.finish(method.init(layer)))
+        return {path: leaf.shape for path, leaf in jax.tree.leaves_with_path(state)}
+
+    one, other = shapes(spec.batch), shapes(count)
+    have_rows, fits = [], one.keys() == other.keys()
+    for path, shape in one.items():
+        with_rows = (count, *shape[1:])
+        there = other.get(path, with_rows)
+        has_rows = (shape[:1], there[:1]) == ((spec.batch,), (count,))
+        fits &= there == (with_rows if has_rows else shape)
+        have_rows.append(has_rows)
+    return _Layout(tuple(have_rows), fits)
+
+
+def _is_spec(leaf: Any) -> bool:
+    return isinstance(leaf, CacheSpec)
+
+
+def _of_rows(state: State, count: int) -> State:
+    """Returns the state with every spec in it of so many rows."""
+
+    def of_rows(leaf):
+        return dataclasses.replace(leaf, batch=count) if _is_spec(leaf) else leaf
+
+    return jax.tree.map(of_rows, state, is_leaf=_is_spec)

@@ -1,0 +1,126 @@
+"""The document beside a saved prefix: what it holds and belongs to, read and checked.
+
+The arrays themselves lie in a folder next to it.
+"""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from kvjax import files
+from kvjax.files import arrays as file_arrays
+from kvjax.interface import LanguageModel
+
+# Of a folder, by whether the prompt has ended; a change that breaks readers adds one.
+FORMATS = {False: 2, True: 3}
+ABOUT = "prefix.json"
+_LAYOUT = ("prompt_tokens", "longest", "room", "leaves")
+_KEYS = {
+    *("method", "dtype", "decoder", "weights", "model"),
+    *(*_LAYOUT, "layout", "fingerprints"),
+}
+
+
+def about(folder: str | pathlib.Path) -> dict[str, Any]:
+    """Reads what a folder says it holds: the names of model and method, sizes, dtype.
+
+    Raises:
+        FileNotFoundError: if there is no prefix.
+        ValueError: if it is of another format, or damaged.
+    """
+    path = pathlib.Path(folder) / ABOUT
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no prefix ({ABOUT} is missing): make one with "
+            "kvjax prefill --save."
+        )
+    try:
+        found = json.loads(files.read_text(path))
+        found_format, expected = found["format"], FORMATS[is_finished(found)]
+    except (ValueError, KeyError, TypeError) as error:
+        raise file_arrays.DamagedError(f"{path} is damaged: {error}.") from error
+    if found_format != expected:
+        raise ValueError(
+            f"{folder} has format {found_format}, this kvjax reads {expected}: read "
+            "the prompt anew."
+        )
+    if missing := sorted(_KEYS - found.keys()):
+        raise file_arrays.DamagedError(f"{path} is damaged: no {', '.join(missing)}.")
+    if found["layout"] != digest(found):
+        raise file_arrays.DamagedError(
+            f"{path} is damaged: {', '.join(_LAYOUT)} are not what was saved."
+        )
+    messages = found.get("messages")
+    # Folders of earlier versions have none of these, or no digest of them.
+    if found.get("said", sha256(messages)) != sha256(messages):
+        raise file_arrays.DamagedError(
+            f"{path} is damaged: messages are not what was saved."
+        )
+    if messages is not None and not is_conversation(messages):
+        raise file_arrays.DamagedError(
+            f"{path} is damaged: messages must be objects with texts role and content."
+        )
+    return found
+
+
+def is_finished(about: Mapping[str, Any]) -> bool:
+    """Says whether the prompt has ended: what is held is what the method kept."""
+    return about.get("finished") is True
+
+
+def digest(about: Mapping[str, Any]) -> str:
+    """Hashes what the arrays are cut by; who may read them is compared, not trusted."""
+    layout = [about[key] for key in _LAYOUT]
+    return sha256([*layout, True] if is_finished(about) else layout)
+
+
+def sha256(value: Any) -> str:
+    """Hashes a value of JSON."""
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def is_conversation(messages: Any) -> bool:
+    """Says whether these are the messages of a chat."""
+    return isinstance(messages, list | tuple) and all(
+        isinstance(message, Mapping)
+        and isinstance(message.get("role"), str)
+        and isinstance(message.get("content"), str)
+        for message in messages
+    )
+
+
+def identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
+    """Returns what must agree, coarse before fine: the first difference is named."""
+    spec = model.decoder.cache_spec(1, 1)
+    return {
+        "method": method_name,
+        "dtype": jnp.dtype(spec.dtype).name,
+        "decoder": repr(model.decoder),
+        "weights": file_arrays.digest(model.params),
+        "model": model.name,
+    }
+
+
+def refusal(
+    folder: pathlib.Path,
+    key: str,
+    found: Mapping[str, Any],
+    model: LanguageModel,
+    value: str,
+) -> str:
+    """Says in one line what of a folder belongs to another method or model."""
+    if key in ("method", "dtype"):
+        return (
+            f"{folder} was saved with {key} {found[key]} and cannot go on with "
+            f"{value}: use that one, or read the prompt anew."
+        )
+    differ = {"decoder": "sizes", "weights": "weights"}[key]
+    return (
+        f"{folder} was saved with model {found['model']!r} and cannot go on with "
+        f"{model.name!r}: their {differ} differ."
+    )

@@ -1,0 +1,159 @@
+"""Questions asked after their context was read and ended: one reading for all of them.
+
+An evicting method then chooses what to keep before it knows what will be asked, as it
+must where one context serves many questions.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+from kvjax.decoding import asking, generate, reader
+from kvjax.decoding.checks import check_prompts
+from kvjax.decoding.options import Options
+from kvjax.decoding.reader import Prefilled
+from kvjax.evaluation import batches, together
+from kvjax.evaluation.tasks.haystack import Prompted
+from kvjax.interface import LanguageModel, Method
+
+# A question is seen when a method chooses, as the prompt's end, or comes after that.
+When = Literal["seen", "after"]
+
+# (place of the method, number of the example, answer)
+OnAnswer = Callable[[int, int, str], None]
+
+
+def answers(
+    model: LanguageModel,
+    methods: Sequence[Method],
+    examples: Sequence[Prompted],
+    *,
+    new_tokens: int,
+    batch: int,
+    chunk_size: int = 512,
+    longest: int = 0,
+    on_answer: OnAnswer = lambda place, index, said: None,
+    progress: Callable[[float], None] = lambda done: None,
+) -> list[list[str]]:
+    """Reads each context once, then asks all questions about it, under each method.
+
+    Contexts are read by `batch` rows, or by as many as there are different ones, and
+    asked by `batch` questions, of whichever of these rows. Examples share a context if
+    their tokens before `asked_at` are equal.
+
+    Args:
+        methods: which read together; several must all have exact prompts.
+        new_tokens: most tokens of an answer.
+        longest: tokens of a context to make room for, where none is so long.
+        on_answer: called with a method's place, the number of an example and what was
+            answered.
+
+    Returns:
+        The answers of each method, one an example, in order.
+
+    Raises:
+        ValueError: if an example has no context, and as
+            :func:`kvjax.decoding.generate.generate`.
+    """
+    _check(model, methods, examples, new_tokens)
+    by_context: dict[tuple[int, ...], list[int]] = {}
+    for index, example in enumerate(examples):
+        context = tuple(example.prompt[: example.asked_at])
+        by_context.setdefault(context, []).append(index)
+    contexts = list(by_context)
+    rows = min(batch, len(contexts))
+    asked = _Asked(model, examples, new_tokens, min(batch, len(examples)))
+    options = Options(max_new_tokens=asked.room, chunk_size=chunk_size, longest=longest)
+    said: list[dict[int, str]] = [{} for _ in methods]
+    for start in range(0, len(contexts), rows):
+        group = [contexts[i % len(contexts)] for i in range(start, start + rows)]
+        fresh = len(contexts) - start  # rows from there on only fill the batch up
+        pairs = [
+            (row, index)
+            for row, context in enumerate(group)
+            for index in by_context[context][: None if row < fresh else 1]
+        ]
+        batches.release()
+        read = together.read_checked(model, methods, group, options)
+        batches.release()
+        for place, method in enumerate(methods):
+            with batches.told_apart(place):
+                for index, answer in asked.answers(method, read.pop(0), rows, pairs):
+                    if index not in said[place]:
+                        said[place][index] = answer
+                        on_answer(place, index, answer)
+            done = min(rows, fresh) * (place + 1) / len(methods)
+            progress((start + done) / len(contexts))
+    generate.drop_programs(reading=False)
+    return [[found[index] for index in range(len(examples))] for found in said]
+
+
+class _Asked(NamedTuple):
+    """The questions of all examples, and the sizes that their batches share."""
+
+    model: LanguageModel
+    examples: Sequence[Prompted]
+    new_tokens: int
+    size: int  # questions that are asked together
+
+    @property
+    def longest(self) -> int:
+        """The tokens of the longest question."""
+        return max(len(x.prompt) - x.asked_at for x in self.examples)
+
+    @property
+    def room(self) -> int:
+        """The tokens that may follow a context: of a question and its answer."""
+        return self.longest + self.new_tokens
+
+    def answers(
+        self,
+        method: Method,
+        prefilled: Prefilled,
+        rows: int,
+        pairs: Sequence[tuple[int, int]],
+    ) -> Iterator[tuple[int, str]]:
+        """Yields examples and their answers; of what fills a batch up some twice.
+
+        Args:
+            prefilled: the contexts, `rows` of them; used up.
+            pairs: of each question the row of its context, and its example.
+        """
+        allowed = asking.allows_rows(method, prefilled, self.size)
+        parts = list(batches.equal(pairs, self.size if allowed else rows))
+        for number, part in enumerate(parts, 1):
+            examples = [self.examples[index] for _, index in part]
+            # A few tokens more than the answer's: text may begin with a blank.
+            steps = max(example.answer_tokens for example in examples) + 2
+            generations = asking.ask(
+                batches.ticking(self.model),
+                method,
+                prefilled,
+                [example.prompt[example.asked_at :] for example in examples],
+                rows=[row for row, _ in part],
+                keep=number < len(parts),
+                longest=self.longest,
+                max_new_tokens=min(steps, self.new_tokens),
+                eos_ids=(),
+                stream_every=reader.bucket(self.room),
+            )
+            for (_, index), example, generation in zip(
+                part, examples, generations, strict=True
+            ):
+                yield index, batches.reply(self.model, example, generation.tokens)
+
+
+def _check(
+    model: LanguageModel,
+    methods: Sequence[Method],
+    examples: Sequence[Prompted],
+    new_tokens: int,
+) -> None:
+    """Raises ValueError unless all have a context and fit, with their answer."""
+    for index, example in enumerate(examples):
+        if example.asked_at < 1:
+            raise ValueError(
+                f"example {index} has no context that could be read before its "
+                "question: give it one, or ask with question='seen'."
+            )
+    prompts = [example.prompt for example in examples]
+    check_prompts(model.decoder, together.reader(tuple(methods)), prompts, new_tokens)
