@@ -62,6 +62,9 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("refreshkv:schedule=never,budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * 4),
         ("dense_layers:first=8+tova:budget=64", 1000, 1000 * TOKEN, 0),
         ("dense_layers+h2o:budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * FLOAT_AND_INT),
+        # Slots that the heads share, each with a head and a position: none is padding.
+        ("head_budgets+snapkv:budget=64", 1000, 74 * TOKEN, 2 * 4 * 74 * 8),
+        ("head_budgets+snapkv:budget=64", 30, 30 * TOKEN, 2 * 4 * 30 * 8),
         # The last of eight layers has a quarter of the even budget.
         ("layer_budgets:beta=4+tova:budget=64", 1000, 16 * TOKEN, 2 * 16 * 8),
     ],
@@ -102,6 +105,7 @@ CLOCK = 2 * 4  # one int32 a row
             63 * 17 * TOKEN + 2 * 8 * 3 * 17 * 4 + 2 * 4 * 63 * 4 + 2 * CLOCK,
         ),
         ("oracle_topk:budget=64", 1000 * TOKEN + CLOCK),
+        ("head_budgets+snapkv:budget=64", 74 * TOKEN + 2 * 4 * 74 * 8 + CLOCK),
         ("layer_budgets:beta=4+tova:budget=64", 16 * TOKEN + 2 * 16 * 8 + CLOCK),
     ],
 )

@@ -6,6 +6,7 @@ from kvjax.methods.entmax_full import entmax_full as entmax_full
 from kvjax.methods.entmaxkv.method import entmaxkv as entmaxkv
 from kvjax.methods.full import full as full
 from kvjax.methods.h2o import h2o as h2o
+from kvjax.methods.head_budgets import head_budgets as head_budgets
 from kvjax.methods.layer_budgets import layer_budgets as layer_budgets
 from kvjax.methods.oracle_topk import oracle_topk as oracle_topk
 from kvjax.methods.quest import quest as quest

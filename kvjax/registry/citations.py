@@ -84,6 +84,11 @@ PAPERS = {
             "Sung Ju Hwang",
         ),
     ),
+    "2407.11550": Paper(
+        "Ada-KV: Optimizing KV Cache Eviction by Adaptive Budget Allocation for "
+        "Efficient LLM Inference",
+        ("Yuan Feng", "Junlin Lv", "Yukun Cao", "Xike Xie", "S. Kevin Zhou"),
+    ),
     "2411.02886": Paper(
         "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for "
         "LLMs via Dynamic Token-Level KV Cache Selection",

@@ -1,12 +1,14 @@
 """A cache of the tokens that were chosen, in slots of their own for each KV head."""
 
+import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.interface import CacheSpec
+from kvjax.interface import CacheSpec, Method
 from kvjax.stores import buffers, contiguous
 
 
@@ -38,6 +40,24 @@ def take(
     padding = ((0, 0), (0, 0), (0, spare))
     padded = jnp.pad(positions, padding, constant_values=-1)
     return Kept(store.spec, copy(store.k), copy(store.v), padded, store.length)
+
+
+@functools.cache
+def budget_of(method: Method, spec: CacheSpec) -> int:
+    """Returns the tokens of a prompt that a method keeps for each KV head.
+
+    Of methods that keep every later token too, in slots behind these.
+
+    Raises:
+        ValueError: if the method is no such one.
+    """
+    state = jax.eval_shape(lambda: method.finish(method.init(spec)))
+    if not isinstance(state, Kept):
+        raise ValueError(
+            f"a method whose state becomes {type(state).__name__} does not keep a "
+            "number of the prompt's tokens for each KV head: use snapkv."
+        )
+    return state.positions.shape[-1] - spec.max_new_tokens
 
 
 def num_kept(kept: Kept) -> Int[Array, "B"]:
