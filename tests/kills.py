@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import compiling
 from safetensors import safe_open
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -134,6 +135,7 @@ def start(job: Job, out: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
     """The command in a process of its own, its errors in a file."""
     command = [sys.executable, "-m", "kvjax", *job.begin, job.out, str(out)]
     environment = os.environ | {
+        **compiling.ENVIRONMENT,
         "PYTHONPATH": str(ROOT),
         "JAX_PLATFORMS": "cpu",
         "XDG_CACHE_HOME": str(cache),

@@ -105,13 +105,6 @@ def runnable(command: str) -> list[str]:
     return [sys.executable, *arguments]
 
 
-def environment(command: str) -> dict[str, str]:
-    """Of training that is shortened, most of the time is compiling: it does less."""
-    if not (command.startswith("kvjax train") and command.endswith(SHORTENED)):
-        return dict(os.environ)
-    return os.environ | compiling.ENVIRONMENT
-
-
 SHOWN = [page for page in PAGES if commands(page)]
 
 
@@ -145,7 +138,7 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
         done = subprocess.run(
             runnable(command),
             cwd=tmp_path,
-            env=environment(command),
+            env=os.environ | compiling.ENVIRONMENT,  # most of the time is compiling
             capture_output=True,
             text=True,
             timeout=900,

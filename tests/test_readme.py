@@ -7,6 +7,7 @@ pages under `docs`, and the figure.
 import ast
 import functools
 import json
+import os
 import pathlib
 import re
 import shlex
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import textwrap
 
+import compiling
 import pytest
 from test_fidelity_cards import with_cards
 from tiny import keep_layers
@@ -209,6 +211,7 @@ def test_shown_command_runs(command, tmp_path, one_layer, request):
     done = subprocess.run(
         [sys.executable, "-m", "kvjax", *arguments],
         cwd=tmp_path,
+        env=os.environ | compiling.ENVIRONMENT,  # most of the time is compiling
         capture_output=True,
         text=True,
         timeout=1500,
@@ -220,7 +223,11 @@ def test_shown_command_runs(command, tmp_path, one_layer, request):
 def test_shown_python_runs(tmp_path):
     (code,) = blocks("python")
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=os.environ | compiling.ENVIRONMENT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.splitlines()) == 2
