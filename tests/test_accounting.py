@@ -67,6 +67,13 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("head_budgets+snapkv:budget=64", 30, 30 * TOKEN, 2 * 4 * 30 * 8),
         # The last of eight layers has a quarter of the even budget.
         ("layer_budgets:beta=4+tova:budget=64", 1000, 16 * TOKEN, 2 * 16 * 8),
+        # Every 32 steps the keys again.
+        (
+            "decode_eviction:every=32+snapkv:budget=64",
+            1000,
+            96 * TOKEN,
+            96 * TOKEN // 2 // 32,
+        ),
     ],
 )
 def test_bytes_read(method, length, kv, metadata):
@@ -107,6 +114,11 @@ CLOCK = 2 * 4  # one int32 a row
         ("oracle_topk:budget=64", 1000 * TOKEN + CLOCK),
         ("head_budgets+snapkv:budget=64", 74 * TOKEN + 2 * 4 * 74 * 8 + CLOCK),
         ("layer_budgets:beta=4+tova:budget=64", 16 * TOKEN + 2 * 16 * 8 + CLOCK),
+        # The window's queries, and a token that waits for the step to read it.
+        (
+            "decode_eviction:every=32+snapkv:budget=64",
+            97 * TOKEN + 2 * 4 * 96 * 4 + 2 * 8 * 32 * 16 * 2 + 2 * CLOCK,
+        ),
     ],
 )
 def test_bytes_held_while_decoding(method, expected):

@@ -101,6 +101,14 @@ PAPERS = {
         "RefreshKV: Updating Small KV Cache During Long-form Generation",
         ("Fangyuan Xu", "Tanya Goyal", "Eunsol Choi"),
     ),
+    "2505.24133": Paper(
+        "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models",
+        (
+            *("Zefan Cai", "Wen Xiao", "Hanshi Sun", "Cheng Luo", "Yikai Zhang"),
+            *("Ke Wan", "Yucheng Li", "Yeyang Zhou", "Li-Wen Chang", "Jiuxiang Gu"),
+            *("Zhen Dong", "Anima Anandkumar", "Abedelkadir Asi", "Junjie Hu"),
+        ),
+    ),
     "2508.09001": Paper(
         "Retrospective Sparse Attention for Efficient Long-Context Generation",
         ("Seonghwan Choi", "Beomseok Kang", "Dongwon Jo", "Jae-Joon Kim"),

@@ -62,3 +62,23 @@ def head_budgets(row: Row, *, budget: int, alpha: float, **snapkv) -> Trace:
             kept.add(t)
         step(attention, record, t, by_query_head(row, kept_of_kv))
     return record.trace()
+
+
+def decode_eviction(row: Row, *, budget: int, every: int, **snapkv) -> Trace:
+    """After the prompt, and whenever budget + every tokens are there: the best stay."""
+    attention, record = read_prompt(row)
+    num_kv_heads = row.k.shape[0]
+    kept_of_kv = [set(range(row.prompt)) for _ in range(num_kv_heads)]
+
+    def evict():
+        for kv, kept in enumerate(kept_of_kv):
+            kept_of_kv[kv] = best(votes(attention, kv, kept, **snapkv), budget)
+
+    evict()
+    for t in range(row.prompt, row.num_tokens):
+        for kept in kept_of_kv:
+            kept.add(t)
+        step(attention, record, t, by_query_head(row, kept_of_kv))
+        if len(kept_of_kv[0]) == budget + every:
+            evict()
+    return record.trace()
