@@ -74,6 +74,14 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
             96 * TOKEN,
             96 * TOKEN // 2 // 32,
         ),
+        # One of four heads in full; two of four under Quest.
+        ("duo:share=0.25,budget=64,num_sinks=4+full", 1000, 298 * TOKEN, 0),
+        (
+            "duo:budget=64,num_sinks=4+quest:budget=64",
+            1000,
+            64 * TOKEN,
+            63 * TOKEN // 2,
+        ),
     ],
 )
 def test_bytes_read(method, length, kv, metadata):
@@ -118,6 +126,11 @@ CLOCK = 2 * 4  # one int32 a row
         (
             "decode_eviction:every=32+snapkv:budget=64",
             97 * TOKEN + 2 * 4 * 96 * 4 + 2 * 8 * 32 * 16 * 2 + 2 * CLOCK,
+        ),
+        # Which of the four heads are whose, in both rows.
+        (
+            "duo:share=0.25,budget=64,num_sinks=4+full",
+            298 * TOKEN + 2 * 4 * 4 + 2 * CLOCK,
         ),
     ],
 )

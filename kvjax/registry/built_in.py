@@ -3,6 +3,7 @@
 from kvjax.methods.cascade.method import cascade as cascade
 from kvjax.methods.decode_eviction import decode_eviction as decode_eviction
 from kvjax.methods.dense_layers import dense_layers as dense_layers
+from kvjax.methods.duo import duo as duo
 from kvjax.methods.entmax_full import entmax_full as entmax_full
 from kvjax.methods.entmaxkv.method import entmaxkv as entmaxkv
 from kvjax.methods.full import full as full

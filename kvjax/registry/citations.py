@@ -89,6 +89,14 @@ PAPERS = {
         "Efficient LLM Inference",
         ("Yuan Feng", "Junlin Lv", "Yukun Cao", "Xike Xie", "S. Kevin Zhou"),
     ),
+    "2410.10819": Paper(
+        "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and "
+        "Streaming Heads",
+        (
+            *("Guangxuan Xiao", "Jiaming Tang", "Jingwei Zuo", "Junxian Guo"),
+            *("Shang Yang", "Haotian Tang", "Yao Fu", "Song Han"),
+        ),
+    ),
     "2411.02886": Paper(
         "TokenSelect: Efficient Long-Context Inference and Length Extrapolation for "
         "LLMs via Dynamic Token-Level KV Cache Selection",

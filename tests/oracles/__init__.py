@@ -7,6 +7,7 @@ twice, in two ways, to go unnoticed. Speed does not matter here, being obvious d
 from oracles.attention import *  # noqa: F403
 from oracles.baselines import *  # noqa: F403
 from oracles.budgets import decode_eviction as decode_eviction
+from oracles.budgets import duo as duo
 from oracles.budgets import head_budgets as head_budgets
 from oracles.completion import topk_completion as topk_completion
 from oracles.operations import *  # noqa: F403

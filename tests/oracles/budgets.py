@@ -82,3 +82,16 @@ def decode_eviction(row: Row, *, budget: int, every: int, **snapkv) -> Trace:
         if len(kept_of_kv[0]) == budget + every:
             evict()
     return record.trace()
+
+
+def duo(row: Row, *, retrieval: set[int], budget: int, num_sinks: int) -> Trace:
+    """All tokens for the retrieval heads; sinks and the newest for the others."""
+    attention, record = Attention(row), Recorder(row)
+    for t in range(row.num_tokens):
+        near = {j for j in range(t + 1) if j < num_sinks or t - j < budget - num_sinks}
+        kept_of_kv = [
+            set(range(t + 1)) if kv in retrieval else near
+            for kv in range(row.k.shape[0])
+        ]
+        step(attention, record, t, by_query_head(row, kept_of_kv))
+    return record.trace()
