@@ -22,6 +22,7 @@ from kvjax.cli import (
     decode,
     distill,
     evaluate,
+    export_tasks,
     fetch,
     heads,
     info,
@@ -139,6 +140,9 @@ _EXAMPLES = {
     decode.score: "kvjax score --method snapkv:budget=256 --text book.txt",
     stream.stream: "kvjax stream --text book.txt --method cascade:budget=1024",
     evaluate.evaluate: "kvjax eval --task passkey --method quest:budget=128 --n 20",
+    export_tasks.export_tasks: (
+        "kvjax export-tasks --task ruler --context 2048 --out ruler.jsonl"
+    ),
     compare.compare: "kvjax compare --budget 64 --method quest --method h2o",
     heads.heads: "kvjax heads --context 512 --out heads.png",
     convert.convert: "kvjax convert model.gguf model",

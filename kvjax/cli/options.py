@@ -89,6 +89,14 @@ QuestionOption = Annotated[
         "chooses what to keep; after: its tokens come once that is chosen.",
     ),
 ]
+RulerTextOption = Annotated[
+    str,
+    typer.Option(
+        "--ruler-text",
+        help="Text of RULER's tasks: shipped, or published, which kvjax fetch ruler "
+        "brings.",
+    ),
+]
 AnswersOption = Annotated[
     pathlib.Path | None,
     typer.Option(
@@ -309,6 +317,23 @@ def questions_of(path: pathlib.Path | None) -> list:
     if path is None:
         return []
     return own.parse(read_text(path), shown_name(path))
+
+
+def ruler_texts(which: str):
+    """The texts of RULER's tasks that `--ruler-text` means.
+
+    Raises:
+        ValueError: if there is no such text.
+        FileNotFoundError: if it is not on this machine; the message says how to get it.
+    """
+    from kvjax.attention.choices import check_choice
+    from kvjax.evaluation.tasks.ruler import texts
+    from models import published
+
+    check_choice("ruler_text", which, texts.Which)
+    if which == "published":
+        return texts.published(published.path("ruler"))
+    return texts.shipped()
 
 
 def held_out_text() -> str:

@@ -8,6 +8,7 @@ from kvjax.attention.choices import check_choice
 from kvjax.decoding.checks import check_counts, check_model, check_seed
 from kvjax.evaluation import (
     answers,
+    by_task,
     compare,
     compare_inputs,
     compare_runs,
@@ -16,9 +17,20 @@ from kvjax.evaluation import (
     teacher_forced,
 )
 from kvjax.evaluation.asked_after import When
-from kvjax.evaluation.tasks import chain, chat, extraction, needles, own
+from kvjax.evaluation.tasks import (
+    chain,
+    chat,
+    extraction,
+    interchange,
+    long_output,
+    needles,
+    own,
+    ruler,
+)
 from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.evaluation.tasks.own import Question
+from kvjax.evaluation.tasks.ruler.examples import Matched
+from kvjax.evaluation.tasks.ruler.texts import Texts
 from kvjax.interface import LanguageModel, Method
 
 RETRIEVAL = {
@@ -27,9 +39,13 @@ RETRIEVAL = {
     "variables": needles.variable_tracking,
     "chain": chain.chain_of_key,
     "extraction": extraction.extraction,
+    "countdown": long_output.countdown,
+    "path_traversal": long_output.path_traversal,
 }
 PREDICTION = ("perplexity", "fidelity")
-TASKS = (*RETRIEVAL, *PREDICTION)
+RULER = "ruler"  # all of its tasks
+MATCHED = (RULER, *ruler.TASKS)
+TASKS = (*RETRIEVAL, *MATCHED, *PREDICTION)
 OWN = "own"  # the user's questions
 
 
@@ -70,6 +86,8 @@ def run(
     batch: int = 8,
     chunk_size: int = 1024,
     questions: Sequence[Question] = (),
+    rows: Sequence[interchange.Row] = (),
+    source: Texts | None = None,
     is_chat: bool = False,
     question: str = "seen",
     on_answer: Callable[[int, Prompted, str], None] = answers.ignore,
@@ -79,8 +97,10 @@ def run(
 
     Args:
         task: `passkey`, `multikey`, `variables`, `chain` and `extraction` ask for
-            something said earlier, `perplexity` predicts the text by decode steps,
-            `fidelity` compares with the reference; `own` asks the questions.
+            something said earlier, and so do RULER's (`ruler` is all of them);
+            `countdown` and `path_traversal` for many steps; `perplexity` predicts the
+            text by decode steps, `fidelity` compares with the reference; `own` asks
+            the questions.
         model: decoder, weights and tokenizer.
         method: under test.
         reference: what `fidelity` compares with; other tasks do not run it.
@@ -93,6 +113,9 @@ def run(
         batch: rows decoded together.
         chunk_size: most prompt tokens processed at once.
         questions: of the task `own`, from :mod:`kvjax.evaluation.tasks.own`.
+        rows: of a task in a file, from :mod:`kvjax.evaluation.tasks.interchange`;
+            `task` is then any name.
+        source: texts of RULER's tasks; those that ship if None.
         is_chat: prompts are turns in the model's chat template (not of windows).
         question: `seen` when a method chooses what to keep, as the prompt's end, or
             asked `after` the context alone was read (not of windows).
@@ -102,7 +125,7 @@ def run(
     Raises:
         ValueError: if the task is unknown, or the sizes do not fit model or text.
     """
-    if task != OWN or not questions:
+    if not rows and (task != OWN or not questions):
         check_task(task)
     check_model(model)
     check_counts(context=context, n=n, batch=batch, chunk_size=chunk_size)
@@ -112,7 +135,7 @@ def run(
     check_question(task, question, questions)
     accounting.check_diagnostics(method, model.decoder)
     shapes: dict[str, Any] = {
-        "batch": min(batch, len(questions) or n),
+        "batch": min(batch, len(rows) or len(questions) or n),
         "chunk_size": chunk_size,
     }
     asked = shapes | {"question": question}
@@ -125,6 +148,19 @@ def run(
             is_chat=is_chat,
         )
         return _retrieval(model, method, examples, asked, on_answer, progress)
+    if rows or task in MATCHED:
+        examples = matched(
+            task,
+            model,
+            context=context,
+            n=n,
+            seed=seed,
+            rows=rows,
+            source=source,
+            is_chat=is_chat,
+        )
+        numbers = by_task.run(model, method, examples, asked, on_answer, progress)
+        return {"question": question, **numbers}
     if task in RETRIEVAL:
         examples = chat.fitted(
             model.tokenizer,
@@ -142,6 +178,36 @@ def run(
     if task == "perplexity":
         return _perplexity(model, method, windows, shapes, progress)
     return _fidelity(model, method, reference, windows, shapes, progress)
+
+
+def matched(
+    task: str,
+    model: LanguageModel,
+    *,
+    context: int,
+    n: int,
+    seed: int,
+    rows: Sequence[interchange.Row] = (),
+    source: Texts | None = None,
+    is_chat: bool = False,
+) -> list[Matched]:
+    """Returns examples that are scored by string match: RULER's, or those of a file.
+
+    Arguments as :func:`run`; `n` is of each of RULER's tasks.
+
+    Raises:
+        ValueError: if the context is too short for one.
+    """
+    if rows:
+        return interchange.examples(
+            model.tokenizer, rows, context=context, is_chat=is_chat
+        )
+    sizes = {"context": context, "n": n, "seed": seed, "source": source}
+    return [
+        example
+        for name in (ruler.TASKS if task == RULER else (task,))
+        for example in ruler.examples(name, model.tokenizer, is_chat=is_chat, **sizes)
+    ]
 
 
 def _retrieval(model, method, examples, asked, on_answer, progress) -> dict[str, Any]:
@@ -186,6 +252,11 @@ def _asked(model, method, examples, asked, on_answer, progress) -> dict[str, Any
         interval = statistics.share_interval(replies.scores)
         sizes = {"rows": len(examples[0].rows)}
         return {"f1": interval._asdict(), **sizes, "examples": listed}
+    if isinstance(examples[0], long_output.Steps):
+        for entry, example in zip(listed, examples, strict=True):
+            entry["steps"] = len(example.steps)
+        interval = statistics.share_interval(replies.scores)
+        return {"valid_steps": interval._asdict(), "examples": listed}
     for entry in listed:
         entry["correct"] = entry.pop("score") == 1
     accuracy = compare.proportion(replies.scores)._asdict()

@@ -214,6 +214,14 @@ def print_task(document: Mapping[str, Any]) -> None:
         )
         for cell in document.get("by_depth", ()):
             print(f"  depth {cell['depth']:.2f}: {cell['correct']}/{cell['asked']}")
+    elif "tasks" in document:
+        _print_tasks(about, document)
+    elif "valid_steps" in document:
+        share = format_share(document["valid_steps"])
+        terminal.say(
+            f"{about}: mean share of steps before the first mistake {share}, "
+            f"n={document['n']}"
+        )
     elif "f1" in document:
         share, rows = format_share(document["f1"]), document["rows"]
         terminal.say(f"{about}: mean F1 of {rows} rows {share}, n={document['n']}")
@@ -238,6 +246,20 @@ def print_task(document: Mapping[str, Any]) -> None:
         )
         print()
         terminal.show(LAYER_HEADINGS, [_layer(layer) for layer in document["layers"]])
+
+
+def _print_tasks(about: str, document: Mapping[str, Any]) -> None:
+    """Prints tasks that are scored by string match, and their mean."""
+    tasks = document["tasks"]
+    terminal.say(f"{about}, string match:")
+    print()
+    cells = [
+        [task, format_share(interval), str(interval["n"])]
+        for task, interval in tasks.items()
+    ]
+    terminal.show(("task", "score", "n"), cells)
+    print()
+    terminal.say(f"mean of {len(tasks)} tasks {100 * document['average']:.1f}%")
 
 
 LAYER_HEADINGS = ("layer", *ATTENTION_HEADINGS[3:])

@@ -1,8 +1,8 @@
 """The texts of RULER's tasks: what ships with kvjax, or what RULER itself took.
 
 Prose to hide needles in, and questions over documents. Shipped: the King James Bible,
-in the public domain (`kjv.LICENSE.txt`), and documents of our own (`facts`). Published: Paul
-Graham's essays, SQuAD and HotpotQA, which `kvjax fetch ruler` brings.
+in the public domain (`kjv.LICENSE.txt`), and documents of our own (`facts`).
+Published: Paul Graham's essays, SQuAD and HotpotQA, which `kvjax fetch ruler` brings.
 """
 
 import functools

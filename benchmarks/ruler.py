@@ -1,0 +1,217 @@
+"""RULER's thirteen tasks under every method, a row at a time, over hours or days.
+
+    python benchmarks/ruler.py --out FOLDER
+    python benchmarks/ruler.py --out FOLDER --json benchmarks/results/DAY-ruler.json
+
+A row is a task under a method at a context, asked before the method chooses (seen) or
+after. Rows are added to FOLDER/rows.jsonl as they are measured; killed at any moment,
+the same command goes on. The first rows tell most: full attention at 2K, then methods
+at a quarter of the cache asked after, and so on; --dry-run lists them. --json gathers
+what is there, and measures nothing.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import sys
+import time
+
+import jax
+
+import models
+from kvjax import files, registry
+from kvjax.cli.options import keep_compiled_code, share_heaps, with_budget
+from kvjax.evaluation import compare_runs, statistics
+from kvjax.evaluation.tasks import ruler
+from kvjax.evaluation.tasks.ruler import texts
+from models import published
+
+# Of each kind of task one first: what a killed run leaves says something.
+FIRST = ("niah_single_1", "niah_multikey_1", "vt", "fwe", "qa_1")
+TASKS = (*FIRST, *(task for task in ruler.TASKS if task not in FIRST))
+# Those that a table needs most.
+METHODS = ("snapkv", "random", "streaming_llm", "keydiff", "expected_attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What is measured: equal rows are measured once."""
+
+    method: str
+    context: int
+    question: str
+    task: str
+    n: int
+
+    @property
+    def key(self):
+        """The row in a few words."""
+        return f"{self.context} {self.question} {self.method} {self.task}"
+
+
+def specs(alpha, budget):
+    """Every method that suits the model, those that a table needs most first."""
+    names = sorted(
+        [name for name in registry.names(alpha) if name != "full"],
+        key=lambda name: (name not in METHODS, name),
+    )
+    if alpha == 1:
+        names.append("retro+quest")
+    return [with_budget(name, budget) for name in names]
+
+
+def planned(alpha, args):
+    """All rows, the most telling first."""
+    middle = args.context
+
+    def full(context):
+        return [Row("full", context, "seen", task, args.n) for task in TASKS]
+
+    def others(share, question, names=None):
+        chosen = specs(alpha, middle // share)
+        if names is not None:
+            chosen = [x for x in chosen if (x.split(":")[0] in METHODS) == names]
+        few = args.n // 2
+        return [
+            Row(spec, middle, question, task, few) for spec in chosen for task in TASKS
+        ]
+
+    # Of full attention both protocols are one: its tokens and their order are.
+    rows = full(middle)
+    rows += others(4, "after", True) + full(middle // 2)
+    rows += others(4, "after", False) + others(4, "seen")
+    rows += full(2 * middle)
+    return [*rows, *others(8, "after"), *others(8, "seen")]
+
+
+def known(path):
+    """The rows that are there, by key; a line that a kill cut short is dropped."""
+    found, is_whole = {}, True
+    if not path.exists():
+        return found
+    text = files.read_text(path)
+    for line in text.split("\n"):
+        try:
+            row = json.loads(line)
+            found[row["key"]] = row
+        except (ValueError, KeyError, TypeError):
+            is_whole &= not line
+    if not is_whole or not text.endswith("\n"):
+        lines = [json.dumps(row) + "\n" for row in found.values()]
+        files.write_text(path, "".join(lines))
+    return found
+
+
+def append(path, row):
+    """Adds a line in one write, which is on the disk when this returns."""
+    data = (json.dumps(files.json_ready(row)) + "\n").encode()
+    place = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(place, data)
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
+def measure(model, row, source, args):
+    """One row, ready for JSON."""
+    start = time.perf_counter()
+    examples = ruler.examples(
+        row.task,
+        model.tokenizer,
+        context=row.context,
+        n=row.n,
+        seed=args.seed,
+        source=source,
+        is_chat=args.chat,
+    )
+    (replies,) = compare_runs.retrieve(
+        model,
+        [registry.parse(row.method)],
+        examples,
+        new_tokens=examples[0].answer_tokens,
+        batch=min(args.batch, row.n),
+        chunk_size=512,
+        question=row.question,
+    )
+    interval = statistics.share_interval(replies.scores)
+    return (
+        {"key": row.key}
+        | dataclasses.asdict(row)
+        | {
+            "string_match": interval._asdict(),
+            "scores": replies.scores,
+            "prompt_tokens": [len(x.prompt) for x in examples],
+            "seconds": round(time.perf_counter() - start, 1),
+        }
+    )
+
+
+def gather(found, args):
+    """The document of all rows, as it is committed."""
+    return {
+        "model": args.model,
+        "text": args.ruler_text,
+        "seed": args.seed,
+        "chat": args.chat,
+        "jax": jax.__version__,
+        "cores": os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "rows": [row for _, row in sorted(found.items())],
+    }
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder")
+    parser.add_argument("--json", type=pathlib.Path, help="gather the rows into a file")
+    parser.add_argument("--model", default="smollm2", help="name or folder")
+    parser.add_argument("--context", type=int, default=2048, help="of the methods")
+    parser.add_argument("--n", type=int, default=20, help="of full; others get half")
+    parser.add_argument("--batch", type=int, default=5, help="rows together")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ruler-text", default="shipped", choices=texts.SOURCES)
+    parser.add_argument("--chat", action="store_true", help="in the chat template")
+    parser.add_argument("--rows", type=int, help="measure so many and stop")
+    parser.add_argument("--dry-run", action="store_true", help="list the rows")
+    args = parser.parse_args(argv)
+    path = args.out / "rows.jsonl"
+    found = known(path)
+    if args.json is not None:
+        text = json.dumps(gather(found, args), indent=1) + "\n"
+        files.write_text(args.json, text)
+        return
+    share_heaps()
+    keep_compiled_code()
+    alpha = models.load_decoder(args.model, dtype="float32").alpha
+    missing = [row for row in planned(alpha, args) if row.key not in found]
+    if args.dry_run:
+        print("\n".join(row.key for row in missing))
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    model = models.load(args.model, dtype="float32")
+    source = texts.shipped()
+    if args.ruler_text == "published":
+        source = texts.published(published.path("ruler"))
+    last = None
+    for number, row in enumerate(missing[: args.rows], 1):
+        if last not in (None, row.method):
+            compare_runs.drop_programs()
+        last = row.method
+        try:
+            measured = measure(model, row, source, args)
+        except ValueError as error:  # a method that does not fit: said once, gone on
+            measured = (
+                {"key": row.key} | dataclasses.asdict(row) | {"error": str(error)}
+            )
+        append(path, measured)
+        mean = measured["string_match"]["mean"] if "scores" in measured else "-"
+        print(f"{number}/{len(missing)} {row.key}: {mean}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
