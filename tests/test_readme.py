@@ -18,6 +18,7 @@ import textwrap
 
 import compiling
 import pytest
+import ruler_page
 from test_fidelity_cards import with_cards
 from tiny import keep_layers
 
@@ -127,6 +128,8 @@ def one_table(results: dict) -> str:
 GENERATED = {"methods": method_table, "tree": tree, "claims": claims} | {
     name: functools.partial(comparison_table, name) for name in COMPARISONS
 }
+if ruler_page.is_there():
+    GENERATED["ruler"] = ruler_page.table
 
 
 def page_of(name: str) -> pathlib.Path:
