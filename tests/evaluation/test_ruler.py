@@ -305,6 +305,16 @@ def test_a_question_is_answered_by_two_documents():
         assert sum(" is a town on the river " in x for x in found) > 3
 
 
+def test_of_many_documents_no_other_has_the_answer():
+    for seed in range(5):
+        for place, pose in enumerate((facts.one_document, facts.two_documents)):
+            asked = pose(np.random.default_rng(seed), 0, 400)
+            (answer,) = asked.answers
+            holding = [text for text in asked.documents if answer in text]
+            assert holding == [asked.documents[place]]
+            assert len(asked.documents) == 400
+
+
 def test_names_of_towns_differ():
     names = facts.town_names(np.random.default_rng(0))
     assert len({next(names) for _ in range(4000)}) == 4000
