@@ -37,6 +37,7 @@ highlight_language = "none"  # lists of axes are no Python
 smartquotes = False  # per="kv" is code even where nothing says so
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
+autodoc_mock_imports = ["lm_eval"]  # of an extra that nobody needs to read of it
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 # Files of the repository that are no page here.

@@ -149,6 +149,15 @@ def save_pretrained(
         family.save_tokenizer(model.tokenizer, partial)
 
 
+def save_tokenizer(model: LanguageModel, directory: str | Path) -> None:
+    """Writes the tokenizer of `model` alone, into a folder that is there.
+
+    Raises:
+        ValueError: if the decoder is of no family.
+    """
+    _family_with(model.decoder).save_tokenizer(model.tokenizer, Path(directory))
+
+
 def footprint(decoder: DecoderLM) -> Footprint:
     """Returns the bytes of a model's weights, from its sizes alone.
 

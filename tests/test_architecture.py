@@ -25,7 +25,7 @@ FLOORS = (
     ("methods",),  # each a room of its own
     ("registry",),
     ("decoding",),
-    ("cost", "evaluation"),
+    ("cost", "evaluation", "lm_eval"),
     ("training",),
     ("report",),
     ("models",),
@@ -160,6 +160,9 @@ def test_the_table_forbids_what_it_should(tmp_path):
         ("kvjax.training.loop", "kvjax.cli.options"),
         ("kvjax.training.loop", "kvjax.methods.refreshkv"),
         ("kvjax.report.documents", "kvjax.cli"),
+        ("kvjax.lm_eval.requests", "kvjax.evaluation.statistics"),
+        ("kvjax.lm_eval.model", "models"),
+        ("kvjax.evaluation.compare", "kvjax.lm_eval.requests"),
     ]:
         assert not is_allowed(module, imported), (module, imported)
     source = "def f():\n    from kvjax import dense\n    import kvjax.methods.full\n"
@@ -187,6 +190,7 @@ def test_importing_kvjax_needs_jax_and_numpy_only():
         "tokenizers",
         "gguf",
         "huggingface_hub",
+        "lm_eval",
         "kvjax.cli",
     ]
     code = f"import sys, kvjax; print([m for m in {heavy} if m in sys.modules])"

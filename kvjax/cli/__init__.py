@@ -26,6 +26,7 @@ from kvjax.cli import (
     fetch,
     heads,
     info,
+    lm_eval,
     plan,
     prefix,
     reproduce,
@@ -144,6 +145,7 @@ _EXAMPLES = {
         "kvjax export-tasks --task ruler --context 2048 --out ruler.jsonl"
     ),
     compare.compare: "kvjax compare --budget 64 --method quest --method h2o",
+    lm_eval.lm_eval: "kvjax lm-eval --tasks arc_easy --method snapkv --limit 20",
     heads.heads: "kvjax heads --context 512 --out heads.png",
     convert.convert: "kvjax convert model.gguf model",
     fetch.fetch: "kvjax fetch smollm2",

@@ -6,10 +6,10 @@ had been generated: only there does a method that forgets show what it forgot.
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from kvjax import accounting
 from kvjax.decoding import finite, loop, reader
@@ -93,13 +93,13 @@ def score(
         prefilled, where = _read_and_score(model, method, prompts, options, read_from)
     else:
         prefilled = reader.read_whole(model, method, prompts, options)
-    first, decoded = _continue(model, method, prefilled, padded, return_logits)
+    decoded, logits = _continue(model, method, prefilled, padded, _rule(return_logits))
     if prompt_scores:
-        finite.check(decoder, first, where)
-        read_from[:, -1] = first
-    log_probs = np.concatenate([read_from, decoded.log_probs], axis=1)
+        finite.check(decoder, decoded[:, 0], where)
+        read_from[:, -1] = decoded[:, 0]
+    log_probs = np.concatenate([read_from, decoded[:, 1:]], axis=1)
     log_probs[np.arange(longest - 1) >= lengths[:, None] - 1] = np.nan
-    return Scores(log_probs, decoded.logits)
+    return Scores(log_probs, logits)
 
 
 def _read_and_score(model, method, prompts, options, log_probs):
@@ -143,12 +143,46 @@ def continue_scores(
         :class:`Scores`, of the tokens alone: log-probabilities `(B, n - 1)` of all but
         the first, which the prompt predicts.
     """
-    return _continue(model, as_method(method), prefilled, tokens, return_logits)[1]
+    log_probs, logits = _continue(
+        model, as_method(method), prefilled, tokens, _rule(return_logits)
+    )
+    return Scores(log_probs[:, 1:], logits)
 
 
-def _continue(model, method, prefilled, tokens, return_logits):
-    """Returns log-probabilities `(B,)` of first tokens, and the rest's `Scores`."""
-    decoder, params, rule = model.decoder, model.params, _rule(return_logits)
+class Likelihoods(NamedTuple):
+    """The likelihood of given tokens, each behind a prompt and those before it."""
+
+    log_probs: Float[np.ndarray, "B n"]  # natural
+    is_likeliest: Bool[np.ndarray, "B n"]  # whether greedy decoding would choose it
+
+
+def likelihoods(
+    model: LanguageModel,
+    method: Method | str,
+    prefilled: Prefilled,
+    tokens: Int[np.ndarray, "B n"],
+) -> Likelihoods:
+    """Says how likely tokens are that follow a prompt, the first of them too.
+
+    They are fed one by one as by :func:`score`; the last is predicted and never fed.
+
+    Args:
+        prefilled: the prompts, with room for `n` tokens; used up unless n is 1.
+        tokens: what follows them.
+
+    Raises:
+        ValueError: if logits are not finite.
+    """
+    method = as_method(method)
+    log_probs, kept = _continue(model, method, prefilled, tokens, _JUDGED)
+    finite.check(model.decoder, log_probs[:, 0], "at the end of a prompt")
+    likeliest: Any = kept
+    return Likelihoods(log_probs, likeliest)
+
+
+def _continue(model, method, prefilled, tokens, rule):
+    """Returns log-probabilities `(B, n)`, and what else a rule keeps of each token."""
+    decoder, params = model.decoder, model.params
     batch, count = tokens.shape
     ahead = np.full((batch, count + STEPS), PAD, np.int32)
     ahead[:, :count] = tokens
@@ -156,8 +190,7 @@ def _continue(model, method, prefilled, tokens, return_logits):
     window, _, kept = loop.first(rule)(
         decoder, params, prefilled.hidden, prefilled.recent, None, ahead[:, :1]
     )
-    first, *logits = (np.asarray(x)[None] for x in kept)
-    log_probs, parts = [np.zeros((0, batch), np.float32)], [logits]
+    parts = [[np.asarray(x)[None] for x in kept]]
     for start in range(1, count, STEPS):
         taken = loop.steps(rule)(
             decoder,
@@ -171,22 +204,28 @@ def _continue(model, method, prefilled, tokens, return_logits):
             np.int32(min(STEPS, count - start)),
         )
         states, window, size = taken.states, taken.window, int(taken.taken)
-        likely, *logits = (np.asarray(x)[:size] for x in taken.kept[0])
+        kept = [np.asarray(x)[:size] for x in taken.kept[0]]
         at = f"at one of the tokens {start} to {start + size - 1} after the prompt"
-        finite.check(decoder, likely, at)
-        log_probs.append(likely)
-        parts.append(logits)
-    whole = None
-    if return_logits:
-        whole = np.concatenate([x for (x,) in parts]).swapaxes(0, 1)
-    return first[0], Scores(np.concatenate(log_probs).T, whole)
+        finite.check(decoder, kept[0], at)
+        parts.append(kept)
+    whole = [np.concatenate(x).swapaxes(0, 1) for x in zip(*parts, strict=True)]
+    return whole[0], whole[1] if len(whole) > 1 else None
 
 
 def drop_programs() -> None:
     """Frees what was compiled to score tokens, of every method."""
     reader.drop_programs(finite.log_prob)
-    for return_logits in (False, True):
-        loop.drop_programs(_rule(return_logits))
+    for rule in (_rule(False), _rule(True), _JUDGED):
+        loop.drop_programs(rule)
+
+
+def _judge(logits, index, memory, given):
+    """Feeds given tokens; keeps how likely each is, and whether it is the likeliest."""
+    tokens = given[:, index]
+    return tokens, memory, finite.likelihood(logits, tokens)
+
+
+_JUDGED = loop.Rule(_judge)
 
 
 @functools.cache
