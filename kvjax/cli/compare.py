@@ -49,8 +49,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help=METHOD_HELP + " May be repeated. If left out: every method that suits "
-            "the model, and Quest under Retro; without --model also EntmaxKV, on "
-            f"{ENTMAX}."
+            "the model, but for baselines such as random, and Quest under Retro; "
+            f"without --model also EntmaxKV, on {ENTMAX}."
         ),
     ] = None,
     context: ContextOption = 512,
@@ -386,12 +386,16 @@ def _kept(part: _Part) -> list:
 VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
 # Transforms of methods for softmax that are worth one too.
 TRANSFORMED = ("retro+quest",)
+# Baselines that have a row when they are named: each adds to the minutes of all others.
+BY_NAME = ("expected_attention", "keydiff", "knorm", "random")
 
 
 def _every(alpha: float) -> list[str]:
     """Spec strings of what a model of that alpha can be compared under (1: softmax)."""
     specs = []
     for name in registry.names(alpha):
+        if name in BY_NAME:
+            continue
         variants = VARIANTS.get(name, ())
         specs += [name, *(f"{name}:{options}" for options in variants)]
     return [*specs, *(TRANSFORMED if alpha == 1 else ())]
@@ -400,10 +404,14 @@ def _every(alpha: float) -> list[str]:
 def _left_out(specs: Iterable[str]) -> dict[str, list[str]]:
     """Registered methods that none of the specs has, by the reason."""
     rows = {name for spec in specs for name in names_in(spec)}
-    names = [name for name in registry.names() if name not in rows]
+    left = [name for name in registry.names() if name not in rows]
+    names = [name for name in left if name not in BY_NAME]
     reasons = {
         "for entmax models": [n for n in names if n in registry.names(1.5)],
         "for softmax models": [n for n in names if n in registry.names(1.0)],
+        "for softmax models, when named: --method random": [
+            name for name in left if name in BY_NAME
+        ],
         "made of another method: --method refresh+quest": [
             name for name in registry.transforms() if name not in rows
         ],

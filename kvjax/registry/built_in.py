@@ -6,12 +6,16 @@ from kvjax.methods.dense_layers import dense_layers as dense_layers
 from kvjax.methods.duo import duo as duo
 from kvjax.methods.entmax_full import entmax_full as entmax_full
 from kvjax.methods.entmaxkv.method import entmaxkv as entmaxkv
+from kvjax.methods.expected_attention import expected_attention as expected_attention
 from kvjax.methods.full import full as full
 from kvjax.methods.h2o import h2o as h2o
 from kvjax.methods.head_budgets import head_budgets as head_budgets
+from kvjax.methods.keydiff import keydiff as keydiff
+from kvjax.methods.knorm import knorm as knorm
 from kvjax.methods.layer_budgets import layer_budgets as layer_budgets
 from kvjax.methods.oracle_topk import oracle_topk as oracle_topk
 from kvjax.methods.quest import quest as quest
+from kvjax.methods.random import random as random
 from kvjax.methods.refreshkv.method import refreshkv as refreshkv
 from kvjax.methods.refreshkv.refresh import refresh as refresh
 from kvjax.methods.retro.method import retro as retro

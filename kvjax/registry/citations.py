@@ -77,6 +77,10 @@ PAPERS = {
             *("Baris Kasikci", "Song Han"),
         ),
     ),
+    "2406.11430": Paper(
+        "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
+        ("Alessio Devoto", "Yu Zhao", "Simone Scardapane", "Pasquale Minervini"),
+    ),
     "2406.17808": Paper(
         "Training-Free Exponential Context Extension via Cascading KV Cache",
         (
@@ -109,6 +113,14 @@ PAPERS = {
         "RefreshKV: Updating Small KV Cache During Long-form Generation",
         ("Fangyuan Xu", "Tanya Goyal", "Eunsol Choi"),
     ),
+    "2504.15364": Paper(
+        "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM "
+        "Inference in Resource-Constrained Environments",
+        (
+            *("Junyoung Park", "Dalton Jones", "Matthew J. Morse", "Raghavv Goel"),
+            *("Mingu Lee", "Chris Lott"),
+        ),
+    ),
     "2505.24133": Paper(
         "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models",
         (
@@ -121,6 +133,11 @@ PAPERS = {
         "Retrospective Sparse Attention for Efficient Long-Context Generation",
         ("Seonghwan Choi", "Beomseok Kang", "Dongwon Jo", "Jae-Joon Kim"),
     ),
+    "2510.00636": Paper(
+        "Expected Attention: KV Cache Compression by Estimating Attention from Future "
+        "Queries Distribution",
+        ("Alessio Devoto", "Maximilian Jeblick", "Simon Jégou"),
+    ),
     "2604.05438": Paper(
         "Top-K Retrieval with Fixed-Size Linear-Attention Completion: Backbone- and "
         "KV-Format-Preserving Attention for KV-Cache Read Reduction",
@@ -129,6 +146,14 @@ PAPERS = {
     "2605.21649": Paper(
         "EntmaxKV: Support-Aware Decoding for Entmax Attention",
         ("Gonçalo Duarte", "Miguel Couceiro", "Marcos V. Treviso"),
+    ),
+    "2609.03430": Paper(
+        "Random Attention: Rethinking KV Cache Eviction for Efficient Reasoning",
+        (
+            *("Heng Wang", "Jielin Qiu", "Wenting Zhao", "Cheng Qian"),
+            *("Liangwei Yang", "Jiawei Han", "Heng Ji", "Silvio Savarese"),
+            *("Shelby Heinecke", "Huan Wang"),
+        ),
     ),
 }
 
