@@ -34,6 +34,8 @@ TASKS = (*FIRST, *(task for task in ruler.TASKS if task not in FIRST))
 # Those that a table needs most.
 METHODS = ("snapkv", "random", "streaming_llm", "keydiff", "expected_attention")
 
+TRANSFORMED = ("retro+quest", "head_budgets+snapkv", "layer_budgets+snapkv")
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -58,7 +60,8 @@ def specs(alpha, budget):
         key=lambda name: (name not in METHODS, name),
     )
     if alpha == 1:
-        names.append("retro+quest")
+        known = registry.transforms()
+        names += [name for name in TRANSFORMED if name.split("+")[0] in known]
     return [with_budget(name, budget) for name in names]
 
 
