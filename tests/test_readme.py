@@ -197,7 +197,7 @@ def shorter(command: str, model: pathlib.Path) -> list[str]:
     if not command.endswith(SHORTENED):
         return []
     if "smollm2" in command:
-        # Its 30 layers take a method half a minute to compile; others, tests/models asks.
+        # A method takes 30 layers half a minute to compile; tests/models has the rest.
         examples = ["--method", "full", "--n", "1", "--windows", "1"]
         return [*examples, "--context", "320", "--new-tokens", "16"]
     # Five programs a method; that every method is taken, tests/cli asserts.

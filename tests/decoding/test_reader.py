@@ -123,6 +123,7 @@ def test_layers_share_the_program_that_ends_a_prompt():
     reading = reader.begin(model.decoder, method, 3, 70, 4)
     parts = reader.chunks(model.decoder, PROMPTS, 512)
     states = reader.read(model, method, reading, parts).states
+    assert [state.store.spec.layer for state in states] == [0, 1, 2]
     for ended, state in zip(read.states, states, strict=True):
         expected = jax.tree.leaves(method.finish(state))
         for a, b in zip(jax.tree.leaves(ended), expected, strict=True):
