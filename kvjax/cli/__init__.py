@@ -17,6 +17,7 @@ import kvjax
 from kvjax import interrupts, registry
 from kvjax.cli import (
     bench,
+    calibrate,
     compare,
     convert,
     decode,
@@ -145,6 +146,7 @@ _EXAMPLES = {
         "kvjax export-tasks --task ruler --context 2048 --out ruler.jsonl"
     ),
     compare.compare: "kvjax compare --budget 64 --method quest --method h2o",
+    calibrate.calibrate: "kvjax calibrate --text prompts.jsonl --method snapkv",
     lm_eval.lm_eval: "kvjax lm-eval --tasks arc_easy --method snapkv --limit 20",
     heads.heads: "kvjax heads --context 512 --out heads.png",
     convert.convert: "kvjax convert model.gguf model",
