@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
@@ -72,15 +72,16 @@ def decode_eviction(method: Method, *, every: int = 64) -> Method:
 
     `method` keeps the `budget` most important tokens of a prompt and everything after
     it, so that a long answer grows the cache. Here a KV head has budget + every slots
-    for good. The prompt leaves the budget in them, each step adds its token, and the
-    step that fills them, once it has attended, keeps the `budget` most important and
-    frees the rest. The importance is that of `method`, of the tokens in the slots as if
-    they were a prompt: in their order, by queries and keys at their true positions, by
-    the newest queries where it goes by queries. A row evicts when its own slots are
-    full, whatever the other rows do.
+    for good. The prompt leaves the budget in them and each step adds its token; a step
+    that finds them full first keeps the `budget` most important and frees the rest. The
+    importance is that of `method`, of the tokens in the slots as if they were a prompt:
+    in their order, by queries and keys at their true positions, by the newest queries
+    where it goes by queries. A row evicts when its own slots are full, whatever the
+    other rows do.
 
     Args:
-        method: scores a prompt's tokens (`Method.importance`), as :func:`kvjax.snapkv`.
+        method: scores a prompt's tokens (`Method.importance`) by keys, values and the
+            newest queries alone: :func:`kvjax.snapkv`, `knorm`, `keydiff`.
         every: tokens between two evictions of a row, at least the queries that
             `method` scores by (its `window`). R-KV: 128.
 
@@ -137,7 +138,7 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
     if others := sorted({*fields} - {"store", "queries"}):
         raise ValueError(
             f"the method scores by {', '.join(others)} of a whole prompt, which "
-            "decode_eviction cannot go on with: wrap snapkv."
+            "decode_eviction cannot go on with: wrap snapkv, knorm or keydiff."
         )
     # A ring of queries holds the newest of them again once it has gone round.
     if "queries" in fields and every < state.queries.shape[2]:
@@ -195,13 +196,14 @@ def append(
 def inspect_step(
     options: Options, state: Evicting, q: Float[Array, "B Hq 1 D"]
 ) -> tuple[Evicting, Float[Array, "B Hq 1 D"], Diagnostics]:
-    """Reads the token as the last of a prompt, attends, and evicts from full rows."""
+    """Evicts from full rows, reads the token as the last of a prompt, and attends."""
     small = state.prompt.store.spec
-    by = state.length - 1 - state.prompt.store.length
-    turned = dataclasses.replace(small, rope=Shifted(small.rope, by))
-    prompt = with_spec(state.prompt, turned)
+    # First: what reads the cache before a loop changes it makes XLA copy it.
+    state = evict(options, state)
+    turned = at_positions(state)
     # Its output is not used, and XLA drops it: attention with its log-sum-exp is below.
     one = jnp.ones_like(state.length)
+    prompt = with_spec(state.prompt, turned)
     prompt, _ = options.method.prefill(prompt, q, state.k, state.v, one)
     store: contiguous.Contiguous = prompt.store
     rotated, slot = contiguous.rotate_queries(turned, q, store.length)
@@ -212,25 +214,28 @@ def inspect_step(
     newest = jnp.broadcast_to(newest, (*state.positions.shape[:2], 1))
     positions = buffers.write_run(state.positions, newest, store.length - 1, one)
     diagnostics = step.diagnose(positions, lse, state.length)
-    is_full = store.length == positions.shape[2]
-    prompt, positions = evict(options, prompt, positions, is_full)
     state = state._replace(prompt=with_spec(prompt, small), positions=positions)
     return state, out.astype(q.dtype), diagnostics
 
 
-def evict(
-    options: Options,
-    prompt: State,
-    positions: Int[Array, "B Hkv N"],
-    is_full: Bool[Array, "B"],
-) -> tuple[State, Int[Array, "B Hkv N"]]:
+def at_positions(state: Evicting) -> CacheSpec:
+    """Returns the slots' spec with a rotation at where the tokens stand."""
+    store: contiguous.Contiguous = state.prompt.store
+    # The token that waits has a position, and its slot is the next one.
+    rope = Shifted(store.spec.rope, state.length - 1 - store.length)
+    return dataclasses.replace(store.spec, rope=rope)
+
+
+def evict(options: Options, state: Evicting) -> Evicting:
     """Keeps the best tokens of the rows that are full, in their first slots."""
-    store: contiguous.Contiguous = prompt.store
-    budget = positions.shape[2] - options.every
+    store: contiguous.Contiguous = state.prompt.store
+    slots, turned = state.positions.shape[2], at_positions(state)
+    budget = slots - options.every
+    is_full = store.length == slots
 
     def move(carry: tuple[Array, ...]) -> tuple[Array, ...]:
         _, k, v, positions = carry
-        held = prompt._replace(store=store._replace(k=k, v=v))
+        held = state.prompt._replace(store=store._replace(spec=turned, k=k, v=v))
         chosen = best(options, held, budget)
 
         def fill(old: Array) -> Array:
@@ -241,12 +246,14 @@ def evict(
         return jnp.bool_(False), fill(k), fill(v), fill(positions)
 
     # A loop of one turn or none: what a loop carries is updated in place.
-    carry = (is_full.any(), store.k, store.v, positions)
+    carry = (is_full.any(), store.k, store.v, state.positions)
     _, k, v, positions = lax.while_loop(lambda carry: carry[0], move, carry)
     left = jnp.where(is_full, budget, store.length)
-    slots = jnp.arange(positions.shape[2], dtype=jnp.int32)
-    positions = jnp.where(slots < left[:, None, None], positions, -1)
-    return prompt._replace(store=store._replace(k=k, v=v, length=left)), positions
+    is_left = jnp.arange(slots, dtype=jnp.int32) < left[:, None, None]
+    return state._replace(
+        prompt=state.prompt._replace(store=store._replace(k=k, v=v, length=left)),
+        positions=jnp.where(is_left, positions, -1),
+    )
 
 
 def with_spec(prompt: State, spec: CacheSpec) -> State:

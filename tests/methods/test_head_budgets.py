@@ -42,10 +42,12 @@ def test_equals_float64_loops(heads, alpha):
 def test_heads_keep_more_and_less_and_together_the_budget():
     stream = drive.make_stream((40,), 1, heads=(4, 4), sharpness=4.0, seed=5)
     stream.q[:, 0] *= 0.05  # looks everywhere: no token of its stands out
-    counts = [len(one) for one in kept(run(stream, 0.4), 0)]
-    assert sum(counts) == 4 * BUDGET
-    assert min(counts) >= 3  # floor(0.4 * 9), and the window
-    assert max(counts) > BUDGET > min(counts)
+    freely, safely = (
+        [len(one) for one in kept(run(stream, alpha), 0)] for alpha in (0.0, 0.8)
+    )
+    assert sum(freely) == sum(safely) == 4 * BUDGET
+    assert max(freely) > BUDGET > 7 > min(freely)
+    assert min(safely) == 7  # floor(0.8 * 9)
 
 
 def test_an_alpha_of_one_is_the_method_itself():
