@@ -230,7 +230,6 @@ def test_eval_prints_the_accuracy_it_measured(run, checkpoint, text_file):
     assert run("eval", *options, *asked).startswith(
         "passkey, snapkv:budget=40, context 200, question after it: "
     )
-    assert json.loads(run("eval", *options, *asked, "--json"))["question"] == "after"
     assert document["question"] == "seen"
 
 

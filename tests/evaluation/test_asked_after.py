@@ -50,22 +50,27 @@ def count_reading(monkeypatch):
     return batches
 
 
-def one_by_one(method, examples):
+@pytest.fixture(scope="module")
+def alone(examples):
     """Each question after a reading of its own, the context alone in the batch."""
-    found = []
-    for example in examples:
+
+    def answer(method, example):
         context, question = (
             example.prompt[: example.asked_at],
             example.prompt[example.asked_at :],
         )
-        begun = reader.prefill(MODEL, method, [context], max_new_tokens=50)
-        (said,) = asking.ask(MODEL, method, begun, [question], max_new_tokens=6)
-        found.append(said.text)
-    return found
+        sizes = {"max_new_tokens": 50, "longest": 80}
+        begun = reader.prefill(MODEL, method, [context], **sizes)
+        (said,) = asking.ask(
+            MODEL, method, begun, [question], max_new_tokens=6, longest=30
+        )
+        return said.text
+
+    return [[answer(method, x) for x in examples] for method in (FULL, SNAPKV)]
 
 
-def test_every_context_is_read_once_for_all_methods(examples, monkeypatch):
-    expected = [one_by_one(method, examples) for method in (FULL, SNAPKV)]
+def test_every_context_is_read_once_for_all_methods(examples, alone, monkeypatch):
+    expected = alone
     assert expected[0] != expected[1]
     read = count_reading(monkeypatch)
     told, done = [], []
@@ -95,35 +100,24 @@ def test_every_context_is_read_once_for_all_methods(examples, monkeypatch):
     assert done[-1] == 1
 
 
-def test_full_attention_answers_as_if_it_had_seen_the_question(examples):
-    """And so do the tasks with a context for every question, whatever the batch."""
-    made = needles.passkey(MODEL.tokenizer, TEXT, context=300, n=3)
-    for given in (examples, made):
-        sizes = {"new_tokens": 6, "batch": 2}
-        seen, after = (
-            compare_runs.retrieve(MODEL, [FULL], given, question=question, **sizes)[0]
-            for question in ("seen", "after")
-        )
-        assert after == seen
-
-
-def test_what_has_a_context_of_its_own_is_not_copied(monkeypatch):
+def test_full_attention_answers_as_if_it_had_seen_the_question(monkeypatch):
+    """And what has a context of its own is not copied, the last batch filled up too."""
     made = needles.passkey(MODEL.tokenizer, TEXT, context=300, n=3)
     monkeypatch.setattr(asking, "taken", None)
-    sizes = {"new_tokens": 6, "batch": 2}
-    compare_runs.retrieve(MODEL, [FULL], made, question="after", **sizes)
+    seen, after = (
+        compare_runs.retrieve(
+            MODEL, [FULL], made, question=question, new_tokens=6, batch=2
+        )[0]
+        for question in ("seen", "after")
+    )
+    assert after == seen
 
 
-def test_a_task_asks_after_its_context(questions):
-    options = {"context": 200, "new_tokens": 6, "questions": questions, "batch": 4}
+def test_a_task_asks_after_its_context(questions, alone):
+    options = {"context": 200, "new_tokens": 6, "questions": questions, "batch": 2}
     run = one_task.run("own", MODEL, SNAPKV, FULL, "", question="after", **options)
     assert run["question"] == "after"
-    said = [example["answer"] for example in run["examples"]]
-    examples = tasks_own.prompts(MODEL.tokenizer, questions, context=200, new_tokens=6)
-    assert said == one_by_one(SNAPKV, examples)
-    seen = one_task.run("own", MODEL, SNAPKV, FULL, "", **options)
-    assert seen["question"] == "seen"
-    assert seen["examples"] != run["examples"]
+    assert [example["answer"] for example in run["examples"]] == alone[1]
 
 
 def test_the_context_may_be_filled_to_the_last_token():
