@@ -147,12 +147,13 @@ def taken(method: Method, prefilled: Prefilled, rows: Sequence[int]) -> Prefille
         leaves, structure = jax.tree.flatten(_of_rows(state, len(index)))
         leaves = _take(leaves, index, layout.have_rows)
         states.append(jax.tree.unflatten(structure, leaves))
-    known = prefilled.before
+    known, specs = prefilled.before, prefilled.specs
     return Prefilled(
         tuple(states),
         prefilled.hidden[index],
         prefilled.recent[index],
         None if known is None else known[index],
+        specs and tuple(dataclasses.replace(x, batch=len(index)) for x in specs),
     )
 
 
@@ -182,24 +183,30 @@ def _layouts(method: Method, prefilled: Prefilled, count: int) -> list[_Layout]:
     """Returns the layout of every layer, each found out once."""
     before = len(prefilled.recent)
     other = count if count != before else before + 1
+    specs = prefilled.specs or [None] * len(prefilled.states)
     known, found = {}, []
-    for state in prefilled.states:
+    for state, spec in zip(prefilled.states, specs, strict=True):
         leaves, structure = jax.tree.flatten(with_layer(state, 0))
-        shapes = structure, tuple(leaf.shape for leaf in leaves)
-        if shapes not in known:
-            spec = next(
-                filter(_is_spec, jax.tree.leaves(state, is_leaf=_is_spec)), None
-            )
-            # A method that says nothing of its layer has rows in all of them.
-            layout = _Layout((True,) * len(leaves), True)
-            known[shapes] = layout if spec is None else _layout(method, spec, other)
-        found.append(known[shapes])
+        shapes = tuple(leaf.shape for leaf in leaves)
+        if (structure, shapes) not in known:
+            # If nobody says what it was made for, whatever is as long as the rows.
+            layout = _Layout(tuple(x[:1] == (before,) for x in shapes), True)
+            if spec is not None:
+                layout = _layout(method, spec, shapes, other) or layout
+            known[structure, shapes] = layout
+        found.append(known[structure, shapes])
     return found
 
 
 @functools.cache
-def _layout(method: Method, spec: CacheSpec, count: int) -> _Layout:
-    """Finds the axes that change with the number of rows, from shapes alone."""
+def _layout(
+    method: Method, spec: CacheSpec, held: tuple[tuple[int, ...], ...], count: int
+) -> _Layout | None:
+    """Finds the axes that change with the number of rows, from shapes alone.
+
+    Returns:
+        None if those of the spec are not what is held: made by weights, say.
+    """
 
     def shapes(batch: int) -> dict[Any, tuple[int, ...]]:
         layer = dataclasses.replace(spec, batch=batch)
@@ -207,6 +214,8 @@ def _layout(method: Method, spec: CacheSpec, count: int) -> _Layout:
         return {path: leaf.shape for path, leaf in jax.tree.leaves_with_path(state)}
 
     one, other = shapes(spec.batch), shapes(count)
+    if tuple(one.values()) != held:
+        return None
     have_rows, fits = [], one.keys() == other.keys()
     for path, shape in one.items():
         with_rows = (count, *shape[1:])

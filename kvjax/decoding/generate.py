@@ -196,7 +196,7 @@ def go_on(
     decoder, params, eos_ids = model.decoder, model.params, options.ends(model)
     eos_array = np.array(sorted(eos_ids), np.int32)
     sampling = active(options.sampling)
-    states, hidden, window, before = prefilled
+    states, hidden, window, before, _ = prefilled
     batch = len(window)
     keys = None if sampling.temperature is None else row_keys(options.seed, batch)
     seen = None if sampling.repetition_penalty is None else seen

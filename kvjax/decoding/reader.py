@@ -18,6 +18,7 @@ from kvjax.decoding import loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.options import Options
 from kvjax.interface import (
+    CacheSpec,
     DecoderLM,
     LanguageModel,
     LayerwiseLM,
@@ -54,6 +55,8 @@ class Prefilled(NamedTuple):
     recent: Int[Array, "B R"]  # the newest `method.rows` tokens of each row
     # Those whose text the new one follows; `recent` if None.
     before: Int[np.ndarray, "B C"] | None = None
+    # The layers that the states were made for; None if nobody says.
+    specs: tuple[CacheSpec, ...] | None = None
 
 
 def prefill(
@@ -95,7 +98,8 @@ def read_whole(
         parts = chunks(decoder, prompts, options.chunk_size, longest)
         reading = read(model, method, reading, parts)
         part.tokens = sum(map(len, prompts))
-        return ended(method, reading, prompts)
+        specs = layer_specs(decoder, len(prompts), longest, options.max_new_tokens)
+        return ended(method, reading, prompts, specs)
 
 
 def begin(
@@ -115,10 +119,16 @@ def empty_states(
     decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
 ) -> tuple[State, ...]:
     """Returns states of every layer for prompts up to `longest`, in bucketed sizes."""
+    return _init(method, layer_specs(decoder, batch, longest, max_new_tokens))
+
+
+def layer_specs(
+    decoder: DecoderLM, batch: int, longest: int, max_new_tokens: int
+) -> tuple[CacheSpec, ...]:
+    """Returns the layers of prompts up to `longest`, in bucketed sizes."""
     new_tokens = bucket(max_new_tokens)
     capacity = bucket(longest + new_tokens)
-    specs = interface.layer_specs(decoder, batch, capacity, new_tokens)
-    return _init(method, specs)
+    return interface.layer_specs(decoder, batch, capacity, new_tokens)
 
 
 def read(
@@ -277,20 +287,26 @@ def by_position(
 
 
 def ended(
-    method: Method, reading: Reading, prompts: Sequence[Sequence[int]]
+    method: Method,
+    reading: Reading,
+    prompts: Sequence[Sequence[int]],
+    specs: tuple[CacheSpec, ...] | None = None,
 ) -> Prefilled:
     """Ends prompts that were read; `reading` is used up."""
     states = timing.settled(finish(method, reading.states))
-    return ready(method, reading._replace(states=states), prompts)
+    return ready(method, reading._replace(states=states), prompts, specs)
 
 
 def ready(
-    method: Method, finished: Reading, prompts: Sequence[Sequence[int]]
+    method: Method,
+    finished: Reading,
+    prompts: Sequence[Sequence[int]],
+    specs: tuple[CacheSpec, ...] | None = None,
 ) -> Prefilled:
     """Makes prompts whose states are finished ready to decode."""
     newest = jnp.asarray(recent(prompts, method.rows))
     before = recent(prompts, CONTEXT, NO_TOKEN)
-    return Prefilled(finished.states, finished.hidden, newest, before)
+    return Prefilled(finished.states, finished.hidden, newest, before, specs)
 
 
 def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:

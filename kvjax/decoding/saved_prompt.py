@@ -319,10 +319,13 @@ def stream_answers(
     check_counts(max_new_tokens=max_new_tokens)
     check_room(model, method, prefix, longest + max_new_tokens)
     prompts = [(*prefix.prompts[r], *new) for r, new in zip(rows, asked, strict=True)]
+    sizes = len(prefix.prompts), prefix.longest, prefix.room
+    specs = reader.layer_specs(model.decoder, *sizes)
+    reading = Reading(prefix.states, prefix.hidden)
     return asking.stream(
         model,
         method,
-        reader.ready(method, Reading(prefix.states, prefix.hidden), prefix.prompts),
+        reader.ready(method, reading, prefix.prompts, specs),
         asked,
         rows=rows,
         max_new_tokens=max_new_tokens,

@@ -365,7 +365,12 @@ def a_prompt_that_ended_serves_many_questions(subject: Subject) -> None:
     alone = subject.run(questions)
     state, _ = subject.prefill()
     nothing = jnp.zeros((len(rows), 1))
-    ended = Prefilled((subject.jitted_finish(state),), nothing, nothing.astype("int32"))
+    ended = Prefilled(
+        (subject.jitted_finish(state),),
+        nothing,
+        nothing.astype("int32"),
+        specs=(subject.spec,),
+    )
     answers = []
     for _ in range(2):  # the prompt is not used up
         (copied,) = asking.taken(subject.method, ended, rows).states

@@ -110,8 +110,10 @@ def test_one_prompt_answers_many_questions_each_as_if_alone(traces):
 def test_an_end_in_a_question_ends_nothing():
     method = registry.parse("full")
     begun = prefilled(method)
-    end = asked(method, begun)[0][3]
-    for questions in (QUESTIONS, [[end, 1], [end] * 9, [2, end]]):
+    said = asked(method, begun)
+    end = said[0][3]
+    # What is asked with it, and where it would have been said itself.
+    for questions in ([[end, 1], [end] * 9, []], [row[:5] for row in said]):
         whole = asked(method, begun, questions)
         cut = [row[: row.index(end) + 1] if end in row else row for row in whole]
         assert asked(method, begun, questions, eos_ids=(end,)) == cut
