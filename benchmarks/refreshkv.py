@@ -38,7 +38,7 @@ from kvjax import accounting, files, registry
 from kvjax.decoding.feeding import CHOOSE, feed
 from kvjax.decoding.reader import prefill
 from kvjax.decoding.scoring import score
-from kvjax.evaluation import compare, compare_inputs, compare_runs, statistics
+from kvjax.evaluation import compare, compare_inputs, continuations, statistics
 from kvjax.evaluation.tasks import haystack, needles
 from kvjax.evaluation.tasks.chain import chain_of_key
 from kvjax.evaluation.tasks.extraction import extraction
@@ -239,7 +239,7 @@ def counted(args):
     for stride in (5, 10):
         options = f"schedule=fixed,stride={stride}"
         method = registry.parse(f"refreshkv:{options}", budget=args.budget)
-        layers = compare_runs.layer_fidelity(
+        layers = continuations.layer_fidelity(
             model,
             kvjax.full(),
             method,

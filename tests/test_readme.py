@@ -25,7 +25,7 @@ from tiny import keep_layers
 from kvjax import registry
 from kvjax.evaluation.claims.claim import FROM_SHAPES
 from kvjax.registry.describe import describe
-from kvjax.report import table
+from kvjax.report import labels, table
 from kvjax.report.figures import compare
 from models import embedded
 
@@ -95,8 +95,10 @@ COMPARISONS = {
     "smollm2-4k": "2026-11-30-compare-smollm2-4k.json",
 }
 FIGURE = ROOT / "docs" / "images" / "compare-smollm2.png"
-HEADINGS = ("method", "read / token", "held", "passkey", "multi-key", "chain")
-HEADINGS += ("perplexity", "KL")
+# Of the tables in a terminal the columns that tell most; those that a file lacks go.
+HEADINGS = ("read / token", "held", "KL", "KL p99", "same tokens", "perplexity")
+HEADINGS += ("passkey", "multi-key", "chain")
+HEADINGS += ("passkey, after", "multi-key, after", "chain, after")
 
 
 def comparison(name: str) -> dict:
@@ -112,18 +114,25 @@ def comparison_table(name: str) -> str:
 
 
 def one_table(results: dict) -> str:
-    """The columns of the terminal's table that tell most, and how it was measured."""
+    """The columns of the terminal's tables that tell most, and how it was measured."""
     assert results["complete"]
-    places = [table.HEADINGS.index(heading) for heading in HEADINGS]
-    rows = ["| " + " | ".join(HEADINGS) + " |", "|---" + "|--:" * 7 + "|"]
-    for cells in table.table_rows(results):
-        chosen = [cells[place] for place in places]
-        rows.append(f"| `{chosen[0]}` | " + " | ".join(chosen[1:]) + " |")
+    columns = {c.heading: c for c in (*table.PREDICTED, *table.ANSWERED)}
+    chosen = [columns[heading] for heading in HEADINGS]
+    headings, cells = table.table_rows(results, chosen)
+    rows = [
+        "| " + " | ".join(headings) + " |",
+        "|---" + "|--:" * (len(headings) - 1) + "|",
+    ]
+    rows += [f"| `{name}` | {' | '.join(numbers)} |" for name, *numbers in cells]
     # Speeds are of a machine that did other work too.
-    caption, _, _ = table.caption(results).partition(" Speed:")
-    caption += " KL is per token, against the first row."
-    caption = textwrap.fill(caption, 88)
-    return "\n".join([*rows, "", caption])
+    caption = " ".join(
+        [
+            table.predicted_caption(results),
+            table.answered_caption(results, speed=False),
+            labels.of_results(results).shared,
+        ]
+    )
+    return "\n".join([*rows, "", textwrap.fill(caption, 88)])
 
 
 GENERATED = {"methods": method_table, "tree": tree, "claims": claims} | {

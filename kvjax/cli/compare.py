@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import itertools
 import pathlib
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,11 +31,12 @@ from kvjax.cli.options import (
     positive,
     questions_of,
     shown_name,
+    whole_numbers,
     with_budget,
 )
 from kvjax.cli.progress import show_progress
 from kvjax.registry.specs import names as names_in
-from kvjax.report import documents, earlier, html_page, table
+from kvjax.report import documents, earlier, html_page, table, terminal
 
 if TYPE_CHECKING:
     from kvjax.evaluation.compare_inputs import Inputs, Settings
@@ -55,8 +57,12 @@ def compare(
     ] = None,
     context: ContextOption = 512,
     budget: Annotated[
-        int, typer.Option(help="Tokens per KV head, where a method does not say.")
-    ] = 128,
+        str,
+        typer.Option(
+            help="Tokens per KV head, where a method does not say; several, as "
+            "64,128,256, for a row of each."
+        ),
+    ] = "128",
     n: Annotated[int, typer.Option(help="Examples of each retrieval task.")] = 15,
     windows: Annotated[int, typer.Option(help="Windows of the text.")] = 8,
     new_tokens: NewTokensOption = 64,
@@ -68,13 +74,20 @@ def compare(
         ),
     ] = None,
     seed: SeedOption = 0,
+    question: Annotated[
+        str,
+        typer.Option(
+            help="When questions are asked: seen, as the prompt ends; after a method "
+            "has chosen what to keep of it; or both."
+        ),
+    ] = "seen",
     text: TextOption = None,
     tasks: TasksOption = None,
     chat: AskChatOption = False,
     save_answers: AnswersOption = None,
     out: Annotated[
         pathlib.Path,
-        typer.Option(help="Folder for report.html, results.json and the figure."),
+        typer.Option(help="Folder for report.html, its data and its figures."),
     ] = pathlib.Path("kvjax-report"),
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a report that is there.")
@@ -88,6 +101,7 @@ def compare(
 ) -> None:
     """Decodes the same inputs under each method: what is read, what is lost."""
     from kvjax.evaluation import answers, compare_inputs
+    from kvjax.evaluation.tasks import own
 
     settings = compare_inputs.Settings(
         context=context,
@@ -97,9 +111,13 @@ def compare(
         batch=1 if batch is None else batch,
         seed=seed,
         chunk_size=chunk_size,
+        question=question,
     )
-    _methods(method or [], context, budget)  # mistakes first
+    budgets = list(dict.fromkeys(whole_numbers("--budget", budget)))
+    _methods(method or [], context, budgets)  # mistakes first
     questions = questions_of(tasks)
+    if question != "seen":
+        own.check_contexts(questions)
     files.check_writable(out)
     earlier.check_free(out, overwrite=overwrite, go_on=go_on)
     before = earlier.read(out) if go_on else []
@@ -108,7 +126,7 @@ def compare(
     content, text_name = given_text(text, model)
     call = _Call(
         methods=method or [],
-        budget=budget,
+        budgets=budgets,
         batch=batch,
         dtype=dtype,
         settings=settings,
@@ -147,7 +165,7 @@ class _Call(NamedTuple):
     """A call of the command: what does not depend on the model."""
 
     methods: list[str]  # spec strings; none for all that suit
-    budget: int
+    budgets: list[int]
     batch: int | None
     dtype: str | None
     settings: "Settings"
@@ -218,7 +236,7 @@ def _part(call: _Call, name: str | None, before: Mapping[str, Any] | None) -> _P
 
     decoder = load_decoder(name, call.dtype)
     specs = call.methods or _every(decoder.alpha)
-    methods = _methods(specs, call.settings.context, call.budget)
+    methods = _methods(specs, call.settings.context, call.budgets)
     fixed, room = _fitted(decoder, methods, call.settings, call.batch, before)
     language_model = load(name, call.dtype)
     about = documents.manifest(
@@ -227,7 +245,7 @@ def _part(call: _Call, name: str | None, before: Mapping[str, Any] | None) -> _P
         arguments=arguments_given.get(),
         settings=dataclasses.asdict(fixed)
         | {
-            "budget": call.budget,
+            "budget": _one_or_all(call.budgets),
             "dtype": str(decoder.cache_spec(1, 1).dtype),
             "weights": _fingerprint(language_model.params),
             "text_sha256": hashlib.sha256(call.content.encode()).hexdigest(),
@@ -347,6 +365,10 @@ def _asked_otherwise(
     return settings
 
 
+def _one_or_all(budgets: list[int]) -> int | list[int]:
+    return budgets[0] if len(budgets) == 1 else budgets
+
+
 def _fingerprint(params) -> str:
     """A digest of the sums of all weights: other weights have another one."""
     import jax
@@ -368,13 +390,19 @@ def _room() -> int:
 
 
 def _kept(part: _Part) -> list:
-    """Returns what methods of constant memory hold of a text, for the picture."""
+    """Returns what methods of constant memory hold of a text, for the picture.
+
+    Of the rows of one method, which differ in budget, it is the first.
+    """
     from kvjax import accounting
     from kvjax.evaluation import kept_tokens
 
     tokens = part.inputs.windows[0]
     every = max(len(tokens) // 16, 1)
-    methods = {name: registry.parse(name) for name in part.rows}
+    rows: dict[str, str] = {}
+    for name in part.rows:
+        rows.setdefault(terminal.without_value(name, "budget"), name)
+    methods = {name: registry.parse(name) for name in rows.values()}
     return [
         kept_tokens.kept(part.model, method, tokens, every=every, name=name)
         for name, method in methods.items()
@@ -388,13 +416,15 @@ VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
 TRANSFORMED = ("retro+quest",)
 # Baselines that have a row when they are named: each adds to the minutes of all others.
 BY_NAME = ("expected_attention", "keydiff", "knorm", "random")
+# What `full` is, on a model for entmax.
+SAME = "entmax_full"
 
 
 def _every(alpha: float) -> list[str]:
     """Spec strings of what a model of that alpha can be compared under (1: softmax)."""
     specs = []
     for name in registry.names(alpha):
-        if name in BY_NAME:
+        if name in BY_NAME or name == SAME:
             continue
         variants = VARIANTS.get(name, ())
         specs += [name, *(f"{name}:{options}" for options in variants)]
@@ -406,8 +436,16 @@ def _left_out(specs: Iterable[str]) -> dict[str, list[str]]:
     rows = {name for spec in specs for name in names_in(spec)}
     left = [name for name in registry.names() if name not in rows]
     names = [name for name in left if name not in BY_NAME]
+    has_entmax = any(name in rows for name in registry.names(1.5) if name != "full")
     reasons = {
-        "for entmax models": [n for n in names if n in registry.names(1.5)],
+        "full is the same on an entmax model": [SAME]
+        if has_entmax and SAME in names
+        else [],
+        "for entmax models": [
+            name
+            for name in names
+            if name in registry.names(1.5) and not (has_entmax and name == SAME)
+        ],
         "for softmax models": [n for n in names if n in registry.names(1.0)],
         "for softmax models, when named: --method random": [
             name for name in left if name in BY_NAME
@@ -420,18 +458,21 @@ def _left_out(specs: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _methods(
-    given: Sequence[str], context: int, budget: int
+    given: Sequence[str], context: int, budgets: Sequence[int]
 ) -> dict[str, kvjax.Method]:
-    """Methods by their full spec strings, `full` first."""
-    positive(context=context, budget=budget)
-    if budget >= context:
-        raise ValueError(
-            f"{budget=} must be below {context=}: otherwise nothing is left out and "
-            "every method is exact."
-        )
+    """Methods by their full spec strings, `full` first, then each at every budget."""
+    for budget in budgets:
+        positive(context=context, budget=budget)
+        if budget >= context:
+            raise ValueError(
+                f"{budget=} must be below {context=}: otherwise nothing is left out "
+                "and every method is exact."
+            )
     parsed = {"full": registry.parse("full")}
-    for spec in given:
+    for spec, budget in itertools.product(given, budgets):
         spec = with_budget(spec, budget)
+        if spec in parsed:
+            continue  # it says one itself, or has none
         try:
             parsed[spec] = registry.parse(spec)
         except ValueError as error:

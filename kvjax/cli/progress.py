@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-EVERY = 30.0  # seconds between two lines
+EVERY = 5.0  # seconds between two lines, in the first minutes
+OF_LONG = 60  # parts of the time so far: of an hour, lines are a minute apart
 
 Update = Callable[[str, float], None]  # (name of a part, fraction of it that is done)
 
@@ -16,8 +17,8 @@ Update = Callable[[str, float], None]  # (name of a part, fraction of it that is
 def show_progress(total: int = 1) -> Iterator[Update]:
     """Shows how far work is, until the block ends.
 
-    Where stderr is no terminal, a line every `EVERY` seconds, whether or not anything
-    was done meanwhile, and one whenever a part of long work is done.
+    Where stderr is no terminal, a line every few seconds, whether or not anything was
+    done meanwhile, and one whenever a part of long work is done.
 
     Args:
         total: parts of the work, for the time that is left.
@@ -33,8 +34,8 @@ def show_progress(total: int = 1) -> Iterator[Update]:
     ended = threading.Event()
 
     def beat():
-        while not ended.wait(EVERY):
-            lines.write()
+        while not ended.wait(lines.until_next()):
+            lines.write_if_due()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -90,8 +91,17 @@ class _Lines:
     def update(self, name: str, fraction: float) -> None:
         is_news = fraction >= 1 > self._done.get(name, 0.0)
         self._done[name] = fraction
+        if time.monotonic() - self._written >= 1.0 and is_news:
+            self.write()
+
+    def until_next(self) -> float:
+        """Returns the seconds until a line is due."""
         now = time.monotonic()
-        if now - self._written >= (1.0 if is_news else EVERY):
+        between = max(EVERY, (now - self._start) / OF_LONG)
+        return max(self._written + between - now, 0.0)
+
+    def write_if_due(self) -> None:
+        if not self.until_next():
             self.write()
 
     def write(self) -> None:

@@ -28,7 +28,8 @@ class Fed(NamedTuple):
     """The tokens of each row that were fed, and how likely each of them was."""
 
     tokens: Int[np.ndarray, "B n"]
-    log_probs: Float[np.ndarray, "B n"]  # nats
+    log_probs: Float[np.ndarray, "B n"]  # nats, NaN where logits are not finite
+    logits: Float[np.ndarray, "B n V"] | None  # that chose them; None unless asked for
     states: tuple[State, ...]  # with all of them in
     watched: Any  # of `watch`, stacked over the n steps
 
@@ -40,6 +41,7 @@ def feed(
     wanted: Int[np.ndarray, "B n"],
     *,
     watch: Watch | None = None,
+    return_logits: bool = False,
 ) -> Fed:
     """Feeds the tokens that are wanted, each after it was predicted.
 
@@ -47,9 +49,11 @@ def feed(
         prefilled: the prompts, with room for n tokens; used up.
         wanted: the tokens; where one is `CHOOSE`, greedy decoding chooses.
         watch: what to keep of each step; one object for many calls.
+        return_logits: also return the logits of each token, also of the first.
+        return_logits: also return the logits of each token, also of the first.
     """
     decoder, params = model.decoder, model.params
-    rule, (batch, count) = _rule(watch), wanted.shape
+    rule, (batch, count) = _rule(watch, return_logits), wanted.shape
     ahead = np.full((batch, 1 + -(-count // PIECE) * PIECE), CHOOSE, np.int32)
     ahead[:, :count] = wanted
     states = prefilled.states
@@ -75,19 +79,23 @@ def feed(
         )
         parts.append(chosen)
         watched.append(seen)
-    tokens, log_probs = (np.concatenate(x)[:count].T for x in zip(*parts, strict=True))
+    tokens, log_probs, *logits = (
+        np.concatenate(x)[:count].swapaxes(0, 1) for x in zip(*parts, strict=True)
+    )
     watched = jax.tree.map(lambda *x: np.concatenate(x), *watched)
-    return Fed(tokens, log_probs, states, watched)
+    return Fed(tokens, log_probs, logits[0] if logits else None, states, watched)
 
 
 def drop_programs(watch: Watch | None = None) -> None:
     """Frees what was compiled to feed tokens under a watch, of every method."""
-    loop.drop_programs(_rule(watch))
+    for return_logits in (False, True):
+        loop.drop_programs(_rule(watch, return_logits))
 
 
 @functools.cache
-def _rule(watch: Watch | None) -> loop.Rule:
-    return loop.Rule(_choose, watch=watch)
+def _rule(watch: Watch | None, return_logits: bool) -> loop.Rule:
+    choose = _choose_and_keep if return_logits else _choose
+    return loop.Rule(choose, watch=watch)
 
 
 def _choose(logits, index, memory, given):
@@ -97,3 +105,8 @@ def _choose(logits, index, memory, given):
     tokens = jnp.where(wanted < 0, likeliest, wanted)
     chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
     return tokens, memory, (tokens, chosen)
+
+
+def _choose_and_keep(logits, index, memory, given):
+    tokens, memory, kept = _choose(logits, index, memory, given)
+    return tokens, memory, (*kept, logits)

@@ -54,6 +54,15 @@ def check(decoder: Any, log_probs: Float[np.ndarray, "*B"], where: str) -> None:
         raise not_finite(decoder, where)
 
 
+def check_rows(decoder: DecoderLM, log_probs: Float[np.ndarray, "B n"]) -> None:
+    """Raises NotFiniteError, naming the first token, if a row's are no numbers."""
+    broken = np.isnan(log_probs)
+    if broken.any():
+        token = int(broken.any(0).argmax())
+        row = int(broken[:, token].argmax())
+        raise not_finite(decoder, f"at token {token + 1} of row {row}")
+
+
 def not_finite(decoder: DecoderLM, where: str) -> NotFiniteError:
     """Returns the error that names the dtype and what can be done."""
     dtype = jnp.dtype(decoder.cache_spec(1, 1).dtype).name

@@ -7,7 +7,9 @@ must where one context serves many questions.
 from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
-from kvjax.decoding import asking, generate, reader
+import numpy as np
+
+from kvjax.decoding import asking, feeding, finite
 from kvjax.decoding.checks import check_prompts
 from kvjax.decoding.options import Options
 from kvjax.decoding.reader import Prefilled
@@ -31,6 +33,8 @@ def answers(
     batch: int,
     chunk_size: int = 512,
     longest: int = 0,
+    room: int = 0,
+    keep_logits: bool = False,
     on_answer: OnAnswer = lambda place, index, said: None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[list[str]]:
@@ -44,6 +48,8 @@ def answers(
         methods: which read together; several must all have exact prompts.
         new_tokens: most tokens of an answer.
         longest: tokens of a context to make room for, where none is so long.
+        room: tokens to make room for behind a context, if more than these take.
+        keep_logits: as :func:`kvjax.evaluation.compare_runs.retrieve`.
         on_answer: called with a method's place, the number of an example and what was
             answered.
 
@@ -61,8 +67,10 @@ def answers(
         by_context.setdefault(context, []).append(index)
     contexts = list(by_context)
     rows = min(batch, len(contexts))
-    asked = _Asked(model, examples, new_tokens, min(batch, len(examples)))
-    options = Options(max_new_tokens=asked.room, chunk_size=chunk_size, longest=longest)
+    size = min(batch, len(examples))
+    asked = _Asked(model, examples, new_tokens, size, keep_logits)
+    room = max(room, asked.room)
+    options = Options(max_new_tokens=room, chunk_size=chunk_size, longest=longest)
     said: list[dict[int, str]] = [{} for _ in methods]
     for start in range(0, len(contexts), rows):
         group = [contexts[i % len(contexts)] for i in range(start, start + rows)]
@@ -83,7 +91,6 @@ def answers(
                         on_answer(place, index, answer)
             done = min(rows, fresh) * (place + 1) / len(methods)
             progress((start + done) / len(contexts))
-    generate.drop_programs(reading=False)
     return [[found[index] for index in range(len(examples))] for found in said]
 
 
@@ -94,6 +101,7 @@ class _Asked(NamedTuple):
     examples: Sequence[Prompted]
     new_tokens: int
     size: int  # questions that are asked together
+    keep_logits: bool
 
     @property
     def longest(self) -> int:
@@ -123,23 +131,26 @@ class _Asked(NamedTuple):
         for number, part in enumerate(parts, 1):
             examples = [self.examples[index] for _, index in part]
             # A few tokens more than the answer's: text may begin with a blank.
-            steps = max(example.answer_tokens for example in examples) + 2
-            generations = asking.ask(
-                batches.ticking(self.model),
-                method,
-                prefilled,
-                [example.prompt[example.asked_at :] for example in examples],
-                rows=[row for row, _ in part],
-                keep=number < len(parts),
-                longest=self.longest,
-                max_new_tokens=min(steps, self.new_tokens),
-                eos_ids=(),
-                stream_every=reader.bucket(self.room),
+            longest = max(example.answer_tokens for example in examples) + 2
+            steps = min(longest, self.new_tokens)
+            places = [row for row, _ in part]
+            is_last = number == len(parts)
+            begun = prefilled
+            if not is_last or places != list(range(len(prefilled.recent))):
+                begun = asking.taken(method, prefilled, places)
+            # A row whose question is short answers while others are still asked.
+            sizes = [len(example.prompt) - example.asked_at for example in examples]
+            shape = len(part), max(sizes) + steps
+            wanted = np.full(shape, feeding.CHOOSE, np.int32)
+            for row, (example, size) in enumerate(zip(examples, sizes, strict=True)):
+                wanted[row, :size] = example.prompt[example.asked_at :]
+            fed = feeding.feed(
+                self.model, method, begun, wanted, return_logits=self.keep_logits
             )
-            for (_, index), example, generation in zip(
-                part, examples, generations, strict=True
-            ):
-                yield index, batches.reply(self.model, example, generation.tokens)
+            finite.check_rows(self.model.decoder, fed.log_probs)
+            for row, (_, index) in enumerate(part):
+                answer = fed.tokens[row, sizes[row] : sizes[row] + steps].tolist()
+                yield index, batches.reply(self.model, examples[row], answer)
 
 
 def _check(

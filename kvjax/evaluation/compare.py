@@ -6,6 +6,8 @@ many as the memory has room for.
 
 import contextlib
 import functools
+import importlib
+import importlib.util
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +17,15 @@ from numpy.typing import ArrayLike
 
 from kvjax import accounting
 from kvjax.decoding.finite import NotFiniteError
-from kvjax.evaluation import answers, compare_runs, fidelity, statistics
+from kvjax.evaluation import (
+    answers,
+    compare_runs,
+    continuations,
+    fidelity,
+    percentiles,
+    records,
+    statistics,
+)
 from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
 from kvjax.evaluation.statistics import Interval
@@ -29,9 +39,10 @@ Progress = Callable[[str, float], None]  # (method, fraction of its work that is
 ROOM = 1_150_000_000
 GROUP = 5  # methods that read together at most, and are worth more than a batch
 
-# Fields of `Inputs`, in the order they are answered in: the last batches are timed, and
-# only generated prompts are as long as the context.
+# Fields of `Inputs`, in the order they are answered in.
 TASKS = ("own", "passkey", "multikey", "chain")
+# What the fields of a row, and tasks in a file of answers, end in.
+SUFFIX = {"seen": "", "after": "_after"}
 
 
 # Intervals of the fields of `LayerFidelity`: an error has no upper bound.
@@ -43,6 +54,8 @@ OF_LAYERS: dict[str, Callable[[ArrayLike], Interval]] = {
     "refreshed": statistics.share_interval,
 }
 
+ByDepth = tuple[tuple[float, int, int], ...]  # (depth, correct, asked)
+
 
 class Row(NamedTuple):
     """One method's line of the comparison."""
@@ -51,25 +64,61 @@ class Row(NamedTuple):
     bytes_read: int  # of cache, per decoded token of one row at the full context: most
     bytes_measured: float  # what was read of it, mean over steps; see `measured_bytes`
     bytes_held: int  # of cache, while decoding, per row
+    # Against the reference, on the same tokens; over windows.
+    kl: Interval  # KL(reference || method), nats per token
+    kl_p99: Interval  # its 99th percentile over tokens; see `percentile_interval`
+    top1_agreement: Interval  # same likeliest token as the reference
+    # Tokens chosen greedily before the first that the reference does not choose, of
+    # `new_tokens` behind each window's prompt.
+    tokens_before_difference: Interval
     perplexity: Interval  # of tokens predicted by decode steps; over windows
     nats_lost: Interval  # log-probability given away per token, paired with reference
-    passkey: Interval
-    multikey: Interval
-    chain: Interval  # share of the links before the first mistake
-    chain_links: int  # asked for
-    passkey_by_depth: tuple[tuple[float, int, int], ...]  # (depth, correct, asked)
-    multikey_by_depth: tuple[tuple[float, int, int], ...]
-    top1_agreement: Interval  # same likeliest token as the reference; over windows
-    kl: Interval  # KL(reference || method), nats per token
     # Of the layers, each fed what the reference's is; means over heads, over windows.
     output_error: Interval  # relative L2 error of the attention output
     dropped_mass: Interval  # of the reference's attention, on what was not attended to
     support: Interval  # share of the tokens with weight that was attended to
     proved_exact: Interval  # share of heads and steps: `Diagnostics.exact`
     full_steps: Interval  # share of steps and layers: `Diagnostics.refreshed`
-    tokens_per_second: float  # median over batches, all rows together
+    tokens_per_second: float  # median over batches of windows, all rows together
     prefill_seconds: float  # of one row's prompt, read alone
+    chain_links: int  # asked for
+    # Questions that end the prompt: seen when a method chooses what to keep.
+    passkey: Interval | None = None
+    multikey: Interval | None = None
+    chain: Interval | None = None  # share of the links before the first mistake
     own: Interval | None = None  # the user's questions
+    passkey_by_depth: ByDepth | None = None
+    multikey_by_depth: ByDepth | None = None
+    # Questions that come after that, to the context that is kept.
+    passkey_after: Interval | None = None
+    multikey_after: Interval | None = None
+    chain_after: Interval | None = None
+    own_after: Interval | None = None
+    passkey_after_by_depth: ByDepth | None = None
+    multikey_after_by_depth: ByDepth | None = None
+
+
+class Results(NamedTuple):
+    """The rows of a comparison."""
+
+    rows: tuple[Row, ...]  # the reference first
+
+    def columns(self) -> dict[str, list[Any]]:
+        """The rows as :func:`kvjax.evaluation.records.columns`: a column a number."""
+        return records.columns(self.rows)
+
+    def to_pandas(self) -> Any:
+        """The columns as a `pandas.DataFrame`.
+
+        Raises:
+            ImportError: if pandas is not installed.
+        """
+        if importlib.util.find_spec("pandas") is None:
+            raise ImportError(
+                "to_pandas needs the package pandas: pip install pandas, or use "
+                "columns()."
+            )
+        return importlib.import_module("pandas").DataFrame(self.columns())
 
 
 def compare(
@@ -84,7 +133,7 @@ def compare(
     on_row: Callable[[Row], None] = lambda row: None,
     on_answer: Answered = answers.ignore,
     progress: Progress = lambda method, fraction: None,
-) -> list[Row]:
+) -> Results:
     """Runs every method on the same inputs.
 
     Args:
@@ -97,12 +146,13 @@ def compare(
         known: names of methods that have a row already, from an earlier call.
         room: bytes of the states of methods that read a prompt together.
         on_row: called with each row as it is done, whatever the order.
-        on_answer: called with every answer as it comes, before its row is done.
+        on_answer: called with every answer as it comes, before its row is done. The
+            tasks of questions that come `after` end in `_after`.
         progress: called while working.
 
     Returns:
-        A row a method, without the known: the reference first, then in the order of
-        `methods`.
+        :class:`Results`: a row a method, without the known; the reference first, then
+        in the order of `methods`.
 
     Raises:
         ValueError: if `reference` is missing, a method cannot hold these shapes, lists
@@ -116,23 +166,18 @@ def compare(
     sizes = {name: _bytes(model, method, settings) for name, method in methods.items()}
     wanted = {name: methods[name] for name in order if name not in known}
     if not wanted:
-        return []
+        return Results(())
     shapes: dict[str, Any] = {
         "new_tokens": settings.new_tokens,
         "batch": settings.batch,
         "chunk_size": settings.chunk_size,
+        "room": _room_behind(inputs, settings),
     }
     with _named([reference]):
-        expected = compare_runs.predict(
+        expected = continuations.expect(
             model, methods[reference], inputs.windows, **shapes
         )
     compare_runs.drop_programs()
-    numbered = [
-        (task, index, example)
-        for task in TASKS
-        for index, example in enumerate(getattr(inputs, task))
-    ]
-    examples = [example for _, _, example in numbered]
     prompt = inputs.windows[0][: settings.context - settings.new_tokens]
     rows = {}
     for names in groups(model.decoder, wanted, methods[reference], settings, room):
@@ -142,23 +187,12 @@ def compare(
             for name in names:
                 progress(name, fraction)
 
-        def tell(place, first, said, names=names):
-            for number, text in enumerate(said, first):
-                on_answer(names[place], *numbered[number], text)
-
         report(0.0)
         with _named(names):
-            answered = compare_runs.retrieve(
-                model,
-                group,
-                examples,
-                longest=len(prompt),
-                timed=True,
-                on_answers=tell,
-                progress=lambda done, report=report: report(0.7 * done),
-                **shapes,
+            answered = _ask(
+                model, names, group, inputs, settings, shapes, on_answer, report
             )
-            followed = compare_runs.follow(
+            followed = continuations.follow(
                 model,
                 methods[reference],
                 group,
@@ -168,7 +202,7 @@ def compare(
                 **shapes,
             )
         compare_runs.drop_programs()
-        for name, replies, losses in zip(names, answered, followed, strict=True):
+        for place, (name, losses) in enumerate(zip(names, followed, strict=True)):
             seconds = compare_runs.seconds_to_read(
                 model,
                 methods[name],
@@ -180,15 +214,68 @@ def compare(
             read, held = sizes[name]
             layers = losses.layers
             measured = measured_bytes(model, methods[name], layers, settings)
-            num_bytes = read, measured, held
+            scores = {when: found[place].scores for when, found in answered.items()}
             rows[name] = _row(
-                name, num_bytes, inputs, replies, losses, expected.log_probs, seconds
+                name,
+                (read, measured, held),
+                inputs,
+                scores,
+                losses,
+                expected.continued,
+                seconds,
             )
             if name == reference:
                 rows[name] = _of_itself(rows[name])
             progress(name, 1.0)
             on_row(rows[name])
-    return [rows[name] for name in wanted]
+    return Results(tuple(rows[name] for name in wanted))
+
+
+def _ask(
+    model, names, group, inputs, settings, shapes, on_answer, report
+) -> dict[str, list[compare_runs.Retrieval]]:
+    """The answers of methods that read together, by when the questions come."""
+    numbered = [
+        (task, index, example)
+        for task in TASKS
+        for index, example in enumerate(getattr(inputs, task))
+    ]
+    examples = [example for _, _, example in numbered]
+    found = {}
+    for part, when in enumerate(settings.questions):
+
+        def tell(place, first, said, suffix=SUFFIX[when]):
+            for number, text in enumerate(said, first):
+                task, index, example = numbered[number]
+                on_answer(names[place], task + suffix, index, example, text)
+
+        def so_far(done, part=part):
+            report(0.7 * (part + done) / len(settings.questions))
+
+        found[when] = compare_runs.retrieve(
+            model,
+            group,
+            examples,
+            longest=settings.context - settings.new_tokens,
+            question=when,
+            keep_logits=True,
+            on_answers=tell,
+            progress=so_far,
+            **shapes,
+        )
+    return found
+
+
+def _room_behind(inputs: Inputs, settings: Settings) -> int:
+    """Tokens to make room for behind every prompt, so that programs are shared.
+
+    Behind a context come its question and the answer.
+    """
+    if settings.question == "seen":
+        return settings.new_tokens
+    examples = [example for task in TASKS for example in getattr(inputs, task)]
+    asked = max(len(example.prompt) - example.asked_at for example in examples)
+    return settings.new_tokens + asked
 
 
 @contextlib.contextmanager
@@ -290,40 +377,62 @@ def of_windows(layers: fidelity.LayerFidelity, name: str) -> Interval:
     return OF_LAYERS[name](getattr(layers, name).mean((0, 2)))
 
 
-def _row(name, num_bytes, inputs, answered, followed, expected, seconds) -> Row:
-    log_probs, agreement, layers = followed
-    scores = iter(answered.scores)
-    own, passkey, multikey, links = (
-        list(itertools.islice(scores, len(getattr(inputs, task)))) for task in TASKS
-    )
-    window_means = log_probs.mean(1)
+def _row(name, num_bytes, inputs, scores, followed, expected, seconds) -> Row:
+    layers = followed.layers
+    window_means = followed.log_probs.mean(1)
+    kl = followed.agreement.kl
+    asked: dict[str, Any] = {}
+    for when, found in scores.items():
+        asked |= _of_tasks(inputs, found, SUFFIX[when])
     return Row(
         method=name,
         bytes_read=num_bytes[0],
         bytes_measured=num_bytes[1],
         bytes_held=num_bytes[2],
+        kl=statistics.amount_interval(kl.mean(1)),
+        kl_p99=percentiles.percentile_interval(kl),
+        top1_agreement=statistics.share_interval(followed.agreement.top1.mean(1)),
+        tokens_before_difference=percentiles.count_interval(
+            followed.tokens_before_difference, expected.chosen.shape[1]
+        ),
         perplexity=statistics.perplexity(window_means),
-        nats_lost=statistics.paired_difference(expected.mean(1), window_means),
-        passkey=proportion(passkey),
-        multikey=proportion(multikey),
-        chain=statistics.share_interval(links),
-        chain_links=inputs.chain[0].links,
-        passkey_by_depth=by_depth(inputs.passkey, passkey),
-        multikey_by_depth=by_depth(inputs.multikey, multikey),
-        top1_agreement=statistics.share_interval(agreement.top1.mean(1)),
-        kl=statistics.amount_interval(agreement.kl.mean(1)),
+        nats_lost=statistics.paired_difference(
+            expected.predicted.log_probs.mean(1), window_means
+        ),
         output_error=of_windows(layers, "error"),
         dropped_mass=of_windows(layers, "dropped"),
         support=of_windows(layers, "support"),
         proved_exact=of_windows(layers, "exact"),
         full_steps=statistics.share_interval(layers.refreshed.mean(0)),
-        tokens_per_second=float(np.median(answered.tokens_per_second)),
+        tokens_per_second=float(np.median(followed.tokens_per_second)),
         prefill_seconds=seconds,
-        own=proportion(own) if own else None,
+        chain_links=inputs.chain[0].links,
+        **asked,
     )
 
 
-_AGAINST_REFERENCE = ("top1_agreement", "kl", "output_error", "dropped_mass")
+def _of_tasks(inputs: Inputs, scores: Sequence[float], suffix: str) -> dict[str, Any]:
+    """The fields of a row that are of answers, to questions that come at one time."""
+    rest = iter(scores)
+    own, passkey, multikey, links = (
+        list(itertools.islice(rest, len(getattr(inputs, task)))) for task in TASKS
+    )
+    found = {
+        "passkey": proportion(passkey),
+        "multikey": proportion(multikey),
+        "chain": statistics.share_interval(links),
+        "own": proportion(own) if own else None,
+    }
+    depths = {
+        "passkey": by_depth(inputs.passkey, passkey),
+        "multikey": by_depth(inputs.multikey, multikey),
+    }
+    found = {name + suffix: value for name, value in found.items()}
+    return found | {f"{name}{suffix}_by_depth": x for name, x in depths.items()}
+
+
+_AGAINST_REFERENCE = ("kl", "kl_p99", "top1_agreement", "tokens_before_difference")
+_AGAINST_REFERENCE += ("output_error", "dropped_mass")
 _AGAINST_REFERENCE += ("support", "proved_exact", "full_steps")
 
 
@@ -340,9 +449,7 @@ def proportion(scores: Sequence[float]) -> Interval:
     return statistics.wilson(sum(reached == 1 for reached in scores), len(scores))
 
 
-def by_depth(
-    examples: Sequence[Example], scores: Sequence[float]
-) -> tuple[tuple[float, int, int], ...]:
+def by_depth(examples: Sequence[Example], scores: Sequence[float]) -> ByDepth:
     """`(depth, correct, asked)` of each depth, from the start of the prompt on."""
     counts: dict[float, list[int]] = {}
     for example, reached in zip(examples, scores, strict=True):

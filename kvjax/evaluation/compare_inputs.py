@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
+from kvjax.attention.choices import check_choice
 from kvjax.decoding.checks import check_counts, check_seed
 from kvjax.evaluation.tasks import chain, chat, needles
 from kvjax.evaluation.tasks import own as tasks_own
@@ -13,6 +14,9 @@ from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.evaluation.tasks.needles import Example
 from kvjax.evaluation.tasks.own import Own, Question
 from kvjax.interface import LanguageModel
+
+# When tasks ask: as a prompt ends, after a method has chosen what to keep, or both.
+When = Literal["seen", "after", "both"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Settings:
         depths: where needles are hidden, 0 = start of the prompt, 1 = end.
         seed: of every input.
         chunk_size: most prompt tokens processed at once.
+        question: when tasks ask: `seen`, as the prompt ends, `after` a method has
+            chosen what to keep of it, or `both`.
     """
 
     context: int = 512
@@ -40,8 +46,10 @@ class Settings:
     depths: tuple[float, ...] = needles.DEPTHS
     seed: int = 0
     chunk_size: int = 1024
+    question: str = "seen"
 
     def __post_init__(self):
+        check_choice("question", self.question, When)
         counts = "context", "new_tokens", "examples", "links", "windows", "batch"
         counts = (*counts, "chunk_size")
         check_counts(**{name: getattr(self, name) for name in counts})
@@ -52,6 +60,11 @@ class Settings:
             raise ValueError(
                 f"new_tokens={self.new_tokens} must be in [2, context={self.context})."
             )
+
+    @property
+    def questions(self) -> tuple[str, ...]:
+        """The times at which tasks ask, one or both."""
+        return ("seen", "after") if self.question == "both" else (self.question,)
 
 
 class Inputs(NamedTuple):

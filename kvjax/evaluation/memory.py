@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from kvjax.cost import planning
 from kvjax.evaluation import compare
@@ -115,12 +116,17 @@ def _need(decoder, methods, plans, settings, batch, room) -> Need:
         max(plan.prompt_temporaries, plan.decode_temporaries) for plan in plans.values()
     )
     predicted = settings.new_tokens * decoder.vocab_size
-    # Logits of all windows under the reference and of a batch under a method, in
-    # float32.
-    logits = 4 * (settings.windows + 2 * batch) * predicted
+    # Logits of all windows under the reference and of a batch under a method, given
+    # tokens and chosen ones, in float32; and what the layers of the first are given.
+    logits = 4 * (settings.windows + 3 * batch) * predicted
+    spec = decoder.cache_spec(1, 1)
+    heads = spec.num_q_heads + 2 * spec.num_kv_heads
+    step = heads * spec.head_dim * jnp.dtype(spec.dtype).itemsize * decoder.num_layers
+    recorded = settings.windows * settings.new_tokens * step
     weights = plans[REFERENCE].weights.held
     programs = (COMPILING + together * PROGRAMS) * decoder.num_layers + PROCESS
-    return Need(weights, batch * states, batch * temporaries + logits + programs)
+    temporaries = batch * temporaries + logits + recorded + programs
+    return Need(weights, batch * states, temporaries)
 
 
 def free_bytes(root: pathlib.Path = pathlib.Path("/")) -> int | None:

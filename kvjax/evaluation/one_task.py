@@ -12,6 +12,7 @@ from kvjax.evaluation import (
     compare,
     compare_inputs,
     compare_runs,
+    continuations,
     fidelity,
     statistics,
     teacher_forced,
@@ -275,7 +276,7 @@ def _asked(model, method, examples, asked, on_answer, progress) -> dict[str, Any
 
 
 def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
-    predicted = compare_runs.predict(
+    predicted = continuations.predict(
         model, method, windows, progress=progress, **shapes
     )
     means = predicted.log_probs.mean(1)
@@ -292,12 +293,12 @@ def _perplexity(model, method, windows, shapes, progress) -> dict[str, Any]:
 
 
 def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, Any]:
-    expected = compare_runs.predict(model, reference, windows, **shapes)
+    expected = continuations.predict(model, reference, windows, **shapes)
     progress(1 / 3)
-    predicted = compare_runs.predict(model, method, windows, **shapes)
+    predicted = continuations.predict(model, method, windows, **shapes)
     progress(2 / 3)
     agreement = fidelity.agreement(expected.logits, predicted.logits)
-    layers = compare_runs.layer_fidelity(model, reference, method, windows, **shapes)
+    layers = continuations.layer_fidelity(model, reference, method, windows, **shapes)
     progress(1.0)
     lost = expected.log_probs.mean(1), predicted.log_probs.mean(1)
     per_head = {

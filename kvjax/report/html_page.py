@@ -1,40 +1,55 @@
-"""One HTML page of a comparison, with its figures, and the folder it stands in."""
+"""One HTML page of a comparison, with its figures, and the folder it stands in.
+
+The page is self-contained: figures are inline SVG, and it loads nothing.
+"""
 
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kvjax import files
-from kvjax.report import documents, pictures, table, terminal
+from kvjax.report import documents, labels, pictures, table, terminal
 
-FIGURE = "accuracy-by-bytes"
+# Figures of a column's width by the names of their files.
+FIGURES = ("accuracy-by-bytes", "kl-by-bytes")
 
 
 def write(
     folder: pathlib.Path, results: Mapping[str, Any]
 ) -> tuple[pathlib.Path, pathlib.Path]:
-    """Writes the page, the data and the figure by itself, each whole or not at all."""
+    """Writes the page, the data and the figures by themselves, each whole or not."""
     page = folder / "report.html"
     files.write_text(page, html(results))
-    write_figure(folder, results)
+    write_figures(folder, results)
+    documents.write_columns(folder, results)
     return page, documents.write_data(folder, results)
 
 
-def write_figure(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
-    """Writes accuracy against bytes as a picture of each of `pictures.KINDS`."""
+def write_figures(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
+    """Writes results against bytes as pictures of each of `pictures.KINDS`.
+
+    They are as wide as a column of a paper in two.
+    """
     from kvjax.report.figures import compare
 
-    figure = compare.scatter(results)
-    for kind in pictures.KINDS:
-        files.write_bytes(folder / f"{FIGURE}.{kind}", pictures.drawn(figure, kind))
+    measures = compare.answered(results), ("kl",)
+    for name, panels in zip(FIGURES, measures, strict=True):
+        figure = compare.scatter(results, panels, layout=compare.COLUMN)
+        for kind in pictures.KINDS:
+            files.write_bytes(folder / f"{name}.{kind}", pictures.drawn(figure, kind))
 
 
 def begin(folder: pathlib.Path, results: Mapping[str, Any]) -> None:
     """Replaces the data of an earlier report by what is kept of it, and its page."""
     files.remove_partial(folder)
     documents.write_data(folder, results)
-    for name in ("report.html", *(f"{FIGURE}.{kind}" for kind in pictures.KINDS)):
+    pages = ("report.html", documents.CSV, documents.PARQUET, *_pictures())
+    for name in pages:
         (folder / name).unlink(missing_ok=True)
+
+
+def _pictures() -> list[str]:
+    return [f"{name}.{kind}" for name in FIGURES for kind in pictures.KINDS]
 
 
 def html(results: Mapping[str, Any]) -> str:
@@ -52,28 +67,27 @@ def html(results: Mapping[str, Any]) -> str:
     environment.filters["breakable"] = _breakable
     template = environment.from_string(source.read_text(encoding="utf-8"))
 
-    def drawn(draw, one, name: str, **options) -> str:
-        return pictures.svg(draw(one, **options), name)
+    def drawn(one, name: str, layout) -> str:
+        measures = ("kl", *compare.answered(one))
+        return pictures.svg(compare.scatter(one, measures, layout=layout), name)
 
     comparisons = [
         {
-            "caption": table.caption(one),
-            "headings": table.headings(one),
-            "rows": table.table_rows(one),
-            "attention_rows": table.attention_rows(one),
-            "scatter": drawn(compare.scatter, one, f"scatter{place}"),
-            "narrow": drawn(compare.scatter, one, f"narrow{place}", is_narrow=True),
-            "needles": drawn(compare.needles, one, f"needles{place}"),
+            "shared": labels.of_results(one).shared,
+            "sheets": table.sheets(one),
+            "fronts": table.front_lines(one),
+            "scatter": drawn(one, f"scatter{place}", compare.BROAD),
+            "narrow": drawn(one, f"narrow{place}", compare.NARROW),
+            "needles": pictures.svg(compare.needles(one), f"needles{place}"),
             "kept": _kept(one["kept"]),
             "manifest": one["manifest"],
         }
-        for place, one in enumerate(table._comparisons(results))
+        for place, one in enumerate(table.comparisons(results))
     ]
     return template.render(
         comparisons=comparisons,
         left_out=table.left_out(results),
-        attention_caption=table.ATTENTION_CAPTION,
-        attention_headings=table.ATTENTION_HEADINGS,
+        front_caption=table.FRONT_CAPTION,
     )
 
 

@@ -29,5 +29,5 @@ def drawn(figure, kind: str, name: str = "kvjax") -> bytes:
     }
     target = io.BytesIO()
     with matplotlib.rc_context(options):
-        figure.savefig(target, format=kind, dpi=150, metadata=dates.get(kind))
+        figure.savefig(target, format=kind, dpi=300, metadata=dates.get(kind))
     return target.getvalue()

@@ -1,17 +1,22 @@
-"""The tables of a report, for a terminal and for the page alike."""
+"""The tables of a report, for a terminal and for the page alike.
+
+A comparison has three: what is predicted, KL to full attention first; what is answered;
+and what attention loses. A column is there if any row has its field.
+"""
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from kvjax import files
-from kvjax.report import terminal
+from kvjax.evaluation import fronts
+from kvjax.report import labels, terminal
 
 
-def format_bytes(count: int) -> str:
+def format_bytes(count: int | float) -> str:
     """Binary units, three digits: `96.0 KiB`."""
     if count < 1024:
-        return f"{count} B"
+        return f"{round(count)} B"
     power = min(int(math.log(count, 1024)), 4)
     scaled = count / 1024**power
     digits = 0 if scaled >= 100 else 1 if scaled >= 10 else 2
@@ -41,86 +46,6 @@ def _signed(interval: Mapping[str, Any]) -> str:
     return f"{interval['mean']:+.3f} ±{half:.3f}"
 
 
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
-
-
-HEADINGS = (
-    "method",
-    "read / token",
-    "held",
-    "perplexity",
-    "nats lost",
-    "KL",
-    "passkey",
-    "multi-key",
-    "chain",
-    "top-1",
-    "tokens/s",
-    "prefill s",
-)
-
-
-def headings(results: Mapping[str, Any]) -> tuple[str, ...]:
-    """`HEADINGS`, and one of the user's own questions if any were asked."""
-    has_own = any(row.get("own") for row in results["rows"])
-    return (*HEADINGS, "own") if has_own else HEADINGS
-
-
-def table_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The cells under :func:`headings`, one list a method."""
-    table = []
-    for row in results["rows"]:
-        is_reference = row is results["rows"][0]
-        table.append(
-            [
-                row["method"],
-                format_bytes(row["bytes_read"]),
-                format_bytes(row["bytes_held"]),
-                f"{row['perplexity']['mean']:.3f}",
-                "-" if is_reference else _signed(row["nats_lost"]),
-                "-" if is_reference else f"{row['kl']['mean']:.2g}",
-                format_share(row["passkey"]),
-                format_share(row["multikey"]),
-                format_share(row["chain"]),
-                "-" if is_reference else format_share(row["top1_agreement"]),
-                _rate(row["tokens_per_second"]),
-                f"{row['prefill_seconds']:.2f}",
-                *([format_share(row["own"])] if row.get("own") else []),
-            ]
-        )
-    return table
-
-
-ATTENTION_HEADINGS = (
-    "method",
-    "read / token, at most",
-    "measured",
-    "output error",
-    "dropped mass",
-    "support kept",
-    "proved exact",
-    "full steps",
-)
-
-
-def attention_rows(results: Mapping[str, Any]) -> list[list[str]]:
-    """The cells under `ATTENTION_HEADINGS`, one list a method."""
-    return [
-        [
-            row["method"],
-            format_bytes(row["bytes_read"]),
-            format_bytes(round(row["bytes_measured"])),
-            _small(row["output_error"]),
-            _small(row["dropped_mass"]),
-            format_share(row["support"]),
-            f"{100 * row['proved_exact']['mean']:.1f}%",
-            f"{100 * row['full_steps']['mean']:.0f}%",
-        ]
-        for row in results["rows"]
-    ]
-
-
 def _small(interval: Mapping[str, Any]) -> str:
     mean, low, high = (interval[key] for key in ("mean", "low", "high"))
     if mean is None:
@@ -128,6 +53,129 @@ def _small(interval: Mapping[str, Any]) -> str:
     if low is None or high is None:
         return f"{mean:.2g}"
     return f"{mean:.2g} [{low:.2g}, {high:.2g}]"
+
+
+def _open(interval: Mapping[str, Any]) -> str:
+    """Writes an interval that may have a lower end alone, `[low, ∞)`."""
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+    if mean is None or high is not None or not low:
+        return _small(interval)
+    return f"{mean:.2g} [{low:.2g}, ∞)"
+
+
+def _count(interval: Mapping[str, Any]) -> str:
+    mean, low, high = (interval[key] for key in ("mean", "low", "high"))
+    return f"{mean:.0f} [{low:.0f}, {high:.0f}]"
+
+
+def _mean(form: str) -> Callable[[Mapping[str, Any]], str]:
+    def cell(interval):
+        mean = interval["mean"]
+        return "not finite" if mean is None else format(mean, form)
+
+    return cell
+
+
+def _rate(value: float) -> str:
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2f}"
+
+
+class Column(NamedTuple):
+    """A column of a table: a field of the rows, and how it is written."""
+
+    heading: str
+    field: str
+    cell: Callable[[Any], str]
+    is_of_reference: bool = True  # else the first row has none: it is the measure
+
+
+BYTES = Column("read / token", "bytes_read", format_bytes)
+PREDICTED = (
+    BYTES,
+    Column("held", "bytes_held", format_bytes),
+    Column("KL", "kl", _small, False),
+    Column("KL p99", "kl_p99", _open, False),
+    Column("top-1", "top1_agreement", format_share, False),
+    Column("same tokens", "tokens_before_difference", _count, False),
+    Column("perplexity", "perplexity", _mean(".3f")),
+    Column("nats lost", "nats_lost", _signed, False),
+)
+ANSWERED = (
+    BYTES,
+    Column("passkey", "passkey", format_share),
+    Column("multi-key", "multikey", format_share),
+    Column("chain", "chain", format_share),
+    Column("own", "own", format_share),
+    Column("passkey, after", "passkey_after", format_share),
+    Column("multi-key, after", "multikey_after", format_share),
+    Column("chain, after", "chain_after", format_share),
+    Column("own, after", "own_after", format_share),
+    Column("tokens/s", "tokens_per_second", _rate),
+    Column("prefill s", "prefill_seconds", "{:.2f}".format),
+)
+ATTENTION = (
+    Column("read / token, at most", "bytes_read", format_bytes),
+    Column("measured", "bytes_measured", format_bytes),
+    Column("output error", "output_error", _small),
+    Column("dropped mass", "dropped_mass", _small),
+    Column("support kept", "support", format_share),
+    Column("proved exact", "proved_exact", _mean(".1%")),
+    Column("full steps", "full_steps", _mean(".0%")),
+)
+# What the fields that have a front are called in it.
+FRONTS = {"kl": "KL"} | {
+    column.field: column.heading
+    for column in ANSWERED
+    if column.field in fronts.MORE_IS_BETTER
+}
+
+
+class Sheet(NamedTuple):
+    """A table: the first column names the rows."""
+
+    title: str
+    headings: tuple[str, ...]
+    rows: list[list[str]]
+    caption: str
+
+
+def table_rows(
+    results: Mapping[str, Any], columns: Sequence[Column]
+) -> tuple[tuple[str, ...], list[list[str]]]:
+    """The headings of a table, the rows' names first, and its cells."""
+    rows, called = results["rows"], labels.of_results(results)
+    columns = [
+        column
+        for column in columns
+        if any(row.get(column.field) is not None for row in rows)
+    ]
+    headings = ["method", *(column.heading for column in columns)]
+    if called.budgets is not None:
+        headings.insert(1, "budget")
+    table = []
+    for place, row in enumerate(rows):
+        cells = [called.names[place]]
+        if called.budgets is not None:
+            budget = called.budgets[place]
+            cells.append("-" if budget is None else str(budget))
+        for column in columns:
+            value = row.get(column.field)
+            is_none = value is None or (place == 0 and not column.is_of_reference)
+            cells.append("-" if is_none else column.cell(value))
+        table.append(cells)
+    return tuple(headings), table
+
+
+def sheets(results: Mapping[str, Any]) -> list[Sheet]:
+    """The three tables of a comparison."""
+    return [
+        Sheet(title, *table_rows(results, columns), caption)
+        for title, columns, caption in (
+            ("What is predicted", PREDICTED, predicted_caption(results)),
+            ("What is answered", ANSWERED, answered_caption(results)),
+            ("What attention loses", ATTENTION, ATTENTION_CAPTION),
+        )
+    ]
 
 
 ATTENTION_CAPTION = (
@@ -138,40 +186,86 @@ ATTENTION_CAPTION = (
     "share of heads and steps known to equal attention over every token. Full steps: "
     "share of steps that read the whole cache; its inverse is the effective stride."
 )
+WHEN = {
+    "seen": "Questions end the prompt: a method sees them before it chooses.",
+    "after": "Questions come after a method has chosen what to keep of their context.",
+    "both": (
+        "Questions end the prompt, so that a method sees them before it chooses; "
+        "after: they come once it has."
+    ),
+}
 
 
-def caption(results: Mapping[str, Any]) -> str:
-    """Says how the table was measured, in a sentence or two."""
-    settings = results["manifest"]["settings"]
+def predicted_caption(results: Mapping[str, Any]) -> str:
+    """Says on what the first table was measured, and what its columns are."""
     about = results["manifest"]
-    links = results["rows"][0]["chain_links"]
+    settings = about["settings"]
     text = about.get("text", "held-out text")
-    asked = "Asked in the chat template. " if settings.get("chat") else ""
-    if "tasks" in settings:
-        asked += (
-            f"Own: {results['rows'][0]['own']['n']} questions of {settings['tasks']}. "
-        )
-    return (
+    caption = (
         f"{about['model']}, context {settings['context']:,} tokens, the last "
-        f"{settings['new_tokens']} of them decoded; {settings['examples']} examples a "
-        f"retrieval task, {settings['windows']} windows of {text}; 95% "
-        f"intervals. {asked}Chain: links of {links} before the first mistake. Bytes "
-        f"are of cache: read for one token of one row, held for one row. Speed: "
-        f"{settings['batch']} rows together on {about['device']} "
-        f"({about['backend']}), median of batches after a warm-up; prefill: one row's "
-        "prompt, read alone. KL and nats are per token, against the first row."
+        f"{settings['new_tokens']} of them decoded; {settings['windows']} windows of "
+        f"{text}; 95% intervals. Bytes are of cache: read for one token of one row, "
+        "held for one row. KL, top-1 and nats: against the first row, per token that "
+        "decode steps predict."
     )
+    if any(row.get("kl_p99") for row in results["rows"]):
+        caption += (
+            " KL p99: the 99th percentile of tokens; ∞ where they are too few to say. "
+            f"Same tokens: of {settings['new_tokens']} chosen greedily, those before "
+            "the first that differs from the first row's."
+        )
+    return caption
+
+
+def answered_caption(results: Mapping[str, Any], *, speed: bool = True) -> str:
+    """Says what was asked and when, and how speeds were measured."""
+    about = results["manifest"]
+    settings = about["settings"]
+    caption = (
+        f"{settings['examples']} examples a retrieval task. "
+        f"{WHEN[settings.get('question', 'seen')]} Chain: links of "
+        f"{results['rows'][0]['chain_links']} before the first mistake."
+    )
+    if settings.get("chat"):
+        caption += " Asked in the chat template."
+    if "tasks" in settings:
+        row = results["rows"][0]
+        asked = row.get("own") or row["own_after"]
+        caption += f" Own: {asked['n']} questions of {settings['tasks']}."
+    if speed:
+        caption += (
+            f" Speed: {settings['batch']} rows together on {about['device']} "
+            f"({about['backend']}), median of batches; prefill: one row's prompt, read "
+            "alone."
+        )
+    return caption
+
+
+def front_lines(results: Mapping[str, Any]) -> list[str]:
+    """A line a result: the rows on its Pareto front, in the order of their bytes."""
+    called = labels.of_results(results)
+    places = {row["method"]: place for place, row in enumerate(results["rows"])}
+    return [
+        f"{FRONTS[name]}: {', '.join(called.whole(places[x]) for x in methods)}"
+        for name, methods in fronts.fronts(results["rows"]).items()
+    ]
+
+
+FRONT_CAPTION = (
+    "Pareto fronts: of the rows that read as few bytes none does better, by the "
+    "estimates alone."
+)
 
 
 def print_table(results: Mapping[str, Any]) -> None:
     """Prints a comparison, its sections, and what is in neither."""
-    for one in _comparisons(results):
+    for one in comparisons(results):
         _print_comparison(one)
     if said := left_out(results):
         terminal.say(said)
 
 
-def _comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def comparisons(results: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """The comparison and its sections, without those that were cut off too early."""
     return [one for one in (results, *results.get("sections", ())) if one["rows"]]
 
@@ -184,21 +278,19 @@ def left_out(results: Mapping[str, Any]) -> str:
 
 
 def _print_comparison(results: Mapping[str, Any]) -> None:
-    """Prints what is answered, then what attention loses."""
-    tables = table_rows(results), attention_rows(results)
-    names, shared = terminal.shared_options([row[0] for row in tables[0]])
-    captions = caption(results), ATTENTION_CAPTION
-    if shared:
+    """Prints what is predicted, answered and lost, and who reads least for it."""
+    if shared := labels.of_results(results).shared:
         terminal.say(shared)
         print()
-    for heads, rows, below in zip(
-        (headings(results), ATTENTION_HEADINGS), tables, captions, strict=True
-    ):
-        rows = [[name, *row[1:]] for name, row in zip(names, rows, strict=True)]
-        terminal.show(heads, rows)
+    for sheet in sheets(results):
+        terminal.show(sheet.headings, sheet.rows)
         print()
-        terminal.say(below)
+        terminal.say(sheet.caption)
         print()
+    terminal.say(FRONT_CAPTION)
+    for line in front_lines(results):
+        terminal.say(f"  {line}", later="    ")
+    print()
 
 
 def print_task(document: Mapping[str, Any]) -> None:
@@ -262,7 +354,7 @@ def _print_tasks(about: str, document: Mapping[str, Any]) -> None:
     terminal.say(f"mean of {len(tasks)} tasks {100 * document['average']:.1f}%")
 
 
-LAYER_HEADINGS = ("layer", *ATTENTION_HEADINGS[3:])
+LAYER_HEADINGS = ("layer", *(column.heading for column in ATTENTION[2:]))
 
 
 def _layer(layer: Mapping[str, Any]) -> list[str]:

@@ -323,7 +323,7 @@ def test_a_comparison_goes_on_where_it_was_stopped(
 
 def test_the_budget_goes_to_every_method_that_does_not_say():
     found = cli.compare._methods(
-        ["dense_layers:first=1+quest:page_size=8", "tova:budget=5"], 100, 32
+        ["dense_layers:first=1+quest:page_size=8", "tova:budget=5"], 100, [32]
     )
     assert list(found) == [
         "full",
@@ -331,10 +331,11 @@ def test_the_budget_goes_to_every_method_that_does_not_say():
         "tova:budget=5",
     ]
     for alpha in (1.0, 1.5):
-        every = cli.compare._methods(cli.compare._every(alpha), 1024, 256)
+        every = cli.compare._methods(cli.compare._every(alpha), 1024, [256])
         named = dict.fromkeys(spec.partition(":")[0] for spec in every)
         more = ["retro+quest"] if alpha == 1 else []
-        names = [n for n in registry.names(alpha) if n not in cli.compare.BY_NAME]
+        hidden = (*cli.compare.BY_NAME, cli.compare.SAME)
+        names = [name for name in registry.names(alpha) if name not in hidden]
         assert list(named) == [*names, *more]
     assert "entmaxkv:budget=256,selector=gaussian" in every
     assert "quest:budget=256" not in every

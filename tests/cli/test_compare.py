@@ -1,8 +1,11 @@
 """`kvjax compare` and `kvjax eval`: what is run, what is kept, what is said of it."""
 
+import csv
 import json
+import re
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 from tiny import byte_tokenizer, tiny_model
 
@@ -74,7 +77,7 @@ def test_answers_of_methods_that_were_not_done_are_made_anew(
 ):
     path, given = tmp_path / "answers.jsonl", [*compared, "--method", "cascade"]
     given += ["--save-answers", tmp_path / "answers.jsonl"]
-    original, calls = comparison.compare_runs.follow, []
+    original, calls = comparison.continuations.follow, []
 
     def stopped(*arguments, **options):
         calls.append(1)
@@ -82,7 +85,7 @@ def test_answers_of_methods_that_were_not_done_are_made_anew(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(comparison.compare_runs, "follow", stopped)
+    monkeypatch.setattr(comparison.continuations, "follow", stopped)
     assert cli.run([str(argument) for argument in given]) == 130
     capsys.readouterr()
     done = [row["method"] for row in results_of(tmp_path)["rows"]]
@@ -106,6 +109,36 @@ def test_the_users_text_is_called_by_its_name(run, compared, checkpoint, tmp_pat
     assert "2 windows of text.txt" in run("eval", *options, "--text", text)
     # The text that ships was held out of the embedded models' training alone.
     assert "2 windows of Python sources" in run("eval", *options)
+
+
+def test_a_sweep_has_a_row_for_every_budget(run, fail, compared, tmp_path):
+    given = [*compared, "--method", "full"]
+    out = run(*given, "--budget", "48,40,48")
+    results = results_of(tmp_path)
+    names = [row["method"] for row in results["rows"]]
+    sweep = ["streaming_llm:budget=48", "streaming_llm:budget=40"]
+    assert names == ["full", *sweep]
+    assert results["manifest"]["settings"]["budget"] == [48, 40]
+    kl = {row["method"]: row["kl"]["mean"] for row in results["rows"]}
+    front = results["pareto"]["kl"]
+    assert front[-1] == "full"
+    assert [kl[name] for name in front] == sorted(map(kl.get, front), reverse=True)
+    said = " ".join(out.split())
+    assert "method budget read / token" in said
+    assert re.search(r" streaming_llm 48 .* streaming_llm 40 ", said)
+    assert re.search(r" KL: .*streaming_llm at 4.*, full passkey: ", said)
+    with open(tmp_path / "report" / "results.csv", encoding="utf-8") as file:
+        lines = list(csv.DictReader(file))
+    assert [line["method"] for line in lines] == names
+    assert [line["budget"] for line in lines] == ["", "48", "40"]
+    for line, row in zip(lines, results["rows"], strict=True):
+        assert float(line["kl"]) == row["kl"]["mean"]
+        assert float(line["passkey_high"]) == row["passkey"]["high"]
+        assert (line["on_front_of_kl"] == "True") == (row["method"] in front)
+    table = pyarrow.parquet.read_table(tmp_path / "report" / "results.parquet")
+    assert table["kl"].to_pylist() == list(kl.values())
+    assert table["budget"].to_pylist() == [None, 48, 40]
+    assert "with budget=[48, 40] and cannot go on with 40" in fail(*given, "--continue")
 
 
 @pytest.fixture
@@ -241,6 +274,9 @@ def test_eval_takes_questions_and_keeps_answers(run, checkpoint, questions, tmp_
         ("eval --tasks q.jsonl", "q.jsonl, line 2: is no JSON"),
         ("compare --tasks q.jsonl", "q.jsonl, line 2: is no JSON"),
         ("compare --tasks nowhere.jsonl", "nowhere.jsonl"),
+        ("compare --budget 64,some", "--budget 64,some must be whole numbers"),
+        ("compare --budget 64,512", "budget=512 must be below context=512"),
+        ("compare --question never", "question='never' must be one of seen, after"),
         ("eval --task passkey --save-answers q.jsonl", "q.jsonl is there already"),
         ("compare --save-answers q.jsonl", "q.jsonl is there already"),
         ("compare --continue --save-answers q.jsonl", "q.jsonl is there already"),

@@ -48,3 +48,10 @@ def test_a_terminal_has_bars(monkeypatch):
         update("quest", 0.5)
     assert "full" in terminal.getvalue()
     assert "quest" in terminal.getvalue()
+
+
+def test_lines_of_long_work_are_further_apart():
+    lines = progress._Lines(1)
+    assert progress.EVERY - 1 < lines.until_next() <= progress.EVERY
+    lines._start -= 3600.0
+    assert 58 < lines.until_next() < 61

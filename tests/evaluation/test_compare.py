@@ -8,9 +8,16 @@ from tiny import tiny_model
 
 import kvjax
 from kvjax import accounting
-from kvjax.decoding.generate import Generation
+from kvjax.decoding.feeding import Fed
+from kvjax.decoding.generate import generate
 from kvjax.decoding.scoring import score
-from kvjax.evaluation import compare, compare_inputs, compare_runs, one_task
+from kvjax.evaluation import (
+    compare,
+    compare_inputs,
+    compare_runs,
+    continuations,
+    one_task,
+)
 from kvjax.evaluation.tasks import chain, needles
 from kvjax.report import table
 
@@ -21,6 +28,7 @@ TEXT = "".join(
 SETTINGS = compare_inputs.Settings(
     context=352, new_tokens=16, examples=3, windows=3, batch=2, depths=(0.0, 1.0)
 )
+GENERATED = {"max_new_tokens": 16, "eos_ids": ()}
 METHODS = {
     "full": kvjax.full(),
     "same": kvjax.parse("quest:budget=512"),
@@ -43,7 +51,7 @@ def rows(inputs, seen):
     order = {name: METHODS[name] for name in ("same", "streaming", "full")}
     return compare.compare(
         MODEL, order, inputs, SETTINGS, progress=lambda *event: seen.append(event)
-    )
+    ).rows
 
 
 def test_the_reference_comes_first_then_the_given_order(rows):
@@ -54,6 +62,8 @@ def test_the_reference_agrees_with_itself(rows):
     assert rows[0].nats_lost[:3] == (0, 0, 0)
     assert rows[0].top1_agreement.mean == 1
     assert rows[0].kl.mean == pytest.approx(0, abs=1e-9)
+    assert rows[0].kl_p99[:3] == pytest.approx((0, 0, 0), abs=1e-9)
+    assert rows[0].tokens_before_difference == (16, 16, 16, 3)
 
 
 def test_a_method_with_room_for_everything_gives_the_references_numbers(rows):
@@ -68,6 +78,8 @@ def test_a_method_that_forgets_shows_it(rows):
     forgetful = rows[2]
     assert forgetful.kl.mean > 0.05
     assert forgetful.top1_agreement.mean < 0.9
+    assert forgetful.kl_p99.mean > forgetful.kl.mean
+    assert forgetful.kl_p99.high == np.inf  # of 45 tokens
     assert abs(forgetful.nats_lost.mean) > 1e-3
 
 
@@ -128,21 +140,24 @@ def test_speed_and_progress_are_reported(rows, seen):
 
 
 def answering(monkeypatch, reply):
-    """Replaces generation: row i of the batch says `reply(its prompt)`."""
-    calls, prompts, really = [], [], compare_runs.together.read
+    """Replaces decoding: row i of the batch says `reply(its prompt)`."""
+    calls, prompts, really = [], [], compare_runs.together.read_checked
 
-    def read(model, methods, given, **options):
+    def read(model, methods, given, options):
         prompts[:] = given
-        return really(model, methods, given, **options)
+        return really(model, methods, given, options)
 
-    def continued(model, method, prefilled, *, max_new_tokens, **options):
-        calls.append((len(prompts), max_new_tokens, options))
-        yield 0, "."
-        tokens = [list(reply(bytes(prompt).decode()).encode()) for prompt in prompts]
-        return [Generation(row, "." * len(row), "length") for row in tokens]
+    def feed(model, method, prefilled, wanted, **options):
+        calls.append(wanted.shape)
+        assert (wanted == compare_runs.feeding.CHOOSE).all()
+        said = [list(reply(bytes(p).decode()).encode()) for p in prompts]
+        padded = [row + [32] * wanted.shape[1] for row in said]
+        tokens = np.array([row[: wanted.shape[1]] for row in padded], np.int32)
+        return Fed(tokens, np.zeros(tokens.shape), None, (), ())
 
-    monkeypatch.setattr(compare_runs.together, "read", read)
-    monkeypatch.setattr(compare_runs, "continued", continued)
+    own = types.SimpleNamespace(CHOOSE=-1, feed=feed, drop_programs=lambda: None)
+    monkeypatch.setattr(compare_runs.together, "read_checked", read)
+    monkeypatch.setattr(compare_runs, "feeding", own)  # others decode
     return calls
 
 
@@ -154,29 +169,43 @@ def test_retrieval_counts_right_answers_in_their_places(monkeypatch):
         monkeypatch, lambda text: answers[text] + ". R" if text in right else "nonsense"
     )
     (found,) = compare_runs.retrieve(
-        MODEL, [METHODS["full"]], examples, new_tokens=9, batch=2, timed=True
+        MODEL, [METHODS["full"]], examples, new_tokens=9, batch=2
     )
     assert found.scores == [1, 0, 1, 0, 1]
     assert len(found.answers) == 5
-    # Three batches, all of one shape; the first, which compiles, is not timed.
-    # An answer has five digits; what is timed goes on to the end.
-    assert [(size, new) for size, new, _ in calls] == [(2, 7), (2, 9), (2, 9)]
-    assert len(found.tokens_per_second) == 2
-    assert all(options["eos_ids"] == () for _, _, options in calls)
+    # Three batches, all of one shape: an answer has five digits.
+    assert calls == [(2, 7)] * 3
 
 
-def test_decoding_is_timed_from_the_first_token_on(monkeypatch):
-    clock = iter(np.arange(0.0, 90, 1.0) ** 2)  # first text, end: gaps grow
+def test_choosing_is_timed_and_nothing_else(monkeypatch):
+    clock = iter(np.arange(0.0, 90, 1.0) ** 2)  # start, end: gaps grow
     own = types.SimpleNamespace(perf_counter=lambda: next(clock))
-    monkeypatch.setattr(compare_runs, "time", own)  # others look at theirs
-    answering(monkeypatch, lambda text: "x" * 8)
-    examples = needles.passkey(MODEL.tokenizer, TEXT, context=200, n=2)
-    (found,) = compare_runs.retrieve(
-        MODEL, [METHODS["full"]], examples, new_tokens=8, batch=2, timed=True
-    )
-    # The only batch runs again: ticks 0, 1 are its warm-up, then 4, 9.
-    assert len(found.answers) == 2
-    assert found.tokens_per_second == [2 * 7 / (9 - 4)]
+    monkeypatch.setattr(continuations, "time", own)  # others look at theirs
+    windows = [[i] * 40 for i in range(3)]
+    found = continuations.expect(
+        MODEL, METHODS["full"], windows, new_tokens=8, batch=2
+    ).continued
+    # Two batches: ticks 0 and 1, then 4 and 9.
+    assert found.tokens_per_second == [2 * 8 / (1 - 0), 2 * 8 / (9 - 4)]
+
+
+def test_tokens_are_counted_up_to_the_first_that_differs(rows, inputs):
+    reference = np.array([[1, 2, 3, 4], [1, 2, 3, 4], [1, 2, 3, 4]])
+    chosen = np.array([[1, 2, 3, 4], [1, 2, 9, 4], [9, 2, 3, 4]])
+    counted = continuations.tokens_before_difference(reference, chosen)
+    assert counted.tolist() == [4, 2, 0]
+    # Of a method it is what two plain generations have in common.
+    prompts = [window[:336] for window in inputs.windows]
+    said = [
+        [one.tokens for one in generate(MODEL, METHODS[name], prompts, **GENERATED)]
+        for name in ("full", "streaming")
+    ]
+    alike = [
+        next((i for i in range(16) if a[i] != b[i]), 16)
+        for a, b in zip(*said, strict=True)
+    ]
+    assert min(alike) < 16
+    assert rows[2].tokens_before_difference.mean == pytest.approx(np.mean(alike))
 
 
 def read_list(text):
@@ -230,7 +259,7 @@ def test_scores_go_to_their_own_task(monkeypatch, inputs):
         return passkeys.get(text, "nothing")
 
     answering(monkeypatch, reply)
-    (row,) = compare.compare(MODEL, {"full": METHODS["full"]}, inputs, SETTINGS)
+    (row,) = compare.compare(MODEL, {"full": METHODS["full"]}, inputs, SETTINGS).rows
     assert (row.passkey.mean, row.multikey.mean, row.chain.mean) == (1, 0, 1)
     assert row.chain_links == inputs.chain[0].links == 1
 

@@ -11,7 +11,13 @@ from kvjax import registry
 from kvjax.decoding import reader
 from kvjax.decoding.generate import continued, prefill
 from kvjax.decoding.reader import bucket
-from kvjax.evaluation import compare, compare_inputs, compare_runs, fidelity, together
+from kvjax.evaluation import (
+    compare,
+    compare_inputs,
+    continuations,
+    fidelity,
+    together,
+)
 
 MODEL = tiny_model(num_layers=2)
 RNG = np.random.default_rng(0)
@@ -70,16 +76,16 @@ def test_a_method_whose_prompt_is_not_exact_is_followed_on_its_own():
     sizes = {"new_tokens": 8, "batch": 2, "chunk_size": 32}
     method = kvjax.streaming_llm(budget=12, num_sinks=2)
     full = kvjax.full()
-    truth = compare_runs.predict(MODEL, full, windows, **sizes)
-    (followed,) = compare_runs.follow(MODEL, full, [method], windows, truth, **sizes)
-    expected = compare_runs.predict(MODEL, method, windows, **sizes)
+    truth = continuations.expect(MODEL, full, windows, **sizes)
+    (followed,) = continuations.follow(MODEL, full, [method], windows, truth, **sizes)
+    expected = continuations.predict(MODEL, method, windows, **sizes)
     np.testing.assert_allclose(followed.log_probs, expected.log_probs, atol=1e-5)
-    agreement = fidelity.agreement(truth.logits, expected.logits)
+    agreement = fidelity.agreement(truth.continued.predicted.logits, expected.logits)
     np.testing.assert_allclose(followed.agreement.kl, agreement.kl, atol=1e-5)
     led = together.read(
         MODEL, [kvjax.full(), method], [w[:40] for w in windows], **OPTIONS
     )
-    other = compare_runs._predicted(
+    other = continuations._predicted(
         MODEL, method, led[1], np.array([w[40:] for w in windows], np.int32)
     )
     assert np.abs(other.log_probs - expected.log_probs).max() > 1e-3
@@ -92,7 +98,7 @@ def test_layers_lose_what_a_whole_model_side_by_side_says(spec):
     method = registry.parse(spec, budget=16)
     if spec != "streaming_llm":
         method = registry.parse(spec.replace("quest", "quest:page_size=4"), budget=16)
-    found = compare_runs.layer_fidelity(
+    found = continuations.layer_fidelity(
         MODEL, kvjax.full(), method, windows.tolist(), new_tokens=8, batch=2
     )
     both = fidelity.side_by_side(kvjax.full(), method)

@@ -20,12 +20,15 @@ from kvjax.report import table as report_table
 from kvjax.report.figures import compare
 
 
-def make_row(name, *, read, hits, lost=0.1):
+def make_row(name, *, read, hits, lost=0.1, kl=0.2, **more):
     return Row(
         method=name,
         bytes_read=read,
         bytes_measured=0.75 * read,
         bytes_held=2 * read,
+        kl=Interval(kl, kl / 2, 2 * kl, 3),
+        kl_p99=Interval(10 * kl, 5 * kl, math.inf, 3),
+        tokens_before_difference=Interval(7.2, 3.4, 12.6, 3),
         perplexity=Interval(7.1234, 6.0, 8.0, 3),
         nats_lost=Interval(lost, lost - 0.05, lost + 0.05, 3),
         passkey=wilson(hits, 4),
@@ -35,7 +38,6 @@ def make_row(name, *, read, hits, lost=0.1):
         passkey_by_depth=((0.0, hits // 2, 2), (1.0, hits - hits // 2, 2)),
         multikey_by_depth=((0.0, 1, 2), (1.0, 0, 2)),
         top1_agreement=Interval(0.5, -math.inf, math.inf, 1),
-        kl=Interval(0.2, 0.1, 0.3, 3),
         output_error=Interval(0.0123, 0.01, 0.0146, 3),
         dropped_mass=Interval(0.00456, -math.inf, math.inf, 1),
         support=Interval(0.75, 0.7, 0.8, 3),
@@ -43,11 +45,11 @@ def make_row(name, *, read, hits, lost=0.1):
         full_steps=Interval(0.2, 0.2, 0.2, 3),
         tokens_per_second=1234.5,
         prefill_seconds=0.25,
-    )
+    )._replace(**more)
 
 
 ROWS = [
-    make_row("full", read=64 * 1024, hits=4),
+    make_row("full", read=64 * 1024, hits=4, kl=0.0),
     make_row("quest:budget=<32>", read=16 * 1024, hits=1),
 ]
 SETTINGS = {"context": 512, "new_tokens": 16, "examples": 4, "windows": 3, "batch": 2}
@@ -128,8 +130,8 @@ def test_the_page_holds_the_table_and_loads_nothing(page, results):
     reader = Reader()
     reader.feed(page)
     assert reader.loads == []
-    tables = report_table.table_rows(results), report_table.attention_rows(results)
-    assert reader.cells == [cell for table in tables for row in table for cell in row]
+    sheets = report_table.sheets(results)
+    assert reader.cells == [x for sheet in sheets for row in sheet.rows for x in row]
     assert reader.cells[-7:-4] == ["16.0 KiB", "12.0 KiB", "0.012 [0.01, 0.015]"]
     assert reader.cells[-4:] == ["0.0046", "75% [70, 80]", "12.5%", "20%"]
     assert "quest:budget=<32>" in reader.cells  # escaped, so it survives
@@ -137,31 +139,44 @@ def test_the_page_holds_the_table_and_loads_nothing(page, results):
 
 
 def test_the_tables_numbers(results):
-    full, quest = report_table.table_rows(results)
-    assert len(full) == len(quest) == len(report_table.HEADINGS)
-    assert full[4] == full[5] == full[9] == "-"
-    assert quest == [
-        "quest:budget=<32>",
-        "16.0 KiB",
-        "32.0 KiB",
-        "7.123",
-        "+0.100 ±0.050",
-        "0.2",
-        "25% [5, 70]",
-        "75% [30, 95]",
-        "35% [20, 50]",
-        "50%",
-        "1,234",
-        "0.25",
-    ]
+    predicted, answered, attention = report_table.sheets(results)
+    assert dict(zip(predicted.headings, predicted.rows[0], strict=True)) == {
+        **dict.fromkeys(predicted.headings, "-"),
+        "method": "full",
+        "read / token": "64.0 KiB",
+        "held": "128 KiB",
+        "perplexity": "7.123",
+    }
+    assert dict(zip(predicted.headings, predicted.rows[1], strict=True)) == {
+        "method": "quest:budget=<32>",
+        "read / token": "16.0 KiB",
+        "held": "32.0 KiB",
+        "KL": "0.2 [0.1, 0.4]",
+        "KL p99": "2 [1, ∞)",
+        "top-1": "50%",
+        "same tokens": "7 [3, 13]",
+        "perplexity": "7.123",
+        "nats lost": "+0.100 ±0.050",
+    }
+    headings = list(predicted.headings)
+    kl_first = ["KL", "KL p99", "top-1", "same tokens", "perplexity"]
+    assert headings[3:8] == kl_first
+    assert dict(zip(answered.headings, answered.rows[1], strict=True)) == {
+        "method": "quest:budget=<32>",
+        "read / token": "16.0 KiB",
+        "passkey": "25% [5, 70]",
+        "multi-key": "75% [30, 95]",
+        "chain": "35% [20, 50]",
+        "tokens/s": "1,234",
+        "prefill s": "0.25",
+    }
+    assert len(attention.headings) == len(attention.rows[1]) == 8
 
 
 def test_figures_are_svg_that_parses_and_shows_every_method(results):
-    for figure in (
-        compare.scatter(results),
-        compare.scatter(results, is_narrow=True),
-        compare.needles(results),
-    ):
+    layouts = compare.BROAD, compare.NARROW, compare.COLUMN
+    scatters = [compare.scatter(results, layout=layout) for layout in layouts]
+    for figure in (*scatters, compare.needles(results)):
         text = pictures.svg(figure)
         root = ElementTree.fromstring(text)
         assert root.tag.endswith("svg")
@@ -189,7 +204,7 @@ def test_the_heat_map_shows_the_counts_at_their_depths(results):
 
 
 def test_the_scatter_has_each_method_at_its_bytes_and_accuracy(results):
-    axes = compare.scatter(results).axes
+    axes = compare.scatter(results, compare.answered(results)).axes
     points = [
         [tuple(map(float, bars[0].get_xydata()[0])) for bars in axis.containers]
         for axis in axes
@@ -201,13 +216,13 @@ def test_the_scatter_has_each_method_at_its_bytes_and_accuracy(results):
     ]
 
 
-def drawn(results, names, *, read=None, hits=2):
+def drawn(results, names, *, read=None, hits=2, layout=compare.BROAD):
     rows = [
         make_row(name, read=(read or [2**14] * len(names))[i], hits=hits)
         for i, name in enumerate(names)
     ]
     made = documents.results(rows, results["manifest"])
-    figure = compare.scatter(made)
+    figure = compare.scatter(made, layout=layout)
     figure.draw_without_rendering()
     return figure
 
@@ -218,12 +233,48 @@ def looks(figure):
     return [(line.get_color(), line.get_marker()) for line in bars]
 
 
+def test_a_comparison_of_an_earlier_format_has_the_columns_it_can(results):
+    old = {"kl_p99", "tokens_before_difference"}
+    rows = [
+        {name: value for name, value in row.items() if name not in old}
+        for row in results["rows"]
+    ]
+    sheets = report_table.sheets(results | {"rows": rows})
+    headings = sheets[0].headings
+    assert "KL" in headings
+    assert not {"KL p99", "same tokens"} & set(headings)
+    assert "p99" not in sheets[0].caption
+    assert html_page.html(results | {"rows": rows})
+
+
+def test_both_times_of_asking_have_columns_and_panels(results):
+    rows = [
+        make_row(name, read=2**14, hits=2, chain_after=wilson(1, 4))
+        for name in ("full", "quest")
+    ]
+    about = results["manifest"]
+    about = about | {"settings": about["settings"] | {"question": "both"}}
+    made = documents.results(rows, about)
+    answered = report_table.sheets(made)[1]
+    assert answered.headings[2:6] == ("passkey", "multi-key", "chain", "chain, after")
+    assert answered.rows[1][5] == "25% [5, 70]"
+    assert "after: they come once it has" in answered.caption
+    titles = [axis.get_title() for axis in compare.scatter(made).axes]
+    assert titles[1:] == [
+        *("pass key", "one key of many", "chain before a mistake"),
+        "chain before a mistake, after",
+    ]
+    assert made["pareto"]["chain_after"] == ["full", "quest"]
+
+
 def test_methods_differ_in_colour_and_shape_however_many(results):
     names = ["full", *(f"method_{i}:budget=64" for i in range(40))]
     figure = drawn(results, names)
     found = looks(figure)
     assert len(set(found)) == len(names)
-    assert len({colour for colour, _ in found[:19]}) == 19
+    assert len({colour for colour, _ in found[:9]}) == 9
+    hollow = [c[0].get_markerfacecolor() == "white" for c in figure.axes[0].containers]
+    assert hollow == [False] * 9 + ([True] * 8 + [False] * 8) * 2
     for (colour, marker), (after, shape) in itertools.pairwise(found):
         assert colour != after
         assert marker != shape
@@ -235,18 +286,22 @@ def test_a_line_goes_through_the_budgets_of_a_method(results):
     read = [2**16, 2**14, 2**13, 2**13, 2**14]
     figure = drawn(results, names, read=read)
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert labels == ["full", "quest", "h2o:budget=64", "quest:budget=128,page_size=8"]
+    assert labels == [
+        *("Pareto front", "full", "quest", "h2o at 64", "quest:page_size=8 at 128"),
+    ]
     _, quest, again, h2o, other = looks(figure)  # a method's rows by bytes
     assert quest == again
     assert len({quest, h2o, other}) == 3
-    (line,) = (line for line in figure.axes[0].lines if len(line.get_xdata()) == 2)
+    solid = [line for line in figure.axes[0].lines if line.get_linestyle() == "-"]
+    (line,) = (line for line in solid if len(line.get_xdata()) == 2)
     assert list(line.get_xdata()) == [8, 16]
     assert line.get_color() == quest[0]
 
 
-def test_markers_never_cover_each_other(results):
+@pytest.mark.parametrize("layout", [compare.BROAD, compare.NARROW])
+def test_markers_never_cover_each_other(results, layout):
     names = ["full", *(f"m{i}" for i in range(15))]
-    figure = drawn(results, names, hits=4)
+    figure = drawn(results, names, hits=4, layout=layout)
     for axis in figure.axes:
         lines = [container[0] for container in axis.containers]
         places = [
@@ -254,7 +309,7 @@ def test_markers_never_cover_each_other(results):
         ]
         points = [place * 72 / figure.dpi for place in places]
         nearest = min(math.dist(a, b) for a, b in itertools.combinations(points, 2))
-        assert nearest > compare.SIZE
+        assert nearest > layout.marker
         # Aside, not elsewhere: the value is where it was.
         assert len({tuple(line.get_xydata()[0]) for line in lines}) == 1
 
@@ -262,10 +317,14 @@ def test_markers_never_cover_each_other(results):
 def test_the_figure_is_saved_beside_the_report(tmp_path, results):
     html_page.write(tmp_path, results)
     begins = {"svg": b"<?xml", "pdf": b"%PDF-", "png": b"\x89PNG"}
-    for kind, begin in begins.items():
-        data = (tmp_path / f"accuracy-by-bytes.{kind}").read_bytes()
+    measures = {"accuracy": compare.answered(results), "kl": ["kl"]}
+    for (name, panels), (kind, begin) in itertools.product(
+        measures.items(), begins.items()
+    ):
+        data = (tmp_path / f"{name}-by-bytes.{kind}").read_bytes()
         assert data.startswith(begin)
-        assert data == pictures.drawn(compare.scatter(results), kind)
+        figure = compare.scatter(results, panels, layout=compare.COLUMN)
+        assert data == pictures.drawn(figure, kind)
     html_page.begin(tmp_path, results)
     assert os.listdir(tmp_path) == ["results.json"]
 
@@ -295,8 +354,8 @@ def test_both_files_are_written_and_replaced(tmp_path, results):
     assert page.read_text("utf-8").startswith("<!doctype html>")
     assert json.loads(data.read_text("utf-8")) == results
     names = {path.name for path in tmp_path.iterdir()}
-    assert {name for name in names if "accuracy" not in name} == {
-        *("report.html", "results.json")
+    assert {name for name in names if "-by-bytes." not in name} == {
+        *("report.html", "results.json", "results.csv", "results.parquet")
     }
     assert page.stat().st_mode & 0o777 == 0o644
 
@@ -316,9 +375,11 @@ def test_a_folder_is_tried_before_the_work(tmp_path):
 def test_the_terminal_table_has_every_cell(results, capsys):
     report_table.print_table(results)
     out = capsys.readouterr().out
-    for cell in report_table.table_rows(results)[1]:
-        assert cell in out
+    for sheet in report_table.sheets(results):
+        for cell in sheet.rows[1]:
+            assert cell in out
     said = " ".join(out.split())
+    assert "KL: quest:budget=<32>, full" in said  # who reads least for it
     assert "512 tokens" in said
     assert "links of 5" in said
 
@@ -378,3 +439,77 @@ def test_the_page_knows_narrow_screens_and_dark_ones(page):
     assert all(value.startswith("var(--") for value in named)
     # A long name breaks where its parts end.
     assert "quest:<wbr>budget=&lt;32&gt;" in page
+
+
+def linear(colour: str) -> np.ndarray:
+    """Red, green and blue of a hexadecimal colour as light."""
+    value = np.array([int(colour[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+    return np.where(value <= 0.04045, value / 12.92, ((value + 0.055) / 1.055) ** 2.4)
+
+
+# Machado, Oliveira and Fernandes 2009, severity 1, of linear light.
+SEEN = {
+    "by most": np.eye(3),
+    "without red cones": [
+        [0.152286, 1.052583, -0.204868],
+        [0.114503, 0.786281, 0.099216],
+        [-0.003882, -0.048116, 1.051998],
+    ],
+    "without green cones": [
+        [0.367322, 0.860646, -0.227968],
+        [0.280085, 0.672501, 0.047413],
+        [-0.011820, 0.042940, 0.968881],
+    ],
+}
+TO_XYZ = np.array(
+    [
+        [0.4124564, 0.3575761, 0.1804375],
+        [0.2126729, 0.7151522, 0.0721750],
+        [0.0193339, 0.1191920, 0.9503041],
+    ]
+)
+
+
+def lab(light: np.ndarray) -> np.ndarray:
+    """CIELAB of linear light, under D65."""
+    xyz = TO_XYZ @ np.clip(light, 0, 1) / TO_XYZ.sum(1)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    return np.array([116 * f[1] - 16, 500 * (f[0] - f[1]), 200 * (f[1] - f[2])])
+
+
+@pytest.mark.parametrize("eye", SEEN)
+def test_colours_are_apart_for_every_eye(eye):
+    colours = [*compare.COLOURS, compare.REFERENCE]
+    seen = {c: lab(np.array(SEEN[eye]) @ linear(c)) for c in colours}
+    for one, other in itertools.combinations(colours, 2):
+        assert np.linalg.norm(seen[one] - seen[other]) >= APART, (one, other)
+    white = lab(np.ones(3))
+    for colour in colours:  # and lines of them are seen on paper
+        assert np.linalg.norm(seen[colour] - white) >= 2 * APART, colour
+
+
+APART = 17.0  # in CIELAB; 2.3 is a just noticeable difference
+
+
+@pytest.mark.parametrize("count", [3, 17])
+def test_figures_of_a_column_can_be_read(results, count):
+    names = ["full", *(f"method_{i}:budget={b}" for i in range(count) for b in (64, 8))]
+    rows = [make_row(name, read=2**12 + 64 * i, hits=3) for i, name in enumerate(names)]
+    made = documents.results(rows, results["manifest"])
+    for measures in (["kl"], compare.answered(made)):
+        figure = compare.scatter(made, measures, layout=compare.COLUMN)
+        figure.draw_without_rendering()
+        width, height = figure.get_size_inches()
+        assert width == 3.3
+        assert height < 9
+        for text in figure.findobj(lambda x: hasattr(x, "get_fontsize")):
+            assert text.get_fontsize() >= 7 or not text.get_text(), text
+        box = figure.bbox
+        legend = figure.legends[0].get_window_extent()
+        assert legend.x0 >= box.x0 - 1
+        assert legend.x1 <= box.x1 + 1
+        for axis in figure.axes:
+            panel = axis.get_window_extent()
+            assert panel.width >= 70 * figure.dpi / 72
+            assert panel.height >= 45 * figure.dpi / 72
+            assert legend.y1 <= panel.y0

@@ -62,11 +62,9 @@ def test_a_comparison_is_whole(columns, capsys, monkeypatch):
     assert out.count("budget=128") == 1 + len(
         COMPARED["sections"]
     )  # once a table of its own
-    for found in (table.table_rows(COMPARED), table.attention_rows(COMPARED)):
-        names, _ = terminal.shared_options([row[0] for row in found])
-        assert "quest" in names
-        cells = [[name, *row[1:]] for name, row in zip(names, found, strict=True)]
-        check_whole(out, cells, columns)
+    for sheet in table.sheets(COMPARED):
+        assert "quest" in [row[0] for row in sheet.rows]
+        check_whole(out, sheet.rows, columns)
 
 
 @pytest.mark.parametrize("columns", WIDTHS)
