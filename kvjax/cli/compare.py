@@ -118,8 +118,8 @@ def compare(
     questions = questions_of(tasks)
     if question != "seen":
         own.check_contexts(questions)
-    files.check_writable(out)
     earlier.check_free(out, overwrite=overwrite, go_on=go_on)
+    files.check_writable(out)
     before = earlier.read(out) if go_on else []
     # Without a report that says which answers are whole, none could be kept.
     answers.check_free(save_answers, overwrite=overwrite, go_on=bool(before))

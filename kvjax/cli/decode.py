@@ -28,6 +28,7 @@ from kvjax.cli.options import (
 from kvjax.cli.prefix import Turn, resumed
 
 NEW_TOKENS = 128
+ONLY_SAMPLED = ("top_k", "top_p", "min_p")  # options that greedy decoding has no use of
 
 
 def generate(
@@ -107,6 +108,7 @@ def generate(
     from kvjax.decoding import timing
 
     asked = _asked(
+        chat=chat,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -163,12 +165,22 @@ def _turn(resume, save, chat, system, room, wanted) -> Turn:
     return _alone(first_messages(wanted["text"], chat, system), **wanted)
 
 
-def _asked(**options: Any) -> dict[str, Any]:
-    """The options of sampling that were asked for, checked."""
+def _asked(*, chat: bool, **options: Any) -> dict[str, Any]:
+    """The options of sampling that were asked for, checked.
+
+    A chat's temperature may be that of the checkpoint.
+    """
     from kvjax.decoding.sampling import Sampling, validate
 
     asked = {name: value for name, value in options.items() if value is not None}
     validate(Sampling(**asked))
+    greedy = asked.get("temperature", 0 if not chat else None) == 0
+    if greedy and (idle := [name for name in ONLY_SAMPLED if name in asked]):
+        option = "--" + idle[0].replace("_", "-")
+        raise ValueError(
+            f"{option} {asked[idle[0]]:g} changes nothing where decoding is greedy: "
+            "give --temperature above 0 too."
+        )
     return asked
 
 

@@ -26,8 +26,8 @@ arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arg
 may_fetch: contextvars.ContextVar[bool] = contextvars.ContextVar("yes", default=False)
 
 MODEL_HELP = (
-    "Folder, FILE.gguf or hub id of a Llama, or smollm2, or embedded-entmax; "
-    "embedded-softmax if left out."
+    "Folder, FILE.gguf or hub id of a Llama, or smollm2, embedded-entmax or "
+    "embedded-refreshkv; embedded-softmax if left out."
 )
 METHOD_HELP = (
     "Method and options, for example quest:budget=1024,page_size=16; one of yours is "

@@ -63,6 +63,11 @@ def stream(
         raise ValueError(f"{new_tokens=} must be at least 0.")
     sampling = Sampling(temperature=temperature, top_p=top_p)
     validate(sampling)
+    if not new_tokens and sampling != Sampling():
+        raise ValueError(
+            "--temperature and --top-p are of what the model goes on with: give "
+            "--new-tokens too."
+        )
     blocks = _blocks(text)
     first = next(blocks, b"")  # a file that is not there is known before the model
     language_model = load(model, dtype)

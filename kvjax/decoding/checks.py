@@ -109,6 +109,8 @@ def token_rows(
         ValueError: if it is no series of rows, or a row anything else; names the row.
     """
     rows = []
+    if tokenizer is None and isinstance(prompts, str):
+        raise TypeError("prompts are lists of token ids here, not a text: encode it.")
     for row, prompt in enumerate(rows_of(prompts)):
         if tokenizer is not None and isinstance(prompt, str):
             check_text(prompt, f"prompt {row}")

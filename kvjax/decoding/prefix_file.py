@@ -34,10 +34,10 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
     """
     path = pathlib.Path(folder) / ABOUT
     if not path.is_file():
-        raise FileNotFoundError(
-            f"{folder} holds no prefix ({ABOUT} is missing): make one with "
-            "kvjax prefill --save."
-        )
+        why = f"holds no prefix ({ABOUT} is missing)"
+        if not path.parent.is_dir():
+            why = "is a file" if path.parent.exists() else "does not exist"
+        raise FileNotFoundError(f"{folder} {why}: make a prefix with prefill --save.")
     try:
         found = json.loads(files.read_text(path))
         found_format, expected = found["format"], FORMATS[is_finished(found)]

@@ -42,8 +42,15 @@ def not_utf8(error: UnicodeDecodeError, end: int, name: object) -> ValueError:
 
 
 def read_text(path: str | pathlib.Path) -> str:
-    """The text of a UTF-8 file, as :func:`decode` has it."""
-    return decode(pathlib.Path(path).read_bytes(), path)
+    """The text of a UTF-8 file, as :func:`decode` has it.
+
+    Raises:
+        ValueError: if it is a folder, or not UTF-8.
+    """
+    path = pathlib.Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a UTF-8 file.")
+    return decode(path.read_bytes(), path)
 
 
 def located(name: str) -> str:

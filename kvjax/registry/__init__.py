@@ -131,8 +131,11 @@ def parse(spec: str, /, **defaults: int | float | bool | str) -> Method:
             transforms do not take them.
 
     Raises:
+        TypeError: if it is no text.
         ValueError: unknown method or option, or a value that does not fit.
     """
+    if not isinstance(spec, str):
+        raise TypeError(f"{spec=} must be text such as 'quest:budget=128'.")
     *outer, innermost = specs.parts(spec)
     name, given = _split(innermost)
     if is_transform(name):
@@ -377,7 +380,7 @@ def _convert(name: str, option: inspect.Parameter, text: str):
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name.lower(), known, n=1)
     if close:
         return f"; did you mean {close[0]!r}?"
     return f"; known: {', '.join(known) or 'none'}."

@@ -147,7 +147,12 @@ class HFTokenizer:
             takes_tools = asks and "tool_use" in self.chat_templates
             name = source or ("tool_use" if takes_tools else "default")
         if name not in self.chat_templates:
-            known = ", ".join(self.chat_templates) or "none: this is no chat model"
+            if not self.chat_templates:
+                raise ValueError(
+                    "the checkpoint has no chat template, this is no chat model: leave "
+                    "--chat out, or take another, as --model smollm2."
+                )
+            known = ", ".join(self.chat_templates)
             raise ValueError(f"no chat template {name!r}; the checkpoint has {known}.")
         return self.chat_templates[name]
 
