@@ -100,7 +100,7 @@ def text(args):
     truth = whole_keys(model, rows[:, :-1])
     for name, method in named(args).items():
         start = time.perf_counter()
-        states, _, recent, _ = prefill(
+        states, _, recent, *_ = prefill(
             model,
             method,
             [row[:before] for row in windows],

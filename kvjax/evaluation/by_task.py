@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from kvjax.evaluation import compare_runs, statistics
-from kvjax.evaluation.tasks.ruler.examples import Kind, Matched
+from kvjax.evaluation.tasks.ruler.fitting import Kind, Matched
 from kvjax.interface import LanguageModel, Method
 
 # (number of the example, the example, what was generated)

@@ -30,7 +30,7 @@ from kvjax.evaluation.tasks import (
 )
 from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.evaluation.tasks.own import Question
-from kvjax.evaluation.tasks.ruler.examples import Matched
+from kvjax.evaluation.tasks.ruler.fitting import Matched
 from kvjax.evaluation.tasks.ruler.texts import Texts
 from kvjax.interface import LanguageModel, Method
 

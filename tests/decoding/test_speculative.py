@@ -40,7 +40,7 @@ def test_greedy_verification_is_sequential_greedy_decoding():
         "dense_layers:first=1+retro:window=3+quest:budget=4,page_size=4"
     )
     room = NEW + 2 * DRAFT
-    states, hidden, recent, _ = prefill(model, method, prompts, max_new_tokens=room)
+    states, hidden, recent, *_ = prefill(model, method, prompts, max_new_tokens=room)
 
     @jax.jit
     def turn(params, states, recent, newest, poor):

@@ -56,7 +56,7 @@ def test_wrong_answers_are_what_scores_lack(monkeypatch):
         assert (model, methods, asked) == (MODEL, [FULL], examples)
         assert options["batch"] == 3
         assert options["new_tokens"] == max(one.answer_tokens for one in examples)
-        return [calibrate.compare_runs.Retrieval([1.0, 0.0, 0.25], [""] * 3, [])]
+        return [calibrate.compare_runs.Retrieval([1.0, 0.0, 0.25], [""] * 3)]
 
     monkeypatch.setattr(calibrate.compare_runs, "retrieve", retrieve)
     found = calibrate.wrong_answers(MODEL, FULL, examples)

@@ -140,7 +140,9 @@ def test_teacher_forcing_feeds_the_given_tokens():
     model, full = any_model(), kvjax.full()
     tokens = np.random.default_rng(0).integers(0, 256, (2, 12)).astype(np.int32)
     two = dense.windowed(full, 2)
-    states, _, recent, _ = prefill(model, two, tokens[:, :9].tolist(), max_new_tokens=4)
+    states, _, recent, *_ = prefill(
+        model, two, tokens[:, :9].tolist(), max_new_tokens=4
+    )
     states = fidelity.teacher_forced(
         model.decoder, two, model.params, states, tokens[:, 9:], recent
     )

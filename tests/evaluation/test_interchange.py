@@ -6,7 +6,7 @@ import pytest
 from tiny import ByteTokenizer, byte_tokenizer
 
 from kvjax.evaluation.tasks import interchange, ruler
-from kvjax.evaluation.tasks.ruler.examples import Kind
+from kvjax.evaluation.tasks.ruler.fitting import Kind
 
 BYTES = ByteTokenizer()
 COLUMNS = ["context", "question", "answer_prefix", "answer", "task", "max_new_tokens"]

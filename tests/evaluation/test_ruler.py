@@ -12,7 +12,7 @@ from tiny import ByteTokenizer, byte_tokenizer
 
 from kvjax.evaluation.tasks import ruler
 from kvjax.evaluation.tasks.ruler import facts, niah, texts, vocabulary
-from kvjax.evaluation.tasks.ruler.examples import Kind, Parts, largest, prompted
+from kvjax.evaluation.tasks.ruler.fitting import Kind, Parts, largest, prompted
 
 BYTES = ByteTokenizer()
 NEEDLE = re.compile(r"One of the special magic (\w+) for (\S+) is: (\S+)\.")

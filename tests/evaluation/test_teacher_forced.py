@@ -77,6 +77,7 @@ class Reply:
     def __init__(self, text, answer):
         self.text, self.answer = text, answer
         self.prompt = Characters().encode(text)
+        self.asked_at = len(text)  # there is no question
         self.answer_tokens = len(answer)
 
     def score(self, generated):

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from kvjax import files
-from kvjax.evaluation.tasks.ruler.examples import Kind, Matched, Parts, prompted
+from kvjax.evaluation.tasks.ruler.fitting import Kind, Matched, Parts, prompted
 from kvjax.interface import Tokenizer
 
 COLUMNS = (

@@ -12,7 +12,7 @@ import numpy as np
 
 from kvjax.evaluation.tasks import haystack
 from kvjax.evaluation.tasks.ruler import facts
-from kvjax.evaluation.tasks.ruler.examples import largest
+from kvjax.evaluation.tasks.ruler.fitting import largest
 from kvjax.interface import Tokenizer
 from kvjax.text import encoding
 

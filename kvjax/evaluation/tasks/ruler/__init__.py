@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from kvjax.evaluation.tasks.ruler import counting, niah, qa, texts, variables
-from kvjax.evaluation.tasks.ruler.examples import (
+from kvjax.evaluation.tasks.ruler.fitting import (
     Kind,
     Matched,
     Parts,

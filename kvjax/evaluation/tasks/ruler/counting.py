@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvjax.evaluation.tasks.ruler import vocabulary
-from kvjax.evaluation.tasks.ruler.examples import Parts, unused
+from kvjax.evaluation.tasks.ruler.fitting import Parts, unused
 
 COMMON = 10  # words that are asked for
 COMMON_REPLY = 120

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvjax.evaluation.tasks.ruler import vocabulary
-from kvjax.evaluation.tasks.ruler.examples import Parts, unused
+from kvjax.evaluation.tasks.ruler.fitting import Parts, unused
 
 NOISE = (
     "The grass is green. The sky is blue. The sun is yellow. Here we go. There and "

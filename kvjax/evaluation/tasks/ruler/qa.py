@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvjax.evaluation.tasks.ruler.examples import Parts
+from kvjax.evaluation.tasks.ruler.fitting import Parts
 
 REPLY = 32
 _ASKS = (

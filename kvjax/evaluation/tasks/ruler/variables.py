@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from kvjax.evaluation.tasks.ruler.examples import Parts, largest, unused
+from kvjax.evaluation.tasks.ruler.fitting import Parts, largest, unused
 from kvjax.evaluation.tasks.ruler.niah import NOISE, inserted
 from kvjax.interface import Tokenizer
 from kvjax.text import encoding
