@@ -71,10 +71,15 @@ SHORTER = {
 
 
 def commands(page: pathlib.Path) -> list[str]:
-    """The lines of a page's shell blocks, in their order, but for `ELSEWHERE`."""
+    """The lines of a page's shell blocks, in their order.
+
+    But for `ELSEWHERE`, and for what the README shows too: test_readme.py runs that.
+    """
+    readme = (ROOT / "README.md").read_text("utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
     lines = [line for block in blocks for line in block.strip().splitlines()]
-    return [line for line in lines if not line.startswith(ELSEWHERE)]
+    lines = [line for line in lines if not line.startswith(ELSEWHERE)]
+    return [line for line in lines if line not in readme]
 
 
 def python_of(page: pathlib.Path) -> list[str]:
