@@ -65,6 +65,26 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
+def pytest_collection_finish():
+    pass_over_what_stays()
+
+
+def pass_over_what_stays():
+    """Has the search for garbage skip what is imported or compiled by now.
+
+    A comparison searches whenever it drops programs: late in a worker's life, through
+    those of thousands of tests.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_a_module_leaves():
+    yield
+    pass_over_what_stays()
+
+
 @pytest.fixture(autouse=True)
 def poisoned_buffers(monkeypatch):
     """Every slot that was never written holds a huge number."""

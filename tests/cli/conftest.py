@@ -35,6 +35,12 @@ def own_cache(tmp_path, monkeypatch):
         jax.config.update(name, value)
 
 
+@pytest.fixture(autouse=True)
+def undrawn_figures(monkeypatch):
+    """Reports have empty figures here: tests/report draws them, shown commands too."""
+    monkeypatch.setattr("kvjax.report.pictures.drawn", lambda *_, **__: b"<svg></svg>")
+
+
 @pytest.fixture
 def run(capsys):
     """Runs a command and returns what it prints; it must succeed."""
