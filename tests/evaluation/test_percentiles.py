@@ -3,6 +3,7 @@
 Coverage is counted over draws whose percentile is known in closed form.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -85,6 +86,22 @@ def test_windows_that_are_alike_count_as_one_sample_each():
     expected = order_statistics(range(20), 0.5)
     assert found.low <= expected[0]
     assert found.high >= expected[1]
+
+
+def test_few_windows_know_little_of_how_much_they_vary():
+    """By their variance four of them are 72 independent tokens, by Student's t 27."""
+    up_to, others = iter(range(72)), iter(range(100, 108))
+    samples = [
+        [*itertools.islice(up_to, count), *itertools.islice(others, 20 - count)]
+        for count in (16, 18, 19, 19)  # shares of mean .9, of variance .005
+    ]
+    independent = 0.9 * 0.1 / (0.005 / 4) * (1.959964 / 3.182446) ** 2
+    assert int(independent) == 27
+    last, end = order_statistics(range(27), 0.9)
+    found = percentile_interval(samples, share=0.9)
+    assert found.mean == 71
+    assert found.low == math.ceil((last + 1) / 27 * 80) - 1
+    assert found.high == end == math.inf
 
 
 def test_counts_stay_in_their_range():
