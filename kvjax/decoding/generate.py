@@ -201,9 +201,8 @@ def go_on(
     keys = None if sampling.temperature is None else row_keys(options.seed, batch)
     seen = None if sampling.repetition_penalty is None else seen
     given = keys, sampling, eos_array
-    fed = np.zeros(
-        batch, np.int32
-    )  # of each row's tokens, those that it did not choose
+    # Of each row's tokens, how many it did not choose.
+    fed = np.zeros(batch, np.int32)
     if forced is not None:
         given, fed = (*given, *forced), forced.lengths
     most = options.max_new_tokens + int(fed.max())
