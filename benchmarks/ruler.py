@@ -1,17 +1,20 @@
-"""RULER's thirteen tasks under every method, a row at a time, over hours or days.
+"""RULER's thirteen tasks under every method, a task at a time, over hours or days.
 
     python benchmarks/ruler.py --out FOLDER
+    python benchmarks/ruler.py --out FOLDER --known benchmarks/results/DAY-ruler.json
     python benchmarks/ruler.py --out FOLDER --json benchmarks/results/DAY-ruler.json
 
 A row is a task under a method at a context, asked before the method chooses (seen) or
-after. Rows are added to FOLDER/rows.jsonl as they are measured; killed at any moment,
-the same command goes on. The first rows tell most: full attention at 2K, then methods
-at a quarter of the cache asked after, and so on; --dry-run lists them. --json gathers
-what is there, and measures nothing.
+after. Methods of exact prompts read a task's prompts together. Rows are added to
+FOLDER/rows.jsonl as they are measured; killed at any moment, the same command goes on.
+The first rows tell most: full attention at 2K, then methods at a quarter of the cache
+asked after, and so on; --dry-run lists them. --known takes rows that were gathered
+before; --json gathers what is there, and measures nothing.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -21,9 +24,10 @@ import time
 import jax
 
 import models
-from kvjax import files, registry
+from kvjax import accounting, files, registry
 from kvjax.cli.options import keep_compiled_code, share_heaps, with_budget
-from kvjax.evaluation import compare_runs, statistics
+from kvjax.evaluation import compare as comparison
+from kvjax.evaluation import compare_inputs, compare_runs, statistics
 from kvjax.evaluation.tasks import ruler
 from kvjax.evaluation.tasks.ruler import texts
 from models import published
@@ -34,7 +38,14 @@ TASKS = (*FIRST, *(task for task in ruler.TASKS if task not in FIRST))
 # Those that a table needs most.
 METHODS = ("snapkv", "random", "streaming_llm", "keydiff", "expected_attention")
 
-TRANSFORMED = ("retro+quest", "head_budgets+snapkv", "layer_budgets+snapkv")
+TRANSFORMED = (
+    "retro+quest",
+    "head_budgets+snapkv",
+    "layer_budgets+snapkv",
+    "decode_eviction+snapkv",
+)
+CHUNK = 512  # prompt tokens at once
+LONGEST = 128  # tokens of an answer, of any task; no question is longer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +118,12 @@ def known(path):
     return found
 
 
+def gathered(path):
+    """The rows of a document, by key; none without one."""
+    rows = [] if path is None else json.loads(files.read_text(path))["rows"]
+    return {row["key"]: row for row in rows}
+
+
 def append(path, row):
     """Adds a line in one write, which is on the disk when this returns."""
     data = (json.dumps(files.json_ready(row)) + "\n").encode()
@@ -118,38 +135,86 @@ def append(path, row):
         os.close(place)
 
 
-def measure(model, row, source, args):
-    """One row, ready for JSON."""
+def groups(decoder, rows, args):
+    """Yields rows of one task and protocol whose methods read their prompts together.
+
+    All tasks of some methods follow each other: they share what is compiled.
+    """
+
+    def of_methods(row):
+        return row.context, row.question, row.n
+
+    for (context, _, n), part in itertools.groupby(rows, of_methods):
+        part = list(part)
+        settings = compare_inputs.Settings(
+            context=context, new_tokens=LONGEST, batch=min(args.batch, n)
+        )
+        methods = {row.method: registry.parse(row.method) for row in part}
+        full = registry.parse("full")
+        room = int(args.room * 1e9)
+        for names in comparison.groups(decoder, methods, full, settings, room):
+            of_names = [row for row in part if row.method in names]
+            for task in TASKS:
+                together = [row for row in of_names if row.task == task]
+                if together:
+                    yield together
+
+
+def answerable(decoder, rows):
+    """The rows whose methods hold these shapes, and a row of the reason for others."""
+    errors = {}
+    for spec, context in {(row.method, row.context): None for row in rows}:
+        try:
+            accounting.bytes_read(registry.parse(spec), decoder, context, LONGEST)
+        except ValueError as error:
+            errors[spec, context] = str(error)
+    fit = [row for row in rows if (row.method, row.context) not in errors]
+    said = [
+        {"key": row.key} | dataclasses.asdict(row) | {"error": error}
+        for row in rows
+        if (error := errors.get((row.method, row.context)))
+    ]
+    return fit, said
+
+
+def measure(model, rows, source, args):
+    """The rows of a group, ready for JSON."""
     start = time.perf_counter()
+    first = rows[0]
     examples = ruler.examples(
-        row.task,
+        first.task,
         model.tokenizer,
-        context=row.context,
-        n=row.n,
+        context=first.context,
+        n=first.n,
         seed=args.seed,
         source=source,
         is_chat=args.chat,
     )
-    (replies,) = compare_runs.retrieve(
+    replies = compare_runs.retrieve(
         model,
-        [registry.parse(row.method)],
+        [registry.parse(row.method) for row in rows],
         examples,
         new_tokens=examples[0].answer_tokens,
-        batch=min(args.batch, row.n),
-        chunk_size=512,
-        question=row.question,
+        batch=min(args.batch, first.n),
+        chunk_size=CHUNK,
+        # One size for all tasks: they share what is compiled.
+        longest=first.context,
+        room=2 * LONGEST,
+        question=first.question,
     )
-    interval = statistics.share_interval(replies.scores)
-    return (
+    seconds = round((time.perf_counter() - start) / len(rows), 1)
+    return [
         {"key": row.key}
         | dataclasses.asdict(row)
         | {
-            "string_match": interval._asdict(),
-            "scores": replies.scores,
+            "string_match": statistics.share_interval(reply.scores)._asdict(),
+            "scores": reply.scores,
             "prompt_tokens": [len(x.prompt) for x in examples],
-            "seconds": round(time.perf_counter() - start, 1),
+            "seconds": seconds,
+            "read_together": len(rows),
         }
-    )
+        for row, reply in zip(rows, replies, strict=True)
+    ]
 
 
 def gather(found, args):
@@ -176,22 +241,24 @@ def main(argv=None):
     parser.add_argument("--context", type=int, default=2048, help="of the methods")
     parser.add_argument("--n", type=int, default=20, help="of full; others get half")
     parser.add_argument("--batch", type=int, default=5, help="rows together")
+    parser.add_argument("--room", type=float, default=3.0, help="GB of states together")
+    parser.add_argument("--known", type=pathlib.Path, help="rows gathered before")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ruler-text", default="shipped", choices=texts.SOURCES)
     parser.add_argument("--chat", action="store_true", help="in the chat template")
-    parser.add_argument("--rows", type=int, help="measure so many and stop")
+    parser.add_argument("--groups", type=int, help="measure so many and stop")
     parser.add_argument("--dry-run", action="store_true", help="list the rows")
     args = parser.parse_args(argv)
     path = args.out / "rows.jsonl"
-    found = known(path)
+    found = gathered(args.known) | known(path)
     if args.json is not None:
         text = json.dumps(gather(found, args), indent=1) + "\n"
         files.write_text(args.json, text)
         return
     share_heaps()
     keep_compiled_code()
-    alpha = models.load_decoder(args.model, dtype="float32").alpha
-    missing = [row for row in planned(alpha, args) if row.key not in found]
+    decoder = models.load_decoder(args.model, dtype="float32")
+    missing = [row for row in planned(decoder.alpha, args) if row.key not in found]
     if args.dry_run:
         print("\n".join(row.key for row in missing))
         return
@@ -200,20 +267,20 @@ def main(argv=None):
     source = texts.shipped()
     if args.ruler_text == "published":
         source = texts.published(published.path("ruler"))
-    last = None
-    for number, row in enumerate(missing[: args.rows], 1):
-        if last not in (None, row.method):
+    fit, said = answerable(decoder, missing)
+    for row in said:
+        append(path, row)
+    last, done = None, len(said)
+    for rows in itertools.islice(groups(decoder, fit, args), args.groups):
+        names = [row.method for row in rows], rows[0].question
+        if last not in (None, names):
             compare_runs.drop_programs()
-        last = row.method
-        try:
-            measured = measure(model, row, source, args)
-        except ValueError as error:  # a method that does not fit: said once, gone on
-            measured = (
-                {"key": row.key} | dataclasses.asdict(row) | {"error": str(error)}
-            )
-        append(path, measured)
-        mean = measured["string_match"]["mean"] if "scores" in measured else "-"
-        print(f"{number}/{len(missing)} {row.key}: {mean}", file=sys.stderr, flush=True)
+        last = names
+        for row in measure(model, rows, source, args):
+            append(path, row)
+            done += 1
+            line = f"{done}/{len(missing)} {row['key']}: {row['string_match']['mean']}"
+            print(f"{line} ({row['seconds']} s)", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

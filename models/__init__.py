@@ -221,6 +221,11 @@ def _resolve(name: str | Path, patterns: Sequence[str] = _HUB_FILES) -> Path:
     hub_id, _, revision = str(name).partition("@")
     if directory.exists() or not _is_hub_id(hub_id):
         known = ", ".join((*embedded.names(), *published.MODELS))
+        if directory.is_file():
+            raise ValueError(
+                f"{name} is a file that does not end in .gguf: give the folder of a "
+                "checkpoint in the Hugging Face layout, or a GGUF file."
+            )
         raise FileNotFoundError(
             f"{name} is no directory, and no hub id of the form owner/model; models "
             f"known by name: {known}."

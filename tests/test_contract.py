@@ -211,6 +211,9 @@ def test_the_first_check_that_fails_ends_it():
         check_method(idle)
 
 
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_an_option_that_is_not_there_is_refused():
     with pytest.raises(ValueError, match="tova has no option bugdet; known: budget"):
         check_method(kvjax.tova, bugdet=4)
+    with pytest.raises(TypeError, match="3 is no factory, but of type int; give a fun"):
+        check_method(3)

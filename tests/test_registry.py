@@ -3,10 +3,11 @@
 import inspect
 import sys
 
+import numpy as np
 import pytest
 
 from kvjax import registry
-from kvjax.interface import CacheSpec, Method
+from kvjax.interface import RECIPES, CacheSpec, Method
 from kvjax.rope import Rope
 
 SPEC = CacheSpec(1, 4, 2, 8, 4096, "float32", Rope(8), layer=3)
@@ -100,6 +101,52 @@ def test_a_canonical_spec_says_everything_and_is_its_own(name):
     for part, full in parts:
         options = [item.partition("=")[0] for item in full.partition(":")[2].split(",")]
         assert [o for o in options if o] == list(registry.options(part))
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_a_factory_that_is_called_shows_a_spec_of_the_same_method(name):
+    factory = registry.get(name)
+    shown = repr(factory())
+    options = RECIPES[registry.parse(shown[8:-2])].options
+    assert options.keys() == registry.options(name).keys()
+    assert repr(factory(**options)) == shown
+
+
+def test_a_transform_that_is_called_shows_what_it_is_around():
+    inner = registry.get("quest")(budget=64, page_size=32)
+    shown = repr(registry.get("retro")(inner, window=3))[8:-2]
+    expected = registry.canonical("retro:window=3+quest:budget=64,page_size=32")
+    assert registry.canonical(shown) == expected
+
+
+NUMBERS = [
+    (name, option.name)
+    for name in registry.every()
+    for option in registry.options(name).values()
+    if type(option.default) in (int, float)
+]
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(("name", "option"), NUMBERS)
+def test_a_number_of_another_type_is_refused_when_called(name, option):
+    methods = [registry.get("quest")()] * (2 if name == "dense_layers" else 1)
+    methods *= registry.is_transform(name)
+    parameter = registry.options(name)[option]
+    default = parameter.default
+    wrong = ["64", True, [default]] + [float(default)] * isinstance(default, int)
+    wrong += [None] * (parameter.annotation in (int, float))
+    for value in wrong:
+        with pytest.raises(ValueError, match=f"^{name}: {option}=.* must be of type"):
+            registry.get(name)(*methods, **{option: value})
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_numbers_of_numpy_are_numbers():
+    quest = registry.get("quest")
+    method = quest(budget=np.int64(64), budget_ratio=np.float32(0.5))
+    assert method.traffic(SPEC, 64) == quest(budget=64).traffic(SPEC, 64)
+    assert method.traffic(SPEC, 4096).kv == 2 * 2 * 2048 * 8 * 4
 
 
 def test_equal_methods_have_one_canonical_spec():
@@ -260,6 +307,11 @@ def test_what_cannot_be_registered_is_refused():
     with pytest.raises(TypeError, match="its argument 'budget' must be keyword-only"):
         registry.register(other)
     assert "other" not in registry.names()
+
+    def text(*, budget: int = 64) -> str: ...
+
+    with pytest.raises(TypeError, match="text is no factory of methods: it returns st"):
+        registry.register(text)
 
 
 # --- entry points of installed packages

@@ -461,12 +461,15 @@ def _methods(
     given: Sequence[str], context: int, budgets: Sequence[int]
 ) -> dict[str, kvjax.Method]:
     """Methods by their full spec strings, `full` first, then each at every budget."""
+    positive(context=context)
+    is_used = not given or any(with_budget(spec, 1) != spec for spec in given)
     for budget in budgets:
-        positive(context=context, budget=budget)
-        if budget >= context:
+        positive(budget=budget)
+        if is_used and budget >= context:
             raise ValueError(
-                f"{budget=} must be below {context=}: otherwise nothing is left out "
-                "and every method is exact."
+                f"--budget {budget} must be below --context {context}: otherwise "
+                "nothing is left out and every method is exact. A quarter would be "
+                f"--budget {max(context // 4, 1)}."
             )
     parsed = {"full": registry.parse("full")}
     for spec, budget in itertools.product(given, budgets):

@@ -269,7 +269,10 @@ def score(
     method: MethodOption = "full",
     prefill: Annotated[
         int | None,
-        typer.Option(help="Tokens read as the prompt; all but the last 256, or half."),
+        typer.Option(
+            help="Tokens read as the prompt; if left out, all but the last 256, and of "
+            "fewer than 512 the first half."
+        ),
     ] = None,
     chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
     dtype: DtypeOption = None,

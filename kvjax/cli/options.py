@@ -40,7 +40,11 @@ YesOption = Annotated[
 ]
 DtypeOption = Annotated[
     str | None,
-    typer.Option("--dtype", help="Of weights and cache; on CPU float32 if left out."),
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16, of weights and cache; if left out, the "
+        "checkpoint's own, and on a CPU float32.",
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.")

@@ -50,7 +50,6 @@ def feed(
         wanted: the tokens; where one is `CHOOSE`, greedy decoding chooses.
         watch: what to keep of each step; one object for many calls.
         return_logits: also return the logits of each token, also of the first.
-        return_logits: also return the logits of each token, also of the first.
     """
     decoder, params = model.decoder, model.params
     rule, (batch, count) = _rule(watch, return_logits), wanted.shape

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import (
     CacheSpec,
     Diagnostics,
@@ -66,6 +67,7 @@ class Shifted:
         return self.rope(x, positions + self.by[:, None], length)
 
 
+@typed
 @softmax_only
 def decode_eviction(method: Method, *, every: int = 64) -> Method:
     """Evicts generated tokens too: every so many, the most important ones stay.

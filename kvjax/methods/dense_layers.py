@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from jaxtyping import Array, Float, Int
 
 from kvjax import dense as dense_attention
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, Traffic
 
 
@@ -24,6 +25,7 @@ class Sparse(NamedTuple):
 Layer = Dense | Sparse
 
 
+@typed
 def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     """Uses `dense` in the first layers and `method` in the rest.
 

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from kvjax import files
 from kvjax.attention import choices
 from kvjax.attention.partials import Partial, merge, softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_attention
@@ -63,6 +64,7 @@ class Options:
         return self.budget - self.num_sinks
 
 
+@typed
 @softmax_only
 def duo(
     method: Method,

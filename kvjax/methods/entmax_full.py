@@ -6,11 +6,13 @@ from typing import Any
 
 from kvjax import dense
 from kvjax.attention.partials import mark_attention
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method
 from kvjax.stores.contiguous import Contiguous, contiguous
 from pallas_kernels.entmax import check_alpha
 
 
+@typed
 def entmax_full(*, alpha: float | None = None) -> Method:
     """Keeps every key and value; entmax over all of them, of the model's alpha or any.
 

@@ -10,6 +10,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import contiguous, kept_prompt, step
 
@@ -44,6 +45,7 @@ class Options:
             raise ValueError(f"{epsilon=} must be at least 0 and finite.")
 
 
+@typed
 @softmax_only
 def expected_attention(
     *,

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only, weighted_attention
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, kept_slots, step
 from pallas_kernels.received_attention import received_attention
@@ -47,6 +48,7 @@ class Options:
         selection.check_reduce(group_reduce=self.group_reduce)
 
 
+@typed
 @softmax_only
 def h2o(
     *,

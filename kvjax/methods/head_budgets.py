@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import Partial, softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import (
     CacheSpec,
     Diagnostics,
@@ -46,6 +47,7 @@ class Options:
     alpha: float
 
 
+@typed
 @softmax_only
 def head_budgets(method: Method, *, alpha: float = 0.2) -> Method:
     """Shares one budget among the KV heads of a layer, by importance (AdaKV).

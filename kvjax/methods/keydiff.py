@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import kept_prompt
 
 
+@typed
 @softmax_only
 def keydiff(*, budget: int = 1024) -> Method:
     """Keeps the prompt tokens whose keys differ most from the mean, and later tokens.

@@ -6,10 +6,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import kept_prompt
 
 
+@typed
 @softmax_only
 def knorm(*, budget: int = 1024) -> Method:
     """Keeps the prompt tokens whose keys are shortest, and all later tokens.

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 from jaxtyping import Array, Float, Int
 
+from kvjax.attention.typed import typed
 from kvjax.interface import (
     RECIPES,
     CacheSpec,
@@ -114,6 +115,7 @@ class Listed:
 Plan = Pyramid | Listed
 
 
+@typed
 def layer_budgets(
     method: Method | Sequence[Method], *, beta: float = 20.0, budgets: str = ""
 ) -> Method:

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from kvjax import dense
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_logits
@@ -31,6 +32,7 @@ class Options:
             raise ValueError(f"{per=} must be 'kv' or 'query'.")
 
 
+@typed
 @softmax_only
 def oracle_topk(*, budget: int = 1024, per: Literal["kv", "query"] = "kv") -> Method:
     """Reads every key to find the tokens with most attention, then uses only those.

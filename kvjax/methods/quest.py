@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, paged, step
 from pallas_kernels.page_attention import page_attention
@@ -55,6 +56,7 @@ class Options:
         return max(self.budget, int(share)) // self.page_size
 
 
+@typed
 @softmax_only
 def quest(
     *,

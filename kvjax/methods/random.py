@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import contiguous, kept_prompt, step
 
@@ -46,6 +47,7 @@ class Options:
             raise ValueError(f"{seed=} must be in [0, {LARGEST_SEED}].")
 
 
+@typed
 @softmax_only
 def random(
     *, budget: int = 1024, num_sinks: int = 4, window: int = 32, seed: int = 0

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import buffers, contiguous, kept_prompt, step
 from pallas_kernels.decode_attention import decode_attention
@@ -43,6 +44,7 @@ class Options:
         selection.check_reduce(pooling=self.pooling, group_reduce=self.group_reduce)
 
 
+@typed
 @softmax_only
 def snapkv(
     *,

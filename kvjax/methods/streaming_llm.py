@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial, merge, softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, step
 from pallas_kernels.decode_attention import decode_attention
@@ -46,6 +47,7 @@ class Options:
         return self.budget - self.num_sinks
 
 
+@typed
 @softmax_only
 def streaming_llm(*, budget: int = 1024, num_sinks: int = 4) -> Method:
     """Keeps the first few tokens and the newest ones; forgets what lies between.

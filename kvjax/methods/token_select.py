@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_attention, decode_logits
@@ -65,6 +66,7 @@ class Options:
         return Parts(sinks, min(chosen, spec.capacity - sinks - newest), newest)
 
 
+@typed
 @softmax_only
 def token_select(
     *,

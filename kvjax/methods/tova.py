@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only, weighted_attention
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, kept_slots, step
 from pallas_kernels.decode_attention import decode_logits
@@ -28,6 +29,7 @@ class TovaState(NamedTuple):
     weights: Float[Array, "B 1 N"]  # the newest query's, averaged over the heads
 
 
+@typed
 @softmax_only
 def tova(*, budget: int = 1024) -> Method:
     """Drops, when full, the token to which the newest query attends least.

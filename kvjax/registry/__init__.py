@@ -76,7 +76,7 @@ def register(factory: Factory) -> Factory:
         ValueError: if the name is one of kvjax's own.
     """
     name = getattr(factory, "__name__", repr(factory))
-    _check_factory(factory, name)
+    check_factory(factory, name)
     if not name.isidentifier():
         raise TypeError(f"a factory called {name!r} has no name to be known by.")
     if name in _BUILT_IN:
@@ -266,22 +266,30 @@ def _imported(module: str, attribute: str) -> Callable[..., Method]:
         hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"module {module!r} has no {attribute!r}{hint}")
     try:
-        _check_factory(factory, name)
+        check_factory(factory, name)
     except TypeError as error:
         raise ValueError(str(error)) from error
     return factory
 
 
-def _check_factory(factory: object, name: str) -> None:
-    """Raises TypeError unless its arguments are those of a factory of methods."""
+def check_factory(factory: object, name: str) -> None:
+    """Raises TypeError unless it can be a factory of methods, as far as it says."""
     wanted = "a function of keyword-only options that returns a kvjax.Method"
     if not callable(factory) or inspect.isclass(factory):
         raise TypeError(f"{name} is no factory, but {_kind(factory)}; give {wanted}.")
     try:
-        parameters = _signature(factory).parameters.values()
+        signature = _signature(factory)
     except (ValueError, NameError) as error:
         raise TypeError(f"{name} is no factory: {error}; give {wanted}.") from error
-    for p in parameters:
+    returned = signature.return_annotation
+    if inspect.isclass(returned) and not issubclass(
+        returned, (Method, inspect.Parameter.empty)
+    ):
+        raise TypeError(
+            f"{name} is no factory of methods: it returns {returned.__name__}; give "
+            f"{wanted}."
+        )
+    for p in signature.parameters.values():
         is_option = p.kind is p.KEYWORD_ONLY and p.default is not p.empty
         if not (is_option or p.name in _METHODS_TAKEN):
             raise TypeError(
@@ -306,7 +314,7 @@ def _remade(outer: list[str], name: str, given: dict, **changed: int) -> Method:
 def _kind(value: object) -> str:
     if isinstance(value, Method):
         return "a method that one made"
-    return f"a {'class' if inspect.isclass(value) else type(value).__name__}"
+    return "a class" if inspect.isclass(value) else f"of type {type(value).__name__}"
 
 
 def _signature(factory: Callable) -> inspect.Signature:

@@ -60,6 +60,7 @@ def check_method(factory: Callable[..., Method], **small: Any) -> tuple[str, ...
 
     Raises:
         ContractError: an `AssertionError` that names the first check that fails.
+        TypeError: if it is no factory.
         ValueError: if `small` has an option that the factory lacks.
     """
     subject = Subject(factory, **small)

@@ -35,6 +35,7 @@ class Subject:
     """A factory's method with small options, and what it gives on one stream."""
 
     def __init__(self, factory: Callable[..., Method], **small: Any):
+        registry.check_factory(factory, getattr(factory, "__name__", repr(factory)))
         self.factory = factory
         self.options = _keyword_only(factory)
         self.small = small

@@ -61,7 +61,10 @@ def broken(checkpoint, tmp_path):
         ("compare --n -3", "examples=-3 must be at least 1"),
         ("compare --budget 0", "budget=0 must be at least 1"),
         ("compare --budget 16", "snapkv:budget=16: budget=16 must exceed window=32"),
-        ("compare --budget 2048", "budget=2048 must be below context=512"),
+        (
+            "compare --budget 2048",
+            "--budget 2048 must be below --context 512: otherwise",
+        ),
         ("compare --new-tokens 2000", "new_tokens=2000 must be in [2, context=512)"),
     ],
 )

@@ -105,7 +105,7 @@ def test_bytes_are_those_of_a_choice_spread_over_its_steps():
     [
         (lambda: refresh(QUEST, stride=0), "stride=0 must be at least 1"),
         (lambda: refresh(QUEST, schedule="never"), "schedule='never' must be 'fixed'"),
-        (lambda: refresh(kvjax.full()), "this method does not make: wrap quest itself"),
+        (lambda: refresh(kvjax.full()), r"Method\('full'\) does not make: wrap quest"),
         (lambda: kvjax.parse("refresh+retro+quest:budget=64"), "wrap quest itself"),
     ],
 )

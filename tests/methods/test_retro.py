@@ -416,10 +416,10 @@ def test_dense_layers_take_the_new_keys_too():
     ("make", "message"),
     [
         (lambda: retro(quest(), window=0), "window=0 must be at least 1"),
-        (lambda: kvjax.parse("retro+oracle_topk"), "does not list: wrap quest"),
-        (lambda: kvjax.parse("retro+entmaxkv"), "does not list: wrap quest"),
+        (lambda: kvjax.parse("retro+oracle_topk"), "as Method.'oracle_topk'. does not"),
+        (lambda: kvjax.parse("retro+entmaxkv"), "as Method.'entmaxkv'. does not: wrap"),
         (lambda: kvjax.parse("retro+dense_layers+quest"), "'dense_layers.retro.quest'"),
-        (lambda: kvjax.parse("retro+retro+quest"), "does not list: wrap quest"),
+        (lambda: kvjax.parse("retro+retro+quest"), "as Method.'retro.quest'. does not"),
         (lambda: dense.windowed(full()._replace(rows=2), 3), "rows=2 must be 1"),
     ],
 )

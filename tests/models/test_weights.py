@@ -373,6 +373,12 @@ def test_what_is_no_directory_and_no_hub_id(name):
         models.load(name)
 
 
+def test_a_file_that_is_no_model(tmp_path):
+    (tmp_path / "notes.txt").write_text("not a model")
+    with pytest.raises(ValueError, match=r"notes\.txt is a file that does not end in"):
+        models.load(tmp_path / "notes.txt")
+
+
 def test_hub_ids_are_downloaded(checkpoint, monkeypatch):
     hub = pytest.importorskip("huggingface_hub")
     directory, asked = checkpoint(), []

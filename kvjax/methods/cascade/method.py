@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention.choices import check_choice
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.cascade import rings, schedule
 from kvjax.stores import buffers, step
@@ -94,6 +95,7 @@ class Options:
         )
 
 
+@typed
 @softmax_only
 def cascade(
     *,

@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.attention import selection
 from kvjax.attention.choices import check_choices
 from kvjax.attention.partials import entmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.entmaxkv import attention, page_bounds, threshold
 from kvjax.stores import buffers, contiguous, paged, step
@@ -80,6 +81,7 @@ class Options:
         return self.selector == "gaussian"
 
 
+@typed
 @entmax_only
 def entmaxkv(
     *,

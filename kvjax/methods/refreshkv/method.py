@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.refreshkv import policy
 from kvjax.stores import buffers, contiguous, kept_slots, step
@@ -80,6 +81,7 @@ class Options:
         return self.budget - 1 if self.max_gap is None else self.max_gap
 
 
+@typed
 @softmax_only
 def refreshkv(
     *,

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, SelectFn, Traffic
 from kvjax.methods.refreshkv import policy
 from kvjax.stores import buffers, contiguous, paged, step
@@ -37,6 +38,7 @@ class Options:
     threshold: float
 
 
+@typed
 def refresh(
     method: Method,
     *,
@@ -87,8 +89,8 @@ def refresh(
         raise ValueError(f"{schedule=} must be 'fixed' or 'qc'.")
     if method.select is None or method.rows != 1:
         raise ValueError(
-            "refresh keeps a list of pages, which this method does not make: wrap "
-            "quest itself, as in 'dense_layers+refresh+quest'."
+            f"refresh keeps a list of pages, which {method} does not make: wrap quest "
+            "itself, as in 'dense_layers+refresh+quest'."
         )
     options = Options(method, method.select, stride, schedule, threshold)
     return Method(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, SelectFn, Traffic
 from kvjax.methods.retro import history
 from kvjax.stores import buffers, contiguous, paged, step
@@ -31,6 +32,7 @@ class Options:
     window: int
 
 
+@typed
 def retro(method: Method, *, window: int = 2) -> Method:
     """Lets the newest tokens attend, step by step, to what later steps read.
 
@@ -80,8 +82,9 @@ def retro(method: Method, *, window: int = 2) -> Method:
         raise ValueError(f"{window=} must be at least 1 token: the new one.")
     if method.select is None or method.rows != 1:
         raise ValueError(
-            "retro merges softmax attention over listed pages, which this method does "
-            "not list: wrap quest itself, as in 'dense_layers+retro+quest'."
+            f"retro merges softmax attention over pages that its method lists for one "
+            f"row a step, as {method} does not: wrap quest itself, as in "
+            "'dense_layers+retro+quest'."
         )
     if window == 1:
         return method

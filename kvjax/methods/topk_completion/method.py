@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.methods.topk_completion import map_files, prompt_summary
 from kvjax.methods.topk_completion.options import Options, allot
@@ -30,6 +31,7 @@ class CompletionPrompt(NamedTuple):
     gain: Float[Array, "Hq"] | None  # lam of each head, if it was calibrated
 
 
+@typed
 @softmax_only
 def topk_completion(
     *,
