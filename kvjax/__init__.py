@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvjax.interface import Diagnostics as Diagnostics
     from kvjax.interface import LanguageModel as LanguageModel
     from kvjax.interface import Method as Method
+    from kvjax.interface import Rereading as Rereading
     from kvjax.interface import Traffic as Traffic
     from kvjax.registry import parse as parse
     from kvjax.registry import register as register
@@ -35,6 +36,7 @@ _HOMES = {
     "Diagnostics": "kvjax.interface",
     "LanguageModel": "kvjax.interface",
     "Method": "kvjax.interface",
+    "Rereading": "kvjax.interface",
     "Rope": "kvjax.rope",
     "Traffic": "kvjax.interface",
     "cite": "kvjax.registry.describe",

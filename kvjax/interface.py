@@ -248,6 +248,18 @@ class RewindFn(Protocol):
     def __call__(self, state: State, /, count: Int[Array, "B"], most: int) -> State: ...
 
 
+class Rereading(NamedTuple):
+    """How the model reads a prompt once more, between its last chunk and `finish`.
+
+    For methods that learn from a second reading what to keep. Each chunk of the prompt
+    is read behind the whole prompt, from position `length` on, and forgotten.
+    """
+
+    prefill: PrefillFn  # attends to the prompt and the chunk; keeps what it learns
+    chunk: int  # tokens of the prompt that are read at once
+    words: str  # the text before every chunk
+
+
 class Method(NamedTuple):
     """A KV-cache method: pure functions over one layer's state.
 
@@ -267,9 +279,11 @@ class Method(NamedTuple):
         rewind: None unless tokens can be taken back.
         importance: None unless `finish` keeps the tokens that score highest by it.
         exact_prompt: `prefill` returns exact attention over the prompt, whatever the
-            options. Such methods can read a prompt together: the model runs once.
+            options, and no `reread` follows. Such methods can read a prompt together:
+            the model runs once.
         renumbers: no query meets a key at a distance that grows with the text, because
             positions are re-numbered: the model's context is no limit to them.
+        reread: None unless the prompt is read again before `finish`.
     """
 
     init: InitFn
@@ -284,6 +298,7 @@ class Method(NamedTuple):
     rewind: RewindFn | None = None
     exact_prompt: bool = False
     renumbers: bool = False
+    reread: Rereading | None = None
 
     def __repr__(self) -> str:
         """Its spec string; of a factory's call what can be read from the functions."""

@@ -24,7 +24,7 @@ from models.llama.tokenizer import HFTokenizer
 EOS = 256  # one past the bytes
 # Options of any method, of a budget below the prompts of these tests.
 SMALL = dict(budget=16, page_size=4, num_sinks=2, window=4, recent=1, kernel=3)
-SMALL |= dict(tail=2, calibration=8)
+SMALL |= dict(tail=2, calibration=8, chunk=32)
 
 TEXT = "".join(
     f"line {i * 7919 % 1000} is about {'abcdefgh'[i % 8]}.\n" for i in range(90)

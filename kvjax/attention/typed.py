@@ -4,7 +4,7 @@ import functools
 import inspect
 import numbers
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from kvjax.interface import Method
@@ -23,7 +23,8 @@ def typed(factory: Factory) -> Factory:
 
     Returns:
         The factory, which raises `ValueError` for a number or a text in the place of
-        another type. Words of a `Literal` and structures are left to the factory.
+        another type. Words of a `Literal` and structures are left to the factory. A
+        transform also raises it for a method whose `reread` it does not pass on.
     """
 
     @functools.wraps(factory)
@@ -37,9 +38,23 @@ def typed(factory: Factory) -> Factory:
                 raise ValueError(
                     f"{factory.__name__}: {name}={value!r} must be of type {kinds}."
                 )
-        return factory(*methods, **options)
+        made = factory(*methods, **options)
+        _check_reread(factory.__name__, [*methods, *options.values()], made)
+        return made
 
     return make  # pyright: ignore[reportReturnType]
+
+
+def _check_reread(name: str, given: Iterable[Any], made: Method) -> None:
+    """Raises ValueError if a transform drops the second reading of what it wraps."""
+    for one in given:
+        if isinstance(one, Method):
+            if one.reread is not None and getattr(made, "reread", None) is None:
+                raise ValueError(
+                    f"{name} cannot wrap {one}, which reads its prompt twice."
+                )
+        elif isinstance(one, Sequence) and not isinstance(one, str):
+            _check_reread(name, one, made)
 
 
 @functools.cache

@@ -51,8 +51,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help=METHOD_HELP + " May be repeated. If left out: every method that suits "
-            "the model, but for baselines such as random, and Quest under Retro; "
-            f"without --model also EntmaxKV, on {ENTMAX}."
+            "the model, but for kvzip and baselines such as random, and Quest under "
+            f"Retro; without --model also EntmaxKV, on {ENTMAX}."
         ),
     ] = None,
     context: ContextOption = 512,
@@ -414,8 +414,9 @@ def _kept(part: _Part) -> list:
 VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
 # Transforms of methods for softmax that are worth one too.
 TRANSFORMED = ("retro+quest",)
-# Baselines that have a row when they are named: each adds to the minutes of all others.
-BY_NAME = ("expected_attention", "keydiff", "knorm", "random")
+# What has a row when it is named: each adds to the minutes of all others. Baselines,
+# and KVzip, which reads prompts twice.
+BY_NAME = ("expected_attention", "keydiff", "knorm", "kvzip", "random")
 # What `full` is, on a model for entmax.
 SAME = "entmax_full"
 

@@ -86,7 +86,7 @@ def prefill(
             language_model, parsed, messages, room=room, chunk_size=chunk_size
         ).prefix
     if finish:
-        read = prefix.finish(parsed, read)
+        read = prefix.finish(language_model, parsed, read)
     prompt_tokens = len(read.prompts[0])
     name = registry.canonical(method)
     prefix.save(save, language_model, read, method_name=name, messages=messages)

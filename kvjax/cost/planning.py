@@ -169,6 +169,8 @@ def plan(
         sum(after[: layer + 1]) + sum(before[layer:]) for layer in range(len(states))
     )
     read = accounting.traffic(method, decoder, context, new_tokens)
+    if method.reread is not None:
+        chunk_size = max(chunk_size, min(method.reread.chunk, context))
     spec = decoder.cache_spec(batch, context, new_tokens)
     itemsize = jnp.dtype(spec.dtype).itemsize
     logits = 4 * batch * decoder.vocab_size

@@ -94,6 +94,11 @@ def check_method(
             f"what {name} holds grows with the text: an endless one needs a method of "
             "constant memory, such as cascade:budget=1024 or streaming_llm:budget=1024."
         )
+    if method.reread is not None:
+        raise ValueError(
+            f"{name} reads a prompt twice, and no endless one ends: use another, such "
+            "as cascade:budget=1024."
+        )
     if not method.renumbers:
         raise ValueError(
             f"positions under {name} grow with the text, beyond the "
@@ -265,5 +270,5 @@ def extend(
         )
     check_model(model)
     reading = reader.Reading(text.states, text.hidden)
-    prefilled = reader.ended(method, reading, [text.newest])
+    prefilled = reader.ended(model, method, reading, [text.newest])
     return go_on(model, method, prefilled, wanted, text.seen)

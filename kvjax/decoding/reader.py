@@ -28,6 +28,7 @@ from kvjax.interface import (
     with_layer,
 )
 from kvjax.registry import as_method
+from kvjax.text import encoding
 from kvjax.text.stream import CONTEXT
 
 PAD = 0  # what a finished row feeds and emits; any valid token does
@@ -99,7 +100,7 @@ def read_whole(
         reading = read(model, method, reading, parts)
         part.tokens = sum(map(len, prompts))
         specs = layer_specs(decoder, len(prompts), longest, options.max_new_tokens)
-        return ended(method, reading, prompts, specs)
+        return ended(model, method, reading, prompts, specs, longest)
 
 
 def begin(
@@ -286,15 +287,52 @@ def by_position(
     return jax.tree.map(jnp.transpose, judged)
 
 
+def reread(
+    model: LanguageModel,
+    method: Method,
+    reading: Reading,
+    prompts: Sequence[Sequence[int]],
+    longest: int = 0,
+) -> Reading:
+    """Reads whole prompts once more if the method asks for it; `reading` is used up.
+
+    The tokens of `method.reread.words` come before each chunk. A row's chunks begin
+    where they would if it were alone; one whose prompt has ended has no tokens.
+    """
+    again = method.reread
+    if again is None:
+        return reading
+    words = encoding.inside(model.tokenizer.encode, again.words)
+    # Prompts of up to `longest` tokens share their programs.
+    size = min(again.chunk, bucket(max(longest, *map(len, prompts))))
+    second = method._replace(prefill=again.prefill)
+    parts = (_behind(words, chunk) for chunk in cut(prompts, size))
+    return read(model, second, reading, parts)._replace(hidden=reading.hidden)
+
+
+def _behind(words: Sequence[int], chunk: Chunk) -> Chunk:
+    """Returns the chunk with the words before it, in rows that have tokens in it."""
+    tokens, lengths = chunk
+    before = np.broadcast_to(np.asarray(words, np.int32), (len(tokens), len(words)))
+    lengths = np.where(lengths > 0, lengths + len(words), 0)
+    return np.concatenate([before, tokens], axis=1), lengths.astype(np.int32)
+
+
 def ended(
+    model: LanguageModel,
     method: Method,
     reading: Reading,
     prompts: Sequence[Sequence[int]],
     specs: tuple[CacheSpec, ...] | None = None,
+    longest: int = 0,
 ) -> Prefilled:
-    """Ends prompts that were read; `reading` is used up."""
-    states = timing.settled(finish(method, reading.states))
-    return ready(method, reading._replace(states=states), prompts, specs)
+    """Ends prompts that were read; `reading` is used up.
+
+    With a method that reads them again, prompts of up to `longest` tokens share their
+    compiled code.
+    """
+    finished = finish(model, method, reading, prompts, longest)
+    return ready(method, timing.settled(finished), prompts, specs)
 
 
 def ready(
@@ -309,8 +347,26 @@ def ready(
     return Prefilled(finished.states, finished.hidden, newest, before, specs)
 
 
-def finish(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
-    """Ends the prompt. Layer by layer: at most one layer is held in both shapes."""
+def finish(
+    model: LanguageModel,
+    method: Method,
+    reading: Reading,
+    prompts: Sequence[Sequence[int]],
+    longest: int = 0,
+) -> Reading:
+    """Returns the prompts with states that are finished.
+
+    A method that reads them again does so before, and uses `reading` up.
+    """
+    reading = reread(model, method, reading, prompts, longest)
+    return reading._replace(states=finish_layers(method, reading.states))
+
+
+def finish_layers(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
+    """Ends prompts that were read as often as the method asks for.
+
+    Layer by layer: at most one layer is held in both shapes.
+    """
     finished = list(states)
     for layer in range(len(finished)):
         # Without the layer's number one program serves all. Not donated: shapes may

@@ -112,7 +112,7 @@ def _read(model, method, reading, pieces, options: Options) -> Reading:
     return reading
 
 
-def finish(method: Method | str, prefix: Prefix) -> Prefix:
+def finish(model: LanguageModel, method: Method | str, prefix: Prefix) -> Prefix:
     """Ends the prompts: the method chooses what to keep, and nothing else is held.
 
     As `finish` does before the first token is generated, once for all that is asked
@@ -120,8 +120,10 @@ def finish(method: Method | str, prefix: Prefix) -> Prefix:
     """
     if prefix.is_finished:
         return prefix
-    states = reader.finish(as_method(method), prefix.states)
-    return prefix._replace(states=states, is_finished=True)
+    check_model(model)
+    reading = Reading(prefix.states, prefix.hidden)
+    finished = reader.finish(model, as_method(method), reading, prefix.prompts)
+    return prefix._replace(states=finished.states, is_finished=True)
 
 
 def extend(
@@ -247,7 +249,7 @@ def stream(
     check_room(model, method, prefix, wanted.max_new_tokens)
     with timing.stretch("prompt"):
         reading = Reading(prefix.states, prefix.hidden)
-        prefilled = reader.ended(method, reading, prefix.prompts)
+        prefilled = reader.ended(model, method, reading, prefix.prompts)
     seen = mentioned(prefix.prompts, model.decoder.vocab_size)
     return go_on(model, method, prefilled, wanted, seen)
 
@@ -432,7 +434,7 @@ def restore(
     def states_held() -> tuple[State, ...]:
         sizes = len(lengths), longest, room
         states = reader.empty_states(model.decoder, method, *sizes)
-        return reader.finish(method, states) if is_finished else states
+        return reader.finish_layers(method, states) if is_finished else states
 
     shapes = jax.eval_shape(states_held)
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)

@@ -121,7 +121,7 @@ def _read_and_score(model, method, prompts, options, log_probs):
         # Nothing predicts the first token of all.
         log_probs[:, max(start - 1, 0) : end - 1] = likely[:, int(start == 0) :]
         start = end
-    return reader.ended(method, reading, prompts), where
+    return reader.ended(model, method, reading, prompts), where
 
 
 def continue_scores(

@@ -138,7 +138,7 @@ def seconds_to_read(
     begun = reader.begin(decoder, method, 1, len(tokens), new_tokens)
     first = next(reader.chunks(decoder, [tokens], chunk_size))
     read = reader.read(model, method, begun, [first])
-    jax.block_until_ready(reader.finish(method, read.states))
+    jax.block_until_ready(reader.finish(model, method, read, [tokens]))
     del begun, read
     start = time.perf_counter()
     read = reader.prefill(

@@ -149,6 +149,14 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         second, _ = candidate.prefill(state.candidate, q, k, v, lengths)
         return state._replace(reference=first, candidate=second), out
 
+    again = candidate.reread
+
+    def read_again(state, q, k, v, lengths):
+        if again is None:
+            raise ValueError("the candidate reads no prompt again.")
+        second, out = again.prefill(state.candidate, q, k, v, lengths)
+        return state._replace(candidate=second), out
+
     def finish(state):
         return state._replace(
             reference=reference.finish(state.reference),
@@ -197,6 +205,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         inspect_step=inspect_step,
         traffic=candidate.traffic,
         rows=candidate.rows,
+        reread=again and again._replace(prefill=read_again),
     )
 
 

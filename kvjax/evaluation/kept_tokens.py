@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
@@ -77,7 +78,12 @@ def kept(
         before[0] = tokens[start : start + every]
         newest[0, 0] = before[0, -1]
         reading = reader.read(model, method, reading, [(before, _count(every - 1))])
-        ended = reader.finish(method, reading.states)
+        # More is read afterwards, and a second reading uses up what it reads.
+        begun = reading
+        if method.reread is not None:
+            begun = jax.tree.map(jnp.copy, reading)
+        read = tokens[: start + every - 1]
+        ended = reader.finish(model, method, begun, [read]).states
         window = np.full((1, method.rows), newest[0, 0], np.int32)
         attended = np.asarray(probe(params, ended, window))[0]
         reading = reader.read(model, method, reading, [(newest, _count(1))])

@@ -22,7 +22,15 @@ def reader(methods: tuple[Method, ...]) -> Method:
 
     Its output is the first one's: what the others attend to while they read, XLA drops
     unless their states need it. It decodes nothing.
+
+    Raises:
+        ValueError: if some of them read a prompt again, each in another way.
     """
+    ways = {(one.reread.chunk, one.reread.words) for one in methods if one.reread}
+    if len(ways) > 1:
+        raise ValueError(
+            f"prompts are read again in {len(ways)} ways: read them apart."
+        )
 
     def init(spec, weights=None):
         return tuple(method.init(spec, weights) for method in methods)
@@ -33,6 +41,18 @@ def reader(methods: tuple[Method, ...]) -> Method:
             for method, own in zip(methods, state, strict=True)
         ]
         return tuple(own for own, _ in pairs), pairs[0][1]
+
+    again = next((one.reread for one in methods if one.reread), None)
+
+    def read_again(state, q, k, v, lengths):
+        states, outs = list(state), []
+        for index, method in enumerate(methods):
+            if method.reread:
+                states[index], out = method.reread.prefill(
+                    states[index], q, k, v, lengths
+                )
+                outs.append(out)
+        return tuple(states), outs[0]
 
     def finish(state):
         pairs = zip(methods, state, strict=True)
@@ -51,6 +71,7 @@ def reader(methods: tuple[Method, ...]) -> Method:
         traffic=decode,
         exact_prompt=methods[0].exact_prompt,
         renumbers=all(method.renumbers for method in methods),
+        reread=again and again._replace(prefill=read_again),
     )
 
 

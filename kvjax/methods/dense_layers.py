@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from kvjax import dense as dense_attention
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, Traffic
+from kvjax.stores import contiguous, step
 
 
 class Dense(NamedTuple):
@@ -65,9 +66,17 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     if method.rows != dense.rows:
         raise ValueError(f"{method.rows=} must equal {dense.rows=}.")
 
+    again = method.reread
+
     def init(spec: CacheSpec, weights: Any = None) -> Layer:
         if spec.layer < first:
-            return Dense(dense.init(spec))
+            state = dense.init(spec)
+            if again is not None and not isinstance(state, contiguous.Contiguous):
+                raise ValueError(
+                    f"{method} reads its prompt twice, and {dense} does not hold what "
+                    "it read in one store: use full."
+                )
+            return Dense(state)
         return Sparse(method.init(spec, weights))
 
     def in_charge(wrapped: Layer) -> Method:
@@ -81,6 +90,18 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         lengths: Int[Array, "B"],
     ) -> tuple[Layer, Float[Array, "B Hq T D"]]:
         inner, out = in_charge(state).prefill(state.state, q, k, v, lengths)
+        return state._replace(state=inner), out
+
+    def read_again(
+        state: Layer,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+    ) -> tuple[Layer, Float[Array, "B Hq T D"]]:
+        if again is None or isinstance(state, Dense):
+            return state, step.read_again(state.state, q, k, v, lengths).out
+        inner, out = again.prefill(state.state, q, k, v, lengths)
         return state._replace(state=inner), out
 
     def finish(state: Layer) -> Layer:
@@ -114,6 +135,7 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         rewind=rewinds,
         exact_prompt=method.exact_prompt and dense.exact_prompt,
         renumbers=method.renumbers and (dense.renumbers or first == 0),
+        reread=again and again._replace(prefill=read_again),
     )
 
 

@@ -111,6 +111,7 @@ def head_budgets(method: Method, *, alpha: float = 0.2) -> Method:
         inspect_step=inspect_step,
         traffic=functools.partial(traffic, options),
         exact_prompt=method.exact_prompt,
+        reread=method.reread,
     )
 
 

@@ -165,6 +165,12 @@ def layer_budgets(
     rewinds = None
     if all(one.rewind for one in methods):
         rewinds = functools.partial(rewind, plan)
+    again = methods[0].reread
+    alike = {one.reread and (one.reread.chunk, one.reread.words) for one in methods}
+    if again is not None and len(alike) == 1:
+        again = again._replace(prefill=functools.partial(read_again, plan))
+    else:
+        again = None  # layers that read again and others, or in other ways
     return Method(
         init=functools.partial(init, plan),
         prefill=functools.partial(prefill, plan),
@@ -176,6 +182,7 @@ def layer_budgets(
         rewind=rewinds,
         exact_prompt=all(one.exact_prompt for one in methods),
         renumbers=all(one.renumbers for one in methods),
+        reread=again,
     )
 
 
@@ -298,6 +305,22 @@ def prefill(
 ) -> tuple[Layer, Float[Array, "B Hq T D"]]:
     """Leaves the prompt to the layer's method."""
     inner, out = plan.method(state.kind).prefill(state.state, q, k, v, lengths)
+    return state._replace(state=inner), out
+
+
+def read_again(
+    plan: Plan,
+    state: Layer,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[Layer, Float[Array, "B Hq T D"]]:
+    """Leaves the second reading to the layer's method."""
+    again = plan.method(state.kind).reread
+    if again is None:
+        raise ValueError("a layer's method reads no prompt again.")
+    inner, out = again.prefill(state.state, q, k, v, lengths)
     return state._replace(state=inner), out
 
 

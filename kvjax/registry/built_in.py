@@ -12,6 +12,7 @@ from kvjax.methods.h2o import h2o as h2o
 from kvjax.methods.head_budgets import head_budgets as head_budgets
 from kvjax.methods.keydiff import keydiff as keydiff
 from kvjax.methods.knorm import knorm as knorm
+from kvjax.methods.kvzip import kvzip as kvzip
 from kvjax.methods.layer_budgets import layer_budgets as layer_budgets
 from kvjax.methods.oracle_topk import oracle_topk as oracle_topk
 from kvjax.methods.quest import quest as quest

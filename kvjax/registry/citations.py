@@ -133,6 +133,13 @@ PAPERS = {
         "Retrospective Sparse Attention for Efficient Long-Context Generation",
         ("Seonghwan Choi", "Beomseok Kang", "Dongwon Jo", "Jae-Joon Kim"),
     ),
+    "2505.23416": Paper(
+        "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction",
+        (
+            *("Jang-Hyun Kim", "Jinuk Kim", "Sangwoo Kwon", "Jae W. Lee"),
+            *("Sangdoo Yun", "Hyun Oh Song"),
+        ),
+    ),
     "2510.00636": Paper(
         "Expected Attention: KV Cache Compression by Estimating Attention from Future "
         "Queries Distribution",

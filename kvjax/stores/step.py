@@ -2,11 +2,14 @@
 
 from typing import NamedTuple
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax.attention.partials import Partial, merge
 from kvjax.interface import CacheSpec, Diagnostics, State
-from kvjax.stores import contiguous, kept_slots, slots_or_pages
+from kvjax.stores import buffers, contiguous, kept_slots, slots_or_pages
 from kvjax.stores.slots_or_pages import AnyStore
+from pallas_kernels.decode_attention import decode_attention
 
 
 class Chunk(NamedTuple):
@@ -47,6 +50,46 @@ def prefill(
     """The `prefill` of a method whose state is its store: exact attention."""
     state, chunk = read_chunk(state, q, k, v, lengths)
     return state, chunk.out
+
+
+def read_again(
+    store: contiguous.Contiguous,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> Chunk:
+    """Attends from a chunk behind the prompt to all of it and to itself, causally.
+
+    The store stays as it is; see :class:`kvjax.interface.Rereading`.
+
+    Returns:
+        The chunk, whose `positions` say how much of the store a token sees: that of the
+        prompt's last token, and -1 for padding.
+
+    Raises:
+        ValueError: for attention that does not merge.
+    """
+    spec = store.spec
+    if spec.alpha != 1:
+        raise ValueError(
+            f"a prompt is read again under softmax attention, not alpha={spec.alpha}."
+        )
+    rows = q.shape[2]
+    positions, valid = buffers.chunk_positions(store.length, lengths, rows)
+    length = store.length + lengths
+    rotated = spec.rope(q, positions, length)
+    keys, values = (x.astype(store.k.dtype) for x in (k, v))
+    keys = spec.rope(keys, positions, length)
+    last = jnp.where(valid, store.length[:, None] - 1, -1)
+    own = jnp.where(valid, jnp.arange(rows, dtype=jnp.int32), -1)
+    out, lse = merge(
+        *(
+            Partial(*decode_attention(rotated, *kv, at, sm_scale=spec.sm_scale))
+            for kv, at in (((store.k, store.v), last), ((keys, values), own))
+        )
+    )
+    return Chunk(rotated, last, out.astype(q.dtype), lse)
 
 
 def finish_unchanged(state: State) -> State:

@@ -201,7 +201,7 @@ def test_a_finished_prompt_is_asked_again_and_again(run, fail, checkpoint, tmp_p
     assert [x["prompt_tokens"] for x in (first, other)] == [99 + 6, 99 + 10]
     model, method = models.load(checkpoint), registry.parse(read[3])
     found = saved_prompt.finish(
-        method, saved_prompt.read(model, method, [TEXT[:99]], room=30)
+        model, method, saved_prompt.read(model, method, [TEXT[:99]], room=30)
     )
     (told,) = saved_prompt.ask(model, method, found, ["Where?"], max_new_tokens=9)
     assert told.text == first["text"]

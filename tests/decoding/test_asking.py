@@ -211,9 +211,9 @@ def test_a_finished_prompt_is_asked_from_disk_bit_for_bit(tmp_path):
     spec = "snapkv"
     method = registry.parse(spec, **SMALL)
     read = saved_prompt.read(MODEL, method, CONTEXTS, room=ROOM)
-    ended = saved_prompt.finish(method, read)
+    ended = saved_prompt.finish(MODEL, method, read)
     assert ended.is_finished
-    assert saved_prompt.finish(method, ended) is ended
+    assert saved_prompt.finish(MODEL, method, ended) is ended
     options = {"eos_ids": (), "sampling": PENALISED, "seed": 3}
     expected = saved_prompt.ask(MODEL, method, ended, QUESTIONS, **options)
     assert [len(x.tokens) for x in expected] == [NEW] * 3  # what there is room for
@@ -237,7 +237,7 @@ def test_what_has_ended_takes_no_more_of_a_prompt(tmp_path):
     read = saved_prompt.read(model, method, CONTEXTS, room=ROOM)
     with pytest.raises(ValueError, match="has not ended, and more of a prompt is read"):
         saved_prompt.ask(model, method, read, QUESTIONS)
-    ended = saved_prompt.finish(method, read)
+    ended = saved_prompt.finish(MODEL, method, read)
     with pytest.raises(ValueError, match=r"have ended: .* with saved_prompt\.ask"):
         saved_prompt.extend(model, method, ended, [[1], [], []])
     message = "room for 17 tokens more, .* the 70 .* 18 are wanted: .* room=18"
@@ -265,7 +265,7 @@ def test_what_has_ended_takes_no_more_of_a_prompt(tmp_path):
 def test_a_question_of_text_has_its_tokens_in_the_whole_text():
     model, method = MODEL, kvjax.full()
     read = saved_prompt.read(model, method, ["hello"], room=20)
-    ended = saved_prompt.finish(method, read)
+    ended = saved_prompt.finish(MODEL, method, read)
     options = {"max_new_tokens": 5, "eos_ids": ()}
     texts = [" world", ", you"]
     found = saved_prompt.ask(model, method, ended, texts, rows=[0, 0], **options)

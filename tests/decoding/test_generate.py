@@ -67,7 +67,7 @@ def decode_arguments(method, batch, capacity, new_tokens):
         tokens = jnp.zeros((batch, 8), jnp.int32)
         lengths = jnp.full((batch,), 8, jnp.int32)
         states, _ = decoder.prefill(MODEL.params, states, tokens, lengths, method)
-        return reader.finish(method, states)
+        return reader.finish_layers(method, states)
 
     states = jax.eval_shape(ended)
     flags = jax.ShapeDtypeStruct((batch,), bool)

@@ -51,7 +51,7 @@ def test_goes_on_bit_for_bit(spec, tmp_path):
     assert bits(found) == before
     assert jax.tree.structure(found) == jax.tree.structure(read)
     alone = generate.prefill(MODEL, method, PROMPTS, max_new_tokens=12)
-    assert bits(reader.finish(method, found.states)) == bits(alone.states)
+    assert bits(reader.finish_layers(method, found.states)) == bits(alone.states)
     options = {"max_new_tokens": 12, "eos_ids": (), "sampling": SAMPLED, "seed": 5}
     expected = generate.generate(MODEL, method, PROMPTS, **options)
     assert saved_prompt.generate(MODEL, method, found, **options) == expected

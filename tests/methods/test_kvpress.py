@@ -54,7 +54,7 @@ def ours(tmp_path_factory):
     parts = reader.chunks(decoder, [make_kvpress.prompt().tolist()], LENGTH)
     reading = reader.read(model, method, reading, parts)
     counted = [layer[list(OURS).index("h2o")].scores[0] for layer in reading.states]
-    layers = reader.finish(method, reading.states)
+    layers = reader.finish_layers(method, reading.states)
     kept = {
         name: np.array([getattr(x, "kept", x).positions[0] for x in states])
         for name, states in zip(OURS, zip(*layers, strict=True), strict=True)

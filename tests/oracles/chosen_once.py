@@ -118,3 +118,44 @@ def expected_attention(
         return (sum(mine) / len(mine) + epsilon) * length_of(row.v[kv, j])
 
     return chosen_once(row, budget, score)
+
+
+def repeated_weights(row: Row, chunk, attention: Attention) -> np.ndarray:
+    """`(Hq, T, prompt)`: the weights on the prompt of a chunk that follows it.
+
+    Of a softmax over all of the prompt and the chunk up to the token itself.
+    """
+    q, k = chunk
+    num_q_heads, size, head_dim = q.shape
+    weights = np.zeros((num_q_heads, size, row.prompt))
+    for h in range(num_q_heads):
+        kv = h // row.group
+        own = [rotate(k[kv, i], row.prompt + i) for i in range(size)]
+        prompt = [attention.k[kv, j] for j in range(row.prompt)]
+        for i in range(size):
+            query = rotate(q[h, i], row.prompt + i)
+            keys = [*prompt, *own[: i + 1]]
+            logits = [query @ key * head_dim**-0.5 for key in keys]
+            terms = [math.exp(x - max(logits)) for x in logits]
+            weights[h, i] = np.array(terms[: row.prompt]) / sum(terms)
+    return weights
+
+
+def kvzip_scores(row: Row, chunks) -> np.ndarray:
+    """`(Hkv, prompt)`: the largest weight in any chunk, from any token, in any head."""
+    attention, scores = Attention(row), np.zeros((row.k.shape[0], row.prompt))
+    for chunk in chunks:
+        weights = repeated_weights(row, chunk, attention)
+        for h, i in np.ndindex(weights.shape[:2]):
+            kv = h // row.group
+            scores[kv] = np.maximum(scores[kv], weights[h, i])
+    return scores
+
+
+def kvzip(row: Row, *, budget: int, chunks) -> Trace:
+    """The tokens stay that some token of the second reading looked at most.
+
+    `chunks` are un-rotated queries and keys of it, each of tokens behind the prompt.
+    """
+    scores = kvzip_scores(row, chunks)
+    return chosen_once(row, budget, lambda kv, j: float(scores[kv, j]))

@@ -142,4 +142,4 @@ def read(
     found = None, None
     if scored:
         found = (np.concatenate(x, axis=1)[:, 1:] for x in zip(*scores, strict=True))
-    return Read(reader.ended(method, reading, prompts), *found)
+    return Read(reader.ended(model, method, reading, prompts), *found)
