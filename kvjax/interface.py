@@ -249,7 +249,7 @@ class RewindFn(Protocol):
 
 
 class Rereading(NamedTuple):
-    """How the model reads a prompt once more, between its last chunk and `finish`.
+    """A second reading of the prompt, between its last chunk and `finish`.
 
     For methods that learn from a second reading what to keep. Each chunk of the prompt
     is read behind the whole prompt, from position `length` on, and forgotten.

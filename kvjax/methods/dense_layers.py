@@ -7,7 +7,14 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import dense as dense_attention
 from kvjax.attention.typed import typed
-from kvjax.interface import CacheSpec, Diagnostics, Method, RewindFn, Traffic
+from kvjax.interface import (
+    CacheSpec,
+    Diagnostics,
+    Method,
+    PrefillFn,
+    RewindFn,
+    Traffic,
+)
 from kvjax.stores import contiguous, step
 
 
@@ -66,17 +73,9 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     if method.rows != dense.rows:
         raise ValueError(f"{method.rows=} must equal {dense.rows=}.")
 
-    again = method.reread
-
     def init(spec: CacheSpec, weights: Any = None) -> Layer:
         if spec.layer < first:
-            state = dense.init(spec)
-            if again is not None and not isinstance(state, contiguous.Contiguous):
-                raise ValueError(
-                    f"{method} reads its prompt twice, and {dense} does not hold what "
-                    "it read in one store: use full."
-                )
-            return Dense(state)
+            return empty_dense(method, dense, spec)
         return Sparse(method.init(spec, weights))
 
     def in_charge(wrapped: Layer) -> Method:
@@ -90,18 +89,6 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         lengths: Int[Array, "B"],
     ) -> tuple[Layer, Float[Array, "B Hq T D"]]:
         inner, out = in_charge(state).prefill(state.state, q, k, v, lengths)
-        return state._replace(state=inner), out
-
-    def read_again(
-        state: Layer,
-        q: Float[Array, "B Hq T D"],
-        k: Float[Array, "B Hkv T D"],
-        v: Float[Array, "B Hkv T D"],
-        lengths: Int[Array, "B"],
-    ) -> tuple[Layer, Float[Array, "B Hq T D"]]:
-        if again is None or isinstance(state, Dense):
-            return state, step.read_again(state.state, q, k, v, lengths).out
-        inner, out = again.prefill(state.state, q, k, v, lengths)
         return state._replace(state=inner), out
 
     def finish(state: Layer) -> Layer:
@@ -124,6 +111,8 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     rewinds = None
     if method.rewind and dense.rewind:
         rewinds = functools.partial(rewind, dense.rewind, method.rewind)
+    if again := method.reread:
+        again = again._replace(prefill=functools.partial(read_again, again.prefill))
     return Method(
         init=init,
         prefill=prefill,
@@ -135,8 +124,37 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         rewind=rewinds,
         exact_prompt=method.exact_prompt and dense.exact_prompt,
         renumbers=method.renumbers and (dense.renumbers or first == 0),
-        reread=again and again._replace(prefill=read_again),
+        reread=again,
     )
+
+
+def empty_dense(method: Method, dense: Method, spec: CacheSpec) -> Dense:
+    """Makes the state of a dense layer, in which the method may read again."""
+    state = dense.init(spec)
+    if method.reread and not isinstance(state, contiguous.Contiguous):
+        raise ValueError(
+            f"{method} reads its prompt twice, and {dense} does not hold what it read "
+            "in one store: use full."
+        )
+    return Dense(state)
+
+
+def read_again(
+    of_sparse: PrefillFn,
+    state: Layer,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[Layer, Float[Array, "B Hq T D"]]:
+    """Attends to the prompt and the chunk, or leaves the second reading to the method.
+
+    A dense layer learns nothing from it.
+    """
+    if isinstance(state, Dense):
+        return state, step.read_again(state.state, q, k, v, lengths).out
+    inner, out = of_sparse(state.state, q, k, v, lengths)
+    return state._replace(state=inner), out
 
 
 def rewind(

@@ -13,7 +13,7 @@ import kvjax
 from kvjax import registry
 from kvjax.cost import planning
 from kvjax.decoding import endless, generate, reader, saved_prompt, scoring
-from kvjax.evaluation import compare_runs, continuations, together
+from kvjax.evaluation import compare_runs, continuations, fidelity, together
 from kvjax.evaluation.kept_tokens import kept
 from kvjax.interface import Rereading
 from kvjax.rope import Rope
@@ -292,6 +292,16 @@ def test_a_comparison_follows_what_the_second_reading_kept():
     unread = KVZIP._replace(reread=None)
     zero = continuations.layer_fidelity(MODEL, full, unread, windows, **sizes)
     assert layers.dropped.mean() < zero.dropped.mean()
+
+
+def test_beside_full_attention_a_method_reads_again_too():
+    both = fidelity.side_by_side(kvjax.full(), KVZIP)
+    found = generate.prefill(MODEL, both, PROMPTS, **SIZES).states
+    alone = generate.prefill(MODEL, KVZIP, PROMPTS, **SIZES).states
+    plain = generate.prefill(MODEL, "full", PROMPTS, **SIZES).states
+    for layer, state in enumerate(found):
+        np.testing.assert_array_equal(state.candidate.positions, alone[layer].positions)
+        jax.tree.map(np.testing.assert_array_equal, state.reference, plain[layer])
 
 
 def test_moments_of_a_text_are_prompts_that_end_there(expected):

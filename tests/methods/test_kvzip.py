@@ -106,6 +106,18 @@ def test_equals_float64_loops(heads, tile, block, monkeypatch):
     )
 
 
+def test_a_long_prompt_is_attended_to_and_scored_in_tiles():
+    """More queries and more keys than are attended to at once."""
+    stream = drive.make_stream((600, 3), STEPS, sharpness=3.0)
+    method, spec = kvzip(budget=50), drive.make_spec(stream)
+    assert spec.capacity > module.BLOCK
+    state, _, _, of_row = read_twice(method, spec, stream, chunks=[(60, 70), (8, 0)])
+    for row, prompt in enumerate(stream.prompts):
+        expected = oracles.kvzip_scores(stream.row(row), of_row[prompt])
+        np.testing.assert_allclose(state.scores[row, :, :prompt], expected, atol=1e-6)
+        assert not state.scores[row, :, prompt:].any()
+
+
 def test_the_second_reading_attends_as_a_longer_prompt_would_and_leaves_no_trace():
     stream = drive.make_stream(PROMPTS, STEPS)
     method, spec = kvzip(budget=BUDGET), drive.make_spec(stream)

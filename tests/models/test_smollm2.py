@@ -224,8 +224,9 @@ def test_is_full_attention_when_the_budget_covers_the_text(
     assert run.diagnostics.exact.all()
 
 
-# A choice of pages at every step, and a choice of tokens at the prompt's end.
-@pytest.mark.parametrize("spec", ["quest", "snapkv"])
+# A choice of pages at every step, and a choice of tokens at the prompt's end, which is
+# read once or twice before.
+@pytest.mark.parametrize("spec", ["quest", "snapkv", "kvzip"])
 def test_the_text_is_that_of_full_when_the_budget_covers_it(spec, model, chat, answer):
     method = registry.parse(spec, budget=512)
     (found,) = generate(model, method, [chat], max_new_tokens=32, eos_ids=())
