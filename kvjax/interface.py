@@ -12,15 +12,14 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 """
 
 import dataclasses
-import functools
-import inspect
 import math
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
+
+from kvjax import naming
 
 State = Any  # a pytree of arrays: one layer's NamedTuple
 Params = Any  # a pytree of arrays: a model's weights
@@ -303,7 +302,7 @@ class Method(NamedTuple):
     def __repr__(self) -> str:
         """Its spec string; of a factory's call what can be read from the functions."""
         made_of = RECIPES.get(self)
-        return f"Method({made_of.spec if made_of else _spec_of(self)!r})"
+        return f"Method({made_of.spec if made_of else naming.spec_of(self)!r})"
 
     def decode_step(
         self, state: State, q: Float[Array, "B Hq T D"]
@@ -322,43 +321,6 @@ class Recipe(NamedTuple):
 
 
 RECIPES: dict[Method, Recipe] = {}  # of every method that was made of a spec
-
-
-def _spec_of(method: Method) -> str:
-    """Returns the factory that made a method, with the options that it bound.
-
-    A factory makes its functions itself, or binds options to those of its module, which
-    has its name, or is the `method` of a folder of that name.
-    """
-    # `init` last: a decorator of a factory may have put its own in that place.
-    for function in (method.traffic, method.inspect_step, method.init):
-        name, nested, _ = getattr(function, "__qualname__", "").partition(".<locals>")
-        if nested:
-            return name
-        if isinstance(function, functools.partial):
-            return _with_options(_module_name(function.func), function)
-    return _module_name(method.init)
-
-
-_PLAIN = (str, numbers.Number, type(None))  # of options that a spec string can have
-
-
-def _with_options(name: str, bound: functools.partial) -> str:
-    """Returns the name with the plain options that are bound, and a method in it."""
-    names = list(inspect.signature(bound.func).parameters)[: len(bound.args)]
-    options = dict(zip(names, bound.args, strict=True))
-    for value in bound.args:
-        if dataclasses.is_dataclass(value):
-            fields = [field for field in dataclasses.fields(value) if field.init]
-            options |= {field.name: getattr(value, field.name) for field in fields}
-    plain = [f"{k}={v}" for k, v in options.items() if isinstance(v, _PLAIN)]
-    inner = [repr(v)[8:-2] for v in options.values() if isinstance(v, Method)]
-    return "+".join([name + ":" * bool(plain) + ",".join(plain), *inner])
-
-
-def _module_name(function: Any) -> str:
-    *_, folder, name = ["", *getattr(function, "__module__", "").split(".")]
-    return folder if name == "method" else name
 
 
 @runtime_checkable

@@ -7,11 +7,7 @@ as well. Every buffer starts poisoned (`conftest.py`).
 import dataclasses
 import functools
 import itertools
-import os
-import subprocess
-import sys
 
-import compiling
 import drive
 import jax.numpy as jnp
 import pytest
@@ -29,8 +25,9 @@ def subject_of(name: str) -> subject.Subject:
     return subject.Subject(registry.get(name))
 
 
-@pytest.mark.parametrize("name", NAMES)
+# All checks of a method follow each other: they share its programs.
 @pytest.mark.parametrize("check", contract.CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_method_keeps_the_contract(check, name):
     """None is left out here: each has something to check."""
     assert contract.keeps(subject_of(name), check)
@@ -66,22 +63,6 @@ def test_a_method_made_for_another_attention_says_so(name):
 
 
 # --- the checks as others use them
-
-
-def test_a_method_of_anybodys_is_checked_without_pytest():
-    """In another process, on one device: nothing of the tests is there."""
-    code = (
-        "import kvjax, sys; done = kvjax.testing.check_method(kvjax.tova);"
-        "print(len(done), [m for m in ('pytest', 'oracles') if m in sys.modules])"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | compiling.ENVIRONMENT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    assert done.stdout == f"{len(contract.CHECKS) - 1} []\n"
 
 
 def quest(budget: int, page_size: int) -> Method:

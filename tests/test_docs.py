@@ -3,6 +3,9 @@
 But for the long ones, which say on the page that they are shortened here.
 """
 
+import ast
+import itertools
+import json
 import os
 import pathlib
 import re
@@ -15,6 +18,7 @@ import compiling
 import pytest
 from tiny import keep_layers
 
+from kvjax.testing import contract
 from models import embedded
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -28,6 +32,9 @@ QUICK = [
     *("--set", "data.corpus=book.txt", "--set", "data.held_out=book.txt"),
     *("--set", "evaluate.every=0"),
 ]
+NOTHING_OF_TESTS = (
+    "import sys; assert not {'pytest', 'oracles', 'tiny'} & sys.modules.keys()"
+)
 # What the comment on a command says that does not run as it stands.
 SHORTENED = "# shortened in the tests"
 # Arguments at the end of those, by how they begin.
@@ -60,6 +67,7 @@ SHORTER = {
     "python benchmarks/embedded_bars.py": [
         *("--n", "2", "--context", "128", "--bits-context", "128")
     ],
+    "kvjax bench kernels": ["--context", "4096"],
     "kvjax heads": ["--context", "96"],
     "kvjax compare": [
         *("--context", "128", "--budget", "48", "--n", "1", "--windows", "1"),
@@ -100,14 +108,25 @@ def shorter(command: str) -> list[str]:
     return SHORTER[max((b for b in SHORTER if command.startswith(b)), key=len)]
 
 
-def runnable(command: str) -> list[str]:
-    program, *arguments = shlex.split(command, comments=True)
-    arguments += shorter(command)
-    if program == "kvjax":
-        arguments = ["-m", "kvjax", *arguments]
-    elif arguments[0] != "-m":
-        arguments[0] = str(ROOT / arguments[0])
-    return [sys.executable, *arguments]
+def arguments_of(command: str) -> list[str]:
+    """The program of a shown command, and the arguments that it runs with here."""
+    return shlex.split(command, comments=True) + shorter(command)
+
+
+def processes(commands: list[str]) -> list[list[str]]:
+    """Commands of processes that run the page's: one for all of kvjax's in a row."""
+    found = []
+    for program, group in itertools.groupby(
+        map(arguments_of, commands), key=lambda parts: parts[0]
+    ):
+        arguments = [rest for _, *rest in group]
+        if program == "kvjax":
+            found.append([str(ROOT / "tests/in_turn.py"), json.dumps(arguments)])
+            continue
+        assert program == "python"
+        for first, *rest in arguments:
+            found.append([first if first == "-m" else str(ROOT / first), *rest])
+    return [[sys.executable, *arguments] for arguments in found]
 
 
 SHOWN = [page for page in PAGES if commands(page)]
@@ -139,9 +158,9 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     (tmp_path / "book.txt").write_text(embedded.heldout_text()[:100_000], "utf-8")
     shutil.copy(ROOT / "README.md", tmp_path)
     write_own_method(tmp_path)
-    for command in commands(page):
+    for command in processes(commands(page)):
         done = subprocess.run(
-            runnable(command),
+            command,
             cwd=tmp_path,
             env=os.environ | compiling.ENVIRONMENT,  # most of the time is compiling
             capture_output=True,
@@ -149,7 +168,7 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
             timeout=900,
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
-        if command.startswith("python -m models.embedded.start"):
+        if "models.embedded.start" in command:
             keep_layers(tmp_path / "runs/start", 2)  # the planted ones
 
 
@@ -157,10 +176,11 @@ def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     "page", [page for page in PAGES if python_of(page)], ids=lambda page: page.stem
 )
 def test_python_of_a_page_runs(page, tmp_path):
+    """In a process that has nothing of the tests."""
     write_own_method(tmp_path)
     for code in python_of(page):
         done = subprocess.run(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"{code}\n{NOTHING_OF_TESTS}"],
             cwd=tmp_path,
             env=os.environ | compiling.ENVIRONMENT,
             capture_output=True,
@@ -168,6 +188,9 @@ def test_python_of_a_page_runs(page, tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
+        if "check_method(" in code:  # all that there is, but on two devices
+            passed = ast.literal_eval(done.stdout)
+            assert len(passed) == len(contract.CHECKS) - 1
 
 
 def test_files_a_page_names_exist():

@@ -6,7 +6,6 @@ import os
 import pathlib
 import re
 import subprocess
-import sys
 import types
 
 import compiling
@@ -100,27 +99,6 @@ def test_a_notebook_runs(name, tmp_path):
     assert falls_back == (name in ("quickstart", "tpu_decode"))
     if name in ("quickstart", "entmax"):
         assert any("image/png" in out.get("data", {}) for out in outputs)
-
-
-def test_the_example_keeps_the_contract_it_points_to(tmp_path):
-    """Registered, it is put to the tests of the methods of kvjax by that alone."""
-    notebook = build.make(ROOT / "colab/write_your_own_method.py")
-    (cell,) = (c.source for c in notebook.cells if "def landmarks(" in c.source)
-    plugin = f"{cell}\n\nfrom kvjax import registry\nregistry.register(landmarks)\n"
-    (tmp_path / "registers_landmarks.py").write_text(plugin, "utf-8")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "pytest", "-q", "-p", "registers_landmarks"),
-            *("-p", "no:cacheprovider", "-n", "0"),
-            *("tests/test_contract.py", "-k", "landmarks"),
-        ],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 15, done.stdout
 
 
 def test_the_badge_goes_to_the_repository(monkeypatch):

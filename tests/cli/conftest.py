@@ -1,6 +1,6 @@
 """What the tests of the command line share: a tiny checkpoint, and how to run."""
 
-import jax
+import compiling
 import pytest
 from tiny import TEXT, byte_tokenizer, tiny_model
 
@@ -26,19 +26,27 @@ def text_file(tmp_path):
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
-    """Compiled code goes to a folder of the test, and JAX forgets it afterwards."""
+    """The user's cache is a folder of the test."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_code_is_forgotten():
+    """Commands turn JAX's cache on: no other module's programs are to be read there."""
+    with compiling.cache():
+        yield
 
 
 @pytest.fixture(autouse=True)
 def undrawn_figures(monkeypatch):
     """Reports have empty figures here: tests/report draws them, shown commands too."""
     monkeypatch.setattr("kvjax.report.pictures.drawn", lambda *_, **__: b"<svg></svg>")
+
+
+@pytest.fixture(autouse=True)
+def kept_programs(monkeypatch):
+    """What is compiled for tiny models stays: comparisons of other tests run it too."""
+    monkeypatch.setattr("kvjax.evaluation.compare_runs.drop_programs", lambda: None)
 
 
 @pytest.fixture

@@ -275,7 +275,10 @@ def test_eval_takes_questions_and_keeps_answers(run, checkpoint, questions, tmp_
         ("compare --tasks q.jsonl", "q.jsonl, line 2: is no JSON"),
         ("compare --tasks nowhere.jsonl", "nowhere.jsonl"),
         ("compare --budget 64,some", "--budget 64,some must be whole numbers"),
-        ("compare --budget 64,512", "budget=512 must be below context=512"),
+        (
+            "compare --budget 64,512",
+            "--budget 512 must be below --context 512: otherwise",
+        ),
         ("compare --question never", "question='never' must be one of seen, after"),
         ("eval --task passkey --save-answers q.jsonl", "q.jsonl is there already"),
         ("compare --save-answers q.jsonl", "q.jsonl is there already"),

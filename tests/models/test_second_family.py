@@ -1,5 +1,6 @@
 """A family of models that the library has never seen: one file, and one line."""
 
+import compiling
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -68,8 +69,7 @@ def test_every_method_runs_it(folder, spec):
 
 def test_the_command_line_takes_it(folder, capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = jax.config.jax_compilation_cache_dir
-    try:
+    with compiling.cache():
         options = ["--model", str(folder), "--method", "snapkv:budget=16,window=4"]
         asked = [*options, "--max-new-tokens", "3"]
         assert cli.run(["generate", "--prompt", TEXT, *asked]) == 0
@@ -81,8 +81,6 @@ def test_the_command_line_takes_it(folder, capsys, tmp_path, monkeypatch):
         assert "kvjax: note: a toy of 2 layers." in captured.err
         assert cli.run(["plan", *options, "--context", "128"]) == 2  # of 128 new tokens
         assert cli.run(["plan", *options, "--context", "256"]) == 0
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_no_other_family_takes_it(folder, tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import json
 import re
 import signal
 
+import compiling
 import jax
 import numpy as np
 import pytest
@@ -31,13 +32,8 @@ def weights(out):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """Every run compiles the same few programs."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    before = {name: getattr(jax.config, name) for name in names}
-    jax.config.update(names[0], str(tmp_path_factory.mktemp("xla")))
-    jax.config.update(names[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
+    with compiling.cache(tmp_path_factory.mktemp("xla")):
+        yield
 
 
 @pytest.fixture(scope="module")
