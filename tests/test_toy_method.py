@@ -25,11 +25,13 @@ from jaxtyping import Array, Float, Int
 
 from kvjax import dense
 from kvjax.attention.partials import softmax_only
+from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, kept_slots
 from pallas_kernels.decode_attention import decode_attention
 
 
+@typed
 @softmax_only
 def toy(*, budget: int = 1024) -> Method:
     """Keeps every key; per step reads the newest tokens, and every second before them.

@@ -35,6 +35,7 @@ def answers(
     longest: int = 0,
     room: int = 0,
     keep_logits: bool = False,
+    threads: int = 1,
     on_answer: OnAnswer = lambda place, index, said: None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[list[str]]:
@@ -49,7 +50,7 @@ def answers(
         new_tokens: most tokens of an answer.
         longest: tokens of a context to make room for, where none is so long.
         room: tokens to make room for behind a context, if more than these take.
-        keep_logits: as :func:`kvjax.evaluation.compare_runs.retrieve`.
+        keep_logits, threads: as :func:`kvjax.evaluation.compare_runs.retrieve`.
         on_answer: called with a method's place, the number of an example and what was
             answered.
 
@@ -83,12 +84,20 @@ def answers(
         batches.release()
         read = together.read_checked(model, methods, group, options)
         batches.release()
-        for place, method in enumerate(methods):
+        waiting = dict(enumerate(read))
+        del read
+
+        def answered(place, waiting=waiting, pairs=pairs):
             with batches.told_apart(place):
-                for index, answer in asked.answers(method, read.pop(0), rows, pairs):
-                    if index not in said[place]:
-                        said[place][index] = answer
-                        on_answer(place, index, answer)
+                begun = waiting.pop(place)
+                return list(asked.answers(methods[place], begun, rows, pairs))
+
+        places = range(len(methods))
+        for place, found in enumerate(batches.at_once(answered, places, threads)):
+            for index, answer in found:
+                if index not in said[place]:
+                    said[place][index] = answer
+                    on_answer(place, index, answer)
             done = min(rows, fresh) * (place + 1) / len(methods)
             progress((start + done) / len(contexts))
     return [[found[index] for index in range(len(examples))] for found in said]

@@ -2,7 +2,8 @@
 
 import contextlib
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from kvjax.decoding.finite import NotFiniteError
@@ -11,6 +12,7 @@ from kvjax.interface import LanguageModel
 from kvjax.text.stream import continuation
 
 T = TypeVar("T")
+R = TypeVar("R")
 
 
 class _Ticks:
@@ -34,6 +36,18 @@ def equal(items: Sequence[T], size: int) -> Iterator[list[T]]:
     filled = [items[i % len(items)] for i in range(count)]
     for start in range(0, count, size):
         yield filled[start : start + size]
+
+
+def at_once(job: Callable[[T], R], items: Iterable[T], threads: int) -> Iterator[R]:
+    """Yields what the job makes of each item, in order; so many threads work at it.
+
+    For what is not timed: most of a short run is compiling, which takes one core.
+    """
+    if threads == 1:
+        yield from map(job, items)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(job, items)
 
 
 def reply(model: LanguageModel, example: Prompted, tokens: Sequence[int]) -> str:

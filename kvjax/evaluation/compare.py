@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -182,27 +183,41 @@ def compare(
     rows = {}
     for names in groups(model.decoder, wanted, methods[reference], settings, room):
         group = [methods[name] for name in names]
+        threads = _threads(model.decoder, group, settings, room)
 
         def report(fraction, names=names):
             for name in names:
                 progress(name, fraction)
 
         report(0.0)
+        compile_reading = functools.partial(
+            compare_runs.compile_reading,
+            model,
+            tokens=prompt,
+            new_tokens=settings.new_tokens,
+            chunk_size=settings.chunk_size,
+        )
         with _named(names):
-            answered = _ask(
-                model, names, group, inputs, settings, shapes, on_answer, report
-            )
+            with _beside(compile_reading, group if threads > 1 else []):
+                answered = _ask(
+                    *(model, names, group, inputs, settings, shapes, threads),
+                    *(on_answer, report),
+                )
             followed = continuations.follow(
                 model,
                 methods[reference],
                 group,
                 inputs.windows,
                 expected,
+                threads=threads,
                 progress=lambda done, report=report: report(0.7 + 0.25 * done),
                 **shapes,
             )
-        compare_runs.drop_programs()
+        if threads == 1:
+            compare_runs.drop_programs()
         for place, (name, losses) in enumerate(zip(names, followed, strict=True)):
+            if threads == 1:
+                compile_reading(methods[name])
             seconds = compare_runs.seconds_to_read(
                 model,
                 methods[name],
@@ -210,7 +225,8 @@ def compare(
                 new_tokens=settings.new_tokens,
                 chunk_size=settings.chunk_size,
             )
-            compare_runs.drop_programs()
+            if threads == 1 or place == len(names) - 1:
+                compare_runs.drop_programs()
             read, held = sizes[name]
             layers = losses.layers
             measured = measured_bytes(model, methods[name], layers, settings)
@@ -231,8 +247,28 @@ def compare(
     return Results(tuple(rows[name] for name in wanted))
 
 
+def _threads(decoder, group, settings, room) -> int:
+    """Threads for what is not timed: two where a group's states take little room.
+
+    With small models most of the time is compiling, which takes one core. A large one
+    takes all cores, and its memory is not there twice.
+    """
+    held = sum(_prompt_bytes(decoder, method, settings) for method in group)
+    return 2 if 8 * settings.batch * held <= room else 1
+
+
+@contextlib.contextmanager
+def _beside(job: Callable[[Method], None], methods: Sequence[Method]):
+    """Does the job with each method in a thread of its own; it is over behind this."""
+    with ThreadPoolExecutor(1) as pool:
+        done = [pool.submit(job, method) for method in methods]
+        yield
+        for one in done:
+            one.result()
+
+
 def _ask(
-    model, names, group, inputs, settings, shapes, on_answer, report
+    model, names, group, inputs, settings, shapes, threads, on_answer, report
 ) -> dict[str, list[compare_runs.Retrieval]]:
     """The answers of methods that read together, by when the questions come."""
     numbered = [
@@ -259,6 +295,7 @@ def _ask(
             longest=settings.context - settings.new_tokens,
             question=when,
             keep_logits=True,
+            threads=threads,
             on_answers=tell,
             progress=so_far,
             **shapes,

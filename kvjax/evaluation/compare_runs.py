@@ -44,6 +44,7 @@ def retrieve(
     room: int = 0,
     question: str = "seen",
     keep_logits: bool = False,
+    threads: int = 1,
     on_answers: OnAnswers = lambda place, first, said: None,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Retrieval]:
@@ -62,6 +63,7 @@ def retrieve(
             :func:`kvjax.evaluation.asked_after.answers` does.
         keep_logits: decode by the program of :mod:`kvjax.evaluation.continuations`,
             which keeps them: with as much room it is compiled once for both.
+        threads: methods that answer at the same time.
         on_answers: called with a method's place, the number of a batch's first example,
             and what was answered, batch by batch; of questions asked `after`, one by
             one.
@@ -82,6 +84,7 @@ def retrieve(
             longest=longest,
             room=room,
             keep_logits=keep_logits,
+            threads=threads,
             on_answer=lambda place, index, said: on_answers(place, index, [said]),
             progress=progress,
         )
@@ -100,16 +103,24 @@ def retrieve(
         # A few tokens more than the answer's: text may begin with a blank.
         answer = max(example.answer_tokens for example in group) + 2
         wanted = np.full((batch, min(answer, new_tokens)), feeding.CHOOSE, np.int32)
-        for place, method in enumerate(methods):
+        waiting = dict(enumerate(read))
+        del read
+
+        def answered(place, waiting=waiting, wanted=wanted, group=group):
             with batches.told_apart(place):
                 fed = feeding.feed(
-                    model, method, read.pop(0), wanted, return_logits=keep_logits
+                    model,
+                    methods[place],
+                    waiting.pop(place),
+                    wanted,
+                    return_logits=keep_logits,
                 )
                 finite.check_rows(model.decoder, fed.log_probs)
-            said = [
-                batches.reply(model, example, tokens)
-                for example, tokens in zip(group, fed.tokens.tolist(), strict=True)
-            ]
+            pairs = zip(group, fed.tokens.tolist(), strict=True)
+            return [batches.reply(model, example, tokens) for example, tokens in pairs]
+
+        places = range(len(methods))
+        for place, said in enumerate(batches.at_once(answered, places, threads)):
             answers[place] += said
             # What fills the last batch up has been answered before.
             first = index * batch
@@ -125,6 +136,22 @@ def _scored(examples: Sequence[Prompted], said: Sequence[str]) -> Retrieval:
     return Retrieval([example.score(text) for example, text in pairs], said)
 
 
+def compile_reading(
+    model: LanguageModel,
+    method: Method,
+    tokens: Sequence[int],
+    *,
+    new_tokens: int,
+    chunk_size: int = 512,
+) -> None:
+    """Compiles what :func:`seconds_to_read` times, by reading a chunk of the prompt."""
+    decoder = model.decoder
+    begun = reader.begin(decoder, method, 1, len(tokens), new_tokens)
+    first = next(reader.chunks(decoder, [tokens], chunk_size))
+    read = reader.read(model, method, begun, [first])
+    jax.block_until_ready(reader.finish(model, method, read, [tokens]))
+
+
 def seconds_to_read(
     model: LanguageModel,
     method: Method,
@@ -133,13 +160,10 @@ def seconds_to_read(
     new_tokens: int,
     chunk_size: int = 512,
 ) -> float:
-    """Returns the seconds that one row's prompt takes the method alone, compiled."""
-    decoder = model.decoder
-    begun = reader.begin(decoder, method, 1, len(tokens), new_tokens)
-    first = next(reader.chunks(decoder, [tokens], chunk_size))
-    read = reader.read(model, method, begun, [first])
-    jax.block_until_ready(reader.finish(model, method, read, [tokens]))
-    del begun, read
+    """Returns the seconds that one row's prompt takes the method alone.
+
+    Those of compiling are among them, unless :func:`compile_reading` came before.
+    """
     start = time.perf_counter()
     read = reader.prefill(
         model, method, [tokens], max_new_tokens=new_tokens, chunk_size=chunk_size

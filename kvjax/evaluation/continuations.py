@@ -166,6 +166,7 @@ def follow(
     batch: int,
     chunk_size: int = 512,
     room: int = 0,
+    threads: int = 1,
     progress: Callable[[float], None] = lambda done: None,
 ) -> list[Followed]:
     """Continues the windows under each method, and looks at each of its layers.
@@ -174,6 +175,8 @@ def follow(
 
     Args:
         expected: of :func:`expect`, the reference's, with the same `room`.
+        threads: methods whose layers are looked at at the same time; nothing else runs
+            while a continuation is timed.
 
     Raises:
         ValueError: as :func:`kvjax.decoding.reader.prefill` and
@@ -191,6 +194,7 @@ def follow(
             _of_batch(expected, index, batch, len(windows)),
             new_tokens,
             options,
+            threads,
         )
         for place, part in enumerate(followed):
             parts[place].append(part)
@@ -218,7 +222,7 @@ def _of_batch(expected: Expected, index: int, batch: int, count: int) -> Expecte
 
 
 def _follow(
-    model, reference, methods, windows, expected, new_tokens, options
+    model, reference, methods, windows, expected, new_tokens, options, threads
 ) -> Iterator[Followed]:
     """One batch of windows, method by method; nothing of it outlives the call."""
     prompts, following = _cut(windows, new_tokens)
@@ -233,8 +237,8 @@ def _follow(
     for leader in dict.fromkeys(leaders):
         if leader is not reference:
             steps[leader] = _recorded(model, leader, kept[leader], following)
-    truth = expected.continued
-    for place, (leader, method) in enumerate(zip(leaders, methods, strict=True)):
+    truth, continued = expected.continued, []
+    for place, method in enumerate(methods):
         own = truth
         if method is not reference:
             begun = kept[method]
@@ -243,18 +247,29 @@ def _follow(
             with batches.told_apart(place):
                 own = _continued(model, method, begun, following)
             del begun
+        # Without the logits, which are large.
+        told = (
+            own.predicted.log_probs,
+            fidelity.agreement(truth.predicted.logits, own.predicted.logits),
+            tokens_before_difference(truth.chosen, own.chosen),
+            own.tokens_per_second,
+        )
+        continued.append(told)
+
+    def looked_at(pair):
+        leader, method = pair
         second = _copied(kept[method]) if method in leaders else kept.pop(method)
         first = _copied(kept[leader])
         layers = _layers(model, leader, method, first, second, steps[leader])
         del first, second
         batches.release()
-        yield Followed(
-            own.predicted.log_probs,
-            fidelity.agreement(truth.predicted.logits, own.predicted.logits),
-            tokens_before_difference(truth.chosen, own.chosen),
-            own.tokens_per_second,
-            layers,
-        )
+        return layers
+
+    pairs = zip(leaders, methods, strict=True)
+    for told, layers in zip(
+        continued, batches.at_once(looked_at, pairs, threads), strict=True
+    ):
+        yield Followed(*told, layers)
 
 
 def tokens_before_difference(

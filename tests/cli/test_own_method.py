@@ -19,7 +19,7 @@ def newest(*, budget: int = 1024) -> kvjax.Method:
     return kvjax.streaming_llm(budget=budget, num_sinks=1)
 
 
-def whole(*, budget: int = 1024) -> str:
+def whole(*, budget: int = 1024):
     return "all"
 '''
 
@@ -96,7 +96,10 @@ def test_a_folder_is_looked_into_by_the_installed_command_too(own):
         ("newest_tokens:newset", "has no 'newset'; did you mean 'newest'?"),
         ("newest_tokens:newest,bugdet=3", "did you mean 'budget'?"),
         ("newest_tokens:whole", "whole returned a str; a factory returns a kvjax.Meth"),
-        ("newest_tokens:kvjax", "newest_tokens:kvjax is no factory, but a module"),
+        (
+            "newest_tokens:kvjax",
+            "newest_tokens:kvjax is no factory, but of type mod",
+        ),
     ],
 )
 def test_mistakes_are_one_line(own, fail, spec, message):

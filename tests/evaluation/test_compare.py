@@ -1,5 +1,6 @@
 """The comparison: every method sees the same inputs, and its numbers are its own."""
 
+import threading
 import types
 
 import numpy as np
@@ -56,6 +57,38 @@ def rows(inputs, seen):
 
 def test_the_reference_comes_first_then_the_given_order(rows):
     assert [row.method for row in rows] == ["full", "same", "streaming"]
+
+
+def test_threads_change_no_figure_and_leave_the_clocks_alone(rows, inputs, monkeypatch):
+    """Two threads, as the rows had them, or one: nothing but a speed tells."""
+    running = []
+
+    def watched(name):
+        original = getattr(compare_runs, name)
+
+        def run(*arguments, **options):
+            others = [job for job in threading.enumerate() if "Pool" in job.name]
+            running.append((name, threading.current_thread(), others))
+            return original(*arguments, **options)
+
+        monkeypatch.setattr(compare_runs, name, run)
+
+    watched("compile_reading")
+    watched("seconds_to_read")
+    monkeypatch.setattr(compare, "_threads", lambda *_: 1)
+    chosen = {name: METHODS[name] for name in ("full", "streaming")}
+    alone = compare.compare(MODEL, chosen, inputs, SETTINGS).rows
+    assert all(job is threading.main_thread() for _, job, _ in running)
+    speeds = {"tokens_per_second": 0.0, "prefill_seconds": 0.0}
+    for one, both in zip(alone, (rows[0], rows[2]), strict=True):
+        assert one._replace(**speeds) == both._replace(**speeds)
+
+    running.clear()
+    monkeypatch.setattr(compare, "_threads", lambda *_: 2)
+    compare.compare(MODEL, chosen, inputs, SETTINGS)
+    beside = {name: job is not threading.main_thread() for name, job, _ in running}
+    assert beside == {"compile_reading": True, "seconds_to_read": False}
+    assert not any(others for name, _, others in running if name == "seconds_to_read")
 
 
 def test_the_reference_agrees_with_itself(rows):
