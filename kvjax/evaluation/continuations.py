@@ -237,7 +237,8 @@ def _follow(
     for leader in dict.fromkeys(leaders):
         if leader is not reference:
             steps[leader] = _recorded(model, leader, kept[leader], following)
-    truth, continued = expected.continued, []
+    truth = expected.continued
+    continued: list[dict[str, Any]] = []  # fields of what is yielded
     for place, method in enumerate(methods):
         own = truth
         if method is not reference:
@@ -247,14 +248,16 @@ def _follow(
             with batches.told_apart(place):
                 own = _continued(model, method, begun, following)
             del begun
-        # Without the logits, which are large.
-        told = (
-            own.predicted.log_probs,
-            fidelity.agreement(truth.predicted.logits, own.predicted.logits),
-            tokens_before_difference(truth.chosen, own.chosen),
-            own.tokens_per_second,
+        agreement = fidelity.agreement(truth.predicted.logits, own.predicted.logits)
+        same = tokens_before_difference(truth.chosen, own.chosen)
+        continued.append(  # without the logits, which are large
+            {
+                "log_probs": own.predicted.log_probs,
+                "agreement": agreement,
+                "tokens_before_difference": same,
+                "tokens_per_second": own.tokens_per_second,
+            }
         )
-        continued.append(told)
 
     def looked_at(pair):
         leader, method = pair
@@ -266,10 +269,8 @@ def _follow(
         return layers
 
     pairs = zip(leaders, methods, strict=True)
-    for told, layers in zip(
-        continued, batches.at_once(looked_at, pairs, threads), strict=True
-    ):
-        yield Followed(*told, layers)
+    for index, layers in enumerate(batches.at_once(looked_at, pairs, threads)):
+        yield Followed(**continued[index], layers=layers)
 
 
 def tokens_before_difference(
