@@ -67,7 +67,7 @@ SHORTER = {
     "python benchmarks/embedded_bars.py": [
         *("--n", "2", "--context", "128", "--bits-context", "128")
     ],
-    "kvjax bench kernels": ["--context", "4096"],
+    "kvjax bench kernels": ["--context", "1024", "--budget", "256"],
     "kvjax heads": ["--context", "96"],
     "kvjax compare": [
         *("--context", "128", "--budget", "48", "--n", "1", "--windows", "1"),

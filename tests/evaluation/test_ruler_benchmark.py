@@ -1,11 +1,16 @@
 """The benchmark of RULER goes on after a kill; its page shows whole lines alone."""
 
+import dataclasses
 import importlib.util
+import itertools
 import json
 import pathlib
 import types
 
 import ruler_page
+
+import models
+from kvjax.evaluation import compare as comparison
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -46,6 +51,45 @@ def test_every_row_is_planned_once_and_the_telling_ones_first():
     budgets = {row.method.split("budget=")[-1] for row in rows} - {"full"}
     assert {"512", "256"} <= budgets
     assert {row.n for row in rows if row.method != "full"} == {10}
+
+
+def test_methods_read_a_task_together_and_none_is_left_out():
+    ruler = benchmark()
+    args = types.SimpleNamespace(context=1024, n=4, batch=2, room=1.0)
+    decoder = models.load_decoder("embedded-softmax", dtype="float32")
+    rows = ruler.planned(1.0, args)
+    other = dataclasses.replace(rows[0], method="entmaxkv:budget=64")
+    fit, said = ruler.answerable(decoder, [*rows, other])
+    (row,) = said
+    assert row["key"] == other.key
+    assert "approximates entmax" in row["error"]
+
+    groups = list(ruler.groups(decoder, fit, args))
+    assert sorted(row.key for part in groups for row in part) == sorted(
+        row.key for row in fit
+    )
+    for part in groups:
+        assert len({(row.context, row.question, row.task, row.n) for row in part}) == 1
+    sizes = [len(part) for part in groups]
+    assert max(sizes) == comparison.GROUP
+    # The tasks of the same methods follow each other: what is compiled serves all.
+    names = [tuple(row.method for row in part) for part in groups]
+    runs = [
+        key for key, _ in itertools.groupby(zip(names, keys_of(groups), strict=True))
+    ]
+    assert len(runs) == len(set(runs))
+
+
+def keys_of(groups):
+    return [(part[0].context, part[0].question) for part in groups]
+
+
+def test_rows_that_were_gathered_are_not_measured_again(tmp_path):
+    ruler = benchmark()
+    assert ruler.gathered(None) == {}
+    document = tmp_path / "rows.json"
+    document.write_text(json.dumps({"rows": [{"key": "a", "n": 1}, {"key": "b"}]}))
+    assert ruler.gathered(document) == {"a": {"key": "a", "n": 1}, "b": {"key": "b"}}
 
 
 def test_the_page_shows_methods_whose_tasks_are_all_there(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ FULL = registry.parse("full")
 NUM_SOURCES = 20  # whose tokens are compared
 STEPS = 6  # of a method, on recorded heads
 CAPACITY = 160
-LAYERS = 5  # where depth does not matter
+LAYERS = 2  # where depth does not matter
 
 
 @pytest.fixture(scope="module")
