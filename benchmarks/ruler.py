@@ -165,7 +165,7 @@ def answerable(decoder, rows):
     errors = {}
     for spec, context in {(row.method, row.context): None for row in rows}:
         try:
-            accounting.bytes_read(registry.parse(spec), decoder, context, LONGEST)
+            accounting.bytes_held(registry.parse(spec), decoder, context, LONGEST)
         except ValueError as error:
             errors[spec, context] = str(error)
     fit = [row for row in rows if (row.method, row.context) not in errors]
