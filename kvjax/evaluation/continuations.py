@@ -238,29 +238,29 @@ def _follow(
         if leader is not reference:
             steps[leader] = _recorded(model, leader, kept[leader], following)
     truth = expected.continued
-    continued: list[dict[str, Any]] = []  # fields of what is yielded
-    for place, method in enumerate(methods):
-        own = truth
+
+    def continued(place: int) -> dict[str, Any]:
+        """Fields of what is yielded, without the logits, which are large."""
+        method, own = methods[place], truth
         if method is not reference:
             begun = kept[method]
             if not method.exact_prompt:
                 (begun,) = together.read_checked(model, [method], prompts, options)
             with batches.told_apart(place):
                 own = _continued(model, method, begun, following)
-            del begun
-        agreement = fidelity.agreement(truth.predicted.logits, own.predicted.logits)
-        same = tokens_before_difference(truth.chosen, own.chosen)
-        continued.append(  # without the logits, which are large
-            {
-                "log_probs": own.predicted.log_probs,
-                "agreement": agreement,
-                "tokens_before_difference": same,
-                "tokens_per_second": own.tokens_per_second,
-            }
-        )
+        return {
+            "log_probs": own.predicted.log_probs,
+            "agreement": fidelity.agreement(
+                truth.predicted.logits, own.predicted.logits
+            ),
+            "tokens_before_difference": tokens_before_difference(
+                truth.chosen, own.chosen
+            ),
+            "tokens_per_second": own.tokens_per_second,
+        }
 
-    def looked_at(pair):
-        leader, method = pair
+    def looked_at(place: int) -> fidelity.LayerFidelity:
+        leader, method = leaders[place], methods[place]
         second = _copied(kept[method]) if method in leaders else kept.pop(method)
         first = _copied(kept[leader])
         layers = _layers(model, leader, method, first, second, steps[leader])
@@ -268,9 +268,13 @@ def _follow(
         batches.release()
         return layers
 
-    pairs = zip(leaders, methods, strict=True)
-    for index, layers in enumerate(batches.at_once(looked_at, pairs, threads)):
-        yield Followed(**continued[index], layers=layers)
+    # A few at a time: what a method has read goes once its layers are looked at.
+    for start in range(0, len(methods), threads):
+        places = range(len(methods))[start : start + threads]
+        told = [continued(place) for place in places]
+        found = batches.at_once(looked_at, places, threads)
+        for fields, layers in zip(told, found, strict=True):
+            yield Followed(**fields, layers=layers)
 
 
 def tokens_before_difference(
