@@ -63,18 +63,19 @@ def test_threads_change_no_figure_and_leave_the_clocks_alone(rows, inputs, monke
     """Two threads, as the rows had them, or one: nothing but a speed tells."""
     running = []
 
-    def watched(name):
-        original = getattr(compare_runs, name)
+    def watched(module, name):
+        original = getattr(module, name)
 
         def run(*arguments, **options):
             others = [job for job in threading.enumerate() if "Pool" in job.name]
             running.append((name, threading.current_thread(), others))
             return original(*arguments, **options)
 
-        monkeypatch.setattr(compare_runs, name, run)
+        monkeypatch.setattr(module, name, run)
 
-    watched("compile_reading")
-    watched("seconds_to_read")
+    watched(compare_runs, "compile_reading")
+    watched(compare_runs, "seconds_to_read")
+    watched(continuations, "_continued")
     monkeypatch.setattr(compare, "_threads", lambda *_: 1)
     chosen = {name: METHODS[name] for name in ("full", "streaming")}
     alone = compare.compare(MODEL, chosen, inputs, SETTINGS).rows
@@ -87,8 +88,9 @@ def test_threads_change_no_figure_and_leave_the_clocks_alone(rows, inputs, monke
     monkeypatch.setattr(compare, "_threads", lambda *_: 2)
     compare.compare(MODEL, chosen, inputs, SETTINGS)
     beside = {name: job is not threading.main_thread() for name, job, _ in running}
-    assert beside == {"compile_reading": True, "seconds_to_read": False}
-    assert not any(others for name, _, others in running if name == "seconds_to_read")
+    timed = {"seconds_to_read": False, "_continued": False}
+    assert beside == {"compile_reading": True} | timed
+    assert not any(others for name, _, others in running if name in timed)
 
 
 def test_the_reference_agrees_with_itself(rows):
