@@ -260,11 +260,14 @@ def _threads(decoder, group, settings, room) -> int:
 @contextlib.contextmanager
 def _beside(job: Callable[[Method], None], methods: Sequence[Method]):
     """Does the job with each method in a thread of its own; it is over behind this."""
-    with ThreadPoolExecutor(1) as pool:
+    pool = ThreadPoolExecutor(1)
+    try:
         done = [pool.submit(job, method) for method in methods]
         yield
         for one in done:
             one.result()
+    finally:  # after an error, or an interrupt, what waits is not begun
+        pool.shutdown(cancel_futures=True)
 
 
 def _ask(
