@@ -21,7 +21,7 @@ import kvjax
 import models
 from kvjax import files
 from kvjax.cli.progress import show_progress
-from kvjax.evaluation import compare, compare_runs, statistics, teacher_forced
+from kvjax.evaluation import compare_runs, statistics, teacher_forced
 from kvjax.evaluation.tasks import chain, needles
 from kvjax.interface import layer_specs
 from kvjax.text import encoding
@@ -76,7 +76,7 @@ def measure(model, text, args, progress):
                 progress=update,
             )
             scores = answered.scores
-        interval = compare.proportion(scores)
+        interval = statistics.proportion(scores)
         if isinstance(examples[0], chain.Chain):
             interval = statistics.share_interval(scores)
         how = "forced" if args.forced else "greedy"

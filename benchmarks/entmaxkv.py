@@ -26,7 +26,7 @@ from kvjax import dense, files
 from kvjax.attention import selection
 from kvjax.decoding.feeding import CHOOSE, feed
 from kvjax.decoding.reader import prefill
-from kvjax.evaluation import compare, compare_inputs, fidelity
+from kvjax.evaluation import compare, compare_inputs, compare_rows, fidelity
 from kvjax.evaluation.tasks import needles
 from kvjax.stores import contiguous
 from kvjax.stores import paged as stores_paged
@@ -154,7 +154,7 @@ def measure_windows(model, groups, args, say, save):
                 "tokens_per_list": float(found.read.mean()),
             }
             for name in ("error", "dropped", "support", "exact"):
-                entry[name] = compare.of_windows(found, name)._asdict()
+                entry[name] = compare_rows.of_windows(found, name)._asdict()
             for name, values in per_layer.items():
                 entry[f"{name}_by_layer"] = values.mean((1, 2)).tolist()
             entry["seconds"] = round(time.perf_counter() - start, 1)
@@ -208,7 +208,7 @@ def measure_keys(model, methods, args, say, save):
         say(f"{first + args.batch} pass keys, {minutes:.1f} min: {counts}")
         save(
             {
-                label: compare.proportion(found)._asdict() | {"scores": found}
+                label: statistics.proportion(found)._asdict() | {"scores": found}
                 for label, found in scores.items()
             }
         )

@@ -6,31 +6,22 @@ many as the memory has room for.
 
 import contextlib
 import functools
-import importlib
-import importlib.util
-import itertools
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
-
-import numpy as np
-from numpy.typing import ArrayLike
+from typing import Any
 
 from kvjax import accounting
 from kvjax.decoding.finite import NotFiniteError
 from kvjax.evaluation import (
     answers,
+    compare_rows,
     compare_runs,
     continuations,
     fidelity,
-    percentiles,
-    records,
-    statistics,
 )
 from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
-from kvjax.evaluation.statistics import Interval
-from kvjax.evaluation.tasks.needles import Example
+from kvjax.evaluation.compare_rows import Results, Row
 from kvjax.interface import DecoderLM, LanguageModel, Method
 from kvjax.stores import buffers
 
@@ -39,87 +30,6 @@ Progress = Callable[[str, float], None]  # (method, fraction of its work that is
 # Bytes of the states that a group of methods holds while it reads together.
 ROOM = 1_150_000_000
 GROUP = 5  # methods that read together at most, and are worth more than a batch
-
-# Fields of `Inputs`, in the order they are answered in.
-TASKS = ("own", "passkey", "multikey", "chain")
-# What the fields of a row, and tasks in a file of answers, end in.
-SUFFIX = {"seen": "", "after": "_after"}
-
-
-# Intervals of the fields of `LayerFidelity`: an error has no upper bound.
-OF_LAYERS: dict[str, Callable[[ArrayLike], Interval]] = {
-    "error": statistics.amount_interval,
-    "dropped": statistics.share_interval,
-    "support": statistics.share_interval,
-    "exact": statistics.share_interval,
-    "refreshed": statistics.share_interval,
-}
-
-ByDepth = tuple[tuple[float, int, int], ...]  # (depth, correct, asked)
-
-
-class Row(NamedTuple):
-    """One method's line of the comparison."""
-
-    method: str
-    bytes_read: int  # of cache, per decoded token of one row at the full context: most
-    bytes_measured: float  # what was read of it, mean over steps; see `measured_bytes`
-    bytes_held: int  # of cache, while decoding, per row
-    # Against the reference, on the same tokens; over windows.
-    kl: Interval  # KL(reference || method), nats per token
-    kl_p99: Interval  # its 99th percentile over tokens; see `percentile_interval`
-    top1_agreement: Interval  # same likeliest token as the reference
-    # Tokens chosen greedily before the first that the reference does not choose, of
-    # `new_tokens` behind each window's prompt.
-    tokens_before_difference: Interval
-    perplexity: Interval  # of tokens predicted by decode steps; over windows
-    nats_lost: Interval  # log-probability given away per token, paired with reference
-    # Of the layers, each fed what the reference's is; means over heads, over windows.
-    output_error: Interval  # relative L2 error of the attention output
-    dropped_mass: Interval  # of the reference's attention, on what was not attended to
-    support: Interval  # share of the tokens with weight that was attended to
-    proved_exact: Interval  # share of heads and steps: `Diagnostics.exact`
-    full_steps: Interval  # share of steps and layers: `Diagnostics.refreshed`
-    tokens_per_second: float  # median over batches of windows, all rows together
-    prefill_seconds: float  # of one row's prompt, read alone
-    chain_links: int  # asked for
-    # Questions that end the prompt: seen when a method chooses what to keep.
-    passkey: Interval | None = None
-    multikey: Interval | None = None
-    chain: Interval | None = None  # share of the links before the first mistake
-    own: Interval | None = None  # the user's questions
-    passkey_by_depth: ByDepth | None = None
-    multikey_by_depth: ByDepth | None = None
-    # Questions that come after that, to the context that is kept.
-    passkey_after: Interval | None = None
-    multikey_after: Interval | None = None
-    chain_after: Interval | None = None
-    own_after: Interval | None = None
-    passkey_after_by_depth: ByDepth | None = None
-    multikey_after_by_depth: ByDepth | None = None
-
-
-class Results(NamedTuple):
-    """The rows of a comparison."""
-
-    rows: tuple[Row, ...]  # the reference first
-
-    def columns(self) -> dict[str, list[Any]]:
-        """The rows as :func:`kvjax.evaluation.records.columns`: a column a number."""
-        return records.columns(self.rows)
-
-    def to_pandas(self) -> Any:
-        """The columns as a `pandas.DataFrame`.
-
-        Raises:
-            ImportError: if pandas is not installed.
-        """
-        if importlib.util.find_spec("pandas") is None:
-            raise ImportError(
-                "to_pandas needs the package pandas: pip install pandas, or use "
-                "columns()."
-            )
-        return importlib.import_module("pandas").DataFrame(self.columns())
 
 
 def compare(
@@ -231,7 +141,7 @@ def compare(
             layers = losses.layers
             measured = measured_bytes(model, methods[name], layers, settings)
             scores = {when: found[place].scores for when, found in answered.items()}
-            rows[name] = _row(
+            rows[name] = compare_rows.row(
                 name,
                 (read, measured, held),
                 inputs,
@@ -241,7 +151,7 @@ def compare(
                 seconds,
             )
             if name == reference:
-                rows[name] = _of_itself(rows[name])
+                rows[name] = compare_rows.of_itself(rows[name])
             progress(name, 1.0)
             on_row(rows[name])
     return Results(tuple(rows[name] for name in wanted))
@@ -276,14 +186,14 @@ def _ask(
     """The answers of methods that read together, by when the questions come."""
     numbered = [
         (task, index, example)
-        for task in TASKS
+        for task in compare_rows.TASKS
         for index, example in enumerate(getattr(inputs, task))
     ]
     examples = [example for _, _, example in numbered]
     found = {}
     for part, when in enumerate(settings.questions):
 
-        def tell(place, first, said, suffix=SUFFIX[when]):
+        def tell(place, first, said, suffix=compare_rows.SUFFIX[when]):
             for number, text in enumerate(said, first):
                 task, index, example = numbered[number]
                 on_answer(names[place], task + suffix, index, example, text)
@@ -313,7 +223,7 @@ def _room_behind(inputs: Inputs, settings: Settings) -> int:
     """
     if settings.question == "seen":
         return settings.new_tokens
-    examples = [example for task in TASKS for example in getattr(inputs, task)]
+    examples = [x for task in compare_rows.TASKS for x in getattr(inputs, task)]
     asked = max(len(example.prompt) - example.asked_at for example in examples)
     return settings.new_tokens + asked
 
@@ -410,92 +320,3 @@ def measured_bytes(
     context, new_tokens = settings.context, settings.new_tokens
     chosen = accounting.traffic(method, decoder, context, new_tokens).metadata
     return float(layers.read.mean(1).sum() * token) + chosen
-
-
-def of_windows(layers: fidelity.LayerFidelity, name: str) -> Interval:
-    """The mean of a field over layers and heads; rows are the independent samples."""
-    return OF_LAYERS[name](getattr(layers, name).mean((0, 2)))
-
-
-def _row(name, num_bytes, inputs, scores, followed, expected, seconds) -> Row:
-    layers = followed.layers
-    window_means = followed.log_probs.mean(1)
-    kl = followed.agreement.kl
-    asked: dict[str, Any] = {}
-    for when, found in scores.items():
-        asked |= _of_tasks(inputs, found, SUFFIX[when])
-    return Row(
-        method=name,
-        bytes_read=num_bytes[0],
-        bytes_measured=num_bytes[1],
-        bytes_held=num_bytes[2],
-        kl=statistics.amount_interval(kl.mean(1)),
-        kl_p99=percentiles.percentile_interval(kl),
-        top1_agreement=statistics.share_interval(followed.agreement.top1.mean(1)),
-        tokens_before_difference=percentiles.count_interval(
-            followed.tokens_before_difference, expected.chosen.shape[1]
-        ),
-        perplexity=statistics.perplexity(window_means),
-        nats_lost=statistics.paired_difference(
-            expected.predicted.log_probs.mean(1), window_means
-        ),
-        output_error=of_windows(layers, "error"),
-        dropped_mass=of_windows(layers, "dropped"),
-        support=of_windows(layers, "support"),
-        proved_exact=of_windows(layers, "exact"),
-        full_steps=statistics.share_interval(layers.refreshed.mean(0)),
-        tokens_per_second=float(np.median(followed.tokens_per_second)),
-        prefill_seconds=seconds,
-        chain_links=inputs.chain[0].links,
-        **asked,
-    )
-
-
-def _of_tasks(inputs: Inputs, scores: Sequence[float], suffix: str) -> dict[str, Any]:
-    """The fields of a row that are of answers, to questions that come at one time."""
-    rest = iter(scores)
-    own, passkey, multikey, links = (
-        list(itertools.islice(rest, len(getattr(inputs, task)))) for task in TASKS
-    )
-    found = {
-        "passkey": proportion(passkey),
-        "multikey": proportion(multikey),
-        "chain": statistics.share_interval(links),
-        "own": proportion(own) if own else None,
-    }
-    depths = {
-        "passkey": by_depth(inputs.passkey, passkey),
-        "multikey": by_depth(inputs.multikey, multikey),
-    }
-    found = {name + suffix: value for name, value in found.items()}
-    return found | {f"{name}{suffix}_by_depth": x for name, x in depths.items()}
-
-
-_AGAINST_REFERENCE = ("kl", "kl_p99", "top1_agreement", "tokens_before_difference")
-_AGAINST_REFERENCE += ("output_error", "dropped_mass")
-_AGAINST_REFERENCE += ("support", "proved_exact", "full_steps")
-
-
-def _of_itself(row: Row) -> Row:
-    """The reference's row: what it is against itself is known, and no sample."""
-    means = {name: getattr(row, name) for name in _AGAINST_REFERENCE}
-    return row._replace(
-        **{name: Interval(x.mean, x.mean, x.mean, x.n) for name, x in means.items()}
-    )
-
-
-def proportion(scores: Sequence[float]) -> Interval:
-    """Wilson's interval of scores that are 0 or 1."""
-    return statistics.wilson(sum(reached == 1 for reached in scores), len(scores))
-
-
-def by_depth(examples: Sequence[Example], scores: Sequence[float]) -> ByDepth:
-    """`(depth, correct, asked)` of each depth, from the start of the prompt on."""
-    counts: dict[float, list[int]] = {}
-    for example, reached in zip(examples, scores, strict=True):
-        count = counts.setdefault(example.depth, [0, 0])
-        count[0] += reached == 1
-        count[1] += 1
-    return tuple(
-        (depth, correct, asked) for depth, (correct, asked) in sorted(counts.items())
-    )

@@ -9,8 +9,8 @@ from kvjax.decoding.checks import check_counts, check_model, check_seed
 from kvjax.evaluation import (
     answers,
     by_task,
-    compare,
     compare_inputs,
+    compare_rows,
     compare_runs,
     continuations,
     fidelity,
@@ -260,7 +260,7 @@ def _asked(model, method, examples, asked, on_answer, progress) -> dict[str, Any
         return {"valid_steps": interval._asdict(), "examples": listed}
     for entry in listed:
         entry["correct"] = entry.pop("score") == 1
-    accuracy = compare.proportion(replies.scores)._asdict()
+    accuracy = statistics.proportion(replies.scores)._asdict()
     if isinstance(examples[0], own.Own):
         return {"accuracy": accuracy, "examples": listed}
     for entry, example in zip(listed, examples, strict=True):
@@ -269,7 +269,7 @@ def _asked(model, method, examples, asked, on_answer, progress) -> dict[str, Any
         "accuracy": accuracy,
         "by_depth": [
             {"depth": depth, "correct": correct, "asked": asked}
-            for depth, correct, asked in compare.by_depth(examples, replies.scores)
+            for depth, correct, asked in compare_rows.by_depth(examples, replies.scores)
         ],
         "examples": listed,
     }
@@ -312,7 +312,7 @@ def _fidelity(model, method, reference, windows, shapes, progress) -> dict[str, 
         "layers": [
             {"layer": layer}
             | {
-                name: compare.OF_LAYERS[name](x[layer].mean(-1))._asdict()
+                name: compare_rows.OF_LAYERS[name](x[layer].mean(-1))._asdict()
                 for name, x in per_head.items()
             }
             for layer in range(len(layers.error))

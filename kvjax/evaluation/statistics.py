@@ -6,6 +6,7 @@ windows, not tokens.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -38,6 +39,11 @@ def wilson(successes: int, n: int, confidence: float = 0.95) -> Interval:
     if not 0 <= successes <= n:
         raise ValueError(f"{successes=} must be in [0, {n=}].")
     return _wilson(successes / n, n, confidence)
+
+
+def proportion(scores: Sequence[float]) -> Interval:
+    """Wilson's interval of scores that are 0 or 1."""
+    return wilson(sum(reached == 1 for reached in scores), len(scores))
 
 
 def mean_interval(samples: ArrayLike, confidence: float = 0.95) -> Interval:

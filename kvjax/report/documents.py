@@ -77,10 +77,10 @@ def results(
 ) -> dict[str, Any]:
     """A comparison's rows, its manifest and `kept_tokens.Kept`s, JSON-ready.
 
-    A row is a :class:`kvjax.evaluation.compare.Row`, or what this made of one. `pareto`
-    names the methods on the front of each result (:mod:`kvjax.evaluation.fronts`). A
-    comparison may have `sections`, which are others on other models, and `left_out`:
-    names of methods by the reason.
+    A row is a :class:`kvjax.evaluation.compare_rows.Row`, or what this made of one.
+    `pareto` names the methods on the front of each result
+    (:mod:`kvjax.evaluation.fronts`). A comparison may have `sections`, which are others
+    on other models, and `left_out`: names of methods by the reason.
     """
     found = files.json_ready([records.as_dict(row) for row in rows])
     return files.json_ready(

@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, tiny_model
 import models
 from kvjax import cli, registry
 from kvjax.evaluation import compare as comparison
-from kvjax.evaluation import memory
+from kvjax.evaluation import compare_rows, memory
 
 SMALL = ["--context", "352", "--new-tokens", "8", "--windows", "2", "--n", "1"]
 SMALL += ["--budget", "40"]
@@ -55,7 +55,7 @@ def test_answers_are_kept_and_are_those_that_are_scored(
     kept = read(path)
     for row in results["rows"]:
         mine = [line for line in kept if line["method"] == row["method"]]
-        scores = {task: [] for task in comparison.TASKS}
+        scores = {task: [] for task in compare_rows.TASKS}
         for line in mine:
             scores[line["task"]].append(line["score"])
         assert [len(found) for found in scores.values()] == [2, 1, 1, 1]

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from kvjax.evaluation import compare, fronts, records
+from kvjax.evaluation import compare_rows, fronts, records
 from kvjax.evaluation.statistics import Interval
 
 
@@ -45,13 +45,13 @@ def test_what_has_no_value_is_on_no_front():
 
 
 def row(name, read, kl, **more):
-    fields = dict.fromkeys(compare.Row._fields, Interval(0.5, 0.25, math.inf, 4))
+    fields = dict.fromkeys(compare_rows.Row._fields, Interval(0.5, 0.25, math.inf, 4))
     fields |= {"method": name, "bytes_read": read, "bytes_measured": 1.5}
     fields |= {"bytes_held": 3, "tokens_per_second": 9.0, "prefill_seconds": 0.5}
     fields |= {"chain_links": 5, "own": None, "own_after": None}
     depths = ((0.0, 1, 2),)
     fields |= {name: depths for name in fields if name.endswith("_by_depth")}
-    return compare.Row(**fields | {"kl": Interval(kl, 0.0, kl, 4)} | more)
+    return compare_rows.Row(**fields | {"kl": Interval(kl, 0.0, kl, 4)} | more)
 
 
 ROWS = (
@@ -62,7 +62,7 @@ ROWS = (
 
 
 def test_columns_are_numbers_under_names_that_say_which():
-    table = compare.Results(ROWS).columns()
+    table = compare_rows.Results(ROWS).columns()
     assert len({len(values) for values in table.values()}) == 1
     assert table["method"] == [one.method for one in ROWS]
     assert table["budget"] == [None, 64, 32]
@@ -85,7 +85,7 @@ def test_pandas_is_given_the_columns(monkeypatch):
     given = types.ModuleType("pandas")
     given.DataFrame = lambda columns: ("frame", columns)
     given.__spec__ = types.SimpleNamespace()
-    results = compare.Results(ROWS)
+    results = compare_rows.Results(ROWS)
     with monkeypatch.context() as patched:
         patched.setitem(sys.modules, "pandas", given)
         assert results.to_pandas() == ("frame", results.columns())
@@ -96,6 +96,6 @@ def test_pandas_is_given_the_columns(monkeypatch):
 
 def test_a_real_frame_has_them_too():
     pytest.importorskip("pandas")
-    frame = compare.Results(ROWS).to_pandas()
+    frame = compare_rows.Results(ROWS).to_pandas()
     assert frame.shape[0] == 3
     assert frame.set_index("method").loc["quest:budget=64", "kl"] == 0.2

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvjax import files
-from kvjax.evaluation.compare import Row
+from kvjax.evaluation.compare_rows import Row
 from kvjax.evaluation.kept_tokens import Kept
 from kvjax.evaluation.statistics import Interval, wilson
 from kvjax.report import documents, html_page, pictures
