@@ -15,12 +15,19 @@ _BYTES = (bytes, bytearray, memoryview)
 
 
 def check_prompts(
-    decoder: DecoderLM,
+    model: LanguageModel,
     method: Method,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
+    ends: Sequence[int] | None = None,
 ) -> None:
-    """Raises ValueError unless the prompts, from :func:`token_rows`, fit the model."""
+    """Raises ValueError unless the prompts, from :func:`token_rows`, fit the model.
+
+    Args:
+        ends: tokens of each prompt that are read before `finish`, which a method may
+            read again; what follows is appended. All of them if None.
+    """
+    decoder = model.decoder
     if not prompts:
         raise ValueError("prompts is empty: give at least one.")
     for row, prompt in enumerate(prompts):
@@ -33,6 +40,30 @@ def check_prompts(
                 f"exceeds the model's context of {decoder.context}: shorten either."
             )
     check_vocabulary(decoder, prompts)
+    check_reread(model, method, map(len, prompts) if ends is None else ends)
+
+
+def check_reread(model: LanguageModel, method: Method, lengths: Iterable[int]) -> None:
+    """Raises ValueError unless a second reading of such prompts fits the model."""
+    again, decoder = method.reread, model.decoder
+    if again is None or method.renumbers:
+        return
+    words = len(encoding.inside(model.tokenizer.encode, again.words))
+    for row, length in enumerate(lengths):
+        chunk = min(again.chunk, length)
+        needed = length + words + chunk
+        for most, what in (
+            (decoder.context, "the model's context"),
+            (decoder.rope.static_until, "the static length of its rope"),
+        ):
+            if needed > most:
+                raise ValueError(
+                    f"prompt {row} has {length} tokens; read again behind {words} of "
+                    f"words, {chunk} at once, that is {needed}, which exceeds {what} "
+                    f"of {int(most)}: give the method a smaller chunk than "
+                    f"{again.chunk}, shorten the prompt, or take a method that reads "
+                    "once."
+                )
 
 
 def check_eos_ids(eos_ids: Collection[int] | None) -> None:

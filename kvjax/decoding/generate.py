@@ -71,8 +71,9 @@ def generate(
     Raises:
         ValueError: if a prompt is empty, holds an id outside the vocabulary or is too
             long for the model's context (no prompt is, for a method of constant
-            memory), if an argument is of another type or out of its range, or once
-            logits are not finite: :class:`kvjax.decoding.finite.NotFiniteError`.
+            memory; what is read a second time has to fit behind the prompt), if an
+            argument is of another type or out of its range, or once logits are not
+            finite: :class:`kvjax.decoding.finite.NotFiniteError`.
     """
     if on_text is not None and not callable(on_text):
         raise ValueError(f"{on_text=} must be a function of a row and its new text.")
@@ -130,7 +131,7 @@ def _start(model, method, prompts, options: Options):
     method = as_method(method)
     check_model(model)
     prompts = token_rows(prompts, model.tokenizer)
-    check_prompts(model.decoder, method, prompts, options.max_new_tokens)
+    check_prompts(model, method, prompts, options.max_new_tokens)
     return _events(model, method, prompts, options)
 
 

@@ -82,7 +82,7 @@ def prefill(
     options = Options(
         max_new_tokens=max_new_tokens, chunk_size=chunk_size, longest=longest
     )
-    check_prompts(model.decoder, method, prompts, options.max_new_tokens)
+    check_prompts(model, method, prompts, options.max_new_tokens)
     return read_whole(model, method, prompts, options)
 
 

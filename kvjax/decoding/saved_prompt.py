@@ -25,6 +25,7 @@ from kvjax.decoding.checks import (
     check_counts,
     check_model,
     check_prompts,
+    check_reread,
     check_text,
     check_vocabulary,
     rows_of,
@@ -95,7 +96,7 @@ def read(
     check_counts(room=room)
     options = Options(max_new_tokens=room, chunk_size=chunk_size)
     prompts = token_rows(prompts, model.tokenizer)
-    check_prompts(model.decoder, method, prompts, options.max_new_tokens)
+    check_prompts(model, method, prompts, options.max_new_tokens)
     longest = max(map(len, prompts))
     begun = reader.begin(model.decoder, method, len(prompts), longest, room)
     states, hidden = _read(model, method, begun, prompts, options)
@@ -174,6 +175,7 @@ def extend(
         )
     check_vocabulary(model.decoder, more)
     prompts = tuple((*old, *new) for old, new in zip(prefix.prompts, more, strict=True))
+    check_reread(model, method, map(len, prompts))
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     longer = 0 if accounting.reads_any_length(method, model.decoder) else after - before
     check_room(model, method, prefix, longer + 1)

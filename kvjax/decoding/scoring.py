@@ -16,6 +16,7 @@ from kvjax.decoding import finite, loop, reader
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
+    check_reread,
     check_vocabulary,
     token_rows,
 )
@@ -83,6 +84,7 @@ def score(
             f"{decoder.context}: shorten it."
         )
     check_vocabulary(decoder, tokens)
+    check_reread(model, method, [prefill] * len(tokens))
     options = Options(max_new_tokens=longest - prefill, chunk_size=chunk_size)
     padded = np.full((len(tokens), longest - prefill), PAD, np.int32)
     for row, line in enumerate(tokens):

@@ -176,4 +176,5 @@ def _check(
                 "question: give it one, or ask with question='seen'."
             )
     prompts = [example.prompt for example in examples]
-    check_prompts(model.decoder, together.reader(tuple(methods)), prompts, new_tokens)
+    ends = [example.asked_at for example in examples]
+    check_prompts(model, together.reader(tuple(methods)), prompts, new_tokens, ends)

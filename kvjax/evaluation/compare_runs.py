@@ -90,7 +90,7 @@ def retrieve(
         )
         return [_scored(examples, said) for said in after]
     prompts = [example.prompt for example in examples]
-    check_prompts(model.decoder, together.reader(tuple(methods)), prompts, new_tokens)
+    check_prompts(model, together.reader(tuple(methods)), prompts, new_tokens)
     room = max(room, new_tokens)
     options = Options(max_new_tokens=room, chunk_size=chunk_size, longest=longest)
     answers: list[list[str]] = [[] for _ in methods]

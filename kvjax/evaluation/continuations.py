@@ -207,7 +207,7 @@ def _options(model, methods, windows, new_tokens, chunk_size, room) -> Options:
     """The options to read prompts with, which are checked without the spare room."""
     prompts, _ = _cut(windows, new_tokens)
     for method in methods:
-        check_prompts(model.decoder, method, prompts, new_tokens)
+        check_prompts(model, method, prompts, new_tokens)
     room = max(room, new_tokens)
     return Options(max_new_tokens=room, chunk_size=chunk_size)
 

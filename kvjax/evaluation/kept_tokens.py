@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Int
 
 from kvjax.decoding import reader
-from kvjax.decoding.checks import check_vocabulary
+from kvjax.decoding.checks import check_reread, check_vocabulary
 from kvjax.interface import LanguageModel, Method
 
 
@@ -51,6 +51,7 @@ def kept(
     check_vocabulary(decoder, [tokens])
     if not 1 <= every <= len(tokens):
         raise ValueError(f"{every=} must be in [1, {len(tokens)}], the text's tokens.")
+    check_reread(model, method, [len(tokens) // every * every - 1])
     spec = decoder.cache_spec(1, 1)
     if not -decoder.num_layers <= layer < decoder.num_layers:
         raise ValueError(f"{layer=}: the model has {decoder.num_layers} layers.")

@@ -13,8 +13,16 @@ import kvjax
 from kvjax import registry
 from kvjax.cost import planning
 from kvjax.decoding import endless, generate, reader, saved_prompt, scoring
-from kvjax.evaluation import compare_runs, continuations, fidelity, together
+from kvjax.decoding.checks import check_prompts
+from kvjax.evaluation import (
+    asked_after,
+    compare_runs,
+    continuations,
+    fidelity,
+    together,
+)
 from kvjax.evaluation.kept_tokens import kept
+from kvjax.evaluation.tasks import needles
 from kvjax.interface import Rereading
 from kvjax.rope import Rope
 
@@ -334,3 +342,75 @@ def test_a_plan_has_the_chunk_that_is_read_again():
     heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
     assert wide == 4 * (2 * 32 + 3 * 48 + heads)
     assert large._replace(prompt_temporaries=0) == small._replace(prompt_temporaries=0)
+
+
+# --- where it has no room
+
+
+def ways_in(model, method, prompt):
+    """Every way on which a prompt is read, and read again."""
+    cut, window = len(prompt), [*prompt, 1, 2]
+    kwargs = {"max_new_tokens": 1, "chunk_size": 32}
+    sizes = {"new_tokens": 2, "batch": 1, "chunk_size": 32}
+    example = needles.Example("", window[:-1], "1", 1, 0.0, asked_at=cut)
+    return {
+        "generate": lambda: generate.generate(model, method, [prompt], **kwargs),
+        "prefill": lambda: generate.prefill(model, method, [prompt], **kwargs),
+        "saved": lambda: saved_prompt.read(model, method, [prompt], room=1),
+        "score": lambda: scoring.score(model, method, [window], prefill=cut),
+        "kept": lambda: kept(model, method, window[: cut + 1], every=cut + 1),
+        "predict": lambda: continuations.predict(model, method, [window], **sizes),
+        "after": lambda: asked_after.answers(
+            model, [method], [example], **sizes | {"new_tokens": 1}
+        ),
+    }
+
+
+def narrow(tokens, **overrides):
+    return tiny_model(num_layers=1, context=tokens, **overrides)
+
+
+def test_a_second_reading_beyond_the_context_is_refused_before_anything_is_read(
+    monkeypatch,
+):
+    """45 tokens, 28 of the words and 32 at once end at 105, whatever else follows."""
+    prompt = PROMPTS[0]
+    message = (
+        "prompt 0 has 45 tokens; read again behind 28 of words, 32 at once, that is "
+        "105, which exceeds the model's context of 104: give the method a smaller "
+        "chunk than 32"
+    )
+    small = registry.parse("kvzip", budget=BUDGET, chunk=31)
+    with monkeypatch.context() as patch:
+        patch.setattr(reader, "begin", None)  # nobody comes so far
+        for way in ways_in(narrow(104), KVZIP, prompt).values():
+            with pytest.raises(ValueError, match=message):
+                way()
+    check_prompts(narrow(104), small, [prompt], 1)
+    check_prompts(narrow(105), KVZIP, [prompt], 1)
+
+
+def test_a_longer_prompt_is_refused_before_it_is_read():
+    model = narrow(104)
+    read = saved_prompt.read(model, KVZIP, [PROMPTS[0][:40]], room=8)
+    with pytest.raises(ValueError, match=r"prompt 0 has 45 tokens; .* that is 105"):
+        saved_prompt.extend(model, KVZIP, read, [PROMPTS[0][40:]])
+
+
+def test_a_second_reading_must_turn_as_the_first_did():
+    """Under `dynamic` RoPE frequencies change beyond the original context."""
+    sizes = {"kind": "dynamic", "factor": 4.0}
+    for original, fits in ((105, True), (104, False)):
+        model = tiny_model(
+            num_layers=1, rope=Rope(8, original_context=original, **sizes)
+        )
+        if fits:
+            found = state_read(model, [PROMPTS[0]])
+            (expected,) = scores_by_hand(model, PROMPTS[0])
+            actual = found.states[0].scores[0, :, :45]
+            np.testing.assert_allclose(actual, expected, atol=2e-5)
+            check_prompts(model, KVZIP, [PROMPTS[0]], 1)
+            continue
+        message = "exceeds the static length of its rope of 104: give"
+        with pytest.raises(ValueError, match=message):
+            generate.generate(model, KVZIP, [PROMPTS[0]], max_new_tokens=1)
