@@ -84,7 +84,7 @@ def kept(
         if method.reread is not None:
             begun = jax.tree.map(jnp.copy, reading)
         read = tokens[: start + every - 1]
-        ended = reader.finish(model, method, begun, [read]).states
+        ended = reader.finish(model, method, begun, [read], len(tokens)).states
         window = np.full((1, method.rows), newest[0, 0], np.int32)
         attended = np.asarray(probe(params, ended, window))[0]
         reading = reader.read(model, method, reading, [(newest, _count(1))])

@@ -324,6 +324,13 @@ def test_moments_of_a_text_are_prompts_that_end_there(expected):
         assert positions.tolist() == sorted([*best.tolist(), time - 1])
 
 
+def test_moments_of_a_text_begin_with_its_first_token():
+    """Of one token nothing was read before it, once or twice."""
+    found = kept(MODEL, KVZIP, PROMPTS[2][:3], every=1)
+    assert found.times == [1, 2, 3]
+    assert [x.tolist() for x in found.positions] == [[0], [0, 1], [0, 1, 2]]
+
+
 def test_an_endless_text_cannot_be_read_twice():
     ring = kvjax.cascade(budget=16)
     twice = ring._replace(reread=Rereading(ring.prefill, 4, "again:"))
