@@ -28,10 +28,12 @@ def cache(folder: pathlib.Path | None = None) -> Iterator[None]:
     """
     before = {name: getattr(jax.config, name) for name in CACHE}
     compilation_cache.reset_cache()
-    if folder is not None:
-        jax.config.update(CACHE[0], str(folder))
-        jax.config.update(CACHE[1], 0.0)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    try:
+        if folder is not None:
+            jax.config.update(CACHE[0], str(folder))
+            jax.config.update(CACHE[1], 0.0)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
