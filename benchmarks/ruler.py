@@ -118,10 +118,27 @@ def known(path):
     return found
 
 
-def gathered(path):
-    """The rows of a document, by key; none without one."""
-    rows = [] if path is None else json.loads(files.read_text(path))["rows"]
-    return {row["key"]: row for row in rows}
+def gathered(path, args):
+    """The rows of a document, by key; none without one.
+
+    Raises:
+        ValueError: if they are of another model, seed or text, or of no chat.
+    """
+    if path is None:
+        return {}
+    document = json.loads(files.read_text(path))
+    for name, value in about(args).items():
+        if document.get(name) != value:
+            raise ValueError(
+                f"{path} has rows of {name}={document.get(name)!r}, and these are of "
+                f"{name}={value!r}: leave --known out, or ask for the same."
+            )
+    return {row["key"]: row for row in document["rows"]}
+
+
+def is_done(row, found):
+    """Says whether the row is there, of as many examples."""
+    return row.key in found and found[row.key].get("n") == row.n
 
 
 def append(path, row):
@@ -170,7 +187,7 @@ def answerable(decoder, rows):
             errors[spec, context] = str(error)
     fit = [row for row in rows if (row.method, row.context) not in errors]
     said = [
-        {"key": row.key} | dataclasses.asdict(row) | {"error": error}
+        failed(row, error)
         for row in rows
         if (error := errors.get((row.method, row.context)))
     ]
@@ -217,13 +234,37 @@ def measure(model, rows, source, args):
     ]
 
 
-def gather(found, args):
-    """The document of all rows, as it is committed."""
+def outcomes(model, rows, source, args):
+    """The rows of a group, ready for JSON; after an error each alone.
+
+    Of a row that fails alone too: the reason, so that nobody tries it again.
+    """
+    try:
+        return measure(model, rows, source, args)
+    except ValueError as error:
+        if len(rows) == 1:
+            return [failed(rows[0], str(error))]
+    return [found for row in rows for found in outcomes(model, [row], source, args)]
+
+
+def failed(row, error):
+    """A row that could not be measured, ready for JSON."""
+    return {"key": row.key} | dataclasses.asdict(row) | {"error": error}
+
+
+def about(args):
+    """What all rows of a document have in common."""
     return {
         "model": args.model,
         "text": args.ruler_text,
         "seed": args.seed,
         "chat": args.chat,
+    }
+
+
+def gather(found, args):
+    """The document of all rows, as it is committed."""
+    return about(args) | {
         "jax": jax.__version__,
         "cores": os.cpu_count(),
         "device": jax.devices()[0].device_kind,
@@ -250,7 +291,7 @@ def main(argv=None):
     parser.add_argument("--dry-run", action="store_true", help="list the rows")
     args = parser.parse_args(argv)
     path = args.out / "rows.jsonl"
-    found = gathered(args.known) | known(path)
+    found = gathered(args.known, args) | known(path)
     if args.json is not None:
         text = json.dumps(gather(found, args), indent=1) + "\n"
         files.write_text(args.json, text)
@@ -258,7 +299,7 @@ def main(argv=None):
     share_heaps()
     keep_compiled_code()
     decoder = models.load_decoder(args.model, dtype="float32")
-    missing = [row for row in planned(decoder.alpha, args) if row.key not in found]
+    missing = [row for row in planned(decoder.alpha, args) if not is_done(row, found)]
     if args.dry_run:
         print("\n".join(row.key for row in missing))
         return
@@ -276,11 +317,14 @@ def main(argv=None):
         if last not in (None, names):
             compare_runs.drop_programs()
         last = names
-        for row in measure(model, rows, source, args):
+        for row in outcomes(model, rows, source, args):
             append(path, row)
             done += 1
-            line = f"{done}/{len(missing)} {row['key']}: {row['string_match']['mean']}"
-            print(f"{line} ({row['seconds']} s)", file=sys.stderr, flush=True)
+            told = row.get("error")
+            if told is None:
+                told = f"{row['string_match']['mean']} ({row['seconds']} s)"
+            line = f"{done}/{len(missing)} {row['key']}: {told}"
+            print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,11 @@ import json
 import pathlib
 import types
 
+import pytest
 import ruler_page
 
 import models
+from kvjax.decoding import finite
 from kvjax.evaluation import compare as comparison
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -86,10 +88,59 @@ def keys_of(groups):
 
 def test_rows_that_were_gathered_are_not_measured_again(tmp_path):
     ruler = benchmark()
-    assert ruler.gathered(None) == {}
+    args = arguments()
+    assert ruler.gathered(None, args) == {}
     document = tmp_path / "rows.json"
-    document.write_text(json.dumps({"rows": [{"key": "a", "n": 1}, {"key": "b"}]}))
-    assert ruler.gathered(document) == {"a": {"key": "a", "n": 1}, "b": {"key": "b"}}
+    rows = [{"key": "a", "n": 1}, {"key": "b"}]
+    document.write_text(json.dumps(ruler.about(args) | {"rows": rows}))
+    expected = {"a": {"key": "a", "n": 1}, "b": {"key": "b"}}
+    assert ruler.gathered(document, args) == expected
+    for name, field in (
+        ("model", "model"),
+        ("seed", "seed"),
+        ("text", "ruler_text"),
+        ("chat", "chat"),
+    ):
+        old = getattr(args, field)
+        other = types.SimpleNamespace(**vars(args) | {field: "another"})
+        message = f"rows of {name}={old!r}, and these are of {name}='another'"
+        with pytest.raises(ValueError, match=message):
+            ruler.gathered(document, other)
+
+
+def arguments():
+    return types.SimpleNamespace(model="m", seed=3, ruler_text="shipped", chat=False)
+
+
+def test_rows_of_fewer_examples_are_measured_again():
+    ruler = benchmark()
+    row = ruler.Row("full", 1024, "seen", "vt", 20)
+    assert ruler.is_done(row, {row.key: {"key": row.key, "n": 20}})
+    assert not ruler.is_done(row, {row.key: {"key": row.key, "n": 10}})
+    assert not ruler.is_done(row, {row.key: {"key": row.key}})
+    assert not ruler.is_done(row, {})
+
+
+def test_one_method_that_fails_does_not_end_the_run(monkeypatch):
+    """What was read together is measured apart, and the reason takes a row's place."""
+    ruler, groups = benchmark(), []
+
+    def measure(model, rows, source, args):
+        groups.append([row.method for row in rows])
+        if "bad" in groups[-1]:
+            raise finite.NotFiniteError("logits are not finite")
+        return [{"key": row.key, "scores": [1]} for row in rows]
+
+    monkeypatch.setattr(ruler, "measure", measure)
+    rows = [ruler.Row(name, 1024, "seen", "vt", 2) for name in ("a", "bad", "c")]
+    found = ruler.outcomes(None, rows, None, None)
+    assert groups == [["a", "bad", "c"], ["a"], ["bad"], ["c"]]
+    assert [row["key"] for row in found] == [row.key for row in rows]
+    assert found[1] == {"key": rows[1].key, "error": "logits are not finite"} | (
+        dataclasses.asdict(rows[1])
+    )
+    assert found[0]["scores"] == found[2]["scores"] == [1]
+    assert ruler.is_done(rows[1], {rows[1].key: found[1]})
 
 
 def test_the_page_shows_methods_whose_tasks_are_all_there(tmp_path, monkeypatch):
