@@ -15,6 +15,7 @@ from kvjax.cli.options import (
     METHOD_HELP,
     AskChatOption,
     BatchOption,
+    ChunkOption,
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -139,7 +140,7 @@ def calibrate(
     batch: BatchOption = 8,
     seed: SeedOption = 0,
     chat: AskChatOption = False,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 1024,
+    chunk_size: ChunkOption = 1024,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

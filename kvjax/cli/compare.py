@@ -16,6 +16,7 @@ from kvjax.cli.options import (
     METHOD_HELP,
     AnswersOption,
     AskChatOption,
+    ChunkOption,
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -95,7 +96,7 @@ def compare(
     go_on: Annotated[
         bool, typer.Option("--continue", help="Keep the rows of a report, add others.")
     ] = False,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 1024,
+    chunk_size: ChunkOption = 1024,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

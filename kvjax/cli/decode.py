@@ -12,6 +12,7 @@ from kvjax import files, registry
 from kvjax.cli import conversation
 from kvjax.cli.options import (
     METHOD_HELP,
+    ChunkOption,
     DtypeOption,
     JsonOption,
     MethodOption,
@@ -73,7 +74,7 @@ def generate(
         ),
     ] = False,
     system: SystemOption = None,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
+    chunk_size: ChunkOption = 512,
     resume: Annotated[
         pathlib.Path | None,
         typer.Option(
@@ -274,7 +275,7 @@ def score(
             "fewer than 512 the first half."
         ),
     ] = None,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
+    chunk_size: ChunkOption = 512,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

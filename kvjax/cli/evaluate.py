@@ -11,6 +11,7 @@ from kvjax.cli.options import (
     AnswersOption,
     AskChatOption,
     BatchOption,
+    ChunkOption,
     ContextOption,
     DtypeOption,
     JsonOption,
@@ -62,7 +63,7 @@ def evaluate(
     question: QuestionOption = "seen",
     chat: AskChatOption = False,
     save_answers: AnswersOption = None,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 1024,
+    chunk_size: ChunkOption = 1024,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -14,6 +14,7 @@ import typer
 import kvjax
 from kvjax import files, registry
 from kvjax.cli.options import (
+    ChunkOption,
     DtypeOption,
     JsonOption,
     MethodOption,
@@ -66,7 +67,7 @@ def lm_eval(
         pathlib.Path | None, typer.Option(help="File for the results, as JSON.")
     ] = None,
     seed: SeedOption = 0,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
+    chunk_size: ChunkOption = 512,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -62,6 +62,13 @@ SystemOption = Annotated[
     typer.Option("--system", help="With --chat: what comes before the first turn."),
 ]
 BatchOption = Annotated[int, typer.Option("--batch", help="Rows decoded together.")]
+ChunkOption = Annotated[
+    int,
+    typer.Option(
+        "--chunk-size",
+        help="Prompt tokens at once; a second reading takes the method's own chunk.",
+    ),
+]
 # Strings that may be paths, whose bytes are any.
 _PATHS = ("model", "config")
 TextOption = Annotated[

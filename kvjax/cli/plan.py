@@ -11,6 +11,7 @@ from kvjax import registry
 from kvjax.cli.options import (
     METHOD_HELP,
     MODEL_HELP,
+    ChunkOption,
     DtypeOption,
     JsonOption,
     model_name,
@@ -43,7 +44,7 @@ def plan(
         int, typer.Option("--new-tokens", help="Generated tokens of the context.")
     ] = 128,
     batch: Annotated[int, typer.Option(help="Rows decoded together.")] = 1,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
+    chunk_size: ChunkOption = 512,
     device: Annotated[
         list[str] | None,
         typer.Option(

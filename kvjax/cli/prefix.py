@@ -12,6 +12,7 @@ import kvjax
 from kvjax import registry
 from kvjax.cli.options import (
     ChatOption,
+    ChunkOption,
     DtypeOption,
     JsonOption,
     MethodOption,
@@ -58,7 +59,7 @@ def prefill(
     ] = False,
     chat: ChatOption = False,
     system: SystemOption = None,
-    chunk_size: Annotated[int, typer.Option(help="Prompt tokens at once.")] = 512,
+    chunk_size: ChunkOption = 512,
     dtype: DtypeOption = None,
     as_json: JsonOption = False,
 ) -> None:

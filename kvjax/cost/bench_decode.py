@@ -63,7 +63,8 @@ def run(
         steps: of a sample.
         repeats: samples, after one that compiles.
         batch: rows, of the same prompt.
-        chunk_size: most prompt tokens processed at once.
+        chunk_size: most prompt tokens processed at once; a second reading takes the
+            method's own `chunk`.
         copied: bytes that are read and written to tell the bandwidth; those of the
             largest step if left out, so that both are in the same caches, but no more
             than `MOST_COPIED`.

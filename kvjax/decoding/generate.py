@@ -61,7 +61,8 @@ def generate(
         stop: a row ends at the first token whose text completes one of these.
         eos_ids: tokens that end a row; None means the model's.
         seed: of the random keys.
-        chunk_size: most prompt tokens processed at once.
+        chunk_size: most prompt tokens processed at once; a second reading takes the
+            method's own `chunk`.
         stream_every: decode steps between two looks of the host.
         on_text: called with `(row, new text)` while generating.
 

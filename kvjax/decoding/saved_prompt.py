@@ -86,7 +86,8 @@ def read(
         room: tokens that may follow: what :func:`extend` adds and what is generated.
             `generate` goes on bit for bit as it would by itself with
             `max_new_tokens=room`.
-        chunk_size: most prompt tokens processed at once.
+        chunk_size: most prompt tokens processed at once; a second reading takes the
+            method's own `chunk`.
 
     Raises:
         ValueError: as :func:`kvjax.decoding.generate.generate`.

@@ -53,7 +53,8 @@ def score(
     Args:
         tokens: one list or array of token ids a row, each longer than `prefill`.
         prefill: tokens in the prompt.
-        chunk_size: most prompt tokens processed at once.
+        chunk_size: most prompt tokens processed at once; a second reading takes the
+            method's own `chunk`.
         prompt_scores: False leaves NaN for what the prompt predicts, and reads it by
             the program that generation compiles.
         return_logits: also return the logits of what follows the prompt.

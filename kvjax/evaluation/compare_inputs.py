@@ -32,7 +32,8 @@ class Settings:
         batch: rows decoded together; cache memory grows with it.
         depths: where needles are hidden, 0 = start of the prompt, 1 = end.
         seed: of every input.
-        chunk_size: most prompt tokens processed at once.
+        chunk_size: most prompt tokens processed at once; a second reading takes the
+            method's own `chunk`.
         question: when tasks ask: `seen`, as the prompt ends, `after` a method has
             chosen what to keep of it, or `both`.
     """

@@ -112,7 +112,8 @@ def run(
         new_tokens: tokens fed through the decode path, and most of a reply to a
             question (not for other retrieval).
         batch: rows decoded together.
-        chunk_size: most prompt tokens processed at once.
+        chunk_size: most prompt tokens processed at once; a second reading takes the
+            method's own `chunk`.
         questions: of the task `own`, from :mod:`kvjax.evaluation.tasks.own`.
         rows: of a task in a file, from :mod:`kvjax.evaluation.tasks.interchange`;
             `task` is then any name.
