@@ -291,6 +291,24 @@ def test_a_registered_factory_is_known_by_its_name():
         registry.parse("newest:budget=32")
 
 
+@pytest.mark.usefixtures("registered")
+def test_a_registered_transform_must_pass_the_second_reading_on():
+    @registry.register
+    def dropping(method, *, budget: int = 64) -> Method:
+        return method._replace(reread=None)
+
+    registry.parse("dropping+quest")
+    message = r"dropping cannot wrap Method\('kvzip:budget=8'\), .* pass `reread` on"
+    with pytest.raises(ValueError, match=message):
+        registry.parse("dropping+kvzip:budget=8")
+
+    @registry.register
+    def passing(method, *, budget: int = 64) -> Method:
+        return method._replace(rewind=None)
+
+    assert registry.parse("passing+kvzip:budget=8").reread is not None
+
+
 @pytest.mark.usefixtures("registered", "unchecked_shapes")
 def test_what_cannot_be_registered_is_refused():
     def quest(*, budget: int = 64) -> Method: ...

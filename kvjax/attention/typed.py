@@ -39,22 +39,23 @@ def typed(factory: Factory) -> Factory:
                     f"{factory.__name__}: {name}={value!r} must be of type {kinds}."
                 )
         made = factory(*methods, **options)
-        _check_reread(factory.__name__, [*methods, *options.values()], made)
+        check_reread(factory.__name__, [*methods, *options.values()], made)
         return made
 
     return make  # pyright: ignore[reportReturnType]
 
 
-def _check_reread(name: str, given: Iterable[Any], made: Method) -> None:
+def check_reread(name: str, given: Iterable[Any], made: Method) -> None:
     """Raises ValueError if a transform drops the second reading of what it wraps."""
     for one in given:
         if isinstance(one, Method):
             if one.reread is not None and getattr(made, "reread", None) is None:
                 raise ValueError(
-                    f"{name} cannot wrap {one}, which reads its prompt twice."
+                    f"{name} cannot wrap {one}, which reads its prompt twice: wrap one "
+                    "that reads it once, or have the transform pass `reread` on."
                 )
         elif isinstance(one, Sequence) and not isinstance(one, str):
-            _check_reread(name, one, made)
+            check_reread(name, one, made)
 
 
 @functools.cache

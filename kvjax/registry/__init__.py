@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable
 
 from kvjax.attention.partials import suits
+from kvjax.attention.typed import check_reread
 from kvjax.interface import RECIPES, Method, Recipe
 from kvjax.registry import built_in, specs
 
@@ -334,6 +335,7 @@ def _made(name: str, *methods: Method, **given) -> Method:
             f"{name} returned a {type(method).__name__}; a factory returns a "
             "kvjax.Method."
         )
+    check_reread(name, methods, method)
     return method
 
 

@@ -44,6 +44,13 @@ def shared():
     return toy()
 
 
+def test_layers_alone_cannot_read_a_prompt_twice(shared):
+    with pytest.raises(
+        ValueError, match=r"kvzip:budget=16.* twice, and one reading was"
+    ):
+        layers.run(shared, "tiny", "kvzip:budget=16")
+
+
 def test_layers_alone_lose_what_side_by_side_says_they_lose(shared):
     """The same windows through the whole model, by the code of `kvjax compare`."""
     method = kvjax.quest(budget=16, page_size=4)

@@ -178,6 +178,11 @@ def _truth(spec, given):
 
 def _begun(method, spec, given):
     """A method, its state at the prompt's end, and what the steps are fed, in turn."""
+    if method.reread is not None:
+        raise ValueError(
+            f"{method} reads its prompt twice, and one reading was recorded: "
+            "measure it by kvjax compare."
+        )
     before = given.k.shape[2] - spec.max_new_tokens
     prompt = [x[:, :, :before] for x in given]
     lengths = jnp.full((spec.batch,), before, jnp.int32)
