@@ -3,6 +3,7 @@
 import functools
 import inspect
 import numbers
+import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
@@ -63,7 +64,9 @@ def _accepted(factory: Callable) -> dict[str, tuple[type, ...]]:
     """The types of each option that takes plain values alone."""
     found = {}
     for name, parameter in inspect.signature(factory, eval_str=True).parameters.items():
-        kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        kinds = (parameter.annotation,)
+        if typing.get_origin(parameter.annotation) in (types.UnionType, typing.Union):
+            kinds = typing.get_args(parameter.annotation)
         if all(kind in (int, float, bool, str, type(None)) for kind in kinds):
             found[name] = kinds
     return found
