@@ -300,9 +300,13 @@ class Method(NamedTuple):
     reread: Rereading | None = None
 
     def __repr__(self) -> str:
+        """Its spec string, marked as a method's."""
+        return f"Method({self.spec_text()!r})"
+
+    def spec_text(self) -> str:
         """Its spec string; of a factory's call what can be read from the functions."""
         made_of = RECIPES.get(self)
-        return f"Method({made_of.spec if made_of else naming.spec_of(self)!r})"
+        return made_of.spec if made_of else naming.spec_of(self)
 
     def decode_step(
         self, state: State, q: Float[Array, "B Hq T D"]

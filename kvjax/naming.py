@@ -35,7 +35,7 @@ def _with_options(name: str, bound: functools.partial, method: type) -> str:
             fields = [field for field in dataclasses.fields(value) if field.init]
             options |= {field.name: getattr(value, field.name) for field in fields}
     plain = [f"{k}={v}" for k, v in options.items() if isinstance(v, _PLAIN)]
-    inner = [repr(v)[8:-2] for v in options.values() if isinstance(v, method)]
+    inner = [v.spec_text() for v in options.values() if isinstance(v, method)]
     return "+".join([name + ":" * bool(plain) + ",".join(plain), *inner])
 
 

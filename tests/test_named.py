@@ -1,5 +1,7 @@
 """Methods as spec strings, and what models and methods say of themselves."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -79,6 +81,22 @@ def test_every_method_knows_its_name():
         assert repr(registry.get(name)()).startswith(
             (f"Method('{name}'", f"Method('{name}:")
         )
+
+
+def test_a_method_in_another_is_spelled_as_it_is():
+    """What its text needs escaped is escaped once, in the representation."""
+
+    def of(*bound):
+        return kvjax.full()._replace(traffic=functools.partial(counted, *bound))
+
+    inner = of(r"a\b")
+    assert inner.spec_text() == r"test_named:folder=a\b"
+    assert of(inner).spec_text() == r"test_named+test_named:folder=a\b"
+    assert repr(of(inner)) == r"Method('test_named+test_named:folder=a\\b')"
+    assert registry.parse(SPEC).spec_text() == SPEC
+
+
+def counted(folder, spec, length): ...
 
 
 def test_a_model_says_what_it_is_in_a_line():
