@@ -141,7 +141,7 @@ def compare(
             layers = losses.layers
             measured = measured_bytes(model, methods[name], layers, settings)
             scores = {when: found[place].scores for when, found in answered.items()}
-            rows[name] = compare_rows.row(
+            rows[name] = compare_rows.make_row(
                 name,
                 (read, measured, held),
                 inputs,
@@ -151,7 +151,7 @@ def compare(
                 seconds,
             )
             if name == reference:
-                rows[name] = compare_rows.of_itself(rows[name])
+                rows[name] = compare_rows.reference_row(rows[name])
             progress(name, 1.0)
             on_row(rows[name])
     return Results(tuple(rows[name] for name in wanted))

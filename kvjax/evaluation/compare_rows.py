@@ -100,7 +100,7 @@ def of_windows(layers: fidelity.LayerFidelity, name: str) -> Interval:
     return OF_LAYERS[name](getattr(layers, name).mean((0, 2)))
 
 
-def row(
+def make_row(
     name: str,
     num_bytes: tuple[int, float, int],
     inputs: Inputs,
@@ -178,7 +178,7 @@ _AGAINST_REFERENCE += ("output_error", "dropped_mass")
 _AGAINST_REFERENCE += ("support", "proved_exact", "full_steps")
 
 
-def of_itself(row: Row) -> Row:
+def reference_row(row: Row) -> Row:
     """The reference's row: what it is against itself is known, and no sample."""
     means = {name: getattr(row, name) for name in _AGAINST_REFERENCE}
     return row._replace(
