@@ -55,8 +55,9 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     Exact when: `method` is, or all layers are dense.
 
     Raises:
-        ValueError: if `first` is negative, or `dense` has more rows than one and not
-            those of `method`.
+        ValueError: if `first` is negative, `dense` has more rows than one and not those
+            of `method`, or reads its prompt twice; from `init`, if `method` does and
+            `dense` does not hold what it read in one store, as `full` does.
 
     Source:
         Tang et al., "Quest", ICML 2024, arXiv:2406.10774, Sec. 3.4.
@@ -68,6 +69,11 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     """
     if first < 0:
         raise ValueError(f"{first=} must be at least 0 layers.")
+    if dense.reread is not None:
+        raise ValueError(
+            f"{dense} reads its prompt twice, and dense layers beside {method} read it "
+            "as full attention does: use full."
+        )
     if method.rows != dense.rows == 1:
         dense = dense_attention.windowed(dense, method.rows)
     if method.rows != dense.rows:

@@ -16,6 +16,7 @@ from kvjax.interface import (
     Diagnostics,
     Method,
     Recipe,
+    Rereading,
     State,
     Traffic,
 )
@@ -130,7 +131,8 @@ def layer_budgets(
 
     Args:
         method: one with a `budget`, made of a spec: `kvjax.parse("snapkv:budget=256")`.
-            Or a list of methods, one for each layer, whatever they are.
+            Or a list of methods, one for each layer: any of equal `rows` that read a
+            prompt alike, all of them once, or all again in the same chunks.
         beta: how steep the pyramid is: the even budget over that of the last layer; 1
             is `method`. Official: 20.
         budgets: that of each layer, with slashes between: "512/256/128/128". The
@@ -145,8 +147,9 @@ def layer_budgets(
 
     Raises:
         ValueError: unless beta >= 1, `method` has a budget and was made of a spec, and
-            it takes the smallest of the budgets; for a list of no method, or of methods
-            of different rows; from `init`, unless there is one for each layer.
+            it takes the smallest of the budgets; for a list of no method, of methods of
+            different rows, or of such that do not read a prompt again alike; from
+            `init`, unless there is one for each layer.
 
     Source:
         Cai et al., "PyramidKV: Dynamic KV Cache Compression based on Pyramidal
@@ -165,12 +168,6 @@ def layer_budgets(
     rewinds = None
     if all(one.rewind for one in methods):
         rewinds = functools.partial(rewind, plan)
-    again = methods[0].reread
-    alike = {one.reread and (one.reread.chunk, one.reread.words) for one in methods}
-    if again is not None and len(alike) == 1:
-        again = again._replace(prefill=functools.partial(read_again, plan))
-    else:
-        again = None  # layers that read again and others, or in other ways
     return Method(
         init=functools.partial(init, plan),
         prefill=functools.partial(prefill, plan),
@@ -182,7 +179,7 @@ def layer_budgets(
         rewind=rewinds,
         exact_prompt=all(one.exact_prompt for one in methods),
         renumbers=all(one.renumbers for one in methods),
-        reread=again,
+        reread=second_reading(plan, methods),
     )
 
 
@@ -224,6 +221,27 @@ def make_plan(
         raise ValueError(
             f"the layer of the smallest budget cannot have {smallest}: {error}"
         ) from error
+
+
+def second_reading(plan: Plan, methods: Sequence[Method]) -> Rereading | None:
+    """Returns the second reading of all layers, which they do together; or None."""
+    first, *others = methods
+    for other in others:
+        if _way(first) != _way(other):
+            raise ValueError(
+                f"{first} and {other} do not read a prompt again alike, as the layers "
+                "of one model must: give all layers methods that read it once, or all "
+                "the same with one `chunk`."
+            )
+    if first.reread is None:
+        return None
+    return first.reread._replace(prefill=functools.partial(read_again, plan))
+
+
+def _way(method: Method) -> tuple[int, str] | None:
+    """Returns what layers must have in common to read a prompt again."""
+    again = method.reread
+    return None if again is None else (again.chunk, again.words)
 
 
 def read_budgets(text: str) -> tuple[int, ...]:

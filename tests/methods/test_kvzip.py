@@ -264,7 +264,9 @@ def test_transforms_that_would_drop_the_second_reading_refuse(spec):
 def test_lists_of_layers_read_again_alike_or_refuse():
     mixed = [kvzip(budget=8), kvjax.full()]
     for methods in (mixed, mixed[::-1], [kvzip(chunk=4), kvzip(chunk=8)]):
-        with pytest.raises(ValueError, match=r"layer_budgets cannot wrap .*kvzip"):
+        names = [f".*{one.spec_text()}.*" for one in methods]
+        message = f"{' and '.join(names)} do not read a prompt again alike, .*`chunk`"
+        with pytest.raises(ValueError, match=message):
             kvjax.layer_budgets(methods)
     method = kvjax.layer_budgets([kvzip(budget=8), kvzip(budget=6)])
     assert method.reread._replace(prefill=None) == (None, 2048, module.WORDS)
@@ -278,7 +280,8 @@ def test_dense_layers_must_hold_what_they_read():
     ):
         method.init(dataclasses.replace(spec, layer=0))
     method.init(dataclasses.replace(spec, layer=1))
-    with pytest.raises(ValueError, match=r"dense_layers cannot wrap .*kvzip"):
+    message = r"kvzip.* twice, and dense layers beside .*quest.*: use full"
+    with pytest.raises(ValueError, match=message):
         kvjax.dense_layers(kvjax.quest(budget=16), kvzip(budget=8))
 
 
