@@ -52,7 +52,11 @@ def kvzip(*, budget: int = 1024, chunk: int = 2048) -> Method:
     previous context:", chunk by chunk, each behind the whole prompt. A token's
     importance is the largest attention weight that any token of the second reading
     gives it, in any query head of the group. It depends on no question: one cache
-    serves all. Prompts cost twice the time, and are repeated at positions behind them.
+    serves all. The prompt is repeated at positions behind it, which the context must
+    have room for. The second reading costs what the first does where the time goes with
+    the tokens; of attention, which long prompts are mostly of, about three times that:
+    every token attends to the whole prompt, not to what is before it, and its logits
+    are taken once more for the scores.
 
     Args:
         budget: prompt tokens kept per KV head. Generated tokens come on top.
