@@ -52,7 +52,7 @@ def answers(
         room: tokens to make room for behind a context, if more than these take.
         keep_logits, threads: as :func:`kvjax.evaluation.compare_runs.retrieve`.
         on_answer: called with a method's place, the number of an example and what was
-            answered.
+            answered, as it comes; with several threads a method's at a time.
 
     Returns:
         The answers of each method, one an example, in order.
@@ -90,12 +90,17 @@ def answers(
         def answered(place, waiting=waiting, pairs=pairs):
             with batches.told_apart(place):
                 begun = waiting.pop(place)
-                return list(asked.answers(methods[place], begun, rows, pairs))
+                yield from asked.answers(methods[place], begun, rows, pairs)
+
+        def whole(place, answered=answered):
+            return list(answered(place))
 
         places = range(len(methods))
-        for place, found in enumerate(batches.at_once(answered, places, threads)):
-            for index, answer in found:
+        job = answered if threads == 1 else whole
+        for place, found in enumerate(batches.at_once(job, places, threads)):
+            for index, tokens in found:
                 if index not in said[place]:
+                    answer = batches.reply(model, examples[index], tokens)
                     said[place][index] = answer
                     on_answer(place, index, answer)
             done = min(rows, fresh) * (place + 1) / len(methods)
@@ -128,8 +133,8 @@ class _Asked(NamedTuple):
         prefilled: Prefilled,
         rows: int,
         pairs: Sequence[tuple[int, int]],
-    ) -> Iterator[tuple[int, str]]:
-        """Yields examples and their answers; of what fills a batch up some twice.
+    ) -> Iterator[tuple[int, list[int]]]:
+        """Yields examples and tokens behind them; of what fills a batch up some twice.
 
         Args:
             prefilled: the contexts, `rows` of them; used up.
@@ -158,8 +163,7 @@ class _Asked(NamedTuple):
             )
             finite.check_rows(self.model.decoder, fed.log_probs)
             for row, (_, index) in enumerate(part):
-                answer = fed.tokens[row, sizes[row] : sizes[row] + steps].tolist()
-                yield index, batches.reply(self.model, examples[row], answer)
+                yield index, fed.tokens[row, sizes[row] : sizes[row] + steps].tolist()
 
 
 def _check(

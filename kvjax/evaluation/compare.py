@@ -10,6 +10,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import jax
+
 from kvjax import accounting
 from kvjax.decoding.finite import NotFiniteError
 from kvjax.evaluation import (
@@ -46,6 +48,9 @@ def compare(
     progress: Progress = lambda method, fraction: None,
 ) -> Results:
     """Runs every method on the same inputs.
+
+    On a CPU part of it may run in other threads, which settings made by JAX's context
+    managers do not reach: make them by `jax.config.update`.
 
     Args:
         model: decoder, weights and tokenizer.
@@ -161,15 +166,21 @@ def _threads(decoder, group, settings, room) -> int:
     """Threads for what is not timed: two where a group's states take little room.
 
     With small models most of the time is compiling, which takes one core. A large one
-    takes all cores, and its memory is not there twice.
+    takes all cores, and its memory is not there twice. An accelerator runs one at a
+    time, and its memory is short.
     """
+    if jax.default_backend() != "cpu":
+        return 1
     held = sum(_prompt_bytes(decoder, method, settings) for method in group)
     return 2 if 8 * settings.batch * held <= room else 1
 
 
 @contextlib.contextmanager
 def _beside(job: Callable[[Method], None], methods: Sequence[Method]):
-    """Does the job with each method in a thread of its own; it is over behind this."""
+    """Does the job with one method after the other, in one thread beside this one.
+
+    It is over behind this.
+    """
     pool = ThreadPoolExecutor(1)
     try:
         done = [pool.submit(job, method) for method in methods]

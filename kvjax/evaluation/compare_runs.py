@@ -66,7 +66,7 @@ def retrieve(
         threads: methods that answer at the same time.
         on_answers: called with a method's place, the number of a batch's first example,
             and what was answered, batch by batch; of questions asked `after`, one by
-            one.
+            one, or with several threads a method's at a time.
 
     Raises:
         ValueError: as :func:`kvjax.decoding.generate.generate`; if `question` is
@@ -116,11 +116,13 @@ def retrieve(
                     return_logits=keep_logits,
                 )
                 finite.check_rows(model.decoder, fed.log_probs)
-            pairs = zip(group, fed.tokens.tolist(), strict=True)
-            return [batches.reply(model, example, tokens) for example, tokens in pairs]
+            return fed.tokens.tolist()
 
         places = range(len(methods))
-        for place, said in enumerate(batches.at_once(answered, places, threads)):
+        for place, found in enumerate(batches.at_once(answered, places, threads)):
+            # Here, where one thread runs: a tokenizer may bear no more.
+            pairs = zip(group, found, strict=True)
+            said = [batches.reply(model, *pair) for pair in pairs]
             answers[place] += said
             # What fills the last batch up has been answered before.
             first = index * batch

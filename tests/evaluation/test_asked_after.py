@@ -1,6 +1,7 @@
 """Questions asked after their context: each context read once, the answers the same."""
 
 import json
+import threading
 
 import pytest
 from tiny import SMALL, TEXT, tiny_model
@@ -98,6 +99,36 @@ def test_every_context_is_read_once_for_all_methods(examples, alone, monkeypatch
     )
     assert done == sorted(done)
     assert done[-1] == 1
+
+
+def test_answers_come_as_they_are_given(examples, monkeypatch):
+    """What was answered is not lost if a later question is cut short."""
+    fed, really = [], asked_after.feeding.feed
+
+    def feed(*arguments, **options):
+        fed.append(threading.current_thread())
+        return really(*arguments, **options)
+
+    monkeypatch.setattr(asked_after.feeding, "feed", feed)
+    asked = {}
+    for threads in (1, 2):
+        fed.clear()
+        asked[threads] = []
+        asked_after.answers(
+            MODEL,
+            [SNAPKV],
+            examples,
+            new_tokens=6,
+            batch=2,
+            threads=threads,
+            on_answer=lambda *_, told=asked[threads]: told.append(len(fed)),
+        )
+    main = threading.main_thread()
+    assert len(asked[1]) == len(asked[2]) == len(examples)
+    assert asked[1][0] == 1
+    assert asked[1] == sorted(asked[1])
+    assert asked[2][0] > 1
+    assert all(thread is not main for thread in fed)
 
 
 def test_full_attention_answers_as_if_it_had_seen_the_question(monkeypatch):

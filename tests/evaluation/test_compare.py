@@ -3,9 +3,10 @@
 import threading
 import types
 
+import jax
 import numpy as np
 import pytest
-from tiny import tiny_model
+from tiny import ByteTokenizer, tiny_model
 
 import kvjax
 from kvjax import accounting
@@ -59,9 +60,34 @@ def test_the_reference_comes_first_then_the_given_order(rows):
     assert [row.method for row in rows] == ["full", "same", "streaming"]
 
 
-def test_threads_change_no_figure_and_leave_the_clocks_alone(rows, inputs, monkeypatch):
-    """Two threads, as the rows had them, or one: nothing but a speed tells."""
-    running = []
+def test_two_threads_only_on_a_cpu_where_states_take_little_room(monkeypatch):
+    decoder, group = MODEL.decoder, [METHODS["full"], METHODS["streaming"]]
+    held = sum(
+        accounting.bytes_of_prompt(method, decoder, SETTINGS.context, 16)
+        for method in group
+    )
+    least = 8 * SETTINGS.batch * held
+    assert compare._threads(decoder, group, SETTINGS, least) == 2
+    assert compare._threads(decoder, group, SETTINGS, least - 1) == 1
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert compare._threads(decoder, group, SETTINGS, least) == 1
+
+
+class Watched(ByteTokenizer):
+    """Knows which threads asked it."""
+
+    def __init__(self):
+        self.threads = set()
+
+    def decode(self, tokens):
+        self.threads.add(threading.current_thread())
+        return super().decode(tokens)
+
+
+def test_threads_change_no_figure_and_leave_the_clocks_alone(inputs, monkeypatch):
+    """Two threads or one: nothing but a speed tells; a tokenizer sees one alone."""
+    running, tokenizer = [], Watched()
+    model = MODEL._replace(tokenizer=tokenizer)
 
     def watched(module, name):
         original = getattr(module, name)
@@ -76,21 +102,25 @@ def test_threads_change_no_figure_and_leave_the_clocks_alone(rows, inputs, monke
     watched(compare_runs, "compile_reading")
     watched(compare_runs, "seconds_to_read")
     watched(continuations, "_continued")
-    monkeypatch.setattr(compare, "_threads", lambda *_: 1)
     chosen = {name: METHODS[name] for name in ("full", "streaming")}
-    alone = compare.compare(MODEL, chosen, inputs, SETTINGS).rows
+    monkeypatch.setattr(compare, "_threads", lambda *_: 1)
+    alone = compare.compare(model, chosen, inputs, SETTINGS).rows
     assert all(job is threading.main_thread() for _, job, _ in running)
-    speeds = {"tokens_per_second": 0.0, "prefill_seconds": 0.0}
-    for one, both in zip(alone, (rows[0], rows[2]), strict=True):
-        assert one._replace(**speeds) == both._replace(**speeds)
 
     running.clear()
     monkeypatch.setattr(compare, "_threads", lambda *_: 2)
-    compare.compare(MODEL, chosen, inputs, SETTINGS)
-    beside = {name: job is not threading.main_thread() for name, job, _ in running}
-    timed = {"seconds_to_read": False, "_continued": False}
-    assert beside == {"compile_reading": True} | timed
-    assert not any(others for name, _, others in running if name in timed)
+    beside = compare.compare(model, chosen, inputs, SETTINGS).rows
+    speeds = {"tokens_per_second": 0.0, "prefill_seconds": 0.0}
+    for one, two in zip(alone, beside, strict=True):
+        assert one._replace(**speeds) == two._replace(**speeds)
+    calls = {name: [] for name, *_ in running}
+    for name, job, others in running:
+        calls[name].append((job is threading.main_thread(), bool(others)))
+    assert sorted(calls) == ["_continued", "compile_reading", "seconds_to_read"]
+    assert set(calls.pop("compile_reading")) == {(False, True)}
+    for timed in calls.values():
+        assert set(timed) == {(True, False)}
+    assert tokenizer.threads == {threading.main_thread()}
 
 
 def test_the_reference_agrees_with_itself(rows):
