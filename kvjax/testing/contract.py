@@ -24,7 +24,13 @@ from kvjax.registry import built_in
 from kvjax.rope import Rope
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
-from kvjax.testing.streams import Chunks, ContractError, expect
+from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
+from kvjax.testing.streams import (
+    Chunks,
+    ContractError,
+    NothingToCheckError,
+    expect,
+)
 from kvjax.testing.subject import (
     LARGEST_DEFAULT,
     LAYER,
@@ -75,10 +81,6 @@ def _poisoned() -> Iterator[None]:
         yield
     finally:
         buffers.fill_value = before
-
-
-class NothingToCheckError(Exception):
-    """The machine, or the method, lacks what a check is about."""
 
 
 def keeps(subject: Subject, check: str) -> bool:
@@ -469,6 +471,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         output_is_attention_over_what_was_attended,
         is_not_exact_where_it_rotates_keys_as_full_attention_does_not,
         a_prompt_is_exact_where_the_method_says_so,
+        a_second_reading_changes_only_what_it_learns,
         is_for_another_attention_or_refuses_it,
     )
 }

@@ -26,10 +26,15 @@ PADDING = 1e4
 ROW_TOLERANCE = {"float32": 1e-5, "bfloat16": 3e-2}
 
 Chunks = Sequence[Sequence[int]]  # `lengths (B,)` of every chunk of the prompt
+REREAD = 6  # tokens of a prompt that a second reading takes at once
 
 
 class ContractError(AssertionError):
     """A method does not do what every method does."""
+
+
+class NothingToCheckError(Exception):
+    """The machine, or the method, lacks what a check is about."""
 
 
 def expect(holds: object, message: str) -> None:
@@ -139,7 +144,7 @@ def chunk(
 
 
 def prefill(method: Method, spec: CacheSpec, stream: Stream, chunks=None):
-    """Returns the state before `finish`, and the prompt's outputs, an array a row.
+    """Returns the state after one reading, and the prompt's outputs, an array a row.
 
     `chunks` lists `lengths (B,)` of each chunk; None means the prompt at once.
     """
@@ -152,6 +157,49 @@ def prefill(method: Method, spec: CacheSpec, stream: Stream, chunks=None):
         )
         outs.append(out)
     return state, _prompt_rows(stream, chunks, outs)
+
+
+def reread(
+    method: Method,
+    state: State,
+    stream: Stream,
+    dtype: jax.typing.DTypeLike = "float32",
+    prefill: Callable[..., Any] | None = None,
+) -> State:
+    """Returns the state after a second reading, if the method asks for one.
+
+    A row's own prompt is read again, chunk by chunk, as if it were alone.
+
+    Args:
+        method: with `reread`, or without.
+        state: before `finish`, of all the prompt.
+        stream: whose prompts were read.
+        dtype: of the heads.
+        prefill: that of `method.reread`, compiled.
+    """
+    if method.reread is None:
+        return state
+    step = jax.jit(method.reread.prefill) if prefill is None else prefill
+    for start, lengths in reread_chunks(stream):
+        inputs = chunk(stream, start, lengths, dtype, size=REREAD)
+        state, out = step(state, *inputs)
+        wanted = inputs[0]
+        expect(
+            (out.dtype, out.shape) == (wanted.dtype, wanted.shape),
+            f"the second reading returns {out.dtype}{out.shape} for queries "
+            f"{wanted.dtype}{wanted.shape}.",
+        )
+    return state
+
+
+def reread_chunks(stream: Stream):
+    """Returns where the chunks of a second reading start, and their `lengths (B,)`."""
+    prompts = np.asarray(stream.prompts)
+    starts = range(0, max(stream.prompts), REREAD)
+    return [
+        (np.full(len(prompts), start), np.clip(prompts - start, 0, REREAD))
+        for start in starts
+    ]
 
 
 def prompt_inputs(
@@ -206,8 +254,9 @@ def step(method: Method, state: State, inputs):
 
 
 def run(method: Method, spec: CacheSpec, stream: Stream, chunks=None) -> Run:
-    """Runs prompt, finish and all steps, jitted as the decode loop would be."""
+    """Runs prompt, second reading, finish and all steps, jitted as decoding would."""
     state, prompt_out = prefill(method, spec, stream, chunks)
+    state = reread(method, state, stream, spec.dtype)
 
     @jax.jit
     def decode(state, inputs):

@@ -101,12 +101,21 @@ class Subject:
         return jax.jit(self.method.prefill)
 
     @functools.cached_property
+    def jitted_reread(self) -> Callable[..., Any] | None:
+        """The second reading, compiled once; None of methods that have none."""
+        again = self.method.reread
+        return None if again is None else jax.jit(again.prefill)
+
+    @functools.cached_property
     def jitted_finish(self) -> Callable[..., Any]:
         """`finish`, compiled once."""
         return jax.jit(self.method.finish)
 
     def prefill(self, stream: Stream | None = None, chunks: Chunks | None = None):
-        """Reads the prompts, every chunk padded to the longest: one compilation."""
+        """Reads the prompts as often as the method asks for, up to `finish`.
+
+        Every chunk is padded to the longest: one compilation.
+        """
         stream = self.stream if stream is None else stream
         state, outs = self.method.init(self.spec), []
         start = np.zeros(self.spec.batch, int)
@@ -116,7 +125,8 @@ class Subject:
             outs.append([out[b, :, :n] for b, n in enumerate(lengths)])
             start += np.asarray(lengths)
         rows = [np.concatenate(row, axis=1) for row in zip(*outs, strict=True)]
-        return state, rows
+        again = self.jitted_reread
+        return streams.reread(self.method, state, stream, prefill=again), rows
 
     def step_inputs(self, stream: Stream | None = None):
         """Returns q, k, v of the generated tokens."""
