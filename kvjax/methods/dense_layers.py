@@ -67,13 +67,7 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
     Example:
         >>> method = kvjax.dense_layers(kvjax.quest(budget=256), kvjax.full(), first=2)
     """
-    if first < 0:
-        raise ValueError(f"{first=} must be at least 0 layers.")
-    if dense.reread is not None:
-        raise ValueError(
-            f"{dense} reads its prompt twice, and dense layers beside {method} read it "
-            "as full attention does: use full."
-        )
+    check_options(method, dense, first)
     if method.rows != dense.rows == 1:
         dense = dense_attention.windowed(dense, method.rows)
     if method.rows != dense.rows:
@@ -132,6 +126,17 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         renumbers=method.renumbers and (dense.renumbers or first == 0),
         reread=again,
     )
+
+
+def check_options(method: Method, dense: Method, first: int) -> None:
+    """Raises ValueError unless layers can be dense so beside the method."""
+    if first < 0:
+        raise ValueError(f"{first=} must be at least 0 layers.")
+    if dense.reread is not None:
+        raise ValueError(
+            f"{dense} reads its prompt twice, and dense layers beside {method} read it "
+            "as full attention does: use full."
+        )
 
 
 def empty_dense(method: Method, dense: Method, spec: CacheSpec) -> Dense:
