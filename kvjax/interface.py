@@ -278,8 +278,7 @@ class Method(NamedTuple):
         rewind: None unless tokens can be taken back.
         importance: None unless `finish` keeps the tokens that score highest by it.
         exact_prompt: `prefill` returns exact attention over the prompt, whatever the
-            options, and no `reread` follows. Such methods can read a prompt together:
-            the model runs once.
+            options. Such methods can read a prompt together: the model runs once.
         renumbers: no query meets a key at a distance that grows with the text, because
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.

@@ -277,8 +277,13 @@ def groups(
     """The names of methods that read a prompt together, with the reference.
 
     Methods of exact prompts fill `room` bytes with their states, at most `GROUP` of
-    them; at least one goes with the reference, whatever its size. Others are alone.
+    them; at least one goes with the reference, whatever its size. Others are alone, and
+    so is one that reads its prompt again, which would have the others wait.
     """
+    is_joined = {
+        name: method.exact_prompt and method.reread is None
+        for name, method in methods.items()
+    }
 
     def held(method):
         return settings.batch * _prompt_bytes(decoder, method, settings)
@@ -287,15 +292,14 @@ def groups(
     left = 0
     for name, method in methods.items():
         own = 0 if method is reference else held(method)
-        if not method.exact_prompt:
+        if not is_joined[name]:
             continue
         if not grouped or own > left or len(grouped[-1]) == GROUP:
             grouped.append([])
             left = room - held(reference)
         grouped[-1].append(name)
         left -= own
-    alone = [[name] for name, method in methods.items() if not method.exact_prompt]
-    return grouped + alone
+    return grouped + [[name] for name in methods if not is_joined[name]]
 
 
 def _prompt_bytes(decoder, method, settings) -> int:

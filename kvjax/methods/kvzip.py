@@ -100,8 +100,7 @@ def kvzip(*, budget: int = 1024, chunk: int = 2048) -> Method:
         inspect_step=kept_prompt.inspect_step,
         traffic=functools.partial(traffic, options),
         importance=importance,
-        # What it reads first is exact, and others do not read it twice: alone.
-        exact_prompt=False,
+        exact_prompt=True,
         reread=Rereading(read_again, options.chunk, WORDS),
     )
 

@@ -292,7 +292,10 @@ def test_a_comparison_follows_what_the_second_reading_kept():
     sizes = {"new_tokens": NEW, "batch": 2, "chunk_size": 32}
     full = kvjax.full()
     truth = continuations.expect(MODEL, full, windows, **sizes)
-    (followed,) = continuations.follow(MODEL, full, [KVZIP], windows, truth, **sizes)
+    method, noted = spied(KVZIP)
+    (followed,) = continuations.follow(MODEL, full, [method], windows, truth, **sizes)
+    # Beside the reference, and not alone as well.
+    assert counted(noted) == {(W + 32, W + 32): 2, (W + 8, W + 8): 2}
     predicted = continuations.predict(MODEL, KVZIP, windows, **sizes)
     np.testing.assert_allclose(followed.log_probs, predicted.log_probs, atol=1e-5)
     layers = continuations.layer_fidelity(MODEL, full, KVZIP, windows, **sizes)

@@ -133,6 +133,17 @@ def test_groups_fill_the_room_and_others_are_alone():
     assert grouped(2 * (one + snap) - 1)[0] == ["full"]
 
 
+def test_a_method_that_reads_its_prompt_again_is_alone():
+    """Though its prompt is exact: the others would wait."""
+    names = ("full", "kvzip", "quest")
+    methods = {name: registry.parse(name, **SMALL) for name in names}
+    assert methods["kvzip"].exact_prompt
+    found = compare.groups(
+        MODEL.decoder, methods, methods["full"], SETTINGS, room=1 << 30
+    )
+    assert found == [["full", "quest"], ["kvzip"]]
+
+
 def test_the_batch_leaves_room_for_methods_to_read_together():
     def batch(room, **changes):
         settings = compare_inputs.Settings(

@@ -211,7 +211,7 @@ def test_the_defaults_are_the_papers():
     assert method.reread.chunk == 2048
     assert method.reread.words == "Repeat the previous context:"
     assert kvzip(chunk=512).reread.chunk == 512
-    assert not method.exact_prompt
+    assert method.exact_prompt
 
 
 @pytest.mark.parametrize(
