@@ -26,6 +26,20 @@ def prompt_bytes(method: Method, spec: CacheSpec) -> int:
     return num_bytes(jax.eval_shape(lambda: method.init(spec)))
 
 
+def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:
+    """Returns the spec that a layer's state carries: how its rows are kept.
+
+    That given, where the state carries none; the first, where parts of it differ.
+    """
+
+    def is_spec(leaf):
+        return isinstance(leaf, CacheSpec)
+
+    state = jax.eval_shape(lambda: method.init(spec))
+    carried = filter(is_spec, jax.tree.leaves(state, is_leaf=is_spec))
+    return next(carried, spec)
+
+
 def bytes_held(
     method: Method, decoder: DecoderLM, capacity: int, max_new_tokens: int, batch=1
 ) -> int:

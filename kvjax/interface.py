@@ -13,7 +13,7 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -49,6 +49,9 @@ class CacheSpec:
         num_layers: of the model, for transforms that share budgets out among layers;
             0 where nobody says. :func:`layer_specs` does.
         alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
+        storage: how keys and values are kept, a
+            :class:`pallas_kernels.shared.quantized.Storage`; None for numbers of
+            `dtype`, as they come.
     """
 
     batch: int
@@ -63,6 +66,7 @@ class CacheSpec:
     layer: int = 0
     num_layers: int = 0
     alpha: float = 1.0
+    storage: Hashable | None = None
 
     def __post_init__(self):
         for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):
@@ -282,6 +286,8 @@ class Method(NamedTuple):
         renumbers: no query meets a key at a distance that grows with the text, because
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.
+        lossy: keys and values are kept as other numbers than came: no step is exact,
+            whatever it attends to.
     """
 
     init: InitFn
@@ -297,6 +303,7 @@ class Method(NamedTuple):
     exact_prompt: bool = False
     renumbers: bool = False
     reread: Rereading | None = None
+    lossy: bool = False
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""

@@ -76,6 +76,9 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
             96 * TOKEN,
             96 * TOKEN // 2 // 32,
         ),
+        # A head of 16 in bytes and a scale; in halves of bytes with a scale and offset.
+        ("quantize+full", 1000, 2 * 4 * 1000 * (18 + 18), 0),
+        ("quantize:values=4+quest:budget=64", 1000, 512 * (18 + 12), 63 * TOKEN),
         # One of four heads in full; two of four under Quest.
         ("duo:share=0.25,budget=64,num_sinks=4+full", 1000, 298 * TOKEN, 0),
         (
@@ -129,6 +132,7 @@ CLOCK = 2 * 4  # one int32 a row
             "decode_eviction:every=32+snapkv:budget=64",
             97 * TOKEN + 2 * 4 * 96 * 4 + 2 * 8 * 32 * 16 * 2 + 2 * CLOCK,
         ),
+        ("quantize:bits=4+full", 2 * 4 * 1000 * (12 + 12) + CLOCK),
         # Which of the four heads are whose, in both rows.
         (
             "duo:share=0.25,budget=64,num_sinks=4+full",

@@ -8,7 +8,8 @@ def check_choice(name: str, value: object, choices: Any) -> None:
     """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
     known = typing.get_args(choices)
     if value not in known:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(known)}.")
+        words = ", ".join(str(word) for word in known)
+        raise ValueError(f"{name}={value!r} must be one of {words}.")
 
 
 def check_choices(options: object) -> None:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.interface import CacheSpec, Method, State
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.shared.quantized import Rows
 
 
 class Partial(NamedTuple):
@@ -106,8 +107,8 @@ def suits(factory: Factory, alpha: float) -> bool:
 
 def weighted_attention(
     q: Float[Array, "B Hq T D"],
-    k: Float[Array, "B Hkv N D"],
-    v: Float[Array, "B Hkv N D"],
+    k: Float[Rows, "B Hkv N D"],
+    v: Float[Rows, "B Hkv N D"],
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "B H N"],
     *,

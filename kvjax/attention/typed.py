@@ -5,10 +5,13 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from kvjax.interface import Method
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from kvjax.interface import Diagnostics, InspectStepFn, Method, State
 
 Factory = TypeVar("Factory", bound=Callable[..., Method])
 
@@ -25,7 +28,8 @@ def typed(factory: Factory) -> Factory:
     Returns:
         The factory, which raises `ValueError` for a number or a text in the place of
         another type. Words of a `Literal` and structures are left to the factory. A
-        transform also raises it for a method whose `reread` it does not pass on.
+        transform also raises it for a method whose `reread` it does not pass on. What
+        is made of a lossy method is lossy.
     """
 
     @functools.wraps(factory)
@@ -40,23 +44,56 @@ def typed(factory: Factory) -> Factory:
                     f"{factory.__name__}: {name}={value!r} must be of type {kinds}."
                 )
         made = factory(*methods, **options)
-        check_reread(factory.__name__, [*methods, *options.values()], made)
-        return made
+        return passed_on(factory.__name__, [*methods, *options.values()], made)
 
     return make  # pyright: ignore[reportReturnType]
 
 
-def check_reread(name: str, given: Iterable[Any], made: Method) -> None:
-    """Raises ValueError if a transform drops the second reading of what it wraps."""
+def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
+    """Returns what a transform made, lossy if what it wraps is.
+
+    Args:
+        name: the transform's.
+        given: its arguments, some of which are methods.
+        made: by it.
+
+    Raises:
+        ValueError: if it drops the second reading of what it wraps.
+    """
+    wrapped = list(_methods(given))
+    for method in wrapped:
+        if method.reread is not None and made.reread is None:
+            raise ValueError(
+                f"{name} cannot wrap {method}, which reads its prompt twice: wrap one "
+                "that reads it once, or have the transform pass `reread` on."
+            )
+    is_lossy = any(method.lossy for method in wrapped)
+    return lossy(made) if is_lossy and not made.lossy else made
+
+
+def lossy(method: Method) -> Method:
+    """Marks a method whose keys and values are kept as other numbers than came.
+
+    Its steps are exact in nothing, whatever is proved of the numbers that are kept.
+    """
+    step = functools.partial(_unproved, method.inspect_step)
+    return method._replace(lossy=True, inspect_step=step)
+
+
+def _unproved(
+    inspect_step: InspectStepFn, state: State, q: Float[Array, "B Hq T D"]
+) -> tuple[State, Float[Array, "B Hq T D"], Diagnostics]:
+    state, out, diagnostics = inspect_step(state, q)
+    exact = jnp.zeros_like(diagnostics.exact)
+    return state, out, diagnostics._replace(exact=exact)
+
+
+def _methods(given: Iterable[Any]) -> Iterator[Method]:
     for one in given:
         if isinstance(one, Method):
-            if one.reread is not None and getattr(made, "reread", None) is None:
-                raise ValueError(
-                    f"{name} cannot wrap {one}, which reads its prompt twice: wrap one "
-                    "that reads it once, or have the transform pass `reread` on."
-                )
+            yield one
         elif isinstance(one, Sequence) and not isinstance(one, str):
-            check_reread(name, one, made)
+            yield from _methods(one)
 
 
 @functools.cache

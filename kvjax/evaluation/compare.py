@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import numpy as np
 
 from kvjax import accounting
 from kvjax.decoding.finite import NotFiniteError
@@ -24,7 +25,7 @@ from kvjax.evaluation import (
 from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
 from kvjax.evaluation.compare_rows import Results, Row
-from kvjax.interface import DecoderLM, LanguageModel, Method
+from kvjax.interface import DecoderLM, LanguageModel, Method, layer_specs
 from kvjax.stores import buffers
 
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
@@ -329,9 +330,9 @@ def measured_bytes(
     (`refreshed`) it reads less. One that chooses by the very keys it then attends to
     has these counted twice.
     """
-    decoder = model.decoder
-    spec = decoder.cache_spec(1, 1)
-    token = buffers.kv_bytes(spec, 1) / spec.num_kv_heads
-    context, new_tokens = settings.context, settings.new_tokens
+    decoder, context, new_tokens = model.decoder, settings.context, settings.new_tokens
+    specs = layer_specs(decoder, 1, context, new_tokens)
+    kept = [accounting.kept_spec(method, spec) for spec in specs]
+    tokens = [buffers.kv_bytes(spec, 1) / spec.num_kv_heads for spec in kept]
     chosen = accounting.traffic(method, decoder, context, new_tokens).metadata
-    return float(layers.read.mean(1).sum() * token) + chosen
+    return float(layers.read.mean(1) @ np.asarray(tokens)) + chosen

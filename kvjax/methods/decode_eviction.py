@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -235,17 +236,17 @@ def evict(options: Options, state: Evicting) -> Evicting:
     budget = slots - options.every
     is_full = store.length == slots
 
-    def move(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def move(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, k, v, positions = carry
         held = state.prompt._replace(store=store._replace(spec=turned, k=k, v=v))
         chosen = best(options, held, budget)
 
         def fill(old: Array) -> Array:
-            by_row = is_full.reshape(-1, *[1] * (old.ndim - 1))
-            fresh = jnp.where(by_row, buffers.gather(old, chosen), old[:, :, :budget])
+            first = old[:, :, :budget]
+            fresh = buffers.where(is_full, buffers.take(old, chosen), first)
             return lax.dynamic_update_slice_in_dim(old, fresh, 0, axis=2)
 
-        return jnp.bool_(False), fill(k), fill(v), fill(positions)
+        return jnp.bool_(False), *jax.tree.map(fill, (k, v, positions))
 
     # A loop of one turn or none: what a loop carries is updated in place.
     carry = (is_full.any(), store.k, store.v, state.positions)
@@ -266,5 +267,7 @@ def with_spec(prompt: State, spec: CacheSpec) -> State:
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts the bytes of full slots, and of their keys, read again to choose."""
     slots = options.small(spec).capacity
-    kv = buffers.kv_bytes(spec, min(length, slots))
-    return Traffic(kv, -(-kv // 2 // options.every))
+    held = min(length, slots)
+    spec = kept_slots.spec_of(options.method, spec)
+    keys = buffers.row_bytes(spec, held, "keys")
+    return Traffic(buffers.kv_bytes(spec, held), -(-keys // options.every))

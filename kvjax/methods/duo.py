@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -17,6 +18,8 @@ from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.shared import quantized
+from pallas_kernels.shared.quantized import Rows
 
 Score = Literal["needle_mass", "retrieval"]
 Scores = tuple[tuple[float, ...], ...]  # (L, Hq) or (L, Hkv): a row a layer
@@ -26,8 +29,8 @@ class Streaming(NamedTuple):
     """The keys and values of the streaming heads: sinks, and a ring of the newest."""
 
     spec: CacheSpec  # of these heads
-    k: Float[Array, "B Hs N D"]  # rotated at absolute positions; the first are sinks
-    v: Float[Array, "B Hs N D"]
+    k: Float[Rows, "B Hs N D"]  # rotated at absolute positions; the first are sinks
+    v: Float[Rows, "B Hs N D"]
     length: Int[Array, "B"]  # tokens seen, not slots used
 
 
@@ -237,11 +240,11 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> Duo:
     if first:
         retrieval = options.method.init(part(spec, len(first)), weights)
     if others:
-        shape = (rows, len(others), options.budget, spec.head_dim)
+        shape = (rows, len(others), options.budget)
         streaming = Streaming(
             part(spec, len(others)),
-            buffers.allocate(shape, spec.dtype),
-            buffers.allocate(shape, spec.dtype),
+            buffers.allocate_rows(spec, shape, "keys"),
+            buffers.allocate_rows(spec, shape, "values"),
             buffers.lengths(spec),
         )
     return Duo(jnp.broadcast_to(order, (rows, heads)), retrieval, streaming)
@@ -446,8 +449,10 @@ def read(
     fresh = jnp.where(positions < new.length[:, None], positions, -1)
     held = jnp.concatenate([before, fresh[:, None]], axis=2)
 
-    def joined(old: Array, chunk: Array) -> Array:
-        return jnp.concatenate([old, chunk.astype(old.dtype)], axis=2)
+    def joined(old: Rows, chunk: Array) -> Array:
+        return jnp.concatenate(
+            [quantized.floats(old), quantized.as_stored(old, chunk)], axis=2
+        )
 
     out = Partial(
         *decode_attention(
@@ -461,11 +466,12 @@ def read(
         )
     )
     if num_sinks:
+        first_k, first_v = jax.tree.map(lambda x: x[:, :, :num_sinks], (new.k, new.v))
         sinks = Partial(
             *decode_attention(
                 rotated,
-                new.k[:, :, :num_sinks],
-                new.v[:, :, :num_sinks],
+                first_k,
+                first_v,
                 positions,
                 sm_scale=spec.sm_scale,
             )

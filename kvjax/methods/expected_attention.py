@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -13,6 +14,7 @@ from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import contiguous, kept_prompt, step
+from pallas_kernels.shared.quantized import floats
 
 
 class ExpectedPrompt(NamedTuple):
@@ -181,7 +183,7 @@ def importance(options: Options, state: ExpectedPrompt) -> Float[Array, "B Hkv S
     slots = jnp.arange(spec.capacity, dtype=jnp.int32)
     is_held = (slots >= options.num_sinks) & (slots < store.length[:, None, None])
     weights = masked_softmax(logits, is_held[:, :, None]).mean(2)
-    norms = jnp.linalg.norm(store.v.astype(jnp.float32), axis=-1)
+    norms = jnp.linalg.norm(floats(store.v).astype(jnp.float32), axis=-1)
     scores = jnp.where(is_held, (weights + options.epsilon) * norms, 0.0)
     return kept_prompt.with_certain(scores, store.length, num_sinks=options.num_sinks)
 
@@ -220,7 +222,7 @@ def expected_logits(
         def pick(x: Array) -> Array:
             return lax.dynamic_index_in_dim(x, head, axis=1, keepdims=False)
 
-        keys = pick(store.k).astype(jnp.float32)
+        keys = floats(jax.tree.map(pick, store.k)).astype(jnp.float32)
         first = multiply("bsd,bgd->bgs", keys, pick(mean))
         turned = multiply("bsd,bgde->bgse", keys, pick(covariance))
         second = (turned * keys[:, None]).sum(-1)

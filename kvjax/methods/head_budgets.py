@@ -20,7 +20,8 @@ from kvjax.interface import (
     Traffic,
 )
 from kvjax.stores import buffers, contiguous, kept_slots, step
-from pallas_kernels.decode_attention import decode_logits
+from pallas_kernels.decode_attention import decode_logits, weighted_values
+from pallas_kernels.shared.quantized import Holds, Rows
 
 
 class SharedSlots(NamedTuple):
@@ -31,8 +32,8 @@ class SharedSlots(NamedTuple):
     """
 
     spec: CacheSpec
-    k: Float[Array, "B 1 N D"]  # rotated at absolute positions
-    v: Float[Array, "B 1 N D"]
+    k: Float[Rows, "B 1 N D"]  # rotated at absolute positions
+    v: Float[Rows, "B 1 N D"]
     heads: Int[Array, "B 1 N"]  # the KV head that the slot is of
     positions: Int[Array, "B 1 N"]  # -1 = empty
     length: Int[Array, "B"]  # tokens seen, not slots used
@@ -125,7 +126,7 @@ def finish(options: Options, state: State) -> SharedSlots:
     """Keeps the most important tokens of all heads, and of each its best."""
     store: contiguous.Contiguous = state.store
     spec = store.spec
-    batch, heads, capacity, head_dim = store.k.shape
+    batch, heads, capacity, _ = store.k.shape
     budget = kept_slots.budget_of(options.method, spec)
     scores = options.importance(state)
     is_held = jnp.arange(capacity, dtype=jnp.int32) < store.length[:, None, None]
@@ -141,18 +142,19 @@ def finish(options: Options, state: State) -> SharedSlots:
     chosen = selection.in_order(chosen)
     spare = heads * spec.max_new_tokens
 
-    def copy(buffer: Float[Array, "B Hkv S D"]) -> Float[Array, "B 1 N D"]:
-        taken = buffers.gather(buffer.reshape(*whole, head_dim), chosen)
-        free = buffers.allocate((batch, 1, spare, head_dim), taken.dtype)
-        return jnp.concatenate([taken, free], axis=2)
+    def copy(buffer: Float[Rows, "B Hkv S D"], holds: Holds) -> Float[Rows, "B 1 N D"]:
+        of_all = jax.tree.map(lambda x: x.reshape(*whole, x.shape[-1]), buffer)
+        taken = buffers.take(of_all, chosen)
+        free = buffers.allocate_rows(spec, (batch, 1, spare), holds)
+        return buffers.joined([taken, free], axis=2)
 
     to_come = jnp.arange(spare, dtype=jnp.int32) % heads
     to_come = jnp.broadcast_to(to_come, (batch, 1, spare))
     positions = jnp.where(chosen < 0, -1, chosen % capacity)
     return SharedSlots(
         spec,
-        copy(store.k),
-        copy(store.v),
+        copy(store.k, "keys"),
+        copy(store.v, "values"),
         jnp.concatenate([jnp.maximum(chosen, 0) // capacity, to_come], axis=2),
         jnp.concatenate([positions, jnp.full_like(to_come, -1)], axis=2),
         store.length,
@@ -207,13 +209,8 @@ def attend(
     logits = jnp.where(is_own, logits, -jnp.inf)
     lse = jax.nn.logsumexp(logits, axis=-1)
     weights = jnp.exp(logits - lse[..., None])
-    out = jnp.einsum(
-        "bhts,bsd->bhtd",
-        weights.astype(state.v.dtype),
-        state.v[:, 0],
-        preferred_element_type=jnp.float32,
-    )
-    return Partial(out, lse)
+    whole = weights.reshape(weights.shape[0], 1, -1, weights.shape[3])
+    return Partial(weighted_values(whole, state.v).reshape(q.shape), lse)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
@@ -222,4 +219,5 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     kept = min(length, budget + spec.max_new_tokens)
     head_and_position = 2 * jnp.dtype(jnp.int32).itemsize
     metadata = spec.batch * spec.num_kv_heads * kept * head_and_position
+    spec = kept_slots.spec_of(options.method, spec)
     return Traffic(kv=buffers.kv_bytes(spec, kept), metadata=metadata)

@@ -9,6 +9,7 @@ from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import kept_prompt
+from pallas_kernels.shared.quantized import floats
 
 
 @typed
@@ -70,7 +71,8 @@ def importance(state: kept_prompt.Prompt) -> Float[Array, "B Hkv S"]:
     slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
     is_held = slots < store.length[:, None, None]
     # Rotated, as they are cached. Slots without a token may hold anything.
-    keys = jnp.where(is_held[..., None], store.k.astype(jnp.float32), 0.0)
+    keys = floats(store.k).astype(jnp.float32)
+    keys = jnp.where(is_held[..., None], keys, 0.0)
     norms = jnp.linalg.norm(keys, axis=-1, keepdims=True)
     tiny = jnp.finfo(jnp.float32).tiny
     directions = keys / jnp.maximum(norms, tiny)

@@ -9,6 +9,7 @@ from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
 from kvjax.stores import kept_prompt
+from pallas_kernels.shared.quantized import floats
 
 
 @typed
@@ -65,7 +66,7 @@ def importance(state: kept_prompt.Prompt) -> Float[Array, "B Hkv S"]:
     """Scores a token the higher the shorter its key is."""
     store = state.store
     # Rotations keep lengths: that of the key before it is the same.
-    norms = jnp.linalg.norm(store.k.astype(jnp.float32), axis=-1)
+    norms = jnp.linalg.norm(floats(store.k).astype(jnp.float32), axis=-1)
     return kept_prompt.with_certain(-norms, store.length)
 
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -150,7 +151,9 @@ def raised(state: KVzipPrompt, chunk: step.Chunk) -> Float[Array, "B Hkv S"]:
 
     def weigh(start: Int[Array, ""], first: Int[Array, ""]) -> Float[Array, "B Hkv s"]:
         """The largest weights that a tile's queries give a block's keys."""
-        keys = lax.dynamic_slice_in_dim(store.k, start, block, 2)
+        keys = jax.tree.map(
+            lambda x: lax.dynamic_slice_in_dim(x, start, block, 2), store.k
+        )
         queries, lse = (
             lax.dynamic_slice_in_dim(x, first, tile, 2)
             for x in (chunk.rotated, chunk.lse)

@@ -116,5 +116,6 @@ def inspect_step(
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts the bytes of the chosen values, and of all keys."""
     lists = spec.group if options.per == "query" else 1
-    values = lists * buffers.kv_bytes(spec, min(options.budget, length)) // 2
-    return Traffic(kv=values, metadata=buffers.kv_bytes(spec, length) // 2)
+    read = min(options.budget, length)
+    values = lists * buffers.row_bytes(spec, read, "values")
+    return Traffic(kv=values, metadata=buffers.row_bytes(spec, length, "keys"))

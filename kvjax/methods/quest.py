@@ -178,5 +178,5 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     lists = spec.group if options.per == "query" else 1
     return Traffic(
         kv=lists * buffers.kv_bytes(spec, read),
-        metadata=buffers.kv_bytes(spec, num_pages),  # a minimum and a maximum a page
+        metadata=buffers.vector_bytes(spec, 2 * num_pages),  # a minimum, a maximum
     )

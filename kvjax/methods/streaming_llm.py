@@ -12,16 +12,17 @@ from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, step
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.shared.quantized import Rows, as_stored, floats
 
 
 class StreamingState(NamedTuple):
     """State of :func:`streaming_llm`, one layer."""
 
     spec: CacheSpec
-    sink_k: Float[Array, "B Hkv M D"]  # the first M = num_sinks tokens
-    sink_v: Float[Array, "B Hkv M D"]
-    k: Float[Array, "B Hkv R D"]  # the newest R = budget - num_sinks others, a ring
-    v: Float[Array, "B Hkv R D"]
+    sink_k: Float[Rows, "B Hkv M D"]  # the first M = num_sinks tokens
+    sink_v: Float[Rows, "B Hkv M D"]
+    k: Float[Rows, "B Hkv R D"]  # the newest R = budget - num_sinks others, a ring
+    v: Float[Rows, "B Hkv R D"]
     length: Int[Array, "B"]  # tokens seen, not slots used
 
 
@@ -103,18 +104,13 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> StreamingSta
     """Makes empty sinks and an empty ring."""
     del weights
 
-    def allocate(slots: int) -> Float[Array, "B Hkv {slots} D"]:
-        shape = (spec.batch, spec.num_kv_heads, slots, spec.head_dim)
-        return buffers.allocate(shape, spec.dtype)
+    def allocate(slots: int) -> tuple[Rows, Rows]:
+        shape = (spec.batch, spec.num_kv_heads, slots)
+        keys = buffers.allocate_rows(spec, shape, "keys")
+        return keys, buffers.allocate_rows(spec, shape, "values")
 
-    return StreamingState(
-        spec,
-        allocate(options.num_sinks),
-        allocate(options.num_sinks),
-        allocate(options.ring),
-        allocate(options.ring),
-        buffers.lengths(spec),
-    )
+    sinks, ring = allocate(options.num_sinks), allocate(options.ring)
+    return StreamingState(spec, *sinks, *ring, buffers.lengths(spec))
 
 
 def prefill(
@@ -136,8 +132,8 @@ def prefill(
         new,
         q,
         positions,
-        jnp.concatenate([state.k, rotated.astype(state.k.dtype)], axis=2),
-        jnp.concatenate([state.v, v.astype(state.v.dtype)], axis=2),
+        jnp.concatenate([floats(state.k), as_stored(state.k, rotated)], axis=2),
+        jnp.concatenate([floats(state.v), as_stored(state.v, v)], axis=2),
         jnp.concatenate([before, in_ring], axis=2),
     )
     return new, out.astype(q.dtype)
@@ -228,8 +224,8 @@ def attend(
     state: StreamingState,
     q: Float[Array, "B Hq T D"],
     positions: Int[Array, "B T"],
-    k: Float[Array, "B Hkv N D"],
-    v: Float[Array, "B Hkv N D"],
+    k: Float[Rows, "B Hkv N D"],
+    v: Float[Rows, "B Hkv N D"],
     key_positions: Int[Array, "B 1 N"],
 ) -> Partial:
     """Attends to the sinks in `state`, and to the given keys of the window."""

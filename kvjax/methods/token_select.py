@@ -15,6 +15,7 @@ from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_attention, decode_logits
+from pallas_kernels.shared.quantized import Rows, floats
 
 PAPER = {"num_sinks": 128, "window": 512, "budget": 2688}
 
@@ -23,8 +24,8 @@ class TokenSelectState(NamedTuple):
     """State of :func:`token_select`, one layer."""
 
     spec: CacheSpec
-    k: Float[Array, "B Hkv S D"]  # not rotated: places change from step to step
-    v: Float[Array, "B Hkv S D"]
+    k: Float[Rows, "B Hkv S D"]  # not rotated: places change from step to step
+    v: Float[Rows, "B Hkv S D"]
     query: Float[Array, "B Hq D"]  # of the last choice, not rotated; 0 before the first
     chosen: Int[Array, "B 1 K"]  # by it, ascending, -1 = none
     length: Int[Array, "B"]
@@ -142,12 +143,12 @@ def token_select(
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> TokenSelectState:
     """Makes an empty cache, and a list that holds nothing."""
     del weights
-    shape = (spec.batch, spec.num_kv_heads, spec.capacity, spec.head_dim)
+    shape = (spec.batch, spec.num_kv_heads, spec.capacity)
     query = (spec.batch, spec.num_q_heads, spec.head_dim)
     return TokenSelectState(
         spec,
-        k=buffers.allocate(shape, spec.dtype),
-        v=buffers.allocate(shape, spec.dtype),
+        k=buffers.allocate_rows(spec, shape, "keys"),
+        v=buffers.allocate_rows(spec, shape, "values"),
         query=buffers.allocate(query, spec.dtype, fill=0.0),
         chosen=jnp.full((spec.batch, 1, options.parts(spec).chosen), -1, jnp.int32),
         length=buffers.lengths(spec),
@@ -183,7 +184,7 @@ def prefill(
     rotated, positions = contiguous.rotate_queries(spec, q, state.length, lengths)
     places = jnp.arange(spec.capacity, dtype=jnp.int32)
     places = jnp.broadcast_to(places, (spec.batch, spec.capacity))
-    keys = spec.rope(state.k, places, state.length)
+    keys = spec.rope(floats(state.k), places, state.length)
     out, _ = decode_attention(rotated, keys, state.v, positions, sm_scale=spec.sm_scale)
     return state, out.astype(q.dtype)
 
@@ -225,7 +226,7 @@ def inspect_step(
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts the bytes of the tokens of a step, and of all keys where it chooses."""
     budget = options.budget
-    keys = buffers.kv_bytes(spec, length) // 2 if length > budget else 0
+    keys = buffers.row_bytes(spec, length, "keys") if length > budget else 0
     return Traffic(kv=buffers.kv_bytes(spec, min(budget, length)), metadata=keys)
 
 

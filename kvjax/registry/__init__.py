@@ -19,7 +19,7 @@ import warnings
 from collections.abc import Callable, Iterable
 
 from kvjax.attention.partials import suits
-from kvjax.attention.typed import check_reread
+from kvjax.attention.typed import passed_on
 from kvjax.interface import RECIPES, Method, Recipe
 from kvjax.registry import built_in, specs
 
@@ -335,8 +335,7 @@ def _made(name: str, *methods: Method, **given) -> Method:
             f"{name} returned a {type(method).__name__}; a factory returns a "
             "kvjax.Method."
         )
-    check_reread(name, methods, method)
-    return method
+    return passed_on(name, methods, method)
 
 
 # --- text
@@ -371,12 +370,12 @@ def _convert(name: str, option: inspect.Parameter, text: str):
             return None
         accepted = next(a for a in typing.get_args(accepted) if a is not type(None))
     if typing.get_origin(accepted) is typing.Literal:
-        choices = typing.get_args(accepted)
+        choices = {str(choice): choice for choice in typing.get_args(accepted)}
         if text not in choices:
             raise ValueError(
                 f"{name}: {option.name}={text!r} must be one of {', '.join(choices)}."
             )
-        return text
+        return choices[text]
     if accepted is bool:
         if text.lower() not in ("true", "false"):
             raise ValueError(f"{name}: {option.name}={text!r} must be true or false.")

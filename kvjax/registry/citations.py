@@ -121,6 +121,21 @@ PAPERS = {
             *("Mingu Lee", "Chris Lott"),
         ),
     ),
+    "2402.02750": Paper(
+        "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+        (
+            *("Zirui Liu", "Jiayi Yuan", "Hongye Jin", "Shaochen Zhong"),
+            *("Zhaozhuo Xu", "Vladimir Braverman", "Beidi Chen", "Xia Hu"),
+        ),
+    ),
+    "2404.00456": Paper(
+        "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs",
+        (
+            *("Saleh Ashkboos", "Amirkeivan Mohtashami", "Maximilian L. Croci"),
+            *("Bo Li", "Pashmina Cameron", "Martin Jaggi", "Dan Alistarh"),
+            *("Torsten Hoefler", "James Hensman"),
+        ),
+    ),
     "2505.24133": Paper(
         "R-KV: Redundancy-aware KV Cache Compression for Reasoning Models",
         (

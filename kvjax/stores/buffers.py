@@ -1,5 +1,6 @@
 """Buffers of a cache: allocate, write, gather. Positions out of range write nothing."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -8,12 +9,24 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.interface import CacheSpec
+from pallas_kernels.shared.quantized import (
+    SCALES,
+    Holds,
+    Layout,
+    Quantized,
+    Rows,
+    Storage,
+    floats,
+    stored,
+)
 
 # What a new floating-point buffer holds. Tests set a huge finite number, so that any
 # weight on a slot that was never written shows in the output. Not NaN: attention reads
 # unwritten values with a weight of exactly 0, and masking them would copy the cache.
 fill_value: float = 0.0
 
+
+HUGE = float(0x7149)  # the bits of 1e30 in bfloat16
 
 MOST_SCATTERS = 16  # of one token each; a longer chunk is one scatter
 
@@ -29,6 +42,31 @@ def allocate(
     if jnp.issubdtype(dtype, jnp.floating):
         return jnp.full(shape, fill_value, dtype)
     return jnp.zeros(shape, dtype)
+
+
+def allocate_rows(spec: CacheSpec, shape: tuple[int, ...], holds: Holds) -> Rows:
+    """Makes a buffer of rows: of keys, of values, or of keys with their values behind.
+
+    Args:
+        spec: how they are kept.
+        shape: of the buffer, without its last axis.
+        holds: what a row is.
+    """
+    if not isinstance(spec.storage, Storage):
+        return allocate((*shape, _numbers(spec, holds)), spec.dtype)
+    parts = spec.storage.parts(holds)
+    codes, scales = sum(p.codes for p in parts), sum(p.scales for p in parts)
+    # Where what was never written should show, a code of 0 would hide its scale.
+    code, scale = (0.0, 0.0) if fill_value == 0 else (85.0, HUGE)
+    return Quantized(
+        allocate((*shape, codes), jnp.uint8, fill=code),
+        allocate((*shape, scales), SCALES, fill=scale),
+        Layout(parts, spec.dtype),
+    )
+
+
+def _numbers(spec: CacheSpec, holds: Holds) -> int:
+    return spec.head_dim * (2 if holds == "both" else 1)
 
 
 def lengths(spec: CacheSpec) -> Int[Array, "B"]:
@@ -52,12 +90,12 @@ def chunk_positions(
 
 
 def write(
-    buffer: Array,
-    rows: Array,
+    buffer: Rows,
+    rows: Rows,
     slots: Int[Array, "B *H T"],
     valid: Bool[Array, "B *H T"],
     update: Update = "set",
-) -> Array:
+) -> Any:
     """Writes `rows (B, H, T, ...)` at `slots` of `buffer (B, H, S, ...)`.
 
     A row that is not valid, or whose slot lies past the end, is dropped: never clamped
@@ -68,16 +106,20 @@ def write(
     if slots.ndim == 2 and rows.shape[2] == 1:
         count = valid[:, 0].astype(jnp.int32)
         return write_run(buffer, rows, slots[:, 0], count, update)
-    return _scatter(buffer, rows, slots, valid, update)
+
+    def one(buffer: Array, rows: Array) -> Array:
+        return _scatter(buffer, rows, slots, valid, update)
+
+    return jax.tree.map(one, buffer, stored(buffer, rows))
 
 
 def write_run(
-    buffer: Array,
-    rows: Array,
+    buffer: Rows,
+    rows: Rows,
     start: Int[Array, "B"],
     count: Int[Array, "B"],
     update: Update = "set",
-) -> Array:
+) -> Any:
     """Writes the first `count` of `rows (B, H, T, ...)` from slot `start >= 0` on.
 
     As :func:`write`, in place. A scatter is in place where XLA keeps it; on CPU it
@@ -87,10 +129,14 @@ def write_run(
     """
     run = jnp.arange(rows.shape[2], dtype=jnp.int32)
     slots, valid = start[:, None] + run, run < count[:, None]
-    return lax.platform_dependent(
-        cpu=lambda: _write_slices(buffer, rows, start, count, update),
-        default=lambda: _scatters(buffer, rows, slots, valid, update),
-    )
+
+    def one(buffer: Array, rows: Array) -> Array:
+        return lax.platform_dependent(
+            cpu=lambda: _write_slices(buffer, rows, start, count, update),
+            default=lambda: _scatters(buffer, rows, slots, valid, update),
+        )
+
+    return jax.tree.map(one, buffer, stored(buffer, rows))
 
 
 def split_to_scatter(tokens: int) -> list[slice]:
@@ -122,7 +168,6 @@ def _scatter(
     update: Update,
 ) -> Array:
     slots = jnp.where(valid, slots, buffer.shape[2])
-    rows = rows.astype(buffer.dtype)
 
     if slots.ndim == 2:
         # (H, S, ...), (H, T, ...), (T,)
@@ -154,7 +199,6 @@ def _write_slices(
 ) -> Array:
     batch, heads, size, *rest = rows.shape
     slots = buffer.shape[2]
-    rows = rows.astype(buffer.dtype)
     zero = jnp.int32(0)  # of one type with the indices also where 64 bits are on
     zeros = (zero,) * len(rest)
     if size > slots:  # more than fits: what does not is dropped before
@@ -187,17 +231,39 @@ def _write_slices(
     return lax.fori_loop(zero, jnp.int32(batch), one_row, buffer)
 
 
-def gather(buffer: Array, slots: Int[Array, "B H N"]) -> Array:
+def gather(buffer: Rows, slots: Int[Array, "B H N"]) -> Array:
     """Reads `slots` of `buffer (B, Hkv, S, ...)`; a negative one reads slot 0: mask it.
 
     H is Hkv, or 1 where all heads read the same slots.
     """
+    return floats(take(buffer, slots))
+
+
+def take(buffer: Any, slots: Int[Array, "B H N"]) -> Any:
+    """Copies slots, as :func:`gather` reads them, into a smaller buffer of the kind."""
     slots = jnp.broadcast_to(slots, (*buffer.shape[:2], slots.shape[2]))
 
     def one_head(buffer: Array, slots: Int[Array, "N"]) -> Array:
         return buffer.at[jnp.maximum(slots, 0)].get(mode="clip")
 
-    return jax.vmap(jax.vmap(one_head))(buffer, slots)
+    def one(buffer: Array) -> Array:
+        return jax.vmap(jax.vmap(one_head))(buffer, slots)
+
+    return jax.tree.map(one, buffer)
+
+
+def where(rows: Bool[Array, "B"], new: Any, old: Any) -> Any:
+    """Takes what is new in some rows of every array, and what is old in the others."""
+
+    def one(new: Array, old: Array) -> Array:
+        return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), new, old)
+
+    return jax.tree.map(one, new, old)
+
+
+def joined(buffers: Sequence[Any], axis: int) -> Any:
+    """Joins buffers of one kind along an axis before their last."""
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts, axis), *buffers)
 
 
 def write_newest(
@@ -231,5 +297,21 @@ def num_bytes(state: Any) -> int:
 
 def kv_bytes(spec: CacheSpec, tokens: int) -> int:
     """Counts the bytes of keys and values of `tokens` tokens, all rows and KV heads."""
+    return row_bytes(spec, tokens, "both")
+
+
+def row_bytes(spec: CacheSpec, tokens: int, holds: Holds) -> int:
+    """Counts the bytes of the rows of `tokens` tokens, scales too; of every KV head."""
+    if isinstance(spec.storage, Storage):
+        width = jnp.dtype(SCALES).itemsize
+        parts = spec.storage.parts(holds)
+        each = sum(part.codes + width * part.scales for part in parts)
+    else:
+        each = _numbers(spec, holds) * jnp.dtype(spec.dtype).itemsize
+    return spec.batch * spec.num_kv_heads * tokens * each
+
+
+def vector_bytes(spec: CacheSpec, vectors: int) -> int:
+    """Counts the bytes of vectors of the cache's dtype, so many for each KV head."""
     itemsize = jnp.dtype(spec.dtype).itemsize
-    return 2 * spec.batch * spec.num_kv_heads * tokens * spec.head_dim * itemsize
+    return spec.batch * spec.num_kv_heads * vectors * spec.head_dim * itemsize

@@ -11,21 +11,23 @@ from kvjax.interface import CacheSpec
 from kvjax.stores import buffers
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import entmax_attention
+from pallas_kernels.shared.quantized import Rows
 
 
 class Contiguous(NamedTuple):
     """Every token of a row in the slot of its absolute position."""
 
     spec: CacheSpec
-    k: Float[Array, "B Hkv S D"]  # rotated at absolute positions
-    v: Float[Array, "B Hkv S D"]
+    k: Float[Rows, "B Hkv S D"]  # rotated at absolute positions
+    v: Float[Rows, "B Hkv S D"]
     length: Int[Array, "B"]
 
 
 def contiguous(spec: CacheSpec) -> Contiguous:
     """An empty store of `spec.capacity` slots a row."""
-    shape = (spec.batch, spec.num_kv_heads, spec.capacity, spec.head_dim)
-    k, v = buffers.allocate(shape, spec.dtype), buffers.allocate(shape, spec.dtype)
+    shape = (spec.batch, spec.num_kv_heads, spec.capacity)
+    k = buffers.allocate_rows(spec, shape, "keys")
+    v = buffers.allocate_rows(spec, shape, "values")
     return Contiguous(spec, k, v, buffers.lengths(spec))
 
 

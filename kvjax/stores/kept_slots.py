@@ -10,14 +10,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.interface import CacheSpec, Method
 from kvjax.stores import buffers, contiguous
+from pallas_kernels.shared.quantized import Holds, Rows
 
 
 class Kept(NamedTuple):
     """A chosen few tokens of a row, each with the position it came from."""
 
     spec: CacheSpec
-    k: Float[Array, "B Hkv N D"]  # rotated at absolute positions
-    v: Float[Array, "B Hkv N D"]
+    k: Float[Rows, "B Hkv N D"]  # rotated at absolute positions
+    v: Float[Rows, "B Hkv N D"]
     positions: Int[Array, "B H N"]  # -1 = empty; H is Hkv, or 1 if all heads agree
     length: Int[Array, "B"]  # tokens seen, not slots used
 
@@ -30,16 +31,19 @@ def take(
     `spare` empty slots follow for tokens to come.
     """
 
-    def copy(buffer: Float[Array, "B Hkv S D"]) -> Float[Array, "B Hkv N D"]:
-        taken = buffers.gather(buffer, positions)
+    def copy(
+        buffer: Float[Rows, "B Hkv S D"], holds: Holds
+    ) -> Float[Rows, "B Hkv N D"]:
+        taken = buffers.take(buffer, positions)
         if not spare:
             return taken
-        free = buffers.allocate((*taken.shape[:2], spare, taken.shape[3]), taken.dtype)
-        return jnp.concatenate([taken, free], axis=2)
+        free = buffers.allocate_rows(store.spec, (*taken.shape[:2], spare), holds)
+        return buffers.joined([taken, free], axis=2)
 
     padding = ((0, 0), (0, 0), (0, spare))
     padded = jnp.pad(positions, padding, constant_values=-1)
-    return Kept(store.spec, copy(store.k), copy(store.v), padded, store.length)
+    k, v = copy(store.k, "keys"), copy(store.v, "values")
+    return Kept(store.spec, k, v, padded, store.length)
 
 
 @functools.cache
@@ -58,6 +62,14 @@ def budget_of(method: Method, spec: CacheSpec) -> int:
             "number of the prompt's tokens for each KV head: use snapkv."
         )
     return state.positions.shape[-1] - spec.max_new_tokens
+
+
+def spec_of(method: Method, spec: CacheSpec) -> CacheSpec:
+    """Returns the spec of what a method keeps, which may be another than it is given.
+
+    Of methods that :func:`budget_of` takes.
+    """
+    return jax.eval_shape(lambda: method.finish(method.init(spec))).spec
 
 
 def num_kept(kept: Kept) -> Int[Array, "B"]:

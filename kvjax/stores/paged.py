@@ -11,13 +11,15 @@ from kvjax.attention.partials import Partial
 from kvjax.interface import CacheSpec
 from kvjax.stores import buffers, contiguous
 from kvjax.stores.page_statistics import page_statistics
+from pallas_kernels.shared import quantized
+from pallas_kernels.shared.quantized import Rows, stored
 
 
 class Paged(NamedTuple):
     """Every token of a row, in pages in order of position."""
 
     spec: CacheSpec
-    pages: Float[Array, "B Hkv NP P D2"]  # rotated keys, then values: D2 = 2 D
+    pages: Float[Rows, "B Hkv NP P D2"]  # rotated keys, then values: D2 = 2 D
     page_min: Float[Array, "B Hkv NP D"]  # +inf while the page is empty
     page_max: Float[Array, "B Hkv NP D"]  # -inf while the page is empty
     length: Int[Array, "B"]
@@ -27,7 +29,7 @@ def paged(spec: CacheSpec, page_size: int) -> Paged:
     """Makes an empty store of at least `spec.capacity` tokens a row."""
     num_pages = -(-spec.capacity // page_size)
     heads = (spec.batch, spec.num_kv_heads, num_pages)
-    pages = buffers.allocate((*heads, page_size, 2 * spec.head_dim), spec.dtype)
+    pages = buffers.allocate_rows(spec, (*heads, page_size), "both")
     low = buffers.allocate((*heads, spec.head_dim), spec.dtype, fill=jnp.inf)
     high = buffers.allocate((*heads, spec.head_dim), spec.dtype, fill=-jnp.inf)
     return Paged(spec, pages, low, high, buffers.lengths(spec))
@@ -91,27 +93,33 @@ def _write(
     length = store.length + count
     k = store.spec.rope(k, positions, length).astype(store.spec.dtype)
     fused = jnp.concatenate([k, v.astype(store.spec.dtype)], axis=-1)
-    num_pages, page_size, width = store.pages.shape[2:]
+    rows = stored(store.pages, fused)
+    num_pages, page_size = store.pages.shape[2:4]
     page = jnp.where(valid, positions // page_size, num_pages)
 
     # In place where a scatter is; flat pages would be copied on TPU.
-    def by_page() -> Float[Array, "B Hkv NP P D2"]:
-        def one_row(pages: Array, fused: Array, page: Array, slot: Array) -> Array:
-            return pages.at[:, page, slot].set(fused, mode="drop")
+    def by_page(pages: Array, rows: Array) -> Array:
+        def one_row(pages: Array, rows: Array, page: Array, slot: Array) -> Array:
+            return pages.at[:, page, slot].set(rows, mode="drop")
 
-        slot, pages = positions % page_size, store.pages
-        for part in buffers.split_to_scatter(fused.shape[2]):
+        slot = positions % page_size
+        for part in buffers.split_to_scatter(rows.shape[2]):
             pages = jax.vmap(one_row)(
-                pages, fused[:, :, part], page[:, part], slot[:, part]
+                pages, rows[:, :, part], page[:, part], slot[:, part]
             )
         return pages
 
-    def by_token() -> Float[Array, "B Hkv NP P D2"]:
-        flat = store.pages.reshape(*store.pages.shape[:2], -1, width)
-        written = buffers.write_run(flat, fused, store.length, count)
-        return written.reshape(store.pages.shape)
+    def by_token(pages: Array, rows: Array) -> Array:
+        flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
+        written = buffers.write_run(flat, rows, store.length, count)
+        return written.reshape(pages.shape)
 
-    pages = lax.platform_dependent(cpu=by_token, default=by_page)
+    def write(pages: Array, rows: Array) -> Array:
+        return lax.platform_dependent(pages, rows, cpu=by_token, default=by_page)
+
+    pages = jax.tree.map(write, store.pages, rows)
+    # The extremes of keys are those of what is read again.
+    k = quantized.floats(rows)[..., : store.spec.head_dim]
     return store._replace(pages=pages, length=length), k, page, valid
 
 
@@ -134,12 +142,14 @@ def _take_extremes(store: Paged, end: Int[Array, "B"], newest: int) -> Paged:
     )
 
 
-def views(store: Paged) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
+def flat(store: Paged) -> Float[Rows, "B Hkv S D2"]:
+    """Returns the rows of all pages, every token in the slot of its position."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]), store.pages)
+
+
+def views(store: Paged) -> tuple[Float[Rows, "B Hkv S D"], Float[Rows, "B Hkv S D"]]:
     """Returns keys and values with every token in the slot of its position."""
-    batch, num_kv_heads, num_pages, page_size, width = store.pages.shape
-    fused = store.pages.reshape(batch, num_kv_heads, num_pages * page_size, width)
-    k, v = jnp.split(fused, 2, axis=-1)
-    return k, v
+    return quantized.split(flat(store))
 
 
 def attend_all(

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial
 from kvjax.stores import buffers, contiguous, paged
+from pallas_kernels.shared.quantized import Rows
 
 Store = contiguous.Contiguous | paged.Paged
 AnyStore = TypeVar("AnyStore", bound=Store)
@@ -32,7 +33,7 @@ def attend_all(
     return _pick(store, contiguous.attend, paged.attend_all)(store, q, positions)
 
 
-def views(store: Store) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
+def views(store: Store) -> tuple[Float[Rows, "B Hkv S D"], Float[Rows, "B Hkv S D"]]:
     """Returns keys and values with every token in the slot of its position."""
     if isinstance(store, paged.Paged):
         return paged.views(store)
@@ -50,9 +51,8 @@ def fetch(
     batch, lists, size = positions.shape
     merged = positions.reshape(batch, heads, -1)
     if isinstance(store, paged.Paged):
-        pages = store.pages
-        flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
-        both = buffers.gather(flat, merged).reshape(batch, lists, size, -1)
+        both = buffers.gather(paged.flat(store), merged)
+        both = both.reshape(batch, lists, size, -1)
         return both[..., : store.spec.head_dim], both[..., store.spec.head_dim :]
     k, v = buffers.gather(store.k, merged), buffers.gather(store.v, merged)
     return k.reshape(batch, lists, size, -1), v.reshape(batch, lists, size, -1)

@@ -10,6 +10,7 @@ from kvjax.interface import CacheSpec, Diagnostics, State
 from kvjax.stores import buffers, contiguous, kept_slots, slots_or_pages
 from kvjax.stores.slots_or_pages import AnyStore
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.shared.quantized import as_stored
 
 
 class Chunk(NamedTuple):
@@ -79,8 +80,8 @@ def read_again(
     positions, valid = buffers.chunk_positions(store.length, lengths, rows)
     length = store.length + lengths
     rotated = spec.rope(q, positions, length)
-    keys, values = (x.astype(store.k.dtype) for x in (k, v))
-    keys = spec.rope(keys, positions, length)
+    keys = as_stored(store.k, spec.rope(k, positions, length))
+    values = as_stored(store.v, v)
     last = jnp.where(valid, store.length[:, None] - 1, -1)
     own = jnp.where(valid, jnp.arange(rows, dtype=jnp.int32), -1)
     out, lse = merge(

@@ -6,6 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention import reference
 from pallas_kernels.dispatch import Implementation, dispatch
+from pallas_kernels.shared.quantized import Rows, turned
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu",
@@ -15,8 +16,8 @@ _KERNELS: dict[Implementation, str] = {
 
 def decode_attention(
     q: Float[Array, "B Hq T D"],
-    k: Float[Array, "B Hkv S D"],
-    v: Float[Array, "B Hkv S D"],
+    k: Float[Rows, "B Hkv S D"],
+    v: Float[Rows, "B Hkv S D"],
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "#B H S"] | None = None,
     *,
@@ -72,7 +73,7 @@ def decode_attention(
 
 def decode_logits(
     q: Float[Array, "B Hq T D"],
-    k: Float[Array, "B Hkv S D"],
+    k: Float[Rows, "B Hkv S D"],
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "#B H S"] | None = None,
     *,
@@ -83,6 +84,13 @@ def decode_logits(
     return reference.decode_logits(
         q, k, query_positions, key_positions, sm_scale=sm_scale
     )
+
+
+def weighted_values(
+    weights: Float[Array, "B Hkv R S"], v: Float[Rows, "B Hkv S D"]
+) -> Float[Array, "B Hkv R D"]:
+    """Sums values by weights, in float32; a value whose weight is 0 must be finite."""
+    return turned(v, reference.weighted_values(weights, v))
 
 
 def _check(q, k, v):

@@ -4,11 +4,15 @@ A few rows: one pass over the whole cache, whose only temporary is the logits. M
 (a chunk of a prompt): tiles of rows, each over blocks of keys with an online softmax,
 as many as the tile's last row needs, so that no temporary grows with the cache and half
 of a causal chunk is not computed. Both accumulate in float32, and what is float64 in
-float64.
+float64. Quantised rows are read by blocks however few the query rows: their numbers are
+there for one block at a time.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
+
+from pallas_kernels.shared.quantized import Quantized, numbers, turned
 
 DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than a block
 TILE = 256  # rows of a query head that are attended for together
@@ -32,14 +36,17 @@ def decode_attention(
     Here `key_positions (B, H, T, S)` may also differ from row to row.
     """
     scores = {"sm_scale": sm_scale, "window": window, "soft_cap": soft_cap}
+    q = turned(k, q)
     rows = q.shape[1] // k.shape[1] * q.shape[2]
-    if not with_logits and rows > DENSE_ROWS and k.shape[2] > BLOCK:
-        return _tiled(q, k, v, query_positions, key_positions, scores)
+    by_blocks = rows > DENSE_ROWS or isinstance(k, Quantized)
+    if not with_logits and by_blocks and k.shape[2] > BLOCK:
+        out, lse = _tiled(q, k, v, query_positions, key_positions, scores)
+        return turned(v, out), lse
     grouped, row_positions = _group(q, k, query_positions)
     held = _held(k, key_positions, grouped.shape[2])
     logits = _logits(grouped, k, row_positions, held, **scores)
     out, lse = _dense(logits, v)
-    result = out.reshape(q.shape), lse.reshape(q.shape[:3])
+    result = turned(v, out.reshape(q.shape)), lse.reshape(q.shape[:3])
     return (*result, logits.reshape(*q.shape[:3], -1)) if with_logits else result
 
 
@@ -48,7 +55,7 @@ def decode_logits(q, k, query_positions, key_positions, *, sm_scale):
 
     Here `key_positions (B, H, T, S)` may also differ from row to row.
     """
-    grouped, row_positions = _group(q, k, query_positions)
+    grouped, row_positions = _group(turned(k, q), k, query_positions)
     held = _held(k, key_positions, grouped.shape[2])
     logits = _logits(
         grouped, k, row_positions, held, sm_scale=sm_scale, window=None, soft_cap=None
@@ -93,23 +100,72 @@ def _wide(x):
     return jnp.float64 if x.dtype == jnp.float64 else jnp.float32
 
 
+def over_blocks(slots, block, carry, blocks=None):
+    """Calls `carry = block(start, size, carry)` for the blocks of `slots`, in turn.
+
+    Of the whole ones, only the first `blocks` if given, which may be a traced number.
+    """
+    whole = slots // BLOCK
+    number = whole if blocks is None else blocks
+    carry = lax.fori_loop(0, number, lambda i, c: block(i * BLOCK, BLOCK, c), carry)
+    if slots % BLOCK:
+        carry = block(whole * BLOCK, slots % BLOCK, carry)
+    return carry
+
+
+def take_block(rows, start, size):
+    """The numbers of `size` slots, turned where the rows are."""
+    return numbers(
+        jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), rows)
+    )
+
+
 def _logits(grouped, keys, row_positions, held, *, sm_scale, window, soft_cap):
-    logits = sm_scale * jnp.einsum(
-        "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=_wide(keys)
-    )
-    if soft_cap is not None:
-        logits = soft_cap * jnp.tanh(logits / soft_cap)
-    return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
+    def of(keys, held):
+        logits = sm_scale * jnp.einsum(
+            "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=_wide(keys)
+        )
+        if soft_cap is not None:
+            logits = soft_cap * jnp.tanh(logits / soft_cap)
+        return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
+
+    slots = keys.shape[2]
+    if not isinstance(keys, Quantized) or slots <= BLOCK:
+        return of(numbers(keys), held)
+
+    def fill(start, size, logits):
+        part = lax.dynamic_slice_in_dim(held, start, size, 3)
+        found = of(take_block(keys, start, size), part)
+        return lax.dynamic_update_slice_in_dim(logits, found, start, 3)
+
+    empty = jnp.zeros((*grouped.shape[:3], slots), _wide(keys))
+    return over_blocks(slots, fill, empty)
 
 
-def _weighted_values(weights, values):
-    # Values of unseen slots must be finite: their weight is exactly 0.
-    return jnp.einsum(
-        "bkrs,bksd->bkrd",
-        weights.astype(values.dtype),
-        values,
-        preferred_element_type=_wide(values),
-    )
+def weighted_values(weights, values):
+    """Sums values `(B, H, S, D)` by weights `(B, H, R, S)`, turned where they are.
+
+    Values of unseen slots must be finite: their weight is exactly 0.
+    """
+
+    def of(weights, values):
+        return jnp.einsum(
+            "bkrs,bksd->bkrd",
+            weights.astype(values.dtype),
+            values,
+            preferred_element_type=_wide(values),
+        )
+
+    slots = values.shape[2]
+    if not isinstance(values, Quantized) or slots <= BLOCK:
+        return of(weights, numbers(values))
+
+    def add(start, size, total):
+        part = lax.dynamic_slice_in_dim(weights, start, size, 3)
+        return total + of(part, take_block(values, start, size))
+
+    nothing = jnp.zeros((*weights.shape[:3], values.shape[3]), _wide(values))
+    return over_blocks(slots, add, nothing)
 
 
 def _softmax_parts(logits, m):
@@ -126,7 +182,7 @@ def _finish(m, l, acc):
 def _dense(logits, v):
     m = logits.max(-1)
     weights = _softmax_parts(logits, m)
-    return _finish(m, weights.sum(-1), _weighted_values(weights, v))
+    return _finish(m, weights.sum(-1), weighted_values(weights, v))
 
 
 def _tiled(q, k, v, query_positions, key_positions, scores):
@@ -169,14 +225,14 @@ def _blocked(grouped, k, v, row_positions, held, reach, scores):
 
     def block(start, size, carry):
         m, l, acc = carry
-        keys, values = (lax.dynamic_slice_in_dim(x, start, size, 2) for x in (k, v))
+        keys, values = (take_block(x, start, size) for x in (k, v))
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
         logits = _logits(grouped, keys, row_positions, part, **scores)
         m_new = jnp.maximum(m, logits.max(-1))
         weights = _softmax_parts(logits, m_new)
         decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))
         l = l * decay + weights.sum(-1)
-        acc = acc * decay[..., None] + _weighted_values(weights, values)
+        acc = acc * decay[..., None] + weighted_values(weights, values)
         return m_new, l, acc
 
     shape, wide = grouped.shape[:3], _wide(v)
@@ -185,9 +241,7 @@ def _blocked(grouped, k, v, row_positions, held, reach, scores):
         jnp.zeros(shape, wide),
         jnp.zeros(grouped.shape, wide),
     )
-    whole = slots // BLOCK
-    needed = whole if reach is None else jnp.clip(reach // BLOCK + 1, 0, whole)
-    carry = lax.fori_loop(0, needed, lambda i, c: block(i * BLOCK, BLOCK, c), carry)
-    if slots % BLOCK:
-        carry = block(whole * BLOCK, slots % BLOCK, carry)
-    return _finish(*carry)
+    needed = None
+    if reach is not None:
+        needed = jnp.clip(reach // BLOCK + 1, 0, slots // BLOCK)
+    return _finish(*over_blocks(slots, block, carry, needed))

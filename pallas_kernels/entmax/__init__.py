@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.entmax import reference
 from pallas_kernels.entmax.equations import Threshold as Threshold
+from pallas_kernels.shared.quantized import Rows
 
 
 def entmax(
@@ -105,8 +106,8 @@ def weights(
 
 def entmax_attention(
     q: Float[Array, "B Hq T D"],
-    k: Float[Array, "B Hkv S D"],
-    v: Float[Array, "B Hkv S D"],
+    k: Float[Rows, "B Hkv S D"],
+    v: Float[Rows, "B Hkv S D"],
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "#B H S"] | None = None,
     *,

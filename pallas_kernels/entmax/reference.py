@@ -6,10 +6,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.decode_attention.reference import decode_logits
+from pallas_kernels.decode_attention.reference import decode_logits, weighted_values
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.entmax import equations
 from pallas_kernels.entmax.equations import Threshold, positive
+from pallas_kernels.shared.quantized import turned
 
 KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.entmax.mosaic_tpu",
@@ -149,13 +150,8 @@ def entmax_attention(
 
 def _combine(p, v):
     batch, num_q_heads, rows, slots = p.shape
-    out = jnp.einsum(
-        "bkrs,bksd->bkrd",
-        p.reshape(batch, v.shape[1], -1, slots).astype(v.dtype),
-        v,
-        preferred_element_type=jnp.float32,
-    )
-    return out.reshape(batch, num_q_heads, rows, -1)
+    out = weighted_values(p.reshape(batch, v.shape[1], -1, slots), v)
+    return turned(v, out.reshape(batch, num_q_heads, rows, -1))
 
 
 def _value(scores, p, threshold, alpha):

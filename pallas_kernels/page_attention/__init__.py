@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, Int
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.page_attention import reference
 from pallas_kernels.shared import page_lists
+from pallas_kernels.shared.quantized import Rows
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.page_attention.mosaic_tpu",
@@ -30,7 +31,7 @@ class Surrogate(NamedTuple):
 
 def page_attention(
     q: Float[Array, "B Hq T D"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     page_ids: Int[Array, "B H K"],
     query_positions: Int[Array, "B T"],
     mask: Bool[Array, "B H K T"] | None = None,

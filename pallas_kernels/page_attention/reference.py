@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.decode_attention.reference import decode_attention
+from pallas_kernels.shared.quantized import floats
 from pallas_kernels.shared.split_k import joined
 from pallas_kernels.shared.xla_lists import over_lists
 
@@ -27,7 +28,7 @@ def page_attention(
         if surrogate is None:
             return softmax
         seen = (held >= 0) & (held <= positions[..., None])  # (L, T or 1, N)
-        return *softmax, *_weighed(surrogate, k[:, 0], v[:, 0], seen)
+        return *softmax, *_weighed(surrogate, floats(k)[:, 0], floats(v)[:, 0], seen)
 
     if surrogate is not None:
         surrogate = _by_list(surrogate, page_ids.shape[1])

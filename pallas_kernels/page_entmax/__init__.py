@@ -9,6 +9,7 @@ from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.entmax import check_alpha
 from pallas_kernels.page_entmax import reference
 from pallas_kernels.shared import page_lists
+from pallas_kernels.shared.quantized import Rows
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.page_entmax.mosaic_tpu",
@@ -18,7 +19,7 @@ _KERNELS: dict[Implementation, str] = {
 
 def page_entmax(
     q: Float[Array, "B Hq T D"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     page_ids: Int[Array, "B H K"],
     query_positions: Int[Array, "B T"],
     mask: Bool[Array, "B H K T"] | None = None,

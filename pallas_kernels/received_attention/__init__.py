@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.dispatch import Implementation, dispatch
 from pallas_kernels.page_scores.reference import check_reduce
 from pallas_kernels.received_attention import reference
+from pallas_kernels.shared.quantized import Rows
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.received_attention.mosaic_tpu"
@@ -15,7 +16,7 @@ _KERNELS: dict[Implementation, str] = {
 
 def received_attention(
     q: Float[Array, "B Hq T D"],
-    k: Float[Array, "B Hkv S D"],
+    k: Float[Rows, "B Hkv S D"],
     lse: Float[Array, "B Hq T"],
     query_positions: Int[Array, "B T"],
     key_positions: Int[Array, "#B h S"] | None = None,

@@ -4,6 +4,7 @@ Tiles of rows, each over blocks of keys, as many as the tile's last row needs: n
 temporary grows with the cache, and half of a causal chunk is not computed.
 """
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -46,7 +47,9 @@ def received_attention(
         norm = jnp.where(norm == -jnp.inf, 0.0, norm)[..., None]
 
         def add_block(start, size, received):
-            keys = lax.dynamic_slice_in_dim(k, start, size, 2)
+            keys = jax.tree.map(
+                lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), k
+            )
             if key_positions is None:
                 held = (start + jnp.arange(size, dtype=jnp.int32))[None, None, :]
             else:

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.shared import quantized
+
 
 def over_lists(
     attend: Callable[..., tuple[jax.Array, ...]],
     q: jax.Array,
-    pages: jax.Array,
+    pages: quantized.Rows,
     page_ids: jax.Array,
     query_positions: jax.Array,
     mask: jax.Array | None,
@@ -34,9 +36,11 @@ def over_lists(
         What `attend` did, `(B, Hq, T, ...)` each.
     """
     batch, num_q_heads, rows, head_dim = q.shape
-    num_kv_heads, num_pages, page_size, width = pages.shape[1:]
+    num_kv_heads, num_pages, page_size = pages.shape[1:4]
     lists, listed = page_ids.shape[1:]
-    flat = jnp.asarray(pages).reshape(-1, page_size, width)
+    flat = jax.tree.map(
+        lambda x: jnp.asarray(x).reshape(-1, page_size, x.shape[-1]), pages
+    )
     # Lists of all rows in one sequence, each with the first of its KV head's pages.
     head = jnp.arange(batch * lists, dtype=jnp.int32) // (lists // num_kv_heads)
     grouped = q.reshape(batch * lists, num_q_heads // lists, rows, head_dim)
@@ -44,9 +48,13 @@ def over_lists(
 
     def gathered(q, ids, first, positions, mask, more):
         """Takes `(L, G, T, D)`, `(L, K)`, `(L,)`, `(L, T)` and `(L, K, T)`."""
-        taken = flat.at[first[:, None] + jnp.maximum(ids, 0)].get(mode="clip")
-        taken = taken.reshape(len(ids), 1, listed * page_size, width)
-        k, v = jnp.split(taken, 2, axis=-1)
+        which = first[:, None] + jnp.maximum(ids, 0)
+
+        def take(x):
+            taken = x.at[which].get(mode="clip")
+            return taken.reshape(len(ids), 1, listed * page_size, -1)
+
+        k, v = quantized.split(jax.tree.map(take, flat))
         key_positions = ids[..., None] * page_size + jnp.arange(
             page_size, dtype=jnp.int32
         )

@@ -22,6 +22,8 @@ from kvjax.attention.choices import check_choice
 from kvjax.methods.entmaxkv import page_bounds, threshold
 from pallas_kernels.entmax import equations
 from pallas_kernels.page_entmax import page_entmax
+from pallas_kernels.shared import quantized
+from pallas_kernels.shared.quantized import Quantized, Rows, floats
 from pallas_kernels.topk import top_k
 
 TauMode = Literal["exact", "fixed", "corrected"]
@@ -41,7 +43,7 @@ class PageAttention(NamedTuple):
 def fastest(
     attended: PageAttention,
     q: Float[Array, "B Hq 1 D"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     page_ids: Int[Array, "B H K"],
     positions: Int[Array, "B 1"],
     *,
@@ -91,7 +93,7 @@ _Progress = tuple[
 
 def attend_pages(
     q: Float[Array, "B Hq D"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     page_ids: Int[Array, "B H K"],
     length: Int[Array, "B"],
     *,
@@ -173,7 +175,7 @@ def attend_pages(
 
 def attend_certified(
     q: Float[Array, "B Hq D"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     bounds: Float[Array, "B Hq NP"],
     first: Int[Array, "B H K"],
     length: Int[Array, "B"],
@@ -259,7 +261,7 @@ def _add_scores(
     scored: _Scored,
     block: Index,
     grouped: Float[Array, "B H L D"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     length: Int[Array, "B"],
     sm_scale: float,
 ) -> _Scored:
@@ -285,21 +287,24 @@ def _add_scores(
 
 def _per_list(
     function: Callable[[Array, Array], Array],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     ids: Int[Array, "B H n"],
     start: int,
     width: int,
     rows: Float[Array, "B H L X"],
 ) -> Float[Array, "B H L Y"]:
     """Calls `function(rows, part (B, H, n * P, width))` on the listed pages."""
-    batch, num_kv_heads, num_pages, page_size, full = pages.shape
+    batch, num_kv_heads, num_pages, page_size, _ = pages.shape
     lists, listed = ids.shape[1:]
-    flat = pages.reshape(-1, page_size, full)
+    flat = jax.tree.map(lambda x: x.reshape(-1, page_size, x.shape[-1]), pages)
     head = jnp.arange(batch * lists, dtype=jnp.int32) // (lists // num_kv_heads)
     index = head.reshape(batch, lists, 1) * num_pages + jnp.maximum(ids, 0)
 
     # A slice of each page: keys without values, or the reverse.
     def read(page: Int[Array, ""]) -> Float[Array, "P width"]:
+        if isinstance(flat, Quantized):
+            whole = jax.tree.map(lambda x: x[page], flat)
+            return floats(quantized.split(whole)[0 if start == 0 else 1])
         where = page, jnp.int32(0), jnp.int32(start)
         return lax.dynamic_slice(flat, where, (1, page_size, width))[0]
 
@@ -357,7 +362,7 @@ def _threshold(scored: _Scored, alpha: float) -> Float[Array, "B H L 1"]:
 def _attend(
     scored: _Scored,
     tau: Float[Array, "B H L 1"],
-    pages: Float[Array, "B Hkv NP P D2"],
+    pages: Float[Rows, "B Hkv NP P D2"],
     alpha: float,
     shape: tuple[int, ...],
     normalise: bool = True,

@@ -369,7 +369,7 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     most = num_pages
     if budget is not None and not options.certified:
         most = min(budget // page_size, num_pages)
-    metadata = buffers.kv_bytes(spec, num_pages)  # two vectors a page
+    metadata = buffers.vector_bytes(spec, 2 * num_pages)
     if options.is_gaussian:
         wide = jnp.dtype(jnp.float32).itemsize
         metadata = metadata // jnp.dtype(spec.dtype).itemsize * wide

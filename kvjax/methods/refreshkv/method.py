@@ -16,6 +16,7 @@ from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.methods.refreshkv import policy
 from kvjax.stores import buffers, contiguous, kept_slots, step
 from pallas_kernels.decode_attention import decode_attention, decode_logits
+from pallas_kernels.shared.quantized import Rows
 
 
 class RefreshKVPrompt(NamedTuple):
@@ -31,8 +32,8 @@ class RefreshKVState(NamedTuple):
     store: contiguous.Contiguous  # every token
     # The small cache, a ring in the order of eviction: a selection of budget - 1
     # tokens behind a slot for the next one, the lowest score first.
-    k: Float[Array, "B Hkv N D"]
-    v: Float[Array, "B Hkv N D"]
+    k: Float[Rows, "B Hkv N D"]
+    v: Float[Rows, "B Hkv N D"]
     positions: Int[Array, "B Hkv N"]  # -1 = empty
     since: Int[Array, "B"]  # tokens put in since the last selection
     reference: Float[Array, "B D"]  # mean query of the last full step, float32
@@ -233,8 +234,8 @@ def append(
     itself = (store.length - 1)[:, None, None]
     count = jnp.ones_like(state.since)
     fresh = (
-        buffers.gather(store.k, itself),
-        buffers.gather(store.v, itself),
+        buffers.take(store.k, itself),
+        buffers.take(store.v, itself),
         jnp.broadcast_to(itself, (*k.shape[:2], 1)),
     )
     ring = (state.k, state.v, state.positions)
@@ -289,7 +290,8 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     whole, stride = buffers.kv_bytes(spec, length), options.stride
     if options.full_attend:
         return Traffic((whole + (stride - 1) * small) // stride, metadata)
-    return Traffic(small, metadata + whole // 2 // stride)
+    keys = buffers.row_bytes(spec, length, "keys")
+    return Traffic(small, metadata + keys // stride)
 
 
 # --- both kinds of step
@@ -403,18 +405,14 @@ def refill(
 ) -> RefreshKVState:
     """Fills the small cache of `full` rows with the tokens at `chosen` positions."""
 
-    def fill(carry: tuple[Array, ...]) -> tuple[Array, ...]:
+    def fill(carry: tuple[Any, ...]) -> tuple[Any, ...]:
         _, *ring = carry
         fresh = (
-            buffers.gather(state.store.k, chosen),
-            buffers.gather(state.store.v, chosen),
+            buffers.take(state.store.k, chosen),
+            buffers.take(state.store.v, chosen),
             chosen,
         )
-        ring = (
-            jnp.where(full.reshape(-1, *[1] * (old.ndim - 1)), new, old)
-            for new, old in zip(fresh, ring, strict=True)
-        )
-        return jnp.bool_(False), *ring
+        return jnp.bool_(False), *buffers.where(full, fresh, tuple(ring))
 
     # A loop of one turn or none: what a loop carries is updated in place.
     ring = (full.any(), state.k, state.v, state.positions)

@@ -197,9 +197,10 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     page_size = state.store.pages.shape[3]
     results = buffers.num_bytes((state.window.out, state.window.lse))
     # An int of last_loaded with each page; keys are half of a page.
-    pages = inner.kv // buffers.kv_bytes(spec, page_size)
+    kept = state.store.spec  # as the method keeps it
+    pages = inner.kv // buffers.kv_bytes(kept, page_size)
     loaded = 4 * spec.batch * spec.num_kv_heads * pages
     most = -(-(options.window - 1) // page_size) + 1
     again = min(most, -(-length // page_size))
-    keys = buffers.kv_bytes(spec, again * page_size) // 2
+    keys = buffers.row_bytes(kept, again * page_size, "keys")
     return Traffic(inner.kv, inner.metadata + results + loaded + keys)

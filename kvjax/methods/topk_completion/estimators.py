@@ -20,7 +20,7 @@ from kvjax.interface import CacheSpec
 from kvjax.methods.topk_completion import linear_attention
 from kvjax.methods.topk_completion.feature_maps import FeatureMap, Prompt
 from kvjax.methods.topk_completion.linear_attention import product
-from kvjax.stores import paged, slots_or_pages
+from kvjax.stores import buffers, paged, slots_or_pages
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.page_attention import Surrogate, page_attention
 
@@ -119,7 +119,7 @@ def tokens(
     shared = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     shared /= spec.batch * spec.num_kv_heads
     num_bytes = wide * estimator.elements(spec.head_dim) + shared
-    token = 2 * spec.head_dim * jnp.dtype(spec.dtype).itemsize
+    token = buffers.kv_bytes(spec, 1) / (spec.batch * spec.num_kv_heads)
     lists = spec.group if per == "query" else 1
     steps = max(spec.max_new_tokens, 1) if charge == "request" else 1
     return math.ceil(num_bytes / (token * lists * steps))

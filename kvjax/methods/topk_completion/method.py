@@ -245,9 +245,9 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     read = options.num_sinks + sizes.retrieved + sizes.outliers + sizes.newest
     kv = lists * buffers.kv_bytes(spec, min(read, length))
     if options.selector == "oracle":
-        metadata = buffers.kv_bytes(spec, length) // 2
+        metadata = buffers.row_bytes(spec, length, "keys")
     else:
-        metadata = buffers.kv_bytes(spec, -(-length // options.page_size))
+        metadata = buffers.vector_bytes(spec, 2 * -(-length // options.page_size))
     if sizes.estimator is not None:
         weights = options.weights_of(spec.layer)
         rows = spec.batch * spec.num_kv_heads

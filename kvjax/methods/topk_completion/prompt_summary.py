@@ -15,12 +15,13 @@ from kvjax.methods.topk_completion import estimators, feature_maps
 from kvjax.methods.topk_completion.estimators import Estimator
 from kvjax.stores import buffers, slots_or_pages
 from kvjax.stores.slots_or_pages import Store
+from pallas_kernels.shared.quantized import Rows, floats
 
 OUTLIER_QUERIES = 16  # newest ones, that say which keys the map overestimates
 
 
 def is_middle(
-    k: Float[Array, "B Hkv S D"],
+    k: Float[Rows, "B Hkv S D"],
     num_sinks: int,
     middle_end: Int[Array, "B"],
     outliers: Int[Array, "B Hkv M"] | None,
@@ -66,7 +67,7 @@ def complete(
             raise ValueError(f"{num_outliers=} need a feature map, and queries.")
         outliers = _outliers(feature_map, params, store, queries, inside, num_outliers)
         inside = is_middle(k, num_sinks, middle_end, outliers)
-    return params, outliers, estimator.summarise(params, k, v, inside)
+    return params, outliers, estimator.summarise(params, floats(k), floats(v), inside)
 
 
 def calibration(
@@ -86,7 +87,8 @@ def calibration(
     x = queries.astype(jnp.float32) * spec.sm_scale
     x = x.reshape(spec.batch, spec.num_kv_heads, spec.group * size, spec.head_dim)
     is_query = jnp.tile(is_query, (1, spec.group))
-    return feature_maps.Prompt(slots_or_pages.views(store)[0], inside, x, is_query)
+    keys = floats(slots_or_pages.views(store)[0])
+    return feature_maps.Prompt(keys, inside, x, is_query)
 
 
 def _outliers(
@@ -108,7 +110,7 @@ def _outliers(
         q,
         positions >= 0,
         slots_or_pages.attend_all(store, q, positions).lse,
-        slots_or_pages.views(store)[0],
+        floats(slots_or_pages.views(store)[0]),
         inside,
         num,
         spec.sm_scale,

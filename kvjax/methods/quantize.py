@@ -1,0 +1,148 @@
+"""A transform: the keys and values of a method in 8 or 4 bits."""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+
+from kvjax.attention import choices
+from kvjax.attention.typed import lossy, typed
+from kvjax.interface import CacheSpec, Method, State, Traffic
+from pallas_kernels.shared.quantized import Format, Quantized, Storage
+
+Bits = Literal[8, 4]
+Rotate = Literal["int4", "all", "none"]
+
+GROUP = 32  # numbers of 4 bits that share a scale, where that divides the head
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """The options of :func:`quantize`, the wrapped method among them."""
+
+    method: Method
+    keys: Bits
+    values: Bits
+    group: int | None
+    rotate: Rotate
+
+    def __post_init__(self) -> None:
+        choices.check_choices(self)
+        if self.group is not None and self.group < 1:
+            raise ValueError(f"group={self.group} must be at least 1 number.")
+
+    def storage(self, head_dim: int) -> Storage:
+        """Returns how keys and values of heads of that size are kept."""
+        return Storage(*(self.format(b, head_dim) for b in (self.keys, self.values)))
+
+    def format(self, bits: Bits, head_dim: int) -> Format:
+        """Returns the format of a row of a head in so many bits."""
+        turned = self.rotate == "all" or (self.rotate == "int4" and bits == 4)
+        if bits == 8:
+            return Format(head_dim, bits, head_dim, turned)
+        group = self.group or math.gcd(GROUP, head_dim)
+        if head_dim % 2 or head_dim % group:
+            raise ValueError(
+                f"{group=} must divide head_dim={head_dim}, which must be even for 4 "
+                f"bits: use group={math.gcd(group, head_dim)}, or bits=8."
+            )
+        return Format(head_dim, bits, group, turned)
+
+
+@typed
+def quantize(
+    method: Method,
+    *,
+    bits: Literal[8, 4] = 8,
+    keys: Literal[8, 4] | None = None,
+    values: Literal[8, 4] | None = None,
+    group: int | None = None,
+    rotate: Literal["int4", "all", "none"] = "int4",
+) -> Method:
+    """Keeps the keys and values of `method` in 8 or 4 bits.
+
+    A token is quantised when it comes, keys rotated as `method` caches them. 8 bits are
+    symmetric, code * scale, with one scale a token and head: the largest magnitude over
+    127. 4 bits are asymmetric, offset + code * scale, with a scale and an offset for
+    every `group` numbers: the smallest, and the range over 15. Scales and offsets are
+    bfloat16, rounded outwards.
+
+    A rotated row is stored as its Hadamard transform, orthonormal, which spreads what
+    stands out in one channel over all. Scores and outputs are those of the row itself,
+    but for rounding: queries are transformed, and outputs back.
+
+    Attention reads codes, a block at a time: there is no copy of the cache in floats.
+    The prompt too is read from the quantised cache. What `method` keeps of pages or
+    queries stays in the cache dtype, and is of the keys as they are read again.
+
+    Args:
+        method: any whose keys and values stay as they were cached.
+        bits: of keys and values.
+        keys: bits of keys, where they differ.
+        values: bits of values, where they differ.
+        group: numbers of 4 bits that share a scale; 32, or less where the head needs
+            it, if not given.
+        rotate: whether rows are stored transformed: those of 4 bits, all, or none.
+
+    Returns:
+        A :class:`kvjax.Method` whose state is that of `method`, with
+        :class:`pallas_kernels.shared.quantized.Quantized` for keys and values.
+
+    State: that of `method`; a row of a head is D bytes and a scale of 2, or D/2 bytes
+        and 4 for every group. What is appended is kept or evicted as `method` does.
+    Reads per step and layer: as `method`, in these bytes instead of the cache dtype's.
+    Exact when: never; the limit of `method` as scales go to 0.
+
+    Raises:
+        ValueError: from `init`, if a group does not divide the head, or `method` moves
+            keys so that they would be quantised again and again.
+
+    Source:
+        Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
+        ICML 2024, arXiv:2402.02750, Sec. 3.1 (the asymmetric quantiser); Ashkboos et
+        al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024,
+        arXiv:2404.00456, Sec. 4 (Hadamard transforms of keys and values).
+    Deviations:
+        KIVI groups keys by channel over tokens, and keeps a residual of the newest
+        tokens as they are; here keys too go by token, so that one can be written or
+        evicted alone. QuaRot folds the transform of values into the weights; here
+        outputs are transformed. Scales are bfloat16, not float16.
+
+    Example:
+        >>> method = kvjax.quantize(kvjax.quest(budget=256), bits=4)
+        >>> state = method.init(spec)
+    """
+    choices.check_choice("bits", bits, Bits)
+    options = Options(method, keys or bits, values or bits, group, rotate)
+    made = method._replace(
+        init=functools.partial(init, options),
+        traffic=functools.partial(traffic, options),
+        exact_prompt=False,
+    )
+    return lossy(made)
+
+
+def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
+    """Makes the method's state, whose rows are quantised."""
+    state = options.method.init(stored(options, spec), weights)
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Quantized))
+    if not any(isinstance(leaf, Quantized) for leaf in leaves):
+        raise ValueError(
+            f"{options.method} keeps no keys and values that stay as they were cached, "
+            "which quantize could store in fewer bits: wrap another method."
+        )
+    return state
+
+
+def stored(options: Options, spec: CacheSpec) -> CacheSpec:
+    """Returns the spec with the storage of its keys and values."""
+    if spec.storage is not None:
+        raise ValueError("keys and values are quantised already: use quantize once.")
+    return dataclasses.replace(spec, storage=options.storage(spec.head_dim))
+
+
+def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
+    """Counts what the method reads, in the bytes of quantised rows."""
+    return options.method.traffic(stored(options, spec), length)

@@ -1,0 +1,253 @@
+"""Rows of a cache in 8 or 4 bits: what is stored of them, and how they are read again.
+
+A :class:`Quantized` stands where an array of rows may: its leaves have the array's axes
+but for the last, so that what moves whole rows (a slice, a gather, a write) is the same
+for both: `jax.tree.map` over the buffer. What computes with rows asks for their numbers
+(:func:`floats`), of a block at a time.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, UInt8, UInt16
+
+Holds = Literal["keys", "values", "both"]  # what a row of a buffer is
+
+# Scales are bfloat16, the upper halves of float32, with its exponents. They are kept as
+# their bits: on a CPU, XLA turns a whole buffer of bfloat16 into float32 to slice it.
+SCALES = jnp.uint16
+LARGEST = 1e36  # numbers beyond are stored as this: sums over a row stay finite
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How rows of `size` numbers are stored.
+
+    Attributes:
+        size: numbers in a row.
+        bits: 8 are symmetric around 0, with one scale a row; 4 are packed two to a
+            byte, with a scale and an offset for every `group` numbers.
+        group: divides `size`; with 8 bits the whole row.
+        turned: a row is stored as its Hadamard transform, which spreads an outlier over
+            all numbers.
+    """
+
+    size: int
+    bits: Literal[8, 4]
+    group: int
+    turned: bool = False
+
+    @property
+    def codes(self) -> int:
+        """The bytes of a row's codes."""
+        return self.size * self.bits // 8
+
+    @property
+    def scales(self) -> int:
+        """The scales of a row, offsets among them."""
+        return self.size // self.group * (1 if self.bits == 8 else 2)
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """The formats of the keys and of the values of a cache."""
+
+    keys: Format
+    values: Format
+
+    def parts(self, holds: Holds) -> tuple[Format, ...]:
+        """Returns the formats of a row that holds one of them, or both."""
+        both = self.keys, self.values
+        return {"keys": both[:1], "values": both[1:], "both": both}[holds]
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """What rows are made of, part behind part; `dtype` is of the numbers read."""
+
+    parts: tuple[Format, ...]
+    dtype: jax.typing.DTypeLike
+
+    @property
+    def ends(self) -> list[int]:
+        """Where parts but the last end in a row of numbers."""
+        return np.cumsum([part.size for part in self.parts])[:-1].tolist()
+
+
+class Quantized(NamedTuple):
+    """Rows in few bits, such as those of keys, or of keys with their values behind."""
+
+    # Of each part in turn. Of 4 bits, the first half of a row's numbers are in the low
+    # halves of the bytes.
+    codes: UInt8[Array, "*B W"]
+    scales: UInt16[Array, "*B C"]  # of each part in turn, offsets behind scales: bits
+    layout: Layout
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers."""
+        return (*self.codes.shape[:-1], sum(part.size for part in self.layout.parts))
+
+    @property
+    def ndim(self) -> int:
+        return self.codes.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return jnp.dtype(self.layout.dtype)
+
+
+Rows = Array | Quantized  # a buffer of rows, or some of its rows
+
+
+def split(rows: Rows) -> tuple[Rows, Rows]:
+    """Splits rows of keys with their values behind into keys and values."""
+    if not isinstance(rows, Quantized):
+        keys, values = jnp.split(rows, 2, axis=-1)
+        return keys, values
+    keys, values = _parts(rows)
+    return keys, values
+
+
+def _parts(rows: Quantized) -> list[Quantized]:
+    found, code, scale = [], 0, 0
+    for part in rows.layout.parts:
+        found.append(
+            Quantized(
+                rows.codes[..., code : code + part.codes],
+                rows.scales[..., scale : scale + part.scales],
+                Layout((part,), rows.layout.dtype),
+            )
+        )
+        code, scale = code + part.codes, scale + part.scales
+    return found
+
+
+def floats(rows: Rows) -> Float[Array, "*B D"]:
+    """Returns the numbers of rows, in the dtype they are read in."""
+    return turned(rows, numbers(rows))
+
+
+def numbers(rows: Rows) -> Float[Array, "*B D"]:
+    """Returns the numbers that rows are stored as: turned, where they are."""
+    if not isinstance(rows, Quantized):
+        return rows
+    return _joined([_decode(part).astype(rows.dtype) for part in _parts(rows)])
+
+
+def turned(like: Rows, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Turns x as rows in `like` are turned, or back, which is the same.
+
+    q . k is that of both turned, and a sum of turned values is the turned sum: a query
+    and an output are turned instead of every key and value.
+    """
+    if not isinstance(like, Quantized) or not any(p.turned for p in like.layout.parts):
+        return x
+    parts = zip(jnp.split(x, like.layout.ends, axis=-1), like.layout.parts, strict=True)
+    return _joined([_transform(one) if part.turned else one for one, part in parts])
+
+
+def stored(like: Rows, rows: Rows) -> Rows:
+    """Returns rows as the buffer `like` stores them, which they may be already."""
+    if isinstance(rows, Quantized):  # of the same kind
+        return rows
+    if not isinstance(like, Quantized):
+        return rows.astype(like.dtype)
+    # What is read again is of this dtype; what it cannot hold is not kept either.
+    wide = rows.astype(like.dtype).astype(jnp.float32)
+    wide = turned(like, jnp.clip(wide, -LARGEST, LARGEST))
+    parts = jnp.split(wide, like.layout.ends, axis=-1)
+    encoded = [
+        _encode(part, one) for part, one in zip(like.layout.parts, parts, strict=True)
+    ]
+    codes, scales = zip(*encoded, strict=True)
+    return Quantized(_joined(codes), _joined(scales), like.layout)
+
+
+def as_stored(like: Rows, rows: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Returns rows as they are read again once the buffer `like` has stored them."""
+    return floats(stored(like, rows))
+
+
+def _joined(parts: Sequence[Array]) -> Array:
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=-1)
+
+
+def _encode(
+    part: Format, rows: Float[Array, "*B D"]
+) -> tuple[UInt8[Array, "*B W"], UInt16[Array, "*B C"]]:
+    if part.bits == 8:
+        scales = _rounded_up(jnp.abs(rows).max(-1, keepdims=True) / 127)
+        codes = jnp.round(rows / _divisor(scales))
+        codes = jnp.clip(codes, -127, 127).astype(jnp.int8)
+        return lax.bitcast_convert_type(codes, jnp.uint8), scales
+    groups = rows.reshape(*rows.shape[:-1], -1, part.group)
+    # From the ends as they are stored: a number between them is within half a scale. An
+    # offset is stored as what is taken off.
+    offsets = _rounded_up(-groups.min(-1))
+    low = -_wide(offsets)[..., None]
+    scales = _rounded_up((groups.max(-1) - low[..., 0]) / 15)
+    codes = jnp.round((groups - low) / _divisor(scales)[..., None])
+    codes = jnp.clip(codes, 0, 15).astype(jnp.uint8).reshape(rows.shape)
+    low_half, high_half = jnp.split(codes, 2, axis=-1)
+    packed = low_half | (high_half << 4)
+    return packed, jnp.concatenate([scales, offsets], axis=-1)
+
+
+def _decode(rows: Quantized) -> Float[Array, "*B D"]:
+    (part,) = rows.layout.parts
+    codes, scales = rows.codes, _wide(rows.scales)
+    if part.bits == 8:
+        return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32) * scales
+    unpacked = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+    steps, offsets = jnp.split(scales, 2, axis=-1)
+    groups = unpacked.reshape(*codes.shape[:-1], -1, part.group)
+    decoded = groups.astype(jnp.float32) * steps[..., None] - offsets[..., None]
+    return decoded.reshape(unpacked.shape)
+
+
+def _rounded_up(x: Float[Array, "*B"]) -> UInt16[Array, "*B"]:
+    """The bits of the least bfloat16 that is not below x; of 0 where x is too small."""
+    x = jnp.where(jnp.abs(x) < jnp.finfo(jnp.float32).tiny, 0.0, x)
+    # A bfloat16 is the upper half of a float32, and larger numbers have larger bits, or
+    # smaller where they are negative.
+    bits = lax.bitcast_convert_type(x, jnp.uint32)
+    up = jnp.where(x > 0, bits + jnp.uint32(0xFFFF), bits) >> 16
+    return up.astype(jnp.uint16)
+
+
+def _wide(scales: UInt16[Array, "*B"]) -> Float[Array, "*B"]:
+    bits = scales.astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _divisor(scales: UInt16[Array, "*B"]) -> Float[Array, "*B"]:
+    wide = _wide(scales)
+    return jnp.where(wide > 0, wide, 1.0)
+
+
+def _transform(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    matrix = jnp.asarray(hadamard(x.shape[-1]))
+    wide = x.astype(jnp.float32)
+    product = jnp.einsum("...d,de->...e", wide, matrix, precision=lax.Precision.HIGHEST)
+    return product.astype(x.dtype)
+
+
+@functools.cache
+def hadamard(size: int) -> Float[np.ndarray, "D D"]:
+    """An orthonormal matrix that is its own inverse: Hadamard's, of a power of two.
+
+    Of another size it is made of blocks of the largest power of two that divides it.
+    """
+    block = np.ones((1, 1))
+    while size % (2 * len(block)) == 0:
+        block = np.block([[block, block], [block, -block]])
+    blocks = np.kron(np.eye(size // len(block)), block / np.sqrt(len(block)))
+    return blocks.astype(np.float32)

@@ -1,0 +1,257 @@
+"""Rows in 8 and 4 bits: against a quantiser of NumPy's, and operations that read them.
+
+What an operation makes of quantised rows is what it makes of their numbers.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import listed_pages
+import ml_dtypes
+import numpy as np
+import pytest
+import quantiser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.decode_attention import (
+    decode_attention,
+    decode_logits,
+    weighted_values,
+)
+from pallas_kernels.entmax import entmax_attention
+from pallas_kernels.page_attention import page_attention
+from pallas_kernels.page_entmax import page_entmax
+from pallas_kernels.received_attention import received_attention
+from pallas_kernels.shared import quantized
+from pallas_kernels.shared.quantized import Format, Layout, Quantized
+
+INT8 = functools.partial(Format, bits=8)
+
+
+def fmt(size, bits, turned=False, group=None):
+    return Format(size, bits, size if bits == 8 else group or min(32, size), turned)
+
+
+def empty(*parts, dtype="float32"):
+    """A buffer of one row."""
+    codes, scales = sum(p.codes for p in parts), sum(p.scales for p in parts)
+    return Quantized(
+        jnp.zeros((1, codes), jnp.uint8),
+        jnp.zeros((1, scales), jnp.uint16),
+        Layout(parts, dtype),
+    )
+
+
+def store(rows, *parts):
+    return _store(empty(*parts, dtype=rows.dtype), jnp.asarray(rows))
+
+
+_store = jax.jit(quantized.stored)
+floats = jax.jit(quantized.floats)
+
+
+def draw(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+# --- numbers
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize(("bits", "group"), [(8, None), (4, 16), (4, 64)])
+def test_rows_are_those_of_another_quantiser(bits, group, turned):
+    """And with that not only close: code by code, as scales are the same bits."""
+    rows = draw((3, 50, 64)) * np.geomspace(1e-3, 1e3, 50)[:, None].astype(np.float32)
+    rows[..., 5] *= 30  # one channel that stands out
+    part = fmt(64, bits, turned, group)
+    read = np.asarray(floats(store(rows, part)))
+    expected = quantiser.read_again(rows, bits, part.group, turned)
+    largest = np.abs(expected).max(-1, keepdims=True)
+    np.testing.assert_allclose(read / largest, expected / largest, atol=2e-6)
+
+
+def test_a_row_of_keys_and_values_is_both():
+    keys, values = draw((4, 64)), draw((4, 64), 1)
+    parts = fmt(64, 8), fmt(64, 4, turned=True)
+    both = store(np.concatenate([keys, values], -1), *parts)
+    assert both.shape == (4, 128)
+    assert both.codes.shape == (4, 64 + 32)
+    assert both.scales.shape == (4, 1 + 4)
+    halves = quantized.split(both)
+    for half, rows, part in zip(halves, (keys, values), parts, strict=True):
+        alone = floats(store(rows, part))
+        np.testing.assert_array_equal(floats(half), alone)
+    whole = jnp.concatenate([floats(half) for half in halves], -1)
+    np.testing.assert_array_equal(floats(both), whole)
+
+
+@pytest.mark.parametrize("size", [64, 80, 96, 6, 7])
+def test_the_transform_is_orthonormal_and_its_own_inverse(size):
+    matrix = quantized.hadamard(size).astype(float)
+    np.testing.assert_allclose(matrix @ matrix, np.eye(size), atol=1e-6)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(size), atol=1e-6)
+
+
+def test_an_outlier_costs_a_turned_row_less():
+    """What rotation is for: of one huge channel, others keep little else."""
+    rows = draw((200, 64))
+    rows[:, 7] = 60
+    error = {}
+    for turned in (False, True):
+        read = np.asarray(floats(store(rows, fmt(64, 4, turned, 64))))
+        error[turned] = np.linalg.norm((read - rows)[:, :7])
+    assert error[True] < 0.5 * error[False]
+
+
+row = st.lists(
+    st.floats(-(2.0**127), 2.0**127, width=32, allow_subnormal=False)
+    | st.sampled_from([0.0, 1e-45, 1.0, 3e38]),
+    min_size=16,
+    max_size=16,
+)
+
+
+@settings(deadline=None, database=None, derandomize=True)
+@given(row, st.sampled_from([8, 4]), st.booleans())
+def test_any_row_is_read_near_what_it_was(numbers, bits, turned):
+    """Zeros, equal numbers, outliers, the largest floats: no NaN, and no infinity."""
+    rows = np.asarray([numbers, [numbers[0]] * 16, [0.0] * 16], np.float32)
+    part = fmt(16, bits, turned, 16)
+    read = np.asarray(floats(store(rows, part)), float)
+    assert np.isfinite(read).all()
+    np.testing.assert_array_equal(read[2], 0.0)
+    kept = np.clip(rows.astype(float), -quantized.LARGEST, quantized.LARGEST)
+    turn = quantiser.hadamard(16) if turned else np.eye(16)
+    stored = kept @ turn
+    span = np.abs(stored).max(-1) / 127
+    if bits == 4:  # an offset is rounded by up to 2**-7, and so is a scale
+        low, high = stored.min(-1), stored.max(-1)
+        span = (high - low + np.abs(low) * 2**-7) / 15
+    step = span[:, None] * (1 + 2**-7)
+    gap = np.abs(read @ turn - stored)
+    rounding = 1e-5 * np.abs(stored).max(-1, keepdims=True) + 2e-37
+    assert (gap <= 0.5005 * step + rounding).all()
+
+
+def test_what_bfloat16_holds_is_what_is_stored():
+    """Numbers are read in the cache's dtype, and rounded to it before."""
+    rows = draw((9, 64))
+    rounded = rows.astype(ml_dtypes.bfloat16)
+    part = fmt(64, 8)
+    one = store(rounded, part)
+    assert floats(one).dtype == jnp.bfloat16
+    wide = store(rounded.astype(np.float32), part)
+    np.testing.assert_array_equal(one.codes, wide.codes)
+
+
+# --- operations
+
+FORMATS = {
+    "int8": (fmt(64, 8), fmt(64, 8)),
+    "K8V4": (fmt(64, 8), fmt(64, 4, turned=True)),
+    "int4": (fmt(64, 4, turned=True), fmt(64, 4, turned=True)),
+}
+
+
+def same(operation, kept, numbers):
+    once = jax.jit(operation)
+    found, expected = once(*kept), once(*numbers)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
+
+
+def cache(parts, slots, seed=0):
+    """Keys and values of two heads, stored and as they are read."""
+    rows = draw((2, 2, 2, slots, 64), seed)
+    kept = [store(x, part) for x, part in zip(rows, parts, strict=True)]
+    return kept, [floats(x) for x in kept]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "slots"),
+    [("int8", 1, 1100), ("K8V4", 40, 1100), ("int4", 3, 512), ("K8V4", 1, 100)],
+)
+def test_attention_reads_what_is_stored(name, rows, slots):
+    """One block and several, whole and cut; few rows and many; with logits too."""
+    q = jnp.asarray(draw((2, 4, rows, 64), 2))
+    at = jnp.asarray([[slots - 1], [slots // 2]]) - jnp.arange(rows)[::-1]
+    kept, numbers = cache(FORMATS[name], slots)
+    for options in ({}, {"with_logits": True}, {"window": 30, "soft_cap": 5.0}):
+        attend = functools.partial(decode_attention, q, sm_scale=0.3, **options)
+        same(
+            lambda k, v, attend=attend: attend(k, v, at.astype(jnp.int32)),
+            kept,
+            numbers,
+        )
+    held = np.random.default_rng(3).integers(-1, slots, (2, 2, slots))
+    held = jnp.asarray(held, jnp.int32)
+    at = at.astype(jnp.int32)
+    same(lambda k, v: decode_attention(q, k, v, at, held, sm_scale=0.3), kept, numbers)
+    same(lambda k, v: decode_logits(q, k, at, held, sm_scale=0.3), kept, numbers)
+
+
+@pytest.mark.parametrize(("name", "slots"), [("K8V4", 1100), ("int4", 100)])
+def test_other_sums_over_a_cache_read_what_is_stored(name, slots):
+    q = jnp.asarray(draw((2, 4, 3, 64), 2))
+    at = jnp.full((2, 3), slots - 1, jnp.int32)
+    kept, numbers = cache(FORMATS[name], slots)
+    lse = jnp.asarray(draw((2, 4, 3), 4)) + 5
+    weights = jax.nn.softmax(jnp.asarray(draw((2, 2, 6, slots), 5)))
+    same(lambda k, v: weighted_values(weights, v), kept, numbers)
+    same(
+        lambda k, v: entmax_attention(q, k, v, at, alpha=1.5, sm_scale=0.3),
+        kept,
+        numbers,
+    )
+    same(lambda k, v: received_attention(q, k, lse, at, sm_scale=0.3), kept, numbers)
+
+
+@pytest.mark.parametrize(("name", "lists"), [("K8V4", 2), ("int4", 4)])
+def test_listed_pages_read_what_is_stored(name, lists):
+    ids = np.asarray(listed_pages.IDS)
+    ids = ids.repeat(lists // 2, axis=1)
+    q, pages, ids, at = listed_pages.draw(head_dim=64, ids=ids, positions=[140, 77])
+    kept = store(np.asarray(pages), *FORMATS[name])
+    numbers = floats(kept)
+    same(lambda x: page_attention(q, x, ids, at, sm_scale=0.3), [kept], [numbers])
+    same(
+        lambda x: page_entmax(q, x, ids, at, sm_scale=0.3, alpha=1.5), [kept], [numbers]
+    )
+
+
+def test_a_kernel_that_takes_arrays_alone_is_not_asked():
+    kept, _ = cache(FORMATS["int8"], 128)
+    q, at = jnp.zeros((2, 4, 1, 64)), jnp.zeros((2, 1), jnp.int32)
+    with pytest.raises(NotImplementedError, match=r"mosaic_tpu .* are quantised"):
+        decode_attention(q, *kept, at, sm_scale=1.0, implementation="mosaic_tpu")
+
+
+@pytest.mark.parametrize("with_logits", [False, True])
+@pytest.mark.parametrize("name", FORMATS)
+def test_no_copy_of_the_cache_in_floats(name, with_logits):
+    """Blocks are read one at a time: logits and positions alone grow with the cache."""
+    heads, sizes = 4, (16_384, 65_536)
+    attend = functools.partial(decode_attention, sm_scale=0.3, with_logits=with_logits)
+
+    def held(slots):
+        def abstract(part):
+            shape = 1, heads, slots
+            return Quantized(
+                jax.ShapeDtypeStruct((*shape, part.codes), jnp.uint8),
+                jax.ShapeDtypeStruct((*shape, part.scales), jnp.uint16),
+                Layout((part,), "float32"),
+            )
+
+        arrays = (
+            jax.ShapeDtypeStruct((1, heads, 1, 64), jnp.float32),
+            *map(abstract, FORMATS[name]),
+            jax.ShapeDtypeStruct((1, 1), jnp.int32),
+        )
+        program = jax.jit(attend).lower(*arrays).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    few, many = map(held, sizes)
+    more = 4 * (sizes[1] - sizes[0])
+    assert many - few <= more * (1 + 3 * heads * with_logits)
