@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+import typing
 
 import numpy as np
 import pytest
@@ -124,6 +125,7 @@ NUMBERS = [
     for name in registry.every()
     for option in registry.options(name).values()
     if type(option.default) in (int, float)
+    and typing.get_origin(option.annotation) is not typing.Literal
 ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 def check_choice(name: str, value: object, choices: Any) -> None:
     """Raises ValueError unless `value` is one of the `Literal` type `choices`."""
     known = typing.get_args(choices)
-    if value not in known:
+    if not any(type(value) is type(word) and value == word for word in known):
         words = ", ".join(str(word) for word in known)
         raise ValueError(f"{name}={value!r} must be one of {words}.")
 

@@ -365,7 +365,7 @@ def _convert(name: str, option: inspect.Parameter, text: str):
     accepted = option.annotation
     if accepted is option.empty:
         accepted = type(option.default)
-    if isinstance(accepted, types.UnionType):
+    if typing.get_origin(accepted) in (types.UnionType, typing.Union):
         if text.lower() == "none":
             return None
         accepted = next(a for a in typing.get_args(accepted) if a is not type(None))

@@ -236,7 +236,8 @@ def gather(buffer: Rows, slots: Int[Array, "B H N"]) -> Array:
 
     H is Hkv, or 1 where all heads read the same slots.
     """
-    return floats(take(buffer, slots))
+    taken = take(buffer, slots)
+    return floats(taken) if isinstance(taken, Quantized) else taken
 
 
 def take(buffer: Any, slots: Int[Array, "B H N"]) -> Any:

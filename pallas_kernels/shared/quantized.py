@@ -27,7 +27,7 @@ LARGEST = 1e36  # numbers beyond are stored as this: sums over a row stay finite
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """How rows of `size` numbers are stored.
+    """The way that rows of `size` numbers are stored.
 
     Attributes:
         size: numbers in a row.
@@ -70,14 +70,14 @@ class Storage:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """What rows are made of, part behind part; `dtype` is of the numbers read."""
+    """The parts of a row, one behind the other; `dtype` is of the numbers read."""
 
     parts: tuple[Format, ...]
     dtype: jax.typing.DTypeLike
 
     @property
     def ends(self) -> list[int]:
-        """Where parts but the last end in a row of numbers."""
+        """The ends of parts but the last in a row of numbers."""
         return np.cumsum([part.size for part in self.parts])[:-1].tolist()
 
 
