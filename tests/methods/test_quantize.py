@@ -158,7 +158,7 @@ def test_what_is_not_there_is_refused(unchecked_shapes):
         quantize(full(), bits=4, group=32).init(spec)
     with pytest.raises(ValueError, match="bits=5 must be one of 8, 4"):
         quantize(full(), bits=5)
-    with pytest.raises(ValueError, match="bits=8.0 must be one of 8, 4"):
+    with pytest.raises(ValueError, match=r"bits=8.0 must be one of 8, 4"):
         quantize(full(), bits=8.0)
     with pytest.raises(ValueError, match="bits='5' must be one of 8, 4"):
         registry.parse("quantize:bits=5+full")
