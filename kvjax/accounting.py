@@ -27,7 +27,7 @@ def prompt_bytes(method: Method, spec: CacheSpec) -> int:
 
 
 def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:
-    """Returns the spec that a layer's state carries: how its rows are kept.
+    """Returns the spec that a layer's state carries while decoding: how rows are kept.
 
     That given, where the state carries none; the first, where parts of it differ.
     """
@@ -35,7 +35,7 @@ def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:
     def is_spec(leaf):
         return isinstance(leaf, CacheSpec)
 
-    state = jax.eval_shape(lambda: method.init(spec))
+    state = jax.eval_shape(lambda: method.finish(method.init(spec)))
     carried = filter(is_spec, jax.tree.leaves(state, is_leaf=is_spec))
     return next(carried, spec)
 

@@ -49,9 +49,8 @@ class CacheSpec:
         num_layers: of the model, for transforms that share budgets out among layers;
             0 where nobody says. :func:`layer_specs` does.
         alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
-        storage: how keys and values are kept, a
-            :class:`pallas_kernels.shared.quantized.Storage`; None for numbers of
-            `dtype`, as they come.
+        storage: a `pallas_kernels.shared.quantized.Storage` of keys and values, or None
+            for numbers of `dtype`.
     """
 
     batch: int
@@ -286,8 +285,7 @@ class Method(NamedTuple):
         renumbers: no query meets a key at a distance that grows with the text, because
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.
-        lossy: keys and values are kept as other numbers than came: no step is exact,
-            whatever it attends to.
+        lossy: keys and values are kept as other numbers than came: no step is exact.
     """
 
     init: InitFn

@@ -33,6 +33,8 @@ class Streaming(NamedTuple):
     v: Float[Rows, "B Hs N D"]
     length: Int[Array, "B"]  # tokens seen, not slots used
 
+    ROWS = buffers.KEYS_AND_VALUES
+
 
 class Duo(NamedTuple):
     """State of :func:`duo`, one layer."""

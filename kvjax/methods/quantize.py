@@ -6,14 +6,23 @@ import math
 from typing import Any, Literal
 
 import jax
+from jaxtyping import Array, Float
 
 from kvjax.attention import choices
 from kvjax.attention.typed import lossy, typed
 from kvjax.interface import CacheSpec, Method, State, Traffic
-from pallas_kernels.shared.quantized import Format, Quantized, Storage
+from pallas_kernels.shared import quantized
+from pallas_kernels.shared.quantized import (
+    Format,
+    Holds,
+    Layout,
+    Quantized,
+    Storage,
+)
 
 Bits = Literal[8, 4]
 Rotate = Literal["int4", "all", "none"]
+Prompt = Literal["exact", "quantized"]
 
 GROUP = 32  # numbers of 4 bits that share a scale, where that divides the head
 
@@ -27,6 +36,7 @@ class Options:
     values: Bits
     group: int | None
     rotate: Rotate
+    prompt: Prompt
 
     def __post_init__(self) -> None:
         choices.check_choices(self)
@@ -60,10 +70,11 @@ def quantize(
     values: Literal[8, 4] | None = None,
     group: int | None = None,
     rotate: Literal["int4", "all", "none"] = "int4",
+    prompt: Literal["exact", "quantized"] = "exact",
 ) -> Method:
     """Keeps the keys and values of `method` in 8 or 4 bits.
 
-    A token is quantised when it comes, keys rotated as `method` caches them. 8 bits are
+    Rows of heads are quantised, keys rotated as `method` caches them. 8 bits are
     symmetric, code * scale, with one scale a token and head: the largest magnitude over
     127. 4 bits are asymmetric, offset + code * scale, with a scale and an offset for
     every `group` numbers: the smallest, and the range over 15. Scales and offsets are
@@ -74,8 +85,9 @@ def quantize(
     but for rounding: queries are transformed, and outputs back.
 
     Attention reads codes, a block at a time: there is no copy of the cache in floats.
-    The prompt too is read from the quantised cache. What `method` keeps of pages or
-    queries stays in the cache dtype, and is of the keys as they are read again.
+    The prompt is read as `method` reads it, and quantised when it ends; or, with less
+    memory and more loss, its tokens are when they come, and later ones read them so.
+    What `method` keeps of pages or queries stays in the cache dtype.
 
     Args:
         method: any whose keys and values stay as they were cached.
@@ -85,15 +97,19 @@ def quantize(
         group: numbers of 4 bits that share a scale; 32, or less where the head needs
             it, if not given.
         rotate: whether rows are stored transformed: those of 4 bits, all, or none.
+        prompt: `exact` keeps its tokens as they are until it ends; `quantized` never.
 
     Returns:
         A :class:`kvjax.Method` whose state is that of `method`, with
         :class:`pallas_kernels.shared.quantized.Quantized` for keys and values.
 
     State: that of `method`; a row of a head is D bytes and a scale of 2, or D/2 bytes
-        and 4 for every group. What is appended is kept or evicted as `method` does.
+        and 4 for every group. While an `exact` prompt is read, that of `method`. What
+        is appended is kept or evicted as `method` does.
     Reads per step and layer: as `method`, in these bytes instead of the cache dtype's.
     Exact when: never; the limit of `method` as scales go to 0.
+
+    Transforms that choose by importance go inside: `quantize+head_budgets+snapkv`.
 
     Raises:
         ValueError: from `init`, if a group does not divide the head, or `method` moves
@@ -115,12 +131,19 @@ def quantize(
         >>> state = method.init(spec)
     """
     choices.check_choice("bits", bits, Bits)
-    options = Options(method, keys or bits, values or bits, group, rotate)
+    options = Options(method, keys or bits, values or bits, group, rotate, prompt)
     made = method._replace(
         init=functools.partial(init, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=False,
     )
+    if prompt == "exact":
+        made = made._replace(
+            init=functools.partial(init_exact, options),
+            finish=functools.partial(finish, options),
+            exact_prompt=method.exact_prompt,
+            importance=None,  # of rows that are not quantised yet
+        )
     return lossy(made)
 
 
@@ -134,6 +157,47 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
             "which quantize could store in fewer bits: wrap another method."
         )
     return state
+
+
+def init_exact(options: Options, spec: CacheSpec, weights: Any = None) -> State:
+    """Makes the method's state, once it is known to be one that can be quantised."""
+    jax.eval_shape(lambda: init(options, spec))
+    return options.method.init(spec, weights)
+
+
+def finish(options: Options, state: State) -> State:
+    """Quantises the rows of the prompt, and lets the method choose among them."""
+    return options.method.finish(quantised(options, state))
+
+
+def quantised(options: Options, state: State) -> State:
+    """Returns a state with its rows as they are stored: what its stores say are rows.
+
+    A store is a NamedTuple with a `spec`, and its `ROWS` say what the rows of which
+    fields are.
+    """
+    if isinstance(state, CacheSpec):
+        return stored(options, state)
+    if not isinstance(state, tuple):
+        return state
+    rows = getattr(state, "ROWS", {})
+    if not hasattr(state, "_fields"):
+        return tuple(quantised(options, part) for part in state)
+    kept = {
+        name: encoded(options, state.spec, part, rows[name])
+        if name in rows
+        else quantised(options, part)
+        for name, part in zip(state._fields, state, strict=True)
+    }
+    return state._replace(**kept)
+
+
+def encoded(
+    options: Options, spec: CacheSpec, rows: Float[Array, "*B D"], holds: Holds
+) -> Quantized:
+    """Returns rows of keys, of values, or of both as they are stored."""
+    parts = options.storage(spec.head_dim).parts(holds)
+    return quantized.encode(Layout(parts, spec.dtype), rows)
 
 
 def stored(options: Options, spec: CacheSpec) -> CacheSpec:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -24,6 +25,10 @@ class StreamingState(NamedTuple):
     k: Float[Rows, "B Hkv R D"]  # the newest R = budget - num_sinks others, a ring
     v: Float[Rows, "B Hkv R D"]
     length: Int[Array, "B"]  # tokens seen, not slots used
+
+    ROWS = types.MappingProxyType(
+        {"sink_k": "keys", "sink_v": "values", **buffers.KEYS_AND_VALUES}
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,8 @@ class TokenSelectState(NamedTuple):
     chosen: Int[Array, "B 1 K"]  # by it, ascending, -1 = none
     length: Int[Array, "B"]
 
+    ROWS = buffers.KEYS_AND_VALUES
+
 
 class Parts(NamedTuple):
     """The three parts of the list of tokens that a step attends to."""

@@ -1,6 +1,7 @@
 """Buffers of a cache: allocate, write, gather. Positions out of range write nothing."""
 
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,6 +26,11 @@ from pallas_kernels.shared.quantized import (
 # unwritten values with a weight of exactly 0, and masking them would copy the cache.
 fill_value: float = 0.0
 
+
+# The fields of a store that hold rows, by what these are: its `ROWS`.
+KEYS_AND_VALUES: Mapping[str, Holds] = types.MappingProxyType(
+    {"k": "keys", "v": "values"}
+)
 
 HUGE = float(0x7149)  # the bits of 1e30 in bfloat16
 

@@ -22,6 +22,8 @@ class Contiguous(NamedTuple):
     v: Float[Rows, "B Hkv S D"]
     length: Int[Array, "B"]
 
+    ROWS = buffers.KEYS_AND_VALUES
+
 
 def contiguous(spec: CacheSpec) -> Contiguous:
     """An empty store of `spec.capacity` slots a row."""

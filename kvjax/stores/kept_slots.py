@@ -22,6 +22,8 @@ class Kept(NamedTuple):
     positions: Int[Array, "B H N"]  # -1 = empty; H is Hkv, or 1 if all heads agree
     length: Int[Array, "B"]  # tokens seen, not slots used
 
+    ROWS = buffers.KEYS_AND_VALUES
+
 
 def take(
     store: contiguous.Contiguous, positions: Int[Array, "B H N"], spare: int = 0

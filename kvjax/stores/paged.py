@@ -1,5 +1,6 @@
 """A cache in pages, keys and values fused, with the extremes of each page's keys."""
 
+import types
 from typing import NamedTuple
 
 import jax
@@ -23,6 +24,8 @@ class Paged(NamedTuple):
     page_min: Float[Array, "B Hkv NP D"]  # +inf while the page is empty
     page_max: Float[Array, "B Hkv NP D"]  # -inf while the page is empty
     length: Int[Array, "B"]
+
+    ROWS = types.MappingProxyType({"pages": "both"})
 
 
 def paged(spec: CacheSpec, page_size: int) -> Paged:

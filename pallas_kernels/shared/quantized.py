@@ -148,9 +148,13 @@ def turned(like: Rows, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     q . k is that of both turned, and a sum of turned values is the turned sum: a query
     and an output are turned instead of every key and value.
     """
-    if not isinstance(like, Quantized) or not any(p.turned for p in like.layout.parts):
+    return _turned(like.layout, x) if isinstance(like, Quantized) else x
+
+
+def _turned(layout: Layout, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    if not any(part.turned for part in layout.parts):
         return x
-    parts = zip(jnp.split(x, like.layout.ends, axis=-1), like.layout.parts, strict=True)
+    parts = zip(jnp.split(x, layout.ends, axis=-1), layout.parts, strict=True)
     return _joined([_transform(one) if part.turned else one for one, part in parts])
 
 
@@ -160,15 +164,20 @@ def stored(like: Rows, rows: Rows) -> Rows:
         return rows
     if not isinstance(like, Quantized):
         return rows.astype(like.dtype)
+    return encode(like.layout, rows)
+
+
+def encode(layout: Layout, rows: Float[Array, "*B D"]) -> Quantized:
+    """Quantises rows, whose numbers will be read in the layout's dtype."""
     # What is read again is of this dtype; what it cannot hold is not kept either.
-    wide = rows.astype(like.dtype).astype(jnp.float32)
-    wide = turned(like, jnp.clip(wide, -LARGEST, LARGEST))
-    parts = jnp.split(wide, like.layout.ends, axis=-1)
+    wide = rows.astype(layout.dtype).astype(jnp.float32)
+    wide = _turned(layout, jnp.clip(wide, -LARGEST, LARGEST))
+    parts = jnp.split(wide, layout.ends, axis=-1)
     encoded = [
-        _encode(part, one) for part, one in zip(like.layout.parts, parts, strict=True)
+        _encode(part, one) for part, one in zip(layout.parts, parts, strict=True)
     ]
     codes, scales = zip(*encoded, strict=True)
-    return Quantized(_joined(codes), _joined(scales), like.layout)
+    return Quantized(_joined(codes), _joined(scales), layout)
 
 
 def as_stored(like: Rows, rows: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

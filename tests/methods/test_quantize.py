@@ -14,7 +14,7 @@ from kvjax.methods.quantize import quantize
 from kvjax.methods.quest import quest
 from kvjax.testing import subject
 from kvjax.testing.oracle import softmax_attention
-from pallas_kernels.shared.quantized import Quantized, floats
+from pallas_kernels.shared.quantized import Quantized, as_stored, floats
 
 PROMPTS, STEPS, SIZE = (1, 5, 30, 21), 8, 8
 
@@ -68,7 +68,9 @@ def test_is_the_method_on_the_numbers_that_are_read(spec):
     """Keys in 8 bits and values in 4, turned: attention and what is attended to."""
     stream = drive.make_stream(PROMPTS, STEPS, head_dim=SIZE)
     made = drive.make_spec(stream, rope=unrotated, layer=7)
-    run = drive.run(quantize(parsed(spec), keys=8, values=4), made, stream)
+    run = drive.run(
+        quantize(parsed(spec), keys=8, values=4, prompt="quantized"), made, stream
+    )
     alike = read_again(stream, 8, 4, "int4")
     expected = drive.run(parsed(spec), made, alike)
     np.testing.assert_array_equal(
@@ -77,6 +79,42 @@ def test_is_the_method_on_the_numbers_that_are_read(spec):
     np.testing.assert_allclose(run.out, expected.out, atol=3e-5)
     for ours, theirs in zip(run.prompt_out, expected.prompt_out, strict=True):
         np.testing.assert_allclose(ours, theirs, atol=3e-5)
+    assert not run.diagnostics.exact.any()
+
+
+@pytest.mark.parametrize("spec", METHODS)
+def test_an_exact_prompt_is_quantised_when_it_ends(spec):
+    """As if its rows had been those numbers when the method chooses, and from then on;
+    until then it is read as the method reads it."""
+    stream = drive.make_stream(PROMPTS, STEPS, head_dim=SIZE)
+    made = drive.make_spec(stream, rope=unrotated, layer=7)
+    inner = parsed(spec)
+    run = drive.run(quantize(inner, keys=8, values=4), made, stream)
+    always = quantize(inner, keys=8, values=4, prompt="quantized")
+    parts = always.init(made)
+    held = jax.eval_shape(lambda: always.finish(parts))
+    assert jax.tree.structure(run.state) == jax.tree.structure(held)
+    numbers = jax.tree.leaves(parts, is_leaf=lambda x: isinstance(x, Quantized))
+
+    def finish(state):
+        leaves, structure = jax.tree.flatten(state)
+        read = [
+            as_stored(like, leaf) if isinstance(like, Quantized) else leaf
+            for like, leaf in zip(numbers, leaves, strict=True)
+        ]
+        return inner.finish(jax.tree.unflatten(structure, read))
+
+    alike = read_again(stream, 8, 4, "int4")
+    for b, prompt in enumerate(PROMPTS):
+        for x, came in ((alike.k, stream.k), (alike.v, stream.v)):
+            x[b, :, :prompt] = came[b, :, :prompt]
+    expected = drive.run(inner._replace(finish=finish), made, alike)
+    np.testing.assert_array_equal(
+        run.diagnostics.attended, expected.diagnostics.attended
+    )
+    np.testing.assert_allclose(run.out, expected.out, atol=3e-5)
+    for ours, theirs in zip(run.prompt_out, expected.prompt_out, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
     assert not run.diagnostics.exact.any()
 
 
@@ -146,7 +184,7 @@ def test_bytes_are_those_of_codes_and_scales(options, row):
     assert read == kvjax.Traffic(16 * heads * row, summaries)
     retro = registry.get("retro")(quantize(inner, **options), window=2)
     assert retro.traffic(spec, 40).kv == 16 * heads * row
-    kept = registry.parse("decode_eviction:every=4+quantize+snapkv:budget=16,window=4")
+    kept = registry.parse("quantize+decode_eviction:every=4+snapkv:budget=16,window=4")
     first = quantize(full()).traffic(spec, 20).kv
     assert kept.traffic(spec, 40).kv == first
 
@@ -179,7 +217,7 @@ def test_no_leaf_of_the_cache_is_left_in_floats():
         sizes = []
         for capacity in (512, 1024):
             made = drive.make_spec(stream, capacity=capacity, layer=7)
-            method = quantize(parsed(spec), bits=4, group=64)
+            method = quantize(parsed(spec), bits=4, group=64, prompt="quantized")
             state = jax.eval_shape(method.init, made)
             leaves = jax.tree.leaves(state)
             sizes.append(sum(x.size * x.dtype.itemsize for x in leaves))
@@ -191,7 +229,10 @@ def test_no_leaf_of_the_cache_is_left_in_floats():
 
 def test_a_state_says_what_it_holds():
     stream = drive.make_stream((4,), 1, head_dim=64)
-    state = quantize(full(), keys=4).init(drive.make_spec(stream, dtype="bfloat16"))
+    method = quantize(full(), keys=4)
+    state = method.init(drive.make_spec(stream, dtype="bfloat16"))
+    assert isinstance(state.k, jax.Array)
+    state = method.finish(state)
     assert isinstance(state.k, Quantized)
     assert state.k.dtype == jnp.bfloat16
     assert state.k.shape == (1, 2, 5, 64)

@@ -193,7 +193,7 @@ def rewind(
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts the bytes of the method, of the window, and of keys that are read anew."""
     inner = options.method.traffic(spec, length)
-    state = jax.eval_shape(lambda: init(options, spec))
+    state = jax.eval_shape(lambda: finish(options, init(options, spec)))
     page_size = state.store.pages.shape[3]
     results = buffers.num_bytes((state.window.out, state.window.lse))
     # An int of last_loaded with each page; keys are half of a page.
