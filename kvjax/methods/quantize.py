@@ -180,16 +180,17 @@ def quantised(options: Options, state: State) -> State:
         return stored(options, state)
     if not isinstance(state, tuple):
         return state
-    rows = getattr(state, "ROWS", {})
     if not hasattr(state, "_fields"):
         return tuple(quantised(options, part) for part in state)
+    store: Any = state  # of any fields
+    rows = getattr(store, "ROWS", {})
     kept = {
-        name: encoded(options, state.spec, part, rows[name])
+        name: encoded(options, store.spec, part, rows[name])
         if name in rows
         else quantised(options, part)
-        for name, part in zip(state._fields, state, strict=True)
+        for name, part in store._asdict().items()
     }
-    return state._replace(**kept)
+    return store._replace(**kept)
 
 
 def encoded(
