@@ -486,9 +486,9 @@ class LanguageModel(NamedTuple):
 
     def __repr__(self) -> str:
         """One line: its weights have millions of numbers."""
-        leaves = [
-            leaf for leaf in jax.tree.leaves(self.params) if hasattr(leaf, "size")
-        ]
+        # A matrix in 4 bits is several arrays, and says itself how many weights.
+        nodes = jax.tree.leaves(self.params, is_leaf=lambda x: hasattr(x, "size"))
+        leaves = [node for node in nodes if hasattr(node, "size")]
         count = sum(leaf.size for leaf in leaves)
         dtypes = sorted({str(leaf.dtype) for leaf in leaves})
         sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")

@@ -15,7 +15,7 @@ import jax
 from kvjax import files
 from kvjax.interface import DecoderLM, LanguageModel
 from models import embedded, gguf, llama, published
-from models.family import Family, Footprint
+from models.family import Family, Footprint, Packing, check_packing
 from models.llama.tokenizer import read_json
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
@@ -29,6 +29,7 @@ def load(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
+    weights: Packing = None,
 ) -> LanguageModel:
     """A model from a directory in the Hugging Face layout, a GGUF file, or the hub.
 
@@ -40,6 +41,9 @@ def load(
         dtype: of weights, activations and cache; None keeps the checkpoint's.
         device: a `jax.Device`, a `jax.sharding.Sharding`, a pytree of shardings in the
             structure of the decoder's `param_shapes()`, or None for JAX's default.
+        weights: "int8" or "int4" keeps the matrices of the layers, and an output that
+            is not the embedding, as integers with scales, made one at a time while
+            they are read. They can be neither saved nor trained. None keeps floats.
 
     Returns:
         A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
@@ -50,13 +54,15 @@ def load(
         FileNotFoundError: if the directory, or a file in it, is missing, or a published
             model was not fetched (:func:`models.published.fetch`).
         ValueError: if a file is damaged, the model is not supported, weights and
-            `config.json` disagree, or there is no such embedded model.
+            `config.json` disagree, there is no such embedded model or `weights`, or
+            groups of "int4" do not divide a matrix.
         ImportError: if a hub id is given and `huggingface_hub` is not installed, or a
             GGUF file and `gguf` is not.
     """
+    check_packing(weights)
     directory = _resolve(name)
     if gguf.is_gguf(directory):
-        model = gguf.load(directory, dtype=dtype, device=device)
+        model = gguf.load(directory, dtype=dtype, device=device, weights=weights)
         return model._replace(name=str(name))
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
@@ -78,7 +84,7 @@ def load(
         raise ValueError(
             f"{directory}: eos_token_id={eos!r} must be a token id or a list of them."
         )
-    decoder, params = family.load(directory, config, dtype, device)
+    decoder, params = family.load(directory, config, dtype, device, weights)
     return LanguageModel(
         decoder=decoder,
         params=params,
@@ -127,8 +133,8 @@ def save_pretrained(
 
     Raises:
         FileExistsError: if `directory` exists and is not empty.
-        ValueError: if the parameters do not fit the configuration, or its dtype, or
-            the decoder is of no family.
+        ValueError: if the parameters do not fit the configuration, or its dtype, are
+            packed, or the decoder is of no family.
         OSError: if it cannot be written; nothing is left of it then.
     """
     directory = Path(directory).expanduser()
@@ -158,13 +164,14 @@ def save_tokenizer(model: LanguageModel, directory: str | Path) -> None:
     _family_with(model.decoder).save_tokenizer(model.tokenizer, Path(directory))
 
 
-def footprint(decoder: DecoderLM) -> Footprint:
-    """Returns the bytes of a model's weights, from its sizes alone.
+def footprint(decoder: DecoderLM, weights: Packing = None) -> Footprint:
+    """Returns the bytes of a model's weights, as :func:`load` would keep them.
 
     Raises:
-        ValueError: if the decoder is of no family.
+        ValueError: if the decoder is of no family, or there is no such `weights`.
     """
-    return _family_with(decoder).footprint(decoder)
+    check_packing(weights)
+    return _family_with(decoder).footprint(decoder, weights)
 
 
 def notes(decoder: DecoderLM) -> tuple[str, ...]:

@@ -5,7 +5,7 @@ A family is a folder that makes one :class:`Family`, and a line in `models.FAMIL
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -13,6 +13,7 @@ from kvjax.interface import DecoderLM, Params, Tokenizer
 
 Config = Mapping[str, Any]  # a decoded config.json
 Dtype = jax.typing.DTypeLike | None  # None keeps the checkpoint's
+Packing = Literal["int8", "int4"] | None  # None keeps floats
 
 
 class Footprint(NamedTuple):
@@ -30,21 +31,28 @@ class Family(NamedTuple):
         model_types: values of `model_type` in `config.json` that are its own.
         decoder: the class of its decoders, a :class:`kvjax.interface.DecoderLM`.
         load_decoder: `load_decoder(config, dtype) -> decoder`, without any weights.
-        load: `load(directory, config, dtype, device) -> (decoder, params)`.
+        load: `load(directory, config, dtype, device, weights) -> (decoder, params)`;
+            `weights` of "int8" or "int4" asks for matrices as integers.
         save: `save(params, decoder, directory, max_shard_bytes) -> config` writes the
             weights, and returns what `config.json` is to hold.
         load_tokenizer: `load_tokenizer(directory) -> tokenizer`.
         save_tokenizer: `save_tokenizer(tokenizer, directory)`.
-        footprint: `footprint(decoder) -> Footprint`.
+        footprint: `footprint(decoder, weights) -> Footprint`.
         notes: `notes(decoder) -> lines` that a user must know of a loaded model.
     """
 
     model_types: tuple[str, ...]
     decoder: type
     load_decoder: Callable[[Config, Dtype], DecoderLM]
-    load: Callable[[Path, Config, Dtype, Any], tuple[DecoderLM, Params]]
+    load: Callable[[Path, Config, Dtype, Any, Packing], tuple[DecoderLM, Params]]
     save: Callable[[Params, Any, Path, int], dict[str, Any]]
     load_tokenizer: Callable[[Path], Tokenizer]
     save_tokenizer: Callable[[Any, Path], None]
-    footprint: Callable[[Any], Footprint]
+    footprint: Callable[[Any, Packing], Footprint]
     notes: Callable[[Any], tuple[str, ...]]
+
+
+def check_packing(weights: str | None) -> None:
+    """Raises ValueError if there is no such format of weights."""
+    if weights is not None and weights not in ("int8", "int4"):
+        raise ValueError(f"{weights=} must be 'int8', 'int4', or None for floats.")

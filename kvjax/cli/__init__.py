@@ -34,7 +34,7 @@ from kvjax.cli import (
     stream,
     train,
 )
-from kvjax.cli.options import arguments_given, checks_text, shown, with_yes
+from kvjax.cli.options import arguments_given, checks_text, shown, with_model_options
 
 app = typer.Typer(
     name="kvjax",
@@ -159,4 +159,5 @@ _EXAMPLES = {
 }
 for _command, _example in _EXAMPLES.items():
     _, _name, *_ = _example.split()
-    app.command(_name, epilog=f"Example: {_example}")(checks_text(with_yes(_command)))
+    _whole = checks_text(with_model_options(_command))
+    app.command(_name, epilog=f"Example: {_example}")(_whole)

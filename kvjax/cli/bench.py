@@ -15,6 +15,7 @@ from kvjax.cli.options import (
     JsonOption,
     arguments_given,
     checked_dtype,
+    packing,
     positive,
     whole_numbers,
 )
@@ -91,6 +92,8 @@ def bench(
             as_json=as_json,
         )
         return
+    if packing.get() is not None:
+        raise ValueError("--weights is of kvjax bench decode: leave it out.")
     dtype = checked_dtype(dtype) or "bfloat16"
     contexts = whole_numbers("--context", context or "32768,131072")
     positive(budget=budget, page_size=page_size, batch=batch, kv_heads=kv_heads)

@@ -29,6 +29,7 @@ from kvjax.cli.options import (
     given_text,
     load,
     load_decoder,
+    packing,
     positive,
     questions_of,
     shown_name,
@@ -319,7 +320,7 @@ def _fitted(
     wanted = batch or had
     if wanted is None:
         wanted = comparison.batch_that_fits(decoder, methods, settings, room)
-    footprint = models.footprint(decoder)
+    footprint = models.footprint(decoder, packing.get())
     free = memory.free_bytes()
     fit = memory.fit(
         decoder,

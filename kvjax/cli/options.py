@@ -24,6 +24,8 @@ from kvjax.text import encoding
 arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arguments")
 # Of the command that runs: --yes was given.
 may_fetch: contextvars.ContextVar[bool] = contextvars.ContextVar("yes", default=False)
+# Of the command that runs: --weights, None for floats.
+packing: contextvars.ContextVar[Any] = contextvars.ContextVar("weights", default=None)
 
 MODEL_HELP = (
     "Folder, FILE.gguf or hub id of a Llama, or smollm2, embedded-entmax or "
@@ -37,6 +39,14 @@ ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
 YesOption = Annotated[
     bool, typer.Option("--yes", help="Fetch a --model that is still to be fetched.")
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        help="int8 or int4: keep the matrices of the layers as integers with scales; "
+        "floats if left out.",
+    ),
 ]
 DtypeOption = Annotated[
     str | None,
@@ -119,24 +129,32 @@ NewTokensOption = Annotated[
 ]
 
 
-def with_yes(command: Callable) -> Callable:
-    """The command with an option `--yes`, if it is one that takes a model."""
+def with_model_options(command: Callable) -> Callable:
+    """Adds `--yes` to a command that takes a model, `--weights` if also a dtype."""
     signature = inspect.signature(command)
     if "model" not in signature.parameters:
         return command
+    added = {"yes": (YesOption, False, may_fetch)}
+    if "dtype" in signature.parameters:
+        added |= {"weights": (WeightsOption, None, packing)}
 
     @functools.wraps(command)
-    def run(*, yes: bool, **arguments):
-        may_fetch.set(yes)
+    def run(**arguments):
+        for name, (_, _, variable) in added.items():
+            variable.set(arguments.pop(name))
         return command(**arguments)
 
-    yes = inspect.Parameter(
-        "yes", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=YesOption
-    )
-    parameters = [*signature.parameters.values(), yes]
+    parameters = [
+        inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option
+        )
+        for name, (option, default, _) in added.items()
+    ]
     # typer reads the options here.
     with_options: Any = run
-    with_options.__signature__ = signature.replace(parameters=parameters)
+    with_options.__signature__ = signature.replace(
+        parameters=[*signature.parameters.values(), *parameters]
+    )
     return run
 
 
@@ -228,12 +246,16 @@ def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
 
 
 def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
-    """The model of `--model` and `--dtype`, with compiled code kept between runs."""
+    """The model of `--model`, `--dtype` and `--weights`; keeps compiled code."""
     import models
+    from models.family import check_packing
 
+    check_packing(packing.get())
     share_heaps()
     keep_compiled_code()
-    loaded = models.load(model_name(model), dtype=checked_dtype(dtype))
+    loaded = models.load(
+        model_name(model), dtype=checked_dtype(dtype), weights=packing.get()
+    )
     print_notes(loaded.decoder)
     return loaded
 

@@ -15,6 +15,7 @@ from kvjax.cli.options import (
     DtypeOption,
     JsonOption,
     model_name,
+    packing,
     positive,
     print_notes,
     whole_numbers,
@@ -79,6 +80,8 @@ def plan(
         of_decoding |= {"new_tokens": new_tokens, "batch": batch}
         of_decoding |= {"chunk_size": chunk_size, "dtype": dtype}
         _refuse(of_decoding, "--train")
+        if packing.get() is not None:
+            raise ValueError("--weights has no meaning beside --train: leave it out.")
         if model is not None:
             changes = [f"model.checkpoint={model_name(model)}", *(changes or ())]
         devices = planning.devices(device or planning.DEVICES)
@@ -100,7 +103,7 @@ def plan(
     name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
     print_notes(decoder)
-    held, read, mlp_width = models.footprint(decoder)
+    held, read, mlp_width = models.footprint(decoder, packing.get())
     weights = planning.Weights(held, read)
     given = method or registry.names(decoder.alpha)
     specs = dict.fromkeys(with_budget(spec, b) for spec in given for b in budgets)
@@ -123,6 +126,7 @@ def plan(
     document = {
         "model": name,
         "dtype": str(decoder.cache_spec(1, 1).dtype),
+        "weights_dtype": packing.get(),
         "context": context,
         "model_context": decoder.context,
         "new_tokens": new_tokens,
@@ -214,8 +218,10 @@ def _print(document) -> None:
 def _notes(document) -> list[str]:
     rows = "1 row" if document["batch"] == 1 else f"{document['batch']} rows"
     generated = f"{document['new_tokens']:,} of them generated. GB are 1e9 bytes."
+    packed, dtype = document["weights_dtype"], document["dtype"]
+    kept = f"{packed}, the rest {dtype}" if packed else dtype
     lines = [
-        f"Weights {planning.gigabytes(document['weights'])} GB ({document['dtype']}); "
+        f"Weights {planning.gigabytes(document['weights'])} GB ({kept}); "
         f"{rows} of {document['context']:,} tokens, {generated}",
         "prompt, decode: states while the prompt is read and while tokens are "
         "generated. temp.: an estimate. peak: with weights and temporaries. read: of "

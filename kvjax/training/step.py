@@ -80,7 +80,16 @@ def init_state(
     """The state before the first step, from weights of any float dtype.
 
     It has buffers of its own: a step donates them.
+
+    Raises:
+        ValueError: for integers, as packed weights have.
     """
+    for leaf in jax.tree.leaves(params):
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"weights of dtype={leaf.dtype} cannot be trained: load the model with "
+                "weights=None."
+            )
     params = jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)
     return TrainState(
         params=params,

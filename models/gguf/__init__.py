@@ -10,6 +10,7 @@ import jax
 
 from kvjax.interface import LanguageModel
 from models import llama
+from models.family import Packing
 from models.gguf import config, header, tensors, tokenizer
 
 __all__ = ["is_gguf", "load", "load_decoder"]
@@ -26,11 +27,13 @@ def load(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
+    weights: Packing = None,
 ) -> LanguageModel:
     """The model of a GGUF file; see :func:`models.load`.
 
     Quantized weights become floats, one tensor at a time: `dtype` of None is float16 or
-    bfloat16 where all matrices are, else float32.
+    bfloat16 where all matrices are, else float32. With `weights`, matrices are rounded
+    anew from these floats, whatever they were in the file.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -41,8 +44,8 @@ def load(
     decoder = _decoder(opened, dtype)
     language = tokenizer.load(opened)
     eos_ids = tokenizer.eos_ids(opened)
-    weights = tensors.from_gguf(opened, decoder.config)
-    params = llama.weights.load(weights, decoder.config, device)
+    found = tensors.from_gguf(opened, decoder.config)
+    params = llama.weights.load(found, decoder.config, device, weights)
     return LanguageModel(decoder, params, language, eos_ids, str(path), {})
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from kvjax.interface import Params
-from models.family import Config, Family, Footprint
+from models.family import Config, Family, Footprint, Packing
 from models.llama import families, tensors, tokenizer, weights
 from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, notes, to_hf
 from models.llama.model import LlamaDecoder
@@ -39,11 +39,12 @@ def load(
     config: Config,
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
+    packing: Packing = None,
 ) -> tuple[LlamaDecoder, Params]:
     """Returns decoder and weights of a checkpoint folder; see :func:`models.load`."""
     decoder = load_decoder(config, dtype)
     opened = families.fold(tensors.from_safetensors(directory), config)
-    return decoder, weights.load(opened, decoder.config, device)
+    return decoder, weights.load(opened, decoder.config, device, packing)
 
 
 def save(
@@ -55,7 +56,7 @@ def save(
     return config
 
 
-def footprint(decoder: LlamaDecoder) -> Footprint:
+def footprint(decoder: LlamaDecoder, packing: Packing = None) -> Footprint:
     """Returns bytes of the weights, from the sizes of the model alone."""
     # Layers are alike: two models of one and two of them say it all, in a tenth of
     # the time that flax takes to make the shapes of 32.
@@ -63,8 +64,8 @@ def footprint(decoder: LlamaDecoder) -> Footprint:
         LlamaDecoder(dataclasses.replace(decoder.config, num_layers=layers))
         for layers in (1, 2)
     )
-    shapes = one.param_shapes()
-    layer = _num_bytes(two.param_shapes()) - _num_bytes(shapes)
+    shapes = weights.packed_shapes(one.config, packing)
+    layer = _num_bytes(weights.packed_shapes(two.config, packing)) - _num_bytes(shapes)
     held = _num_bytes(shapes) + (decoder.num_layers - 1) * layer
     # Of an embedding that is not the output matrix too, a step reads a line a row.
     is_tied = decoder.config.tied_embeddings

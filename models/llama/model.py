@@ -20,7 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.interface import CacheSpec, Method, Params, State
 from kvjax.rope import Rope
+from models.llama import packed
 from models.llama.config import LlamaConfig
+from models.llama.packed import Packed
 
 # attention(layer, q, k, v) -> out, all head-major, q and k not yet rotated
 Attention = Callable[[int, Array, Array, Array], Array]
@@ -58,14 +60,17 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,), config.dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "*B I"]) -> Float[Array, "*B O"]:
-        out = _times(x, self.kernel[...])
+        out = _times(x, self.kernel.get_value())
         return out if self.bias is None else out + self.bias[...]
 
 
-def _times(x: Float[Array, "*B I"], matrix: Float[Array, "I O"]) -> Array:
+def _times(x: Float[Array, "*B I"], matrix: Float[Array, "I O"] | Packed) -> Array:
     # Two-dimensional, accumulated in float32, returned in x's dtype.
     rows = x.reshape(-1, x.shape[-1])
-    out = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
+    if isinstance(matrix, Packed):
+        out = packed.times(rows, matrix)
+    else:
+        out = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
     return out.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[1])
 
 

@@ -15,6 +15,8 @@ import numpy as np
 
 from kvjax import files
 from kvjax.interface import Params
+from models.family import Packing
+from models.llama import packed
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
 from models.llama.tensors import INDEX, SINGLE, Tensors, few, quantization
@@ -29,9 +31,8 @@ class Entry(NamedTuple):
     target: jax.ShapeDtypeStruct
 
     @property
-    def transposed(self) -> bool:
-        """True where the checkpoint holds the transpose."""
-        # Checkpoints keep kernels as (out, in), ours are (in, out).
+    def is_kernel(self) -> bool:
+        """True of matrices: ours are (in, out), a checkpoint's (out, in)."""
         return self.path[-1] == "kernel"
 
 
@@ -54,6 +55,28 @@ def layout(config: LlamaConfig) -> list[Entry]:
     return sorted(entries, key=lambda entry: _order(entry.path))
 
 
+def packed_shapes(config: LlamaConfig, packing: Packing) -> Params:
+    """Returns `jax.ShapeDtypeStruct`s of what :func:`load` would return.
+
+    Raises:
+        ValueError: if groups do not divide a matrix.
+    """
+    params: dict = {}
+    for entry in layout(config):
+        target = entry.target
+        if packing is not None and entry.is_kernel:
+            packed.check_inputs(target.shape[0], packing, entry.name)
+            target = packed.shapes(target, packing)
+        _put(params, entry.path, target)
+    return params
+
+
+def _put(params: dict, path: tuple[str | int, ...], value: Any) -> None:
+    for key in path[:-1]:
+        params = params.setdefault(key, {})
+    params[path[-1]] = value
+
+
 def _order(path):
     place = ("embedding", "layers", "norm", "output").index(path[0])
     return place, path[1] if path[0] == "layers" else 0, str(path)
@@ -74,7 +97,12 @@ def _entry(path: tuple[str | int, ...], target: jax.ShapeDtypeStruct) -> Entry:
     return Entry(path, name, target.shape[::-1], target)
 
 
-def load(tensors: Tensors, config: LlamaConfig, device: Any = None) -> Params:
+def load(
+    tensors: Tensors,
+    config: LlamaConfig,
+    device: Any = None,
+    packing: Packing = None,
+) -> Params:
     """Reads the weights of a checkpoint into the structure of `param_shapes`.
 
     Args:
@@ -103,18 +131,17 @@ def load(tensors: Tensors, config: LlamaConfig, device: Any = None) -> Params:
                 f"{where[entry.name].name}: tensor {entry.name} has shape {raw.shape}, "
                 f"config.json asks for {entry.shape}; one of the two is wrong."
             )
-        convert = _converter(placement(entry.path), entry.transposed)
-        value, finite = convert(raw, entry.target)
+        kind = packing if entry.is_kernel else None
+        packed.check_inputs(entry.shape[-1], kind, entry.name)
+        convert = _converter(placement(entry.path), entry.is_kernel, kind)
+        value, finite = convert(raw, entry.target.dtype)
         if not finite:
             raise ValueError(
                 f"{where[entry.name].name}: tensor {entry.name} holds NaN or infinite "
-                f"values as {value.dtype.name}; the checkpoint is damaged, or its "
-                "numbers need a wider dtype."
+                f"values as {entry.target.dtype.name}; the checkpoint is damaged, or "
+                "its numbers need a wider dtype."
             )
-        node = params
-        for key in entry.path[:-1]:
-            node = node.setdefault(key, {})
-        node[entry.path[-1]] = value
+        _put(params, entry.path, value)
     if tied:
         _check_tied(params["embedding"], tensors)
     return params
@@ -134,6 +161,7 @@ def save(
     """
     if max_shard_bytes < 1:
         raise ValueError(f"{max_shard_bytes=} must be at least 1.")
+    packed.refuse(params, "saved")
     entries = layout(config)
     given = {
         tuple(key.key for key in path): leaf
@@ -195,7 +223,7 @@ def _export(entry: Entry, params: Params) -> np.ndarray:
             f"parameter {'/'.join(map(str, entry.path))} holds values beyond "
             f"{host.dtype.name}: save it in a wider dtype."
         )
-    return host.T if entry.transposed else host
+    return host.T if entry.is_kernel else host
 
 
 def _check_names(expected: set[str], found: set[str], source: Path, tied: bool) -> None:
@@ -237,22 +265,26 @@ def _placement(device: Any, config: LlamaConfig):
 
 
 @functools.cache
-def _converter(sharding: jax.sharding.Sharding | None, transposed: bool):
+def _converter(
+    sharding: jax.sharding.Sharding | None, transposed: bool, packing: Packing
+):
     """Checkpoint layout to ours, on the device: one compilation per shape."""
 
     def convert(raw, dtype):
         value = (raw.T if transposed else raw).astype(dtype)
-        return value, jnp.isfinite(value).all()
+        finite = jnp.isfinite(value).all()
+        return value if packing is None else packed.pack(value, packing), finite
 
-    placed: dict[str, Any] = (
-        {} if sharding is None else {"out_shardings": (sharding, None)}
-    )
+    placed: dict[str, Any] = {}
+    if sharding is not None:
+        # All arrays of a packed matrix have its axes.
+        placed["out_shardings"] = (sharding, None)
     jitted = jax.jit(convert, static_argnums=1, **placed)
 
-    def on_device(raw: np.ndarray, target: jax.ShapeDtypeStruct):
+    def on_device(raw: np.ndarray, dtype: Any):
         if raw.dtype == np.float64:  # wider than JAX's default
             raw = raw.astype(np.float32)
-        value, finite = jitted(raw, target.dtype)
+        value, finite = jitted(raw, dtype)
         # Waits for the device, so that no second tensor is read meanwhile.
         return value, bool(finite)
 

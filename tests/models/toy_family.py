@@ -102,7 +102,9 @@ def load_decoder(config, dtype=None):
     return ToyDecoder(**{name: config[name] for name in SIZES})
 
 
-def load(directory, config, dtype=None, device=None):
+def load(directory, config, dtype=None, device=None, weights=None):
+    if weights is not None:
+        raise ValueError(f"{weights=}: a toy has floats.")
     with np.load(directory / "weights.npz") as arrays:
         params = {name: jnp.asarray(arrays[name]) for name in arrays.files}
     return load_decoder(config, dtype), jax.device_put(params, device)
@@ -137,7 +139,8 @@ def save_tokenizer(tokenizer, directory):
 
 
 @functools.cache
-def footprint(decoder):
+def footprint(decoder, weights=None):
+    del weights
     shapes = jax.eval_shape(decoder.init)
     held = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes))
     return Footprint(held, held, decoder.width)
