@@ -255,6 +255,24 @@ def test_devices_are_those_of_the_vendors_or_of_the_user(capsys):
     assert f"mine: none fits; full comes nearest, {over / 1e9:.2f} GB too much." in said
 
 
+@pytest.mark.parametrize(("weights", "bits"), [("int8", 8), ("int4", 4)])
+def test_packed_weights_count_their_scales(capsys, weights, bits):
+    options = ["--model", str(CONFIG), "--method", "full", "--weights", weights]
+    code, printed = plan(capsys, *options, "--json")
+    assert code == 0
+    found = json.loads(printed.out)
+    # Llama 3.1 8B: two bfloat16 a group of 32 beside the integers of its matrices.
+    layer = 2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336
+    matrices = 32 * layer + 4096 * 128256
+    embedding, norms = 2 * 4096 * 128256, 2 * (2 * 32 + 1) * 4096
+    packed = matrices * bits // 8 + matrices // 32 * 4
+    assert found["weights_read"] == packed + norms
+    assert found["weights"] == packed + norms + embedding
+    assert found["weights_dtype"] == weights
+    code, printed = plan(capsys, *options)
+    assert f"({weights}, the rest bfloat16)" in printed.out
+
+
 PAGE = pathlib.Path(__file__).parents[2] / "docs/eight_billion.md"
 
 
@@ -265,7 +283,7 @@ def shown() -> list[tuple[str, str]]:
         PAGE.read_text("utf-8"),
         re.DOTALL,
     )
-    assert len(blocks) == 2
+    assert len(blocks) == 4
     return blocks
 
 

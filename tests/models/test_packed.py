@@ -38,7 +38,11 @@ def rounded(matrix: np.ndarray, weights: str) -> np.ndarray:
             numbers = matrix[group, column].astype(np.float64)
             most = {"int8": 255, "int4": 15}[weights]
             least = float(numbers.min().astype(ml_dtypes.bfloat16))
-            step = ((numbers.max() - least) / most).astype(ml_dtypes.bfloat16)
+            # In float32: which bfloat16 is nearest must not depend on the width.
+            top, bottom = np.float32(numbers.max()), np.float32(least)
+            step = (top / np.float32(most) - bottom / np.float32(most)).astype(
+                ml_dtypes.bfloat16
+            )
             counts = 0
             if step > 0:
                 counts = np.clip(np.rint((numbers - least) / float(step)), 0, most)
@@ -76,7 +80,7 @@ def made(kind: str, shape=(64, 24)) -> np.ndarray:
     elif kind == "tiny":
         matrix *= 1e-34
     elif kind == "huge":
-        matrix *= 3e38 / np.abs(matrix).max()
+        matrix *= 1.5e38 / np.abs(matrix).max()
     return matrix.astype(np.float32)
 
 

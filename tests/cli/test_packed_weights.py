@@ -1,0 +1,58 @@
+"""`--weights`: one option of all commands that load a model."""
+
+import json
+
+import pytest
+
+from kvjax import cli
+from kvjax.cli import options
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_generating_with_packed_weights(run, checkpoint, monkeypatch, weights):
+    loaded = []
+    load = options.load
+
+    def spy(*arguments):
+        loaded.append(load(*arguments))
+        return loaded[-1]
+
+    monkeypatch.setattr("kvjax.cli.decode.load", spy)
+    command = ["generate", "--model", checkpoint, "--prompt", "ab"]
+    command = [*command, "--max-new-tokens", "2", "--json", "--weights", weights]
+    assert json.loads(run(*command))
+    assert f"(float32, {weights})" in repr(loaded[0])
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            ["generate", "--prompt", "x", "--weights", "int2"],
+            "weights='int2' must be 'int8', 'int4', or None for floats",
+        ),
+        (
+            ["plan", "--weights", "int2"],
+            "weights='int2' must be 'int8', 'int4', or None for floats",
+        ),
+        (
+            ["plan", "--train", "toy", "--weights", "int8"],
+            "--weights has no meaning beside --train: leave it out",
+        ),
+        (
+            ["bench", "kernels", "--weights", "int8"],
+            "--weights is of kvjax bench decode: leave it out",
+        ),
+    ],
+)
+def test_mistakes(command, message, capsys):
+    assert cli.run(command) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["generate", "score", "stream", "eval", "compare", "bench", "lm-eval", "plan"],
+)
+def test_help_names_it(command, run):
+    assert "--weights" in run(command, "--help")
