@@ -1,6 +1,7 @@
 """Packed weights, against a quantizer in NumPy's float64 that shares no code."""
 
 import json
+from typing import Any
 
 import checkpoints
 import gguf_files
@@ -46,7 +47,7 @@ def rounded(matrix: np.ndarray, weights: str) -> np.ndarray:
             counts = 0
             if step > 0:
                 counts = np.clip(np.rint((numbers - least) / float(step)), 0, most)
-            out[group, column] = least + float(max(step, 0)) * counts
+            out[group, column] = least + max(float(step), 0.0) * counts
     return out
 
 
@@ -162,7 +163,6 @@ def llama_shapes(decoder, weights):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 def test_the_model_runs_as_with_the_rounded_floats(checkpoint, weights):
     packed_model = models.load(checkpoint, weights=weights)
-    floats = models.load(checkpoint)
     params = jax.tree.map(
         lambda leaf: (
             jnp.asarray(unpacked(leaf)) if isinstance(leaf, packed.Packed) else leaf
@@ -170,7 +170,7 @@ def test_the_model_runs_as_with_the_rounded_floats(checkpoint, weights):
         packed_model.params,
         is_leaf=lambda node: isinstance(node, packed.Packed),
     )
-    decoder = floats.decoder
+    decoder: Any = packed_model.decoder
     tokens = jnp.arange(6)[None]
 
     def attention(layer, q, k, v):
@@ -203,7 +203,8 @@ def test_shardings_are_those_of_the_floats(checkpoint, weights):
     whole = jax.NamedSharding(mesh, jax.P())
     split = jax.NamedSharding(mesh, jax.P(None, "tensor"))
     reference = models.load(checkpoint, weights=weights)
-    shapes = reference.decoder.param_shapes()
+    decoder: Any = reference.decoder
+    shapes = decoder.param_shapes()
     shardings = jax.tree_util.tree_map_with_path(
         lambda path, _: split if path[-1].key == "kernel" else whole, shapes
     )
