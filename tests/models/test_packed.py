@@ -41,13 +41,12 @@ def rounded(matrix: np.ndarray, weights: str) -> np.ndarray:
             least = float(numbers.min().astype(ml_dtypes.bfloat16))
             # In float32: which bfloat16 is nearest must not depend on the width.
             top, bottom = np.float32(numbers.max()), np.float32(least)
-            step = (top / np.float32(most) - bottom / np.float32(most)).astype(
-                ml_dtypes.bfloat16
-            )
+            wide = top / np.float32(most) - bottom / np.float32(most)
+            step = float(wide.astype(ml_dtypes.bfloat16))
             counts = 0
             if step > 0:
-                counts = np.clip(np.rint((numbers - least) / float(step)), 0, most)
-            out[group, column] = least + max(float(step), 0.0) * counts
+                counts = np.clip(np.rint((numbers - least) / step), 0, most)
+            out[group, column] = least + max(step, 0.0) * counts
     return out
 
 
