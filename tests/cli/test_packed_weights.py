@@ -3,13 +3,18 @@
 import json
 
 import pytest
+from tiny import byte_tokenizer, tiny_model
 
+import models
 from kvjax import cli
 from kvjax.cli import options
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_generating_with_packed_weights(run, checkpoint, monkeypatch, weights):
+def test_generating_with_packed_weights(run, tmp_path, monkeypatch, weights):
+    model = tiny_model(num_layers=1, mlp_width=64, context=64)
+    model = model._replace(tokenizer=byte_tokenizer(), eos_ids=(258,))
+    models.save_pretrained(model, tmp_path / "model")
     loaded = []
     load = options.load
 
@@ -18,7 +23,7 @@ def test_generating_with_packed_weights(run, checkpoint, monkeypatch, weights):
         return loaded[-1]
 
     monkeypatch.setattr("kvjax.cli.decode.load", spy)
-    command = ["generate", "--model", checkpoint, "--prompt", "ab"]
+    command = ["generate", "--model", str(tmp_path / "model"), "--prompt", "ab"]
     command = [*command, "--max-new-tokens", "2", "--json", "--weights", weights]
     assert json.loads(run(*command))
     assert f"(float32, {weights})" in repr(loaded[0])
