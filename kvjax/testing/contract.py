@@ -21,7 +21,6 @@ from kvjax.decoding import asking
 from kvjax.decoding.reader import Prefilled
 from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
-from kvjax.rope import Rope
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
 from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
@@ -38,6 +37,8 @@ from kvjax.testing.subject import (
     SMALL,
     STEPS,
     Subject,
+    attended_in_full,
+    turning_run,
 )
 
 # Finite (see `buffers.fill_value`), and so large that the smallest weight on it shows.
@@ -207,14 +208,8 @@ def is_not_exact_where_it_rotates_keys_as_full_attention_does_not(
 ) -> None:
     """Under `dynamic` RoPE frequencies go with the length: what is rotated anew, beyond
     the original context, is another model, and must not be called exact."""
-    stream = streams.make_stream((3, 12), 6, heads=(4, 1), seed=1)
-    rope = Rope(8, theta=100.0, kind="dynamic", factor=4.0, original_context=8)
-    spec = streams.make_spec(
-        stream, capacity=20, layer=LAYER, alpha=subject.alpha, rope=rope
-    )
-    chunks = [(3, 8), (0, 4)]
-    run = streams.run(subject.covering(20), spec, stream, chunks)
-    expected = streams.run(built_in.full(), spec, stream, chunks)
+    run = turning_run(subject.covering(20), subject.alpha)
+    expected = turning_run(built_in.full(), subject.alpha)
     gap = np.abs(run.out - expected.out).max(-1)
     exact = run.diagnostics.exact
     expect((gap[exact] < 1e-5).all(), "a step says that it is exact, and is not.")
@@ -227,8 +222,7 @@ def a_prompt_is_exact_where_the_method_says_so(subject: Subject) -> None:
     at budgets below the prompts."""
     furthest = 0.0
     for b, prompt in enumerate(PROMPTS):
-        trace = oracle.full(subject.stream.row(b), alpha=subject.alpha)
-        expected = trace.out[:prompt].swapaxes(0, 1)
+        expected = attended_in_full(subject.alpha)[b].out[:prompt].swapaxes(0, 1)
         gap = np.abs(subject.baseline.prompt_out[b] - expected)
         furthest = max(furthest, gap.max())
     says = subject.method.exact_prompt

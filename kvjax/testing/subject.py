@@ -13,7 +13,8 @@ from kvjax import registry
 from kvjax.attention import partials
 from kvjax.interface import CacheSpec, Method
 from kvjax.registry import built_in
-from kvjax.testing import streams
+from kvjax.rope import Rope
+from kvjax.testing import oracle, streams
 from kvjax.testing.streams import Chunks, Run, Stream
 
 # Small legal values, by the name of the option. An option with a larger default that is
@@ -88,7 +89,7 @@ class Subject:
     @functools.cached_property
     def stream(self) -> Stream:
         """Heads of six rows, whose lengths are those of :data:`PROMPTS`."""
-        return streams.make_stream(PROMPTS, STEPS, head_dim=6)
+        return _stream()
 
     @functools.cached_property
     def spec(self) -> CacheSpec:
@@ -159,6 +160,26 @@ class Subject:
     def baseline(self) -> Run:
         """The run that others are compared with."""
         return self.run()
+
+
+def _stream() -> Stream:
+    return streams.make_stream(PROMPTS, STEPS, head_dim=6)
+
+
+@functools.cache
+def attended_in_full(alpha: float) -> tuple[oracle.Trace, ...]:
+    """Returns the traces of the rows of :attr:`Subject.stream` under full attention."""
+    rows = map(_stream().row, range(len(PROMPTS)))
+    return tuple(oracle.full(row, alpha=alpha) for row in rows)
+
+
+@functools.lru_cache(maxsize=4)  # that of `full` is asked for again and again
+def turning_run(method: Method, alpha: float) -> Run:
+    """Runs a method under a rotation that changes once eight tokens are there."""
+    stream = streams.make_stream((3, 12), 6, heads=(4, 1), seed=1)
+    rope = Rope(8, theta=100.0, kind="dynamic", factor=4.0, original_context=8)
+    spec = streams.make_spec(stream, capacity=20, layer=LAYER, alpha=alpha, rope=rope)
+    return streams.run(method, spec, stream, chunks=[(3, 8), (0, 4)])
 
 
 def _keyword_only(factory: Callable[..., Method]) -> dict[str, inspect.Parameter]:
