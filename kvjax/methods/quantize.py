@@ -21,7 +21,6 @@ from pallas_kernels.shared.quantized import (
 )
 
 Bits = Literal[8, 4]
-Rotate = Literal["int4", "all", "none"]
 Prompt = Literal["exact", "quantized"]
 
 GROUP = 32  # numbers of 4 bits that share a scale, where that divides the head
@@ -35,7 +34,7 @@ class Options:
     keys: Bits
     values: Bits
     group: int | None
-    rotate: Rotate
+    rotate: bool
     prompt: Prompt
 
     def __post_init__(self) -> None:
@@ -49,16 +48,15 @@ class Options:
 
     def format(self, bits: Bits, head_dim: int) -> Format:
         """Returns the format of a row of a head in so many bits."""
-        turned = self.rotate == "all" or (self.rotate == "int4" and bits == 4)
         if bits == 8:
-            return Format(head_dim, bits, head_dim, turned)
+            return Format(head_dim, bits, head_dim, self.rotate)
         group = self.group or math.gcd(GROUP, head_dim)
         if head_dim % 2 or head_dim % group:
             raise ValueError(
                 f"{group=} must divide head_dim={head_dim}, which must be even for 4 "
                 f"bits: use group={math.gcd(group, head_dim)}, or bits=8."
             )
-        return Format(head_dim, bits, group, turned)
+        return Format(head_dim, bits, group, self.rotate)
 
 
 @typed
@@ -69,7 +67,7 @@ def quantize(
     keys: Literal[8, 4] | None = None,
     values: Literal[8, 4] | None = None,
     group: int | None = None,
-    rotate: Literal["int4", "all", "none"] = "int4",
+    rotate: bool = True,
     prompt: Literal["exact", "quantized"] = "exact",
 ) -> Method:
     """Keeps the keys and values of `method` in 8 or 4 bits.
@@ -80,9 +78,9 @@ def quantize(
     every `group` numbers: the smallest, and the range over 15. Scales and offsets are
     bfloat16, rounded outwards.
 
-    A rotated row is stored as its Hadamard transform, orthonormal, which spreads what
-    stands out in one channel over all. Scores and outputs are those of the row itself,
-    but for rounding: queries are transformed, and outputs back.
+    With `rotate` a row is stored as its Hadamard transform, orthonormal, which spreads
+    what stands out in one channel over all. Scores and outputs are those of the row
+    itself, but for rounding: queries are transformed, and outputs back.
 
     Attention reads codes, a block at a time: there is no copy of the cache in floats.
     The prompt is read as `method` reads it, and quantised when it ends; or, with less
@@ -96,7 +94,7 @@ def quantize(
         values: bits of values, where they differ.
         group: numbers of 4 bits that share a scale; 32, or less where the head needs
             it, if not given.
-        rotate: whether rows are stored transformed: those of 4 bits, all, or none.
+        rotate: store every row as its transform.
         prompt: `exact` keeps its tokens as they are until it ends; `quantized` never.
 
     Returns:
@@ -108,8 +106,6 @@ def quantize(
         is appended is kept or evicted as `method` does.
     Reads per step and layer: as `method`, in these bytes instead of the cache dtype's.
     Exact when: never; the limit of `method` as scales go to 0.
-
-    Transforms that choose by importance go inside: `quantize+head_budgets+snapkv`.
 
     Raises:
         ValueError: from `init`, if a group does not divide the head, or `method` moves
@@ -124,7 +120,8 @@ def quantize(
         KIVI groups keys by channel over tokens, and keeps a residual of the newest
         tokens as they are; here keys too go by token, so that one can be written or
         evicted alone. QuaRot folds the transform of values into the weights; here
-        outputs are transformed. Scales are bfloat16, not float16.
+        outputs are transformed. Scales are bfloat16, not float16. Transforms that
+        choose by importance go inside: `quantize+head_budgets+snapkv`.
 
     Example:
         >>> method = kvjax.quantize(kvjax.quest(budget=256), bits=4)

@@ -25,12 +25,11 @@ def unrotated(x, positions, length=None):
     return x
 
 
-def read_again(stream, keys, values, rotate, group=SIZE):
+def read_again(stream, keys, values, rotate=True, group=SIZE):
     """The stream of the numbers that a quantised cache gives back."""
 
     def kept(x, bits):
-        turned = rotate == "all" or (rotate == "int4" and bits == 4)
-        return quantiser.read_again(x, bits, group, turned).astype(np.float32)
+        return quantiser.read_again(x, bits, group, rotate).astype(np.float32)
 
     return stream._replace(k=kept(stream.k, keys), v=kept(stream.v, values))
 
@@ -71,7 +70,7 @@ def test_is_the_method_on_the_numbers_that_are_read(spec):
     run = drive.run(
         quantize(parsed(spec), keys=8, values=4, prompt="quantized"), made, stream
     )
-    alike = read_again(stream, 8, 4, "int4")
+    alike = read_again(stream, 8, 4)
     expected = drive.run(parsed(spec), made, alike)
     np.testing.assert_array_equal(
         run.diagnostics.attended, expected.diagnostics.attended
@@ -104,7 +103,7 @@ def test_an_exact_prompt_is_quantised_when_it_ends(spec):
         ]
         return inner.finish(jax.tree.unflatten(structure, read))
 
-    alike = read_again(stream, 8, 4, "int4")
+    alike = read_again(stream, 8, 4)
     for b, prompt in enumerate(PROMPTS):
         for x, came in ((alike.k, stream.k), (alike.v, stream.v)):
             x[b, :, :prompt] = came[b, :, :prompt]
@@ -123,8 +122,8 @@ def test_an_exact_prompt_is_quantised_when_it_ends(spec):
     [
         {"bits": 8},
         {"bits": 4},
-        {"bits": 4, "rotate": "none"},
-        {"bits": 8, "rotate": "all"},
+        {"bits": 4, "rotate": False},
+        {"bits": 8, "rotate": False},
         {"keys": 4, "values": 8},
         {"bits": 4, "group": 4},
     ],
@@ -139,7 +138,7 @@ def test_equals_float64_attention(options):
     run = drive.run(quantize(full(), **options), drive.make_spec(stream), stream)
     bits = options.get("bits", 8)
     keys, values = options.get("keys", bits), options.get("values", bits)
-    rotate, group = options.get("rotate", "int4"), options.get("group", SIZE)
+    rotate, group = options.get("rotate", True), options.get("group", SIZE)
     read = [np.asarray(floats(x), np.float64) for x in (run.state.k, run.state.v)]
     others = 0
     for b, prompt in enumerate(PROMPTS):
@@ -200,7 +199,7 @@ def test_what_is_not_there_is_refused(unchecked_shapes):
         quantize(full(), bits=8.0)
     with pytest.raises(ValueError, match="bits='5' must be one of 8, 4"):
         registry.parse("quantize:bits=5+full")
-    with pytest.raises(ValueError, match="rotate='yes' must be one of int4, all, none"):
+    with pytest.raises(ValueError, match="rotate='yes' must be of type bool"):
         quantize(full(), rotate="yes")
     with pytest.raises(ValueError, match="quantised already: use quantize once"):
         quantize(quantize(full())).init(spec)

@@ -230,9 +230,14 @@ def test_is_full_attention_when_the_budget_covers_the_text(
     run = drive.run(method, cache_spec, stream)
     for row, prompt in enumerate(stream.prompts):
         drive.assert_rows_close(run.prompt_out[row], expected[row, :, :prompt])
-        out = run.out[:, row].swapaxes(0, 1)
-        drive.assert_rows_close(out, expected[row, :, prompt : prompt + STEPS])
-    assert run.diagnostics.exact.all()
+        out, truth = run.out[:, row], expected[row, :, prompt : prompt + STEPS]
+        out = out.swapaxes(0, 1)
+        if method.lossy:  # 8 bits of each number: a few hundredths of a head
+            gap = np.linalg.norm(out - truth, axis=-1)
+            assert (gap < 0.05 * np.linalg.norm(truth, axis=-1)).all()
+        else:
+            drive.assert_rows_close(out, truth)
+    assert (run.diagnostics.exact == (not method.lossy)).all()
 
 
 @pytest.fixture(scope="module")

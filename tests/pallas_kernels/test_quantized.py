@@ -150,7 +150,7 @@ def test_what_bfloat16_holds_is_what_is_stored():
 
 FORMATS = {
     "int8": (fmt(64, 8), fmt(64, 8)),
-    "K8V4": (fmt(64, 8), fmt(64, 4, turned=True)),
+    "K8V4": (fmt(64, 8, turned=True), fmt(64, 4, turned=True)),
     "int4": (fmt(64, 4, turned=True), fmt(64, 4, turned=True)),
 }
 
