@@ -148,7 +148,7 @@ def both_tiny(monkeypatch):
     for name, alpha in {"embedded-softmax": 1.0, "embedded-entmax": 1.5}.items():
         model = tiny_model(num_layers=1, context=512, attention_alpha=alpha)
         made[name] = model._replace(tokenizer=byte_tokenizer(), name=name)
-    monkeypatch.setattr(models, "load", lambda name, dtype: made[name])
+    monkeypatch.setattr(models, "load", lambda name, **options: made[name])
     monkeypatch.setattr(models, "load_decoder", lambda name, dtype: made[name].decoder)
     specs = {1.0: ["streaming_llm"], 1.5: ["entmaxkv:page_size=8"]}
     monkeypatch.setattr(cli.compare, "_every", lambda alpha: specs[alpha])

@@ -200,6 +200,7 @@ def test_dynamic_rope_is_seen_behind_an_unrotated_layer():
 
 
 COVERING = {"budget": 64, "page_size": 4, "kernel": 3, "features": 2, "tail": 1}
+COVERING |= {"chunk": 4}
 
 
 @pytest.fixture(scope="module")
