@@ -120,7 +120,8 @@ def decode_eviction(method: Method, *, every: int = 64) -> Method:
     if method.importance is None or method.rows != 1:
         raise ValueError(
             "decode_eviction ranks tokens by their importance, which this method does "
-            "not tell: wrap one that does, as in 'decode_eviction+snapkv'."
+            "not tell: wrap one that does, as in 'decode_eviction+snapkv', with "
+            "quantize outside."
         )
     options = Options(method, method.importance, every)
     return Method(

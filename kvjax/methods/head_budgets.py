@@ -101,7 +101,8 @@ def head_budgets(method: Method, *, alpha: float = 0.2) -> Method:
     if method.importance is None or method.rows != 1:
         raise ValueError(
             "head_budgets ranks a prompt's tokens by their importance, which this "
-            "method does not tell: wrap one that does, as in 'head_budgets+snapkv'."
+            "method does not tell: wrap one that does, as in 'head_budgets+snapkv', "
+            "with quantize outside."
         )
     options = Options(method, method.importance, alpha)
     return Method(

@@ -108,8 +108,9 @@ def quantize(
     Exact when: never; the limit of `method` as scales go to 0.
 
     Raises:
-        ValueError: from `init`, if a group does not divide the head, or `method` moves
-            keys so that they would be quantised again and again.
+        ValueError: if `method` is quantised already; from `init`, if a group does not
+            divide the head, or `method` moves keys so that they would be quantised
+            again and again.
 
     Source:
         Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
@@ -128,6 +129,8 @@ def quantize(
         >>> state = method.init(spec)
     """
     choices.check_choice("bits", bits, Bits)
+    if method.lossy:
+        raise ValueError(f"{method} is quantised already: use quantize once.")
     options = Options(method, keys or bits, values or bits, group, rotate, prompt)
     made = method._replace(
         init=functools.partial(init, options),
@@ -200,8 +203,6 @@ def encoded(
 
 def stored(options: Options, spec: CacheSpec) -> CacheSpec:
     """Returns the spec with the storage of its keys and values."""
-    if spec.storage is not None:
-        raise ValueError("keys and values are quantised already: use quantize once.")
     return dataclasses.replace(spec, storage=options.storage(spec.head_dim))
 
 

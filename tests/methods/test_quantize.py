@@ -188,6 +188,29 @@ def test_bytes_are_those_of_codes_and_scales(options, row):
     assert kept.traffic(spec, 40).kv == first
 
 
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "retro:window=2+quantize+quest",
+        "dense_layers+quantize+snapkv",
+        "head_budgets+quantize:prompt=quantized+snapkv",
+        "decode_eviction+quantize:prompt=quantized+snapkv",
+        "duo+quantize+quest",
+    ],
+)
+def test_what_is_made_of_a_lossy_method_is_lossy(spec):
+    """A budget of everything: near full attention, and exact at no step."""
+    stream = drive.make_stream((5, 21), STEPS, head_dim=SIZE)
+    made = drive.make_spec(stream, layer=7)
+    method = registry.parse(spec, **(subject.SMALL | {"budget": 64}))
+    run, truth = (drive.run(one, made, stream) for one in (method, full()))
+    assert method.lossy
+    assert not run.diagnostics.exact.any()
+    if not spec.startswith("duo"):  # whose other heads see a window
+        gap = np.abs(run.out - truth.out).max()
+        assert 1e-4 < gap < 0.1
+
+
 def test_what_is_not_there_is_refused(unchecked_shapes):
     stream = drive.make_stream((4,), 1, head_dim=80)
     spec = drive.make_spec(stream)
@@ -201,8 +224,11 @@ def test_what_is_not_there_is_refused(unchecked_shapes):
         registry.parse("quantize:bits=5+full")
     with pytest.raises(ValueError, match="rotate='yes' must be of type bool"):
         quantize(full(), rotate="yes")
-    with pytest.raises(ValueError, match="quantised already: use quantize once"):
-        quantize(quantize(full())).init(spec)
+    for name in ("head_budgets", "decode_eviction"):
+        with pytest.raises(ValueError, match="with quantize outside"):
+            registry.parse(f"{name}+quantize+snapkv:budget=64")
+    with pytest.raises(ValueError, match="is quantised already: use quantize once"):
+        quantize(quantize(full()))
     with pytest.raises(ValueError, match=r"cascade.* keeps no keys"):
         quantize(registry.parse("cascade", **subject.SMALL)).init(spec)
 
