@@ -91,7 +91,7 @@ def claims() -> str:
 RESULTS = ROOT / "benchmarks" / "results"
 COMPARISONS = {
     "embedded": "2026-11-29-compare-embedded.json",
-    "smollm2": "2026-11-29-compare-smollm2-2k.json",
+    "smollm2": "2026-11-30-compare-smollm2-2k.json",
     "smollm2-4k": "2026-11-30-compare-smollm2-4k.json",
 }
 FIGURE = ROOT / "docs" / "images" / "compare-smollm2.png"
