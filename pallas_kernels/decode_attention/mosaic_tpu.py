@@ -327,7 +327,10 @@ def _kernel(
             b = 0 if positions.shape[0] == 1 else row
             own = 0 if positions.shape[1] == 1 else h
             pairs.append((positions.at[b, own, i], buffer.at[slot]))
-        return [pltpu.make_async_copy(*pair, arrived.at[slot]) for pair in pairs]
+        return [
+            pltpu.make_async_copy(source, target, arrived.at[slot])
+            for source, target in pairs
+        ]
 
     def each_copy(h, i, slot, act):
         """Calls `act` with the copies of a block, the last one cut at the last slot."""

@@ -194,17 +194,17 @@ class Codes:
         if self.part.bits == 8:
             return products[0]
         rounded = self._by_group(met.astype(jnp.float32))
-        lane = lax.broadcasted_iota(jnp.int32, products[0].shape, 1)
-        total = None
+        sums = []
         for g in range(self.groups):
             # Weights were rounded before they met codes, and the middle's share is
             # taken off as they were then: their error is that of a code's distance from
             # the middle, as it would be of a decoded number.
             offset = self._offset(scales, g) / MIDDLE - self._scale(scales, g)
             off = (rounded[g] + weights * offset).sum(1, keepdims=True)
-            own = products[g] - MIDDLE * off
-            is_before = lane < self.first + g * self.part.group
-            total = own if total is None else jnp.where(is_before, total, own)
+            sums.append(products[g] - MIDDLE * off)
+        total, lane = sums[0], lax.broadcasted_iota(jnp.int32, sums[0].shape, 1)
+        for g, own in enumerate(sums[1:], 1):
+            total = jnp.where(lane < g * self.part.group, total, own)
         return total
 
     def clear(self, refs: Sequence[Any], valid: jax.Array) -> None:

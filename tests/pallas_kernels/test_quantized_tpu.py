@@ -23,7 +23,7 @@ from pallas_kernels.shared.quantized import Format, Layout, Quantized
 
 # Relative error of a row, at most three times the largest seen. Codes are exact, and
 # weights alone are rounded to bfloat16, once they are multiplied by scales.
-TOLERANCE = {"float32": 3e-6, "bfloat16": 5e-3}
+TOLERANCE = {"float32": 3e-6, "bfloat16": 4e-3}
 NAN = 0x7FC0  # of bfloat16
 RACES = pltpu.InterpretParams(
     dma_execution_mode="on_wait", detect_races=True, uninitialized_memory="nan"
@@ -89,6 +89,7 @@ def assert_close(actual, expected, dtype):
     assert error.max() < TOLERANCE[dtype], error.max()
     tolerance = 1e-5 if dtype == "float32" else TOLERANCE[dtype]
     np.testing.assert_allclose(lse, expected[1], rtol=1e-6, atol=tolerance)
+    return error
 
 
 # --- listed pages
@@ -141,7 +142,6 @@ def check_pages(
     )
     expected = turned_back(expected[0], values), expected[1]
     assert_close(found, expected, dtype)
-    return found
 
 
 @pytest.mark.parametrize(
@@ -178,19 +178,6 @@ def test_copies_of_pages_do_not_race():
     keys, values = fmt(4), fmt(4)
     problem = pages_problem(keys, values, positions=[800, 160])
     check_pages(keys, values, problem, "bfloat16", interpret=RACES)
-
-
-def test_a_weight_s_rounding_costs_what_it_costs_of_floats():
-    """Of 4 bits too, whose numbers are small differences of large ones.
-
-    Values far from 0: with weights that met whole codes rounded, and offsets with
-    weights as they were, the error would be that of the offset, four times as large.
-    """
-    keys, values = fmt(4), fmt(4, turned=False)
-    q, both, ids, positions = pages_problem(keys, values, positions=[1023, 1023])
-    both = both.at[..., 128:].multiply(jnp.where(jnp.arange(128) % 32 < 16, 1, -1))
-    problem = q * 0, both, ids, positions
-    check_pages(keys, values, problem, "bfloat16")
 
 
 # --- a contiguous cache
@@ -245,10 +232,12 @@ def check_slots(
         0.1,
         **options,
     )
-    assert_close((out, lse), (turned_back(expected, values), expected_lse), dtype)
+    expected = turned_back(expected, values), expected_lse
+    error = assert_close((out, lse), expected, dtype)
     assert len(logits) == with_logits
     for found in logits:
         np.testing.assert_allclose(found, expected_logits, atol=1e-5)
+    return error
 
 
 @pytest.mark.parametrize(
@@ -275,6 +264,17 @@ def test_slots_that_hold_positions_of_their_own():
     held = np.stack([np.random.default_rng(i).permutation(384) - 8 for i in range(4)])
     held = np.maximum(held.reshape(2, 2, 384), -1)
     check_slots(fmt(4), fmt(4), positions=[[200], [310]], held=held, window=250)
+
+
+def test_rounded_weights_err_as_with_floats():
+    """Of 4 bits too, whose numbers are small differences of large ones.
+
+    Offsets that were taken off by weights as they were before they were rounded to meet
+    codes would err by 1e-3 in the mean.
+    """
+    values = fmt(4, turned=False)
+    error = check_slots(fmt(8), values, positions=[[383], [250]], dtype="bfloat16")
+    assert error.mean() < 7e-4
 
 
 def test_copies_of_slots_do_not_race():
