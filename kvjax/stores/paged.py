@@ -1,6 +1,5 @@
 """A cache in pages, keys and values fused, with the extremes of each page's keys."""
 
-import functools
 import types
 from typing import NamedTuple
 
@@ -102,18 +101,19 @@ def _write(
     page = jnp.where(valid, positions // page_size, num_pages)
 
     # In place where a scatter is; flat pages would be copied on TPU.
-    def by_page(pages: Array, rows: Array, in_tiles: bool = False) -> Array:
+    def by_page(pages: Array, rows: Array) -> Array:
         def one_row(pages: Array, rows: Array, page: Array, slot: Array) -> Array:
             return pages.at[:, page, slot].set(rows, mode="drop")
 
         slot = positions % page_size
-        if in_tiles and rows.shape[2] <= buffers.MOST_SCATTERS:
-            return buffers.write_in_tiles(pages, rows, page, slot)
         for part in buffers.split_to_scatter(rows.shape[2]):
             pages = jax.vmap(one_row)(
                 pages, rows[:, :, part], page[:, part], slot[:, part]
             )
         return pages
+
+    def by_tile(pages: Array, rows: Array) -> Array:
+        return buffers.write_in_tiles(pages, rows, page, positions % page_size)
 
     def by_token(pages: Array, rows: Array) -> Array:
         flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
@@ -121,10 +121,11 @@ def _write(
         return written.reshape(pages.shape)
 
     def write(pages: Array, rows: Array) -> Array:
-        wide = buffers.fills_tiles(pages)
-        on_tpu = functools.partial(by_page, in_tiles=wide)
+        on_tpu = {}
+        if buffers.fills_tiles(pages) and rows.shape[2] <= buffers.MOST_SCATTERS:
+            on_tpu = {"tpu": by_tile}
         return lax.platform_dependent(
-            pages, rows, cpu=by_token, tpu=on_tpu, default=by_page
+            pages, rows, cpu=by_token, default=by_page, **on_tpu
         )
 
     pages = jax.tree.map(write, store.pages, rows)

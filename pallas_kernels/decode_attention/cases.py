@@ -74,6 +74,26 @@ CASES = {
     "decode_attention-T4-ring-below-a-block": _case(
         24, batch=2, heads=(8, 8), rows=4, held=(1, 8), static={"window": 9}
     ),
+    "decode_attention-K8V4-T4-ring-logits-D64": _case(
+        256,
+        batch=2,
+        heads=(8, 8),
+        rows=4,
+        head_dim=64,
+        held=(1, 8),
+        bits=(8, 4),
+        static={"window": 9, "with_logits": True},
+    ),
+    "decode_attention-int4-T4-and-a-rest-D256-f32": _case(
+        1152,
+        batch=2,
+        heads=(32, 1),
+        rows=4,
+        head_dim=256,
+        dtype=jnp.float32,
+        bits=(4, 4),
+        static={"window": 9},
+    ),
     "decode_attention-T4-rows-and-a-rest-D256-f32": _case(
         1032,
         batch=2,

@@ -96,8 +96,7 @@ CASES = {
     "page_attention-int8-P64-128K": _case(SHORT, 64, bits=(8, 8)),
     "page_attention-int4-P64-128K": _case(SHORT, 64, bits=(4, 4)),
     "page_attention-int8-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(8, 8)),
-    "page_attention-K8V4-P64-128K": _case(SHORT, 64, bits=(8, 4)),
-    "page_attention-K8V4-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(8, 4)),
+    "page_attention-K8V4-P128-128K": _case(SHORT, 128, bits=(8, 4)),
     "page_attention-int4-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(4, 4)),
     # At the edges of what kernels say they support.
     "page_attention-P8-T4-D256-f32": _case(
@@ -109,6 +108,29 @@ CASES = {
         rows=4,
         head_dim=256,
         dtype=jnp.float32,
+    ),
+    "page_attention-K8V4-P32-T4-D256-f32": _case(
+        99 * 32,
+        32,
+        tokens=224,
+        batch=2,
+        heads=(5, 1),
+        rows=4,
+        head_dim=256,
+        dtype=jnp.float32,
+        bits=(8, 4),
+    ),
+    "page_attention-int8-P96-T2-mask-D64-list-a-query-head": _case(
+        9 * 96,
+        96,
+        tokens=288,
+        batch=2,
+        heads=(8, 2),
+        lists=8,
+        rows=2,
+        head_dim=64,
+        masked=True,
+        bits=(8, 8),
     ),
     "page_attention-P24-D64-list-a-query-head": _case(
         9 * 24, 24, tokens=72, batch=2, heads=(8, 2), lists=8, rows=4, head_dim=64

@@ -61,14 +61,16 @@ def unsupported(
 
 
 def _unsupported_codes(pages):
-    # XLA lays rows that do not fill lanes, and scales of short pages, out with pages
-    # last; it would copy those of the whole cache.
     page_size, width = pages.codes.shape[3:]
-    if page_size % LANES:
-        return f"P={page_size} of quantised pages must be a multiple of {LANES}"
-    if width % LANES:
-        return f"{width} bytes of codes a row must be a multiple of {LANES}"
-    return tpu_operands.unsupported_scales(pages)
+    if page_size % 32:  # bytes in a tile
+        return f"P={page_size} of quantised pages must be a multiple of 32"
+    if width % LANES and (page_size % LANES or width % 32):
+        # XLA lays them out with pages last, and would copy all of them.
+        return (
+            f"{width} bytes of codes a row must be a multiple of {LANES}, or of 32 in "
+            f"pages of a multiple of {LANES}, not P={page_size}"
+        )
+    return None
 
 
 def page_attention(
@@ -98,7 +100,7 @@ def page_attention(
     is_quantized = isinstance(pages, Quantized)
     streams = [tpu_lists.flat_pages(x) for x in keys.arrays(pages)]
     blocks = [
-        (x.shape[1], sizes.block) if is_last else (sizes.block, x.shape[2])
+        _block_shape(x, is_last, sizes)
         for x, is_last in zip(streams, keys.tokens_last, strict=True)
     ]
     beside = ()
@@ -146,6 +148,15 @@ def page_attention(
     out = turned(value_rows, out)
     # What is turned does not start from what is not.
     return *joined(out, lse, initial if is_quantized else None), *sums
+
+
+def _block_shape(stream, tokens_last, sizes):
+    _, *page = stream.shape
+    if not tokens_last:
+        return sizes.block, page[1]
+    if page[1] % LANES:
+        return sizes.copies, *page
+    return page[0], sizes.block
 
 
 def _start(initial, sizes):
@@ -207,7 +218,16 @@ def _kernel(
     taken_refs = next_refs(2 * has_surrogate)
     *buffers, arrived = given
     number, num_buffers = q_ref.shape[0], arrived.shape[0]
-    lists = Lists.of(ids, counts, streams[0], q_ref, buffers[0], copies, num_kv_heads)
+    lists = Lists.of(
+        ids,
+        counts,
+        streams[0],
+        q_ref,
+        buffers[0],
+        copies,
+        num_kv_heads,
+        tokens_last=keys.tokens_last[0],
+    )
 
     def copy(n, index, j, slot):
         """The copies of what a page is, as one."""

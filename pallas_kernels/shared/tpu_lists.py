@@ -204,9 +204,9 @@ def run(
     def row_of_batch(*shape, **space):
         return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
 
-    _, page_size, width = streams[0].shape
-    read = math.prod(ids.shape[::2]) * page_size
-    token_bytes = width * streams[0].dtype.itemsize
+    pages = math.prod(ids.shape[::2])
+    page_bytes = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in streams)
+    tokens = pages * sizes.block // sizes.copies
     return pl.pallas_call(
         functools.partial(
             kernel, copies=sizes.copies, num_kv_heads=num_kv_heads, sm_scale=sm_scale
@@ -231,9 +231,9 @@ def run(
             disable_bounds_checks=True,  # ids are in range: see `schedule`
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * read * sizes.rows * width,
-            bytes_accessed=read * token_bytes,
-            transcendentals=read * sizes.rows,
+            flops=4 * tokens * sizes.rows * sizes.lanes,
+            bytes_accessed=pages * page_bytes,
+            transcendentals=tokens * sizes.rows,
         ),
         interpret=interpret,
         name=name,
@@ -290,7 +290,8 @@ class Lists:
 
     ids: Any
     counts: Any
-    pages: Any  # (B * Hkv * NP, P, 2 D), HBM
+    pages: Any  # (B * Hkv * NP, P, 2 D), HBM, or of codes, or those tokens last
+    page_size: int
     number: int  # of lists
     copies: int  # pages of a block
     num_buffers: int  # blocks in the ring
@@ -299,13 +300,24 @@ class Lists:
     num_pages: int  # of a KV head
 
     @classmethod
-    def of(cls, ids, counts, pages, q_ref, buffers, copies, num_kv_heads) -> "Lists":
+    def of(
+        cls,
+        ids,
+        counts,
+        pages,
+        q_ref,
+        buffers,
+        copies,
+        num_kv_heads,
+        tokens_last=False,
+    ) -> "Lists":
         """The lists of the batch row of this program, each a line of `q_ref`."""
         row_pages = pages.shape[0] // pl.num_programs(0)
         return cls(
             ids,
             counts,
             pages,
+            page_size=pages.shape[2 if tokens_last else 1],
             number=q_ref.shape[0],
             copies=copies,
             num_buffers=buffers.shape[0],
@@ -313,11 +325,6 @@ class Lists:
             first=pl.program_id(0) * row_pages,
             num_pages=row_pages // num_kv_heads,
         )
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.pages.shape[1]
 
     @property
     def listed(self) -> int:
@@ -348,7 +355,12 @@ class Lists:
         return self.pages.at[self.place(n, index)]
 
     def target(self, buffers, slot, j, tokens_last=False):
-        """The memory of page j of a block in a buffer of the ring."""
+        """The memory of page j of a block in a buffer of the ring.
+
+        Pages with tokens last that do not fill lanes lie one behind the other.
+        """
+        if len(buffers.shape) == 4:
+            return buffers.at[slot, j]
         tokens = pl.ds(j * self.page_size, self.page_size)
         return buffers.at[slot, :, tokens] if tokens_last else buffers.at[slot, tokens]
 

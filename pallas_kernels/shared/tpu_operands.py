@@ -51,11 +51,11 @@ class Floats:
         return self.lanes[1] - self.lanes[0]
 
     def rows(self, rows: int) -> int:
-        """How many rows of queries there are for so many."""
+        """Returns the number of rows of queries for so many."""
         return rows
 
     def arrays(self, rows: jax.Array) -> tuple[jax.Array, ...]:
-        """What lies in HBM, `(..., S, D)`."""
+        """Returns the arrays that lie in HBM, `(..., S, D)`."""
         return (rows,)
 
     def queries(self, q: jax.Array) -> tuple[jax.Array, ...]:
@@ -68,7 +68,7 @@ class Floats:
         return sums[..., self.first : self.first + self.size]
 
     def numbers(self, block: Block) -> jax.Array:
-        """What is multiplied, `(block, width)`."""
+        """Returns the numbers that are multiplied, `(block, width)`."""
         return block[0][:, self.lanes[0] : self.lanes[1]]
 
     def logits(self, queries: Block, block: Block) -> jax.Array:
@@ -127,13 +127,14 @@ class Codes:
         return self.part.size // self.part.group
 
     def rows(self, rows: int) -> int:
-        """How many rows of queries there are for so many: whole tiles."""
+        """Returns the number of rows of queries for so many: whole tiles."""
         return -(-rows // SUBLANES) * SUBLANES
 
     def arrays(self, rows: Quantized) -> tuple[jax.Array, ...]:
-        """What lies in HBM: codes `(..., S, W)` or `(..., W, S)`, scales `(..., C, S)`.
+        """Returns the arrays in HBM: codes, scales `(..., C, S)`.
 
-        Axes are swapped where XLA has them so already: no copy.
+        Axes are swapped where XLA has them so already: no copy. Codes are
+        `(..., S, W)`, or `(..., W, S)`.
         """
         return tuple(
             jnp.swapaxes(x, -1, -2) if is_last else x
@@ -298,7 +299,12 @@ def _row(scales, index):
 
 
 def _scales(bits):
-    """Scales `(C, block)` in float32 of the bits that are stored of them."""
+    """Scales `(C, block)` in float32 of the bits that are stored of them.
+
+    They may lie page by page, `(pages, C, P)`.
+    """
+    if bits.ndim == 3:
+        return jnp.concatenate([_scales(bits[j]) for j in range(len(bits))], axis=1)
     return lax.bitcast_convert_type(bits.astype(jnp.int32) << 16, jnp.float32)
 
 

@@ -83,6 +83,15 @@ _CASES = (
         {"temp_limit": 64 << 20},
     ),
     # Codes, twice as many tokens a block: within the time that floats of as many take.
+    ("page_attention-int8-P64-128K", "page_attention", 2, 2 * BLOCK, {"bars": BOTH}),
+    (
+        "page_attention-int4-P64-128K",
+        "page_attention",
+        2,
+        2 * BLOCK,
+        {"bars": ("v5e",)},
+    ),
+    ("page_attention-K8V4-P128-128K", "page_attention", 2, 2 * BLOCK, {"bars": BOTH}),
     ("page_attention-int8-P128-1M", "page_attention", 2, 2 * BLOCK, {"bars": BOTH}),
     ("page_attention-int4-P128-1M", "page_attention", 2, 2 * BLOCK, {"bars": BOTH}),
     ("decode_attention-int8-1M", "decode_attention", 2, 2 * BLOCK, {"bars": BOTH}),
@@ -121,8 +130,12 @@ EDGES = {
         "page_attention-P24-D64-list-a-query-head",
         "page_entmax-tau-P24-T4-D64",
         "page_attention-surrogate-of-five-P8-T2-D64",
+        "page_attention-K8V4-P32-T4-D256-f32",
+        "page_attention-int8-P96-T2-mask-D64-list-a-query-head",
         "decode_attention-T4-ring-below-a-block",
         "decode_attention-T4-rows-and-a-rest-D256-f32",
+        "decode_attention-K8V4-T4-ring-logits-D64",
+        "decode_attention-int4-T4-and-a-rest-D256-f32",
         "page_bounds-of-five",
     )
 }

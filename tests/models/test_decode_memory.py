@@ -50,7 +50,8 @@ def optimised():
 
 
 def compile_step(name, dtype, sharding=None, batch=1):
-    alpha = 1.0 if name.split("+")[-1] in registry.names(1.0) else 1.5
+    innermost = name.split("+")[-1].split(":")[0]
+    alpha = 1.0 if innermost in registry.names(1.0) else 1.5
     # A copy shows in one layer as it does in many; a layer unlike the rest is one more.
     layers = 1 + name.startswith("dense_layers")
     config = dataclasses.replace(

@@ -32,8 +32,12 @@ RACES = pltpu.InterpretParams(
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Blocks of two pages of 128 tokens, or of 128 slots."""
-    monkeypatch.setattr(page_tuning, "lookup", lambda *_: page_tuning.Config(256, 3))
+    """Blocks of two pages, or of 128 slots."""
+
+    def lookup(device_kind, dtype, head_dim, page_size):
+        return page_tuning.Config(2 * page_size, 3)
+
+    monkeypatch.setattr(page_tuning, "lookup", lookup)
     config = decode_tuning.Config(128, 3)
     monkeypatch.setattr(decode_tuning, "lookup", lambda *_: config)
 
@@ -95,10 +99,15 @@ def assert_close(actual, expected, dtype):
 # --- listed pages
 
 
-def pages_problem(keys, values, *, ids=IDS, positions, rows=1, heads=(4, 2), seed=0):
+def pages_problem(
+    keys, *, ids=IDS, positions=None, rows=1, heads=(4, 2), page_size=32, seed=0
+):
+    """Pages of which the first row sees six, and a seventh in part; the second one."""
+    if positions is None:
+        positions = [6 * page_size + 9, page_size + 9]
     size, ids = keys.size, np.asarray(ids, np.int32)
     positions = np.asarray(positions, np.int32).reshape(len(ids), rows)
-    shape = len(ids), heads[1], 9, 128
+    shape = len(ids), heads[1], 9, page_size
     both = jnp.concatenate([draw((*shape, size), seed + i) for i in range(2)], -1)
     q = draw((len(ids), heads[0], rows, size), 2) / 2
     return q, both, jnp.asarray(ids), jnp.asarray(positions)
@@ -145,18 +154,18 @@ def check_pages(
 
 
 @pytest.mark.parametrize(
-    ("keys", "values", "dtype"),
+    ("keys", "values", "page_size", "dtype"),
     [
-        (fmt(8), fmt(8, turned=False), "float32"),
-        (fmt(4, group=64), fmt(4, group=64, turned=False), "float32"),
-        (fmt(8, 64), fmt(8, 64), "bfloat16"),
-        (fmt(4), fmt(4), "bfloat16"),
+        (fmt(8), fmt(8, turned=False), 32, "float32"),
+        (fmt(4, group=64), fmt(4, turned=False), 128, "float32"),
+        (fmt(8, 64), fmt(8, 64), 96, "bfloat16"),
+        (fmt(8), fmt(4), 128, "bfloat16"),
     ],
-    ids=["int8", "int4", "D64", "bfloat16"],
+    ids=["int8", "int4", "D64", "K8V4"],
 )
-def test_pages_of_every_format(keys, values, dtype):
+def test_pages_of_every_format(keys, values, page_size, dtype):
     """Pages past a row's position are listed and not read; one list is empty."""
-    problem = pages_problem(keys, values, positions=[800, 160])
+    problem = pages_problem(keys, page_size=page_size)
     check_pages(keys, values, problem, dtype)
 
 
@@ -167,16 +176,16 @@ def test_masks_rows_and_other_tokens():
     """
     keys, values = fmt(4), fmt(4)
     ids = [[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]]
-    problem = pages_problem(keys, values, ids=ids, positions=[[-1, 160, 400]], rows=3)
+    problem = pages_problem(keys, ids=ids, positions=[[-1, 40, 100]], rows=3)
     mask = np.random.default_rng(5).random((1, 4, 4, 3)) < 0.8
     initial, _ = oracles.beside(problem)
-    check_pages(keys, values, problem, mask=mask, initial=initial, first_position=90)
+    check_pages(keys, values, problem, mask=mask, initial=initial, first_position=21)
 
 
 def test_copies_of_pages_do_not_race():
     """Copies as late as they may be, into memory that holds NaN; races are an error."""
     keys, values = fmt(4), fmt(4)
-    problem = pages_problem(keys, values, positions=[800, 160])
+    problem = pages_problem(keys)
     check_pages(keys, values, problem, "bfloat16", interpret=RACES)
 
 
@@ -297,8 +306,9 @@ def abstract(shape, parts, dtype="float32"):
         (fmt(8), 200, 1, "200 slots of quantised rows must be a multiple of 128"),
         (fmt(8), 256, 65, "130 query rows a quantised KV head must be at most 128"),
         (fmt(8, 80), 256, 1, "80 bytes of codes a row must be a multiple of 32"),
+        (fmt(4, 192), 256, 1, "12 scales a row must be 1, 2, 4 or a multiple of 8"),
     ],
-    ids=["slots", "rows", "width"],
+    ids=["slots", "rows", "width", "scales"],
 )
 def test_what_the_kernel_of_slots_cannot(keys, slots, rows, reason):
     k = abstract((1, 2, slots), (keys,))
@@ -313,12 +323,11 @@ def test_what_the_kernel_of_slots_cannot(keys, slots, rows, reason):
 @pytest.mark.parametrize(
     ("parts", "page_size", "has_surrogate", "reason"),
     [
-        ((fmt(8), fmt(8)), 64, False, "P=64 .* must be a multiple of 128"),
-        ((fmt(4, 64), fmt(4, 64)), 128, False, "64 bytes of codes"),
-        ((fmt(8, 256), fmt(4, 256)), 128, False, "17 scales a row must be 1, 2, 4"),
+        ((fmt(8), fmt(8)), 16, False, "P=16 .* must be a multiple of 32"),
+        ((fmt(8), fmt(4)), 64, False, "192 bytes of codes a row .* not P=64"),
         ((fmt(8), fmt(8)), 128, True, "surrogate needs the numbers of keys"),
     ],
-    ids=["pages", "width", "scales", "surrogate"],
+    ids=["pages", "width", "surrogate"],
 )
 def test_what_the_kernel_of_pages_cannot(parts, page_size, has_surrogate, reason):
     size = parts[0].size
