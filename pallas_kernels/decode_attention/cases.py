@@ -87,7 +87,7 @@ CASES = {
     "decode_attention-int4-T4-and-a-rest-D256-f32": _case(
         1152,
         batch=2,
-        heads=(32, 1),
+        heads=(8, 1),
         rows=4,
         head_dim=256,
         dtype=jnp.float32,

@@ -133,7 +133,7 @@ def page_attention(
                 pltpu.VMEM((sizes.num_buffers, *block), x.dtype)
                 for block, x in zip(blocks, streams, strict=True)
             ),
-            pltpu.SemaphoreType.DMA((sizes.num_buffers,)),
+            pltpu.SemaphoreType.DMA((len(streams), sizes.num_buffers)),
         ],
         num_kv_heads=pages.shape[1],
         sm_scale=sm_scale,
@@ -195,7 +195,8 @@ def _kernel(
     # out
     #   out_ref (L, R, lanes) f32, lse_ref (L, R, 1) f32; of a surrogate, as many more
     # scratch
-    #   buffers (N, block, 2 D), of scales (N, C, block); arrived (N,) DMA semaphores
+    #   buffers (N, block, 2 D), of scales (N, C, block) or (N, copies, C, P); arrived,
+    #   DMA semaphores (streams, N)
     keys,
     values,
     copies,
@@ -217,7 +218,7 @@ def _kernel(
     out_ref, lse_ref = next_refs(2)
     taken_refs = next_refs(2 * has_surrogate)
     *buffers, arrived = given
-    number, num_buffers = q_ref.shape[0], arrived.shape[0]
+    number, num_buffers = q_ref.shape[0], arrived.shape[1]
     lists = Lists.of(
         ids,
         counts,
@@ -235,10 +236,10 @@ def _kernel(
             pltpu.make_async_copy(
                 stream.at[lists.place(n, index)],
                 lists.target(buffer, slot, j, is_last),
-                arrived.at[slot],
+                arrived.at[i, slot],
             )
-            for stream, buffer, is_last in zip(
-                streams, buffers, keys.tokens_last, strict=True
+            for i, (stream, buffer, is_last) in enumerate(
+                zip(streams, buffers, keys.tokens_last, strict=True)
             )
         )
 
@@ -285,8 +286,9 @@ def _kernel(
             cursor, slot, state = carry
             cursor = lists.fetch(cursor, copy)
             # One wait for the bytes of all its copies.
-            for x in buffers:
-                pltpu.make_async_copy(x.at[slot], x.at[slot], arrived.at[slot]).wait()
+            for i, x in enumerate(buffers):
+                block = x.at[slot]
+                pltpu.make_async_copy(block, block, arrived.at[i, slot]).wait()
             return cursor, lists.after(slot), take(n, queries, slot, state)
 
         def cut_block(i, carry):
