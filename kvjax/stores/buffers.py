@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from kvjax.interface import CacheSpec
 from pallas_kernels.shared.quantized import (
@@ -35,6 +35,7 @@ KEYS_AND_VALUES: Mapping[str, Holds] = types.MappingProxyType(
 HUGE = float(0x7149)  # the bits of 1e30 in bfloat16
 
 MOST_SCATTERS = 16  # of one token each; a longer chunk is one scatter
+TILE = 32  # rows of bytes that a TPU has together
 
 Update = Literal["set", "min", "max"]
 
@@ -235,6 +236,45 @@ def _write_slices(
         return lax.cond(is_due, write_slice, lambda buffer: buffer, buffer)
 
     return lax.fori_loop(zero, jnp.int32(batch), one_row, buffer)
+
+
+def fills_tiles(pages: Array) -> bool:
+    """Says whether a page is whole tiles, of bytes that are several tiles wide.
+
+    A TPU has bytes in tiles of 32 rows and 128 lanes. XLA writes a row of several tiles
+    into a copy of all pages, which it lays out in smaller ones for that.
+    """
+    page_size, width = pages.shape[3:]
+    return pages.dtype == jnp.uint8 and not page_size % TILE and width > 128
+
+
+def write_in_tiles(
+    pages: UInt8[Array, "B H NP P W"],
+    rows: UInt8[Array, "B H T W"],
+    page: Int[Array, "B T"],
+    slot: Int[Array, "B T"],
+) -> UInt8[Array, "B H NP P W"]:
+    """Writes rows at `slot` of a `page`, token by token; none where there is no page.
+
+    The tile around a row is read, and written as a whole: in place.
+    """
+    batch, heads, num_pages, page_size, width = pages.shape
+    row = jnp.arange(TILE, dtype=jnp.int32)[:, None]
+    zero = jnp.int32(0)
+
+    def write(i: Int[Array, ""], tiles: Array) -> Array:
+        # Outside of jit the loop counts in 64 bits.
+        b, t = (jnp.asarray(x, jnp.int32) for x in jnp.divmod(i, rows.shape[2]))
+        where = b, zero, page[b, t], slot[b, t] // TILE, zero, zero
+        old = lax.dynamic_slice(tiles, where, (1, heads, 1, 1, TILE, width))
+        new = lax.dynamic_slice(rows, (b, zero, t, zero), (1, heads, 1, width))
+        is_new = (row == slot[b, t] % TILE) & (page[b, t] < num_pages)
+        blended = jnp.where(is_new, new[:, :, None, None], old)
+        return lax.dynamic_update_slice(tiles, blended, where)
+
+    tiles = pages.reshape(*pages.shape[:3], page_size // TILE, TILE, width)
+    number = jnp.int32(batch * rows.shape[2])
+    return lax.fori_loop(zero, number, write, tiles).reshape(pages.shape)
 
 
 def gather(buffer: Rows, slots: Int[Array, "B H N"]) -> Array:

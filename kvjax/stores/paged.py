@@ -112,13 +112,21 @@ def _write(
             )
         return pages
 
+    def by_tile(pages: Array, rows: Array) -> Array:
+        return buffers.write_in_tiles(pages, rows, page, positions % page_size)
+
     def by_token(pages: Array, rows: Array) -> Array:
         flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
         written = buffers.write_run(flat, rows, store.length, count)
         return written.reshape(pages.shape)
 
     def write(pages: Array, rows: Array) -> Array:
-        return lax.platform_dependent(pages, rows, cpu=by_token, default=by_page)
+        on_tpu = {}
+        if buffers.fills_tiles(pages) and rows.shape[2] <= buffers.MOST_SCATTERS:
+            on_tpu = {"tpu": by_tile}
+        return lax.platform_dependent(
+            pages, rows, cpu=by_token, default=by_page, **on_tpu
+        )
 
     pages = jax.tree.map(write, store.pages, rows)
     # The extremes of keys are those of what is read again.

@@ -19,4 +19,5 @@ TABLE: dict[tuple[str, str, int], Config] = {}
 
 def lookup(device_kind: str, dtype: str, head_dim: int) -> Config:
     """Tiles for a problem on a device, or the defaults."""
-    return TABLE.get((device_kind, dtype, head_dim), Config())
+    default = Config(block_tokens=1024) if dtype == "uint8" else Config()
+    return TABLE.get((device_kind, dtype, head_dim), default)

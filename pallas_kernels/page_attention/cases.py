@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -15,6 +15,8 @@ from pallas_kernels.shared.cases import (
     SHORT,
     Case,
     array,
+    bytes_of,
+    stored,
 )
 
 
@@ -30,14 +32,18 @@ def arguments(
     head_dim: int = HEAD_DIM,
     dtype: Any = jnp.bfloat16,
     masked: bool = False,
+    bits: tuple[Literal[8, 4], Literal[8, 4]] | None = None,
 ) -> tuple[Any, ...]:
-    """Shapes up to the mask: lists of `tokens` of a cache of `context`."""
+    """Shapes up to the mask: lists of `tokens` of a cache of `context`.
+
+    Keys and values are of `bits`, if given.
+    """
     num_lists, listed = lists or heads[1], tokens // page_size
     pages = batch, heads[1], context // page_size, page_size, 2 * head_dim
     mask = array(batch, num_lists, listed, rows, dtype=jnp.bool_)
     return (
         array(batch, heads[0], rows, head_dim, dtype=dtype),
-        array(*pages, dtype=dtype),
+        stored(*pages, bits=bits, dtype=dtype) if bits else array(*pages, dtype=dtype),
         array(batch, num_lists, listed, dtype=jnp.int32),
         array(batch, rows, dtype=jnp.int32),
         mask if masked else None,
@@ -58,7 +64,7 @@ def beside(q: Any, pages: Any, features: int) -> tuple[Any, Surrogate]:
 
 def num_bytes(pages: Any, page_ids: Any) -> int:
     """Bytes of the listed pages: what must be read, once."""
-    per_page = math.prod(pages.shape[3:]) * pages.dtype.itemsize
+    per_page = bytes_of(pages) // math.prod(pages.shape[:3])
     return math.prod(page_ids.shape) * per_page
 
 
@@ -87,6 +93,11 @@ CASES = {
     "page_attention-P16-T8-mask-128K": _case(SHORT, 16, rows=8, masked=True),
     "page_attention-P128-T16-mask-128K": _case(SHORT, 128, rows=16, masked=True),
     "page_attention-surrogate-P64-128K": _completed(SHORT, 64, 16),
+    "page_attention-int8-P64-128K": _case(SHORT, 64, bits=(8, 8)),
+    "page_attention-int4-P64-128K": _case(SHORT, 64, bits=(4, 4)),
+    "page_attention-int8-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(8, 8)),
+    "page_attention-K8V4-P128-128K": _case(SHORT, 128, bits=(8, 4)),
+    "page_attention-int4-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(4, 4)),
     # At the edges of what kernels say they support.
     "page_attention-P8-T4-D256-f32": _case(
         99 * 8,
@@ -97,6 +108,29 @@ CASES = {
         rows=4,
         head_dim=256,
         dtype=jnp.float32,
+    ),
+    "page_attention-K8V4-P32-T4-D256-f32": _case(
+        99 * 32,
+        32,
+        tokens=224,
+        batch=2,
+        heads=(5, 1),
+        rows=4,
+        head_dim=256,
+        dtype=jnp.float32,
+        bits=(8, 4),
+    ),
+    "page_attention-int8-P96-T2-mask-D64-list-a-query-head": _case(
+        9 * 96,
+        96,
+        tokens=288,
+        batch=2,
+        heads=(8, 2),
+        lists=8,
+        rows=2,
+        head_dim=64,
+        masked=True,
+        bits=(8, 8),
     ),
     "page_attention-P24-D64-list-a-query-head": _case(
         9 * 24, 24, tokens=72, batch=2, heads=(8, 2), lists=8, rows=4, head_dim=64

@@ -4,9 +4,11 @@ One program per batch row goes through its lists of pages, a block of pages at a
 online softmax, keys and values in one copy a page, several blocks on their way while
 one is used, also across lists.
 Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache.
+Of quantised pages codes and scales are copied, a copy each.
 """
 
 import functools
+import itertools
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,17 +17,19 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.page_attention import tuning
-from pallas_kernels.shared import tpu_lists
+from pallas_kernels.shared import quantized, tpu_lists, tpu_operands
+from pallas_kernels.shared.quantized import Quantized, turned
+from pallas_kernels.shared.split_k import joined
 from pallas_kernels.shared.tpu_blocks import (
     LANES,
-    add_block,
-    clear,
+    add_weighted,
     dot,
     empty,
     finish,
-    scaled_logits,
+    scaled,
+    wide_dot,
 )
-from pallas_kernels.shared.tpu_lists import Lists
+from pallas_kernels.shared.tpu_lists import Lists, Together
 
 MAX_FEATURES = 128  # of a surrogate
 
@@ -44,12 +48,29 @@ def unsupported(
 ) -> str | None:
     """Says why the kernel cannot, from shapes and dtypes; None if it can."""
     del query_positions, initial, sm_scale, first_position
-    reason = tpu_lists.unsupported(q, pages, page_ids, mask)
+    reason = tpu_lists.unsupported_sizes(q, pages, page_ids, mask)
+    if reason is None and isinstance(pages, Quantized):
+        if surrogate is not None:
+            return "a surrogate needs the numbers of keys, and pages are quantised"
+        reason = _unsupported_codes(pages)
     if reason is None and surrogate is not None:
         features = surrogate.shift.shape[2]
         if features > MAX_FEATURES:
             return f"{features} features must be at most {MAX_FEATURES}"
     return reason
+
+
+def _unsupported_codes(pages):
+    page_size, width = pages.codes.shape[3:]
+    if page_size % 32:  # bytes in a tile
+        return f"P={page_size} of quantised pages must be a multiple of 32"
+    if width % LANES and (page_size % LANES or width % 32):
+        # XLA lays them out with pages last, and would copy all of them.
+        return (
+            f"{width} bytes of codes a row must be a multiple of {LANES}, or of 32 in "
+            f"pages of a multiple of {LANES}, not P={page_size}"
+        )
+    return None
 
 
 def page_attention(
@@ -68,35 +89,74 @@ def page_attention(
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
     if config is None:
-        kind, dtype = device_kind(), str(pages.dtype)
+        kind, dtype = device_kind(), tpu_operands.stored_dtype(pages)
         config = tuning.lookup(kind, dtype, q.shape[3], pages.shape[3])
     sizes = tpu_lists.tiles(q, pages, page_ids, *config)
+    keys, values = tpu_operands.fused(pages)
+    key_rows, value_rows = quantized.split(pages)
+    scheduled = tpu_lists.schedule(
+        page_ids, pages, query_positions, mask, sizes.copies, first_position
+    )
+    is_quantized = isinstance(pages, Quantized)
+    streams = [tpu_lists.flat_pages(x) for x in keys.arrays(pages)]
+    blocks = [
+        _block_shape(x, is_last, sizes)
+        for x, is_last in zip(streams, keys.tokens_last, strict=True)
+    ]
     beside = ()
-    if initial is not None:
+    if initial is not None and not is_quantized:
         beside += _start(initial, sizes)
     if surrogate is not None:
         beside += _padded(surrogate, sizes)
-    return tpu_lists.call(
+    rows = keys.rows(sizes.rows)
+    shapes = [(sizes.lists, rows, x) for x in (values.width, 1)]
+    by_list = (*q.shape[:1], sizes.lists, sizes.rows, q.shape[3])
+    outputs = tpu_lists.run(
         functools.partial(
-            _kernel, has_initial=initial is not None, first_position=first_position
+            _kernel,
+            keys=keys,
+            values=values,
+            has_initial=initial is not None and not is_quantized,
+            has_surrogate=surrogate is not None,
+            first_position=first_position,
         ),
-        q,
-        pages,
-        page_ids,
+        scheduled,
+        keys.queries(turned(key_rows, q).reshape(by_list)),
         query_positions,
-        mask,
+        streams,
         *beside,
         name="page_attention",
         sizes=sizes,
-        results=2 if surrogate is None else 4,
+        shapes=shapes if surrogate is None else shapes * 2,
         scratch=[
-            pltpu.VMEM((sizes.num_buffers, sizes.block, pages.shape[4]), pages.dtype),
-            pltpu.SemaphoreType.DMA((sizes.num_buffers,)),
+            *(
+                pltpu.VMEM((sizes.num_buffers, *block), x.dtype)
+                for block, x in zip(blocks, streams, strict=True)
+            ),
+            pltpu.SemaphoreType.DMA((len(streams), sizes.num_buffers)),
         ],
+        num_kv_heads=pages.shape[1],
         sm_scale=sm_scale,
-        first_position=first_position,
         interpret=interpret,
     )
+    out, lse, *sums = (
+        x[..., : sizes.rows, :].reshape(q.shape[:3])
+        if i % 2
+        else values.outputs(x)[..., : sizes.rows, :].reshape(q.shape)
+        for i, x in enumerate(outputs)
+    )
+    out = turned(value_rows, out)
+    # What is turned does not start from what is not.
+    return *joined(out, lse, initial if is_quantized else None), *sums
+
+
+def _block_shape(stream, tokens_last, sizes):
+    _, *page = stream.shape
+    if not tokens_last:
+        return sizes.block, page[1]
+    if page[1] % LANES:
+        return sizes.copies, *page
+    return page[0], sizes.block
 
 
 def _start(initial, sizes):
@@ -126,40 +186,66 @@ def _kernel(
     # in
     ids,  # as `tpu_lists.schedule`, SMEM
     counts,
-    q_ref,  # (L, R, lanes)
-    positions_ref,  # (R, 1) i32
-    bit_ref,  # (R, 1) i32
-    pages,  # (B * Hkv * NP, P, 2 D), HBM
-    *refs,  # if given, where to start: (L, R, lanes) f32, (L, R, 1) f32
+    q_ref,  # (L, R, lanes), of codes (L, N, lanes)
+    *refs,  # of codes, sums of queries: (L, groups, R, 1) f32
+    #   positions_ref, bit_ref (R, 1) i32
+    #   pages (B * Hkv * NP, P, 2 D), HBM; or codes, and scales (B * Hkv * NP, C, P)
+    #   if given, where to start: (L, R, lanes) f32, (L, R, 1) f32
     #   if given, a surrogate: (Hkv, F, lanes), (Hkv, F, 1) and (L, R, F), f32
     # out
     #   out_ref (L, R, lanes) f32, lse_ref (L, R, 1) f32; of a surrogate, as many more
     # scratch
-    #   buffers (N, block, 2 D); arrived (N,) DMA semaphores
+    #   buffers (N, block, 2 D), of scales (N, C, block) or (N, copies, C, P); arrived,
+    #   DMA semaphores (streams, N)
+    keys,
+    values,
     copies,
-    head_dim,
     num_kv_heads,
     sm_scale,
     has_initial,
+    has_surrogate,
     first_position,
 ):
-    *refs, buffers, arrived = refs
-    start_refs, refs = (refs[:2], refs[2:]) if has_initial else ((), refs)
-    weighing, (out_ref, lse_ref, *taken_refs) = [], refs
-    if len(refs) > 2:
-        *weighing, out_ref, lse_ref, taken_ref, mass_ref = refs
-        taken_refs = [taken_ref, mass_ref]
-    number, rows, lanes = q_ref.shape
-    lists = Lists.of(ids, counts, pages, q_ref, buffers, copies, num_kv_heads)
-    num_buffers = lists.num_buffers
+    given, parts = iter(refs), len(keys.tokens_last)
+
+    def next_refs(number):
+        return list(itertools.islice(given, number))
+
+    query_refs = [q_ref, *next_refs(parts - 1)]
+    positions_ref, bit_ref = next_refs(2)
+    streams = next_refs(parts)
+    start_refs, weighing = next_refs(2 * has_initial), next_refs(3 * has_surrogate)
+    out_ref, lse_ref = next_refs(2)
+    taken_refs = next_refs(2 * has_surrogate)
+    *buffers, arrived = given
+    number, num_buffers = q_ref.shape[0], arrived.shape[1]
+    lists = Lists.of(
+        ids,
+        counts,
+        streams[0],
+        q_ref,
+        buffers[0],
+        copies,
+        num_kv_heads,
+        tokens_last=keys.tokens_last[0],
+    )
 
     def copy(n, index, j, slot):
-        into = lists.target(buffers, slot, j)
-        return pltpu.make_async_copy(lists.source(n, index), into, arrived.at[slot])
+        """The copies of what a page is, as one."""
+        return Together(
+            pltpu.make_async_copy(
+                stream.at[lists.place(n, index)],
+                lists.target(buffer, slot, j, is_last),
+                arrived.at[i, slot],
+            )
+            for i, (stream, buffer, is_last) in enumerate(
+                zip(streams, buffers, keys.tokens_last, strict=True)
+            )
+        )
 
     def start(n):
         """The state of a list before its first block, and its surrogate's sums."""
-        state = empty(rows, lanes)
+        state = empty(*out_ref.shape[1:])
         sums = state[2], state[1]  # zeros
         if start_refs:
             out, lse = start_refs[0][n], start_refs[1][n]
@@ -168,14 +254,17 @@ def _kernel(
             state = m, jnp.where(saw, 1.0, 0.0), jnp.where(saw, out, 0.0)
         return state, sums if weighing else ()
 
-    def take(n, q, slot, visible, states):
-        fused = buffers[slot]
-        k, v = fused, fused  # D = 64: q is 0 where the values are
-        if head_dim >= LANES:
-            k, v = fused[:, :head_dim], fused[:, head_dim:]
+    def take(n, queries, slot, states, visible=None, held=None):
+        block = [x[slot] for x in buffers]
         state, sums = states
-        state = add_block(state, scaled_logits(q, k, sm_scale), v, visible)
+        state = add_weighted(
+            state,
+            scaled(keys.logits(queries, block), sm_scale),
+            visible,
+            functools.partial(values.weighted, block=block, held=held),
+        )
         if weighing:
+            k, v = keys.numbers(block), values.numbers(block)
             sums = weigh(n, k, v, visible, sums)
         return state, sums
 
@@ -183,24 +272,24 @@ def _kernel(
         """The sums with a block's values and weights, of the surrogate."""
         directions, shift, shares = weighing
         head = lax.div(n, number // num_kv_heads)
-        features = jnp.exp(_wide_dot(directions[head], k, 1) - shift[head])
+        features = jnp.exp(wide_dot(directions[head], k, 1) - shift[head])
         weights = dot(shares[n], features, 0)
         if visible is not None:
             weights = jnp.where(visible, weights, 0.0)
         taken, mass = sums
-        return taken + _wide_dot(weights, v, 0), mass + weights.sum(1, keepdims=True)
+        return taken + wide_dot(weights, v, 0), mass + weights.sum(1, keepdims=True)
 
     def one_list(n, carry):
-        q = q_ref[n]
+        queries = [x[n] for x in query_refs]
 
         def whole_block(_, carry):
             cursor, slot, state = carry
             cursor = lists.fetch(cursor, copy)
             # One wait for the bytes of all its copies.
-            pltpu.make_async_copy(
-                buffers.at[slot], buffers.at[slot], arrived.at[slot]
-            ).wait()
-            return cursor, lists.after(slot), take(n, q, slot, None, state)
+            for i, x in enumerate(buffers):
+                block = x.at[slot]
+                pltpu.make_async_copy(block, block, arrived.at[i, slot]).wait()
+            return cursor, lists.after(slot), take(n, queries, slot, state)
 
         def cut_block(i, carry):
             cursor, slot, state = carry
@@ -208,11 +297,16 @@ def _kernel(
             for j in range(copies):
                 index = i * copies + j
                 pl.when(index < lists.seen(n))(copy(n, index, j, slot).wait)
-                clear(lists.target(buffers, slot, j), lists.valid(n, index))
+                page = [
+                    lists.target(x, slot, j, is_last)
+                    for x, is_last in zip(buffers, keys.tokens_last, strict=True)
+                ]
+                values.clear(page, lists.valid(n, index))
             visible = lists.visible(
                 n, i, positions_ref[...], bit_ref[...], first_position
             )
-            return cursor, lists.after(slot), take(n, q, slot, visible, state)
+            state = take(n, queries, slot, state, visible, lists.held(n, i))
+            return cursor, lists.after(slot), state
 
         carry = (*carry, start(n))
         whole = lists.whole(n)
@@ -229,23 +323,3 @@ def _kernel(
         0, num_buffers - 1, lambda _, c: lists.fetch(c, copy), cursor
     )
     lax.fori_loop(0, number, one_list, (cursor, jnp.int32(0)))
-
-
-def _wide_dot(a, b, contracted):
-    """`dot` of float32 with any dtype, exact in its products.
-
-    With bfloat16 in one matmul: 8 bits of `a` at a time are three rows for one, where
-    two float32 would be multiplied in six, and every one would load `b` again.
-    """
-    if b.dtype == jnp.float32:
-        return dot(a, b, contracted)
-    parts, rest = [], a
-    for _ in range(2):
-        # Cut, not rounded: a conversion there and back may be left out.
-        bits = lax.bitcast_convert_type(rest, jnp.int32) & -(1 << 16)
-        parts.append(lax.bitcast_convert_type(bits, jnp.float32))
-        rest = rest - parts[-1]
-    rows = a.shape[0]
-    stacked = jnp.concatenate([*parts, rest], axis=0).astype(b.dtype)
-    products = dot(stacked, b, contracted)
-    return products[:rows] + products[rows : 2 * rows] + products[2 * rows :]

@@ -7,15 +7,18 @@ for. They are of a layer of an 8B model unless their names say otherwise: 8 KV h
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shared.quantized import SCALES, Format, Layout, Quantized
+
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 Q_HEADS = KV_HEADS * GROUP
 SHORT, LONG = 1 << 17, 1 << 20
+GROUP_OF_4 = 32  # numbers of 4 bits that share a scale
 
 
 class Case(NamedTuple):
@@ -33,6 +36,18 @@ def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def bytes_of(*arrays: jax.ShapeDtypeStruct | jax.Array) -> int:
-    """The bytes of the arrays, of which there may be only shapes."""
-    return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
+def stored(
+    *shape: int, bits: Sequence[Literal[8, 4]], dtype: Any = jnp.bfloat16
+) -> Quantized:
+    """Turned rows that are not there, of as many parts as there are `bits`."""
+    size = shape[-1] // len(bits)
+    parts = tuple(Format(size, b, size if b == 8 else GROUP_OF_4, True) for b in bits)
+    codes: Any = array(*shape[:-1], sum(p.codes for p in parts), dtype=jnp.uint8)
+    scales: Any = array(*shape[:-1], sum(p.scales for p in parts), dtype=SCALES)
+    return Quantized(codes, scales, Layout(parts, dtype))
+
+
+def bytes_of(*arrays: Any) -> int:
+    """The bytes of the arrays, of which there may be only shapes, or quantised rows."""
+    leaves = jax.tree.leaves(arrays)
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in leaves)

@@ -9,7 +9,7 @@ for both: `jax.tree.map` over the buffer. What computes with rows asks for their
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,6 +105,13 @@ class Quantized(NamedTuple):
 
 
 Rows = Array | Quantized  # a buffer of rows, or some of its rows
+
+
+def unsupported(*arrays: Any) -> str | None:
+    """Says why a kernel that reads numbers alone cannot take these; None if it can."""
+    if any(isinstance(x, Quantized) for x in arrays):
+        return "its keys and values are quantised"
+    return None
 
 
 def split(rows: Rows) -> tuple[Rows, Rows]:

@@ -6,6 +6,7 @@ of them on their way into a ring of buffers in VMEM, also from one list to the n
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.shared import quantized
 from pallas_kernels.shared.page_lists import sort_keys
 from pallas_kernels.shared.tpu_blocks import LANES
 
@@ -37,6 +39,13 @@ class Tiles(NamedTuple):
 
 def unsupported(q, pages, page_ids, mask) -> str | None:
     """Says why no kernel of such lists can, from shapes and dtypes; None if one can."""
+    if reason := quantized.unsupported(pages):
+        return reason
+    return unsupported_sizes(q, pages, page_ids, mask)
+
+
+def unsupported_sizes(q, pages, page_ids, mask) -> str | None:
+    """The same where pages may be quantised."""
     head_dim, page_size = q.shape[3], pages.shape[3]
     lists, listed = page_ids.shape[1:]
     rows = q.shape[1] * q.shape[2] // lists
@@ -92,7 +101,7 @@ def call(
     first_position: int = 0,
     interpret: Any = False,
 ) -> tuple[jax.Array, ...]:
-    """Runs a kernel, a program for each batch row.
+    """Runs a kernel over pages in floats, a program for each batch row.
 
     Args:
         kernel: takes refs of what `schedule` made in SMEM, of the queries
@@ -113,37 +122,103 @@ def call(
         The results, in turn `(B, Hq, T, D)` and `(B, Hq, T)`.
     """
     batch, num_q_heads, num_rows, head_dim = q.shape
-    num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists, rows, lanes, copies, *_ = sizes
-    ids, counts = schedule(
-        page_ids, pages, query_positions, mask, copies, first_position
+    scheduled = schedule(page_ids, pages, query_positions, mask, copies, first_position)
+    queries = q.reshape(batch, lists, rows, head_dim)
+    queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
+    outputs = run(
+        functools.partial(kernel, head_dim=head_dim),
+        scheduled,
+        (queries,),
+        query_positions,
+        (flat_pages(pages),),
+        *beside,
+        name=name,
+        sizes=sizes,
+        shapes=[(lists, rows, 1 if i % 2 else lanes) for i in range(results)],
+        scratch=scratch,
+        num_kv_heads=pages.shape[1],
+        sm_scale=sm_scale,
+        interpret=interpret,
     )
-    q = q.reshape(batch, lists, rows, head_dim)
-    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, lanes - head_dim)))
-    positions = jnp.tile(query_positions, (1, rows // num_rows))[..., None]
-    bit = jnp.tile(1 << jnp.arange(num_rows, dtype=jnp.int32), rows // num_rows)
+    shape = batch, num_q_heads, num_rows
+    return tuple(
+        x.reshape(shape)
+        if i % 2
+        else x[..., lanes - head_dim :].reshape(*shape, head_dim)
+        for i, x in enumerate(outputs)
+    )
+
+
+def flat_pages(pages: jax.Array) -> jax.Array:
+    """Pages of all batch rows and KV heads in one sequence."""
+    return pages.reshape(-1, *pages.shape[3:])
+
+
+def run(
+    kernel: Callable[..., None],
+    scheduled: tuple[jax.Array, jax.Array],
+    queries: Sequence[jax.Array],
+    query_positions: jax.Array,
+    streams: Sequence[jax.Array],
+    *beside: jax.Array,
+    name: str,
+    sizes: Tiles,
+    shapes: Sequence[tuple[int, ...]],
+    scratch: Sequence[Any],
+    num_kv_heads: int,
+    sm_scale: float,
+    interpret: Any = False,
+) -> tuple[jax.Array, ...]:
+    """Runs a kernel over any pages, a program for each batch row.
+
+    Args:
+        kernel: takes refs of `scheduled` in SMEM, of its row of the queries, of their
+            positions and bits `(R, 1)`, of the streams, of what is beside, of the
+            results and the scratch.
+        scheduled: from :func:`schedule`.
+        queries: arrays `(B, L, ...)`, the last one of rows `(..., R, lanes)`.
+        query_positions: `(B, T)`, of which the rows of a list are several, and then
+            padding, which sees nothing.
+        streams: arrays in HBM, the first one pages: see :func:`flat_pages`.
+        beside: arrays `(B, ...)`, of which a program gets its row in VMEM.
+        shapes: of the float32 results of a batch row; the first two axes of the second
+            are lists and rows.
+        name, sizes, scratch, sm_scale, interpret: see :func:`call`.
+        num_kv_heads: of the pages.
+
+    Returns:
+        The results, `(B, ...)` each.
+    """
+    ids, counts = scheduled
+    batch, num_rows = query_positions.shape
+    group, padding = sizes.rows // num_rows, shapes[1][1] - sizes.rows
+    positions = jnp.pad(
+        jnp.tile(query_positions, (1, group)),
+        ((0, 0), (0, padding)),
+        constant_values=-1,
+    )[..., None]
+    bit = jnp.tile(1 << jnp.arange(num_rows, dtype=jnp.int32), group)
+    bit = jnp.pad(bit, (0, padding))[:, None]
 
     def row_of_batch(*shape, **space):
         return pl.BlockSpec((None, *shape), lambda b: (b,) + (0,) * len(shape), **space)
 
-    shapes = [(lists, rows, 1 if i % 2 else lanes) for i in range(results)]
-    read = batch * lists * page_ids.shape[2] * page_size
-    outputs = pl.pallas_call(
+    pages = math.prod(ids.shape[::2])
+    page_bytes = sum(math.prod(x.shape[1:]) * x.dtype.itemsize for x in streams)
+    tokens = pages * sizes.block // sizes.copies
+    return pl.pallas_call(
         functools.partial(
-            kernel,
-            copies=copies,
-            head_dim=head_dim,
-            num_kv_heads=num_kv_heads,
-            sm_scale=sm_scale,
+            kernel, copies=sizes.copies, num_kv_heads=num_kv_heads, sm_scale=sm_scale
         ),
         grid=(batch,),
         in_specs=[
             row_of_batch(*ids.shape[1:], memory_space=pltpu.SMEM),
             row_of_batch(1, counts.shape[2], memory_space=pltpu.SMEM),
-            row_of_batch(lists, rows, lanes),
-            row_of_batch(rows, 1),
-            pl.BlockSpec((rows, 1), lambda b: (0, 0)),
-            pl.BlockSpec(memory_space=pl.ANY),
+            *(row_of_batch(*x.shape[1:]) for x in queries),
+            row_of_batch(*positions.shape[1:]),
+            pl.BlockSpec(bit.shape, lambda b: (0, 0)),
+            *(pl.BlockSpec(memory_space=pl.ANY) for _ in streams),
             *(row_of_batch(*x.shape[1:]) for x in beside),
         ],
         out_specs=[row_of_batch(*shape) for shape in shapes],
@@ -156,28 +231,13 @@ def call(
             disable_bounds_checks=True,  # ids are in range: see `schedule`
         ),
         cost_estimate=pl.CostEstimate(
-            flops=2 * read * rows * width,
-            bytes_accessed=read * width * pages.dtype.itemsize,
-            transcendentals=read * rows,
+            flops=4 * tokens * sizes.rows * sizes.lanes,
+            bytes_accessed=pages * page_bytes,
+            transcendentals=tokens * sizes.rows,
         ),
         interpret=interpret,
         name=name,
-    )(
-        ids,
-        counts,
-        q,
-        positions,
-        bit[:, None],
-        pages.reshape(batch * num_kv_heads * num_pages, page_size, width),
-        *beside,
-    )
-    shape = batch, num_q_heads, num_rows
-    return tuple(
-        x.reshape(shape)
-        if i % 2
-        else x[..., lanes - head_dim :].reshape(*shape, head_dim)
-        for i, x in enumerate(outputs)
-    )
+    )(ids, counts, *queries, positions, bit, *streams, *beside)
 
 
 def schedule(page_ids, pages, query_positions, mask, copies, first_position=0):
@@ -210,13 +270,28 @@ def schedule(page_ids, pages, query_positions, mask, copies, first_position=0):
     return ids, counts.reshape(batch, 1, -1)
 
 
+class Together(tuple[Any, ...]):
+    """Copies that are started, and waited for, as one."""
+
+    def start(self) -> None:
+        """Starts them."""
+        for copy in self:
+            copy.start()
+
+    def wait(self) -> None:
+        """Waits for all."""
+        for copy in self:
+            copy.wait()
+
+
 @dataclasses.dataclass(frozen=True)
 class Lists:
     """The lists of one batch row, inside a kernel; what `schedule` made, in SMEM."""
 
     ids: Any
     counts: Any
-    pages: Any  # (B * Hkv * NP, P, 2 D), HBM
+    pages: Any  # (B * Hkv * NP, P, 2 D), HBM, or of codes, or those tokens last
+    page_size: int
     number: int  # of lists
     copies: int  # pages of a block
     num_buffers: int  # blocks in the ring
@@ -225,13 +300,24 @@ class Lists:
     num_pages: int  # of a KV head
 
     @classmethod
-    def of(cls, ids, counts, pages, q_ref, buffers, copies, num_kv_heads) -> "Lists":
+    def of(
+        cls,
+        ids,
+        counts,
+        pages,
+        q_ref,
+        buffers,
+        copies,
+        num_kv_heads,
+        tokens_last=False,
+    ) -> "Lists":
         """The lists of the batch row of this program, each a line of `q_ref`."""
         row_pages = pages.shape[0] // pl.num_programs(0)
         return cls(
             ids,
             counts,
             pages,
+            page_size=pages.shape[2 if tokens_last else 1],
             number=q_ref.shape[0],
             copies=copies,
             num_buffers=buffers.shape[0],
@@ -239,11 +325,6 @@ class Lists:
             first=pl.program_id(0) * row_pages,
             num_pages=row_pages // num_kv_heads,
         )
-
-    @property
-    def page_size(self) -> int:
-        """Tokens of a page."""
-        return self.pages.shape[1]
 
     @property
     def listed(self) -> int:
@@ -264,14 +345,24 @@ class Lists:
         """The page at place `index` of list n."""
         return self.ids[0, n * self.listed + index]
 
+    def place(self, n, index):
+        """The place among all pages of the page at place `index` of list n."""
+        head = lax.div(n, self.number // self.num_kv_heads)
+        return self.first + head * self.num_pages + self.page(n, index)
+
     def source(self, n, index):
         """The memory in HBM of the page at place `index` of list n."""
-        head = lax.div(n, self.number // self.num_kv_heads)
-        return self.pages.at[self.first + head * self.num_pages + self.page(n, index)]
+        return self.pages.at[self.place(n, index)]
 
-    def target(self, buffers, slot, j):
-        """The memory of page j of a block in a buffer of the ring."""
-        return buffers.at[slot, pl.ds(j * self.page_size, self.page_size)]
+    def target(self, buffers, slot, j, tokens_last=False):
+        """The memory of page j of a block in a buffer of the ring.
+
+        Pages with tokens last that do not fill lanes lie one behind the other.
+        """
+        if len(buffers.shape) == 4:
+            return buffers.at[slot, j]
+        tokens = pl.ds(j * self.page_size, self.page_size)
+        return buffers.at[slot, :, tokens] if tokens_last else buffers.at[slot, tokens]
 
     def seen(self, n):
         """The number of pages of list n that are read."""
@@ -309,6 +400,16 @@ class Lists:
         first = self.page(n, index) * self.page_size
         valid = jnp.clip(self.last + 1 - first, 0, self.page_size)
         return jnp.where(index < self.seen(n), valid, 0)
+
+    def held(self, n, i):
+        """A mask `(1, block)` of the tokens of block i up to the last position."""
+        token = lax.broadcasted_iota(jnp.int32, (1, self.block), 1)
+        held = jnp.zeros((1, self.block), jnp.bool_)
+        for j in range(self.copies):
+            offset = token - j * self.page_size
+            valid = self.valid(n, i * self.copies + j)
+            held |= (offset >= 0) & (offset < valid)
+        return held
 
     def visible(self, n, i, positions, bit, first_position=0):
         """A mask `(R, block)`: rows `(R, 1)` that see a token of block i."""

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.shared import triton_call
+from pallas_kernels.shared import quantized, triton_call
 
 BLOCK_BYTES = 16 << 10  # of the keys of a block: two stages fit twice into 100 KB
 MAX_ROWS = 64  # query rows of a program
@@ -23,6 +23,8 @@ _TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
 
 def unsupported(q, pages, page_ids) -> str | None:
     """Says why the kernels cannot, from shapes, dtypes and device; None if they can."""
+    if reason := quantized.unsupported(pages):
+        return reason
     head_dim, dtypes = q.shape[3], (jnp.bfloat16, jnp.float16, jnp.float32)
     if q.dtype != pages.dtype or q.dtype not in dtypes:
         return f"dtypes {q.dtype}, {pages.dtype} must be one of 16 or 32 bits"

@@ -68,10 +68,25 @@ LB: loop body
    0x2   : > { c }
    0x3 LB: >> { d }
    0x4   :  { e }
-   0x5 PF: >> { f }
-   0x6   : > { g }
-""" + "".join(f"  {i:#x}   :  {{ h }}\\n" for i in range(7, 20))
-    assert tpu.loops(listing) == [7, 3]
+   0x5   : > { e }
+   0x6 PF: >> { f }
+   0x7 PF: > { g }
+""" + "".join(f"  {i:#x}   :  {{ h }}\n" for i in range(8, 20))
+    assert tpu.loops(listing) == [7, 4]
+
+
+def test_loops_side_by_side():
+    """The second begins a few bundles behind the branch back of the first."""
+    listing = """
+     0 LB: > { a }
+   0x1 LB: >> { b }
+   0x2   : >> { c }
+   0x3 PF: > { d }
+   0x4   :  { e }
+   0x5 LB: >> { f }
+   0x6 PF: > { g }
+"""
+    assert tpu.loops(listing) == [7, 2, 1]
 
 
 def test_a_failed_compilation_says_why():

@@ -89,24 +89,27 @@ def loops(listing: str) -> list[int]:
 
     All branches inside count, and the loops inside once. A line of a listing reads
     `address [mark] : depth {...}`, depth one > for each loop around it; LB marks the
-    first bundle of a loop. Bundles around a branch may carry no depth: up to eight in
-    a row belong to the loop they are in.
+    first bundle of a loop, and PF the one behind a branch, such as the one back. Some
+    bundles around a branch carry too low a depth: up to eight in a row belong to the
+    loop they are in, if they have no mark.
     """
-    lines = re.findall(
+    found = re.findall(
         r"^\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2})?\s*:\s*(>*)", listing, re.MULTILINE
     )
-    depths, unmarked = [], 0
-    for _, arrows in lines:
-        unmarked = 0 if arrows else unmarked + 1
-        depths.append(len(arrows) if arrows or not depths else depths[-1])
-        if unmarked > 8:
-            depths[-unmarked:] = [0] * unmarked
-    found = []
-    for start, (mark, arrows) in enumerate(lines):
-        if mark == "LB":
-            after = (i for i in range(start, len(lines)) if depths[i] < len(arrows))
-            found.append(next(after, len(lines)) - start)
-    return found
+    lines = [(mark, len(arrows)) for mark, arrows in found]
+    starts = [i for i, (mark, _) in enumerate(lines) if mark == "LB"]
+    return [_end(lines, start) - start for start in starts]
+
+
+def _end(lines, start):
+    depth, outside = lines[start][1], 0
+    for i, (mark, own) in enumerate(lines[start:], start):
+        outside = outside + 1 if own < depth else 0
+        if outside and mark:
+            return i
+        if outside > 8:
+            return i - 8
+    return len(lines) - outside
 
 
 def _dumped(folder, kernel):

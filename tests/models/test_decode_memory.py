@@ -50,7 +50,8 @@ def optimised():
 
 
 def compile_step(name, dtype, sharding=None, batch=1):
-    alpha = 1.0 if name.split("+")[-1] in registry.names(1.0) else 1.5
+    innermost = name.split("+")[-1].split(":")[0]
+    alpha = 1.0 if innermost in registry.names(1.0) else 1.5
     # A copy shows in one layer as it does in many; a layer unlike the rest is one more.
     layers = 1 + name.startswith("dense_layers")
     config = dataclasses.replace(
@@ -89,9 +90,15 @@ def test_cpu_temporaries_are_logits_not_caches(name, batch):
 
 # A step that writes several tokens again, into pages and into a dense layer.
 REVISING = "dense_layers:first=1+retro:window=4+quest"
+# Codes and scales, read by kernels where XLA lays them out.
+QUANTIZED = (
+    "quantize:bits=4+quest:page_size=128",
+    "quantize:bits=8+quest:page_size=64",
+    "quantize:keys=8,values=4+full",
+)
 
 
-@pytest.mark.parametrize("name", [*registry.names(), REVISING])
+@pytest.mark.parametrize("name", [*registry.names(), REVISING, *QUANTIZED])
 def test_tpu_temporaries_are_a_few_megabytes(name):
     pytest.importorskip("libtpu", reason=tpu.REASON)
     sharding = SingleDeviceSharding(tpu.topology("v5e").devices[0])

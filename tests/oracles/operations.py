@@ -11,6 +11,32 @@ from oracles.attention import (
 )
 
 
+def decode_attention(
+    q, k, v, query_positions, held, sm_scale, window=None, soft_cap=None
+):
+    """`(out, lse, logits)`, one query row at a time over the slots that it sees."""
+    batch, num_q_heads, rows, _ = q.shape
+    group = num_q_heads // k.shape[1]
+    out = np.zeros(q.shape)
+    lse = np.full(q.shape[:3], -np.inf)
+    logits = np.full((*q.shape[:3], k.shape[2]), -np.inf)
+    for b, h, t in np.ndindex(batch, num_q_heads, rows):
+        head = held[b % held.shape[0], (h // group) % held.shape[1]]
+        here = query_positions[b, t]
+        first = 0 if window is None else here - window + 1
+        kept = [s for s, p in enumerate(head) if max(first, 0) <= p <= here]
+        for s in kept:
+            own = sm_scale * float(q[b, h, t].astype(float) @ k[b, h // group, s])
+            if soft_cap is not None:
+                own = soft_cap * math.tanh(own / soft_cap)
+            logits[b, h, t, s] = own
+        if kept:
+            weights = np.exp(logits[b, h, t, kept])
+            out[b, h, t] = weights @ v[b, h // group, kept] / weights.sum()
+            lse[b, h, t] = math.log(weights.sum())
+    return out, lse, logits
+
+
 def page_attention(
     q,
     pages,

@@ -1,11 +1,11 @@
 """Attention of a few rows against float64 loops: positions, rings, windows, blocks."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracles
 import pytest
 from jax.experimental.pallas import tpu as pltpu
 
@@ -20,30 +20,6 @@ from pallas_kernels.decode_attention import (
 # Relative error of a row of the kernel; at most three times the largest seen.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 5e-3}
 BLOCK_TOKENS = 16
-
-
-def _loops(q, k, v, query_positions, held, sm_scale, window=None, soft_cap=None):
-    """`(out, lse, logits)`."""
-    batch, num_q_heads, rows, _ = q.shape
-    group = num_q_heads // k.shape[1]
-    out = np.zeros(q.shape)
-    lse = np.full(q.shape[:3], -np.inf)
-    logits = np.full((*q.shape[:3], k.shape[2]), -np.inf)
-    for b, h, t in np.ndindex(batch, num_q_heads, rows):
-        head = held[b % held.shape[0], (h // group) % held.shape[1]]
-        here = query_positions[b, t]
-        first = 0 if window is None else here - window + 1
-        kept = [s for s, p in enumerate(head) if max(first, 0) <= p <= here]
-        for s in kept:
-            own = sm_scale * float(q[b, h, t].astype(float) @ k[b, h // group, s])
-            if soft_cap is not None:
-                own = soft_cap * math.tanh(own / soft_cap)
-            logits[b, h, t, s] = own
-        if kept:
-            weights = np.exp(logits[b, h, t, kept])
-            out[b, h, t] = weights @ v[b, h // group, kept] / weights.sum()
-            lse[b, h, t] = math.log(weights.sum())
-    return out, lse, logits
 
 
 def _problem(batch, heads, rows, slots, head_dim, seed=0):
@@ -66,7 +42,9 @@ def _check(q, k, v, query_positions, held, key_positions, sm_scale=0.3, **option
     )
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     with_logits = options.pop("with_logits", False)
-    expected = _loops(q, k, v, query_positions, held, sm_scale, **options)
+    expected = oracles.decode_attention(
+        q, k, v, query_positions, held, sm_scale, **options
+    )
     np.testing.assert_allclose(out, expected[0], atol=3e-6)
     np.testing.assert_allclose(lse, expected[1], atol=1e-5)
     assert len(logits) == with_logits
@@ -120,7 +98,7 @@ def test_tiles_keep_positions_that_differ_from_row_to_row(monkeypatch):
         q, k, v, query_positions, jnp.asarray(held), sm_scale=0.3
     )
     for row in range(5):
-        expected = _loops(
+        expected = oracles.decode_attention(
             *(np.asarray(x) for x in (q[:, :, [row]], k, v)),
             np.asarray(query_positions[:, [row]]),
             held[:, :, row],
@@ -215,7 +193,7 @@ def _check_kernel(
     assert (out.dtype, lse.dtype) == (jnp.float32, jnp.float32)
     inputs = [np.asarray(x.astype(jnp.float32)) for x in (q, k, v)]
     own = slot[None, None] if held is None else held
-    expected, expected_lse, expected_logits = _loops(
+    expected, expected_lse, expected_logits = oracles.decode_attention(
         *inputs, positions, own, 0.2, window, soft_cap
     )
     size = np.linalg.norm(expected, axis=-1)

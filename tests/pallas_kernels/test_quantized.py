@@ -224,8 +224,9 @@ def test_listed_pages_read_what_is_stored(name, lists):
 def test_a_kernel_that_takes_arrays_alone_is_not_asked():
     kept, _ = cache(FORMATS["int8"], 128)
     q, at = jnp.zeros((2, 4, 1, 64)), jnp.zeros((2, 1), jnp.int32)
+    run = functools.partial(received_attention, implementation="mosaic_tpu")
     with pytest.raises(NotImplementedError, match=r"mosaic_tpu .* are quantised"):
-        decode_attention(q, *kept, at, sm_scale=1.0, implementation="mosaic_tpu")
+        run(q, kept[0], jnp.zeros((2, 4, 1)), at, sm_scale=1.0)
 
 
 @pytest.mark.parametrize("with_logits", [False, True])

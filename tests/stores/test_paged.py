@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from kvjax.stores import paged
+from kvjax.stores import buffers, paged
 
 
 def test_writing_by_page_is_writing_by_token(monkeypatch):
@@ -44,3 +44,23 @@ def test_writing_by_page_is_writing_by_token(monkeypatch):
         np.testing.assert_array_equal(keys[b, :, end - past - 1 : end], rows)
         before = stream.v[b, :, : end - past - 1]
         np.testing.assert_array_equal(keys[b, :, : end - past - 1], before)
+
+
+def test_rows_in_whole_tiles_are_written_alone():
+    """Over the end of a tile and of a page; what has no page, and the rest, stays."""
+    rng = np.random.default_rng(0)
+    pages = rng.integers(0, 256, (2, 2, 3, 64, 5), np.uint8)
+    rows = rng.integers(0, 256, (2, 2, 3, 5), np.uint8)
+    positions = np.array([[31, 32, 33], [127, 128, 129]])
+    page = np.where([[True] * 3, [True, True, False]], positions // 64, 3)
+    expected = pages.copy()
+    for b, t in np.ndindex(page.shape):
+        if page[b, t] < 3:
+            expected[b, :, page[b, t], positions[b, t] % 64] = rows[b, :, t]
+    written = buffers.write_in_tiles(
+        jnp.asarray(pages),
+        jnp.asarray(rows),
+        jnp.asarray(page, jnp.int32),
+        jnp.asarray(positions % 64, jnp.int32),
+    )
+    np.testing.assert_array_equal(written, expected)
