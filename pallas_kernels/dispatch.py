@@ -16,8 +16,6 @@ from jax import lax
 from jax.extend.core import Primitive
 from jax.interpreters import batching, mlir
 
-from pallas_kernels.shared.quantized import Quantized
-
 # By what name a caller may ask for one: the definition in XLA, or a kernel.
 Implementation = Literal["xla", "mosaic_tpu", "mosaic_gpu", "triton"]
 
@@ -140,10 +138,7 @@ def _kernel(reference, name, module, arrays, options):
     if package and importlib.util.find_spec(package) is None:
         return None, f"it needs {package}: {command}"
     imported = importlib.import_module(module)
-    if any(isinstance(x, Quantized) for x in arrays):
-        reason = "its keys and values are quantised"
-    else:
-        reason = imported.unsupported(*arrays, **dict(options))
+    reason = imported.unsupported(*arrays, **dict(options))
     return getattr(imported, reference.__name__), reason
 
 

@@ -1,7 +1,7 @@
 """Problems of `decode_attention`: see :mod:`pallas_kernels.shared.cases`."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -15,6 +15,7 @@ from pallas_kernels.shared.cases import (
     Case,
     array,
     bytes_of,
+    stored,
 )
 
 
@@ -27,13 +28,19 @@ def arguments(
     head_dim: int = HEAD_DIM,
     dtype: Any = jnp.bfloat16,
     held: tuple[int, int] | None = None,
+    bits: tuple[Literal[8, 4], Literal[8, 4]] | None = None,
 ) -> tuple[Any, ...]:
-    """Shapes of the arrays; `held` are batch and heads of the slots' positions."""
-    keys = array(batch, heads[1], slots, head_dim, dtype=dtype)
+    """Shapes of the arrays; `held` are batch and heads of the slots' positions.
+
+    Keys and values are of `bits`, if given.
+    """
+    shape = batch, heads[1], slots, head_dim
+    kept = (array(*shape, dtype=dtype),) * 2
+    if bits is not None:
+        kept = tuple(stored(*shape, bits=(b,), dtype=dtype) for b in bits)
     return (
         array(batch, heads[0], rows, head_dim, dtype=dtype),
-        keys,
-        keys,
+        *kept,
         array(batch, rows, dtype=jnp.int32),
         None if held is None else array(*held, slots, dtype=jnp.int32),
     )
@@ -60,6 +67,16 @@ CASES = {
     "decode_attention-ring-4K": _case(4096 + 64, held=(1, KV_HEADS)),
     "decode_attention-logits-128K": _case(SHORT, static={"with_logits": True}),
     "decode_attention-prompt-T1024-128K": _case(SHORT, rows=1024),
+    "decode_attention-K8V4-1M": _case(LONG, bits=(8, 4)),
+    "decode_attention-int4-T4-window-cap-128K": _case(
+        SHORT + 8,
+        rows=4,
+        bits=(4, 4),
+        static={"window": 4096, "soft_cap": 50.0},
+    ),
+    "decode_attention-int8-ring-logits-64K": _case(
+        SHORT // 2, held=(1, KV_HEADS), bits=(8, 8), static={"with_logits": True}
+    ),
     # At the edges of what kernels say they support.
     "decode_attention-T4-ring-below-a-block": _case(
         24, batch=2, heads=(8, 8), rows=4, held=(1, 8), static={"window": 9}

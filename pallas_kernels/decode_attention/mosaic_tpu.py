@@ -20,6 +20,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import tuning
 from pallas_kernels.decode_attention.reference import visible_keys
 from pallas_kernels.dispatch import device_kind
+from pallas_kernels.shared import quantized
 from pallas_kernels.shared.tpu_blocks import (
     LANES,
     add_block,
@@ -37,6 +38,8 @@ def unsupported(
     q, k, v, query_positions, key_positions, *, with_logits=False, **static
 ) -> str | None:
     """Says why the kernel cannot, from shapes and dtypes; None if it can."""
+    if reason := quantized.unsupported(k, v):
+        return reason
     del v, query_positions, key_positions, static
     group = q.shape[1] // k.shape[1]
     rows = group * q.shape[2]

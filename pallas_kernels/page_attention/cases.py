@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 
@@ -15,6 +15,7 @@ from pallas_kernels.shared.cases import (
     SHORT,
     Case,
     array,
+    stored,
 )
 
 
@@ -30,14 +31,18 @@ def arguments(
     head_dim: int = HEAD_DIM,
     dtype: Any = jnp.bfloat16,
     masked: bool = False,
+    bits: tuple[Literal[8, 4], Literal[8, 4]] | None = None,
 ) -> tuple[Any, ...]:
-    """Shapes up to the mask: lists of `tokens` of a cache of `context`."""
+    """Shapes up to the mask: lists of `tokens` of a cache of `context`.
+
+    Keys and values are of `bits`, if given.
+    """
     num_lists, listed = lists or heads[1], tokens // page_size
     pages = batch, heads[1], context // page_size, page_size, 2 * head_dim
     mask = array(batch, num_lists, listed, rows, dtype=jnp.bool_)
     return (
         array(batch, heads[0], rows, head_dim, dtype=dtype),
-        array(*pages, dtype=dtype),
+        stored(*pages, bits=bits, dtype=dtype) if bits else array(*pages, dtype=dtype),
         array(batch, num_lists, listed, dtype=jnp.int32),
         array(batch, rows, dtype=jnp.int32),
         mask if masked else None,
@@ -87,6 +92,12 @@ CASES = {
     "page_attention-P16-T8-mask-128K": _case(SHORT, 16, rows=8, masked=True),
     "page_attention-P128-T16-mask-128K": _case(SHORT, 128, rows=16, masked=True),
     "page_attention-surrogate-P64-128K": _completed(SHORT, 64, 16),
+    "page_attention-int8-P64-128K": _case(SHORT, 64, bits=(8, 8)),
+    "page_attention-int4-P64-128K": _case(SHORT, 64, bits=(4, 4)),
+    "page_attention-K8V4-P16-T8-mask-128K": _case(
+        SHORT, 16, rows=8, masked=True, bits=(8, 4)
+    ),
+    "page_attention-K8V4-surrogate-P64-128K": _completed(SHORT, 64, 16, bits=(8, 4)),
     # At the edges of what kernels say they support.
     "page_attention-P8-T4-D256-f32": _case(
         99 * 8,

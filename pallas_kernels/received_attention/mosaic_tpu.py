@@ -17,6 +17,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.received_attention import tuning
+from pallas_kernels.shared import quantized
 from pallas_kernels.shared.tpu_blocks import LANES, dot
 
 SUBLANES = 8
@@ -27,6 +28,8 @@ def unsupported(
     q, k, lse, query_positions, key_positions, row_weights, **static
 ) -> str | None:
     """Says why the kernel cannot, from shapes and dtypes; None if it can."""
+    if reason := quantized.unsupported(k):
+        return reason
     del lse, query_positions, row_weights, static
     group = q.shape[1] // k.shape[1]
     if key_positions is not None:

@@ -7,15 +7,18 @@ for. They are of a layer of an 8B model unless their names say otherwise: 8 KV h
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shared.quantized import SCALES, Format, Layout, Quantized
+
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 Q_HEADS = KV_HEADS * GROUP
 SHORT, LONG = 1 << 17, 1 << 20
+GROUP_OF_4 = 32  # numbers of 4 bits that share a scale
 
 
 class Case(NamedTuple):
@@ -31,6 +34,19 @@ Cases = Mapping[str, Case]
 def array(*shape: int, dtype: Any = jnp.bfloat16) -> jax.ShapeDtypeStruct:
     """An array that is not there."""
     return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def stored(
+    *shape: int, bits: Sequence[Literal[8, 4]], dtype: Any = jnp.bfloat16
+) -> Quantized:
+    """Turned rows that are not there, of as many parts as there are `bits`."""
+    size = shape[-1] // len(bits)
+    parts = tuple(Format(size, b, size if b == 8 else GROUP_OF_4, True) for b in bits)
+    return Quantized(
+        array(*shape[:-1], sum(part.codes for part in parts), dtype=jnp.uint8),
+        array(*shape[:-1], sum(part.scales for part in parts), dtype=SCALES),
+        Layout(parts, dtype),
+    )
 
 
 def bytes_of(*arrays: jax.ShapeDtypeStruct | jax.Array) -> int:

@@ -9,7 +9,7 @@ for both: `jax.tree.map` over the buffer. What computes with rows asks for their
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -107,6 +107,13 @@ class Quantized(NamedTuple):
 Rows = Array | Quantized  # a buffer of rows, or some of its rows
 
 
+def unsupported(*arrays: Any) -> str | None:
+    """Says why a kernel that reads numbers alone cannot take these; None if it can."""
+    if any(isinstance(x, Quantized) for x in arrays):
+        return "its keys and values are quantised"
+    return None
+
+
 def split(rows: Rows) -> tuple[Rows, Rows]:
     """Splits rows of keys with their values behind into keys and values."""
     if not isinstance(rows, Quantized):
@@ -142,7 +149,7 @@ def numbers(rows: Rows) -> Float[Array, "*B D"]:
     return _joined([_decode(part).astype(rows.dtype) for part in _parts(rows)])
 
 
-def turned(like: Rows, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+def turned(like: Rows | np.ndarray, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Turns x as rows in `like` are turned, or back, which is the same.
 
     q . k is that of both turned, and a sum of turned values is the turned sum: a query

@@ -15,6 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.shared import quantized
 from pallas_kernels.shared.page_lists import sort_keys
 from pallas_kernels.shared.tpu_blocks import LANES
 
@@ -37,6 +38,8 @@ class Tiles(NamedTuple):
 
 def unsupported(q, pages, page_ids, mask) -> str | None:
     """Says why no kernel of such lists can, from shapes and dtypes; None if one can."""
+    if reason := quantized.unsupported(pages):
+        return reason
     head_dim, page_size = q.shape[3], pages.shape[3]
     lists, listed = page_ids.shape[1:]
     rows = q.shape[1] * q.shape[2] // lists
