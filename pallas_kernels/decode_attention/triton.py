@@ -72,6 +72,8 @@ def decode_attention(
     heads, slots = k.shape[1:3]
     sizes = triton_lists.sizes(q, heads)
     grid = triton_lists.grid(q, heads, slots)
+    static = triton_rows.static(q, slots, k, v, interpret=interpret)
+    static["num_warps"] = 8  # floats of both keys and values are in registers
     rows, head_dim = sizes["ROWS"], q.shape[3]
     shapes = (*grid[:2], rows, head_dim), (*grid[:2], rows)
     shapes += ((grid[0], rows, slots) if with_logits else (1,),)
@@ -94,7 +96,7 @@ def decode_attention(
         out_shape=tuple(jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes),
         grid=grid,
         **sizes,
-        **triton_rows.static(q, slots, k, v, interpret=interpret),
+        **static,
         scale=scale,
         cap=cap,
         HEADS=heads,

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.shared import triton_call, triton_lists, triton_softmax
-from pallas_kernels.shared.quantized import turned
+from pallas_kernels.shared.quantized import Quantized, turned
 from pallas_kernels.shared.split_k import joined, merge
 from pallas_kernels.shared.triton_lists import (
     head_of,
@@ -74,7 +74,9 @@ def page_attention(
     if surrogate is not None:
         directions = turned(keys, surrogate.directions)
         features, weighing = _padded(surrogate._replace(directions=directions))
-        static["num_warps"] = 8  # two sums of the values are in registers
+    if surrogate is not None or isinstance(pages, Quantized):
+        # Two sums of the values, or floats of both keys and values, are in registers.
+        static["num_warps"] = 8
     parts = static["grid"][:2]
     of_rows = (*parts, rows, head_dim), (*parts, rows)
     shapes = *of_rows, *(of_rows if features else ((1,), (1,)))

@@ -65,8 +65,8 @@ def static(q: Any, tokens: int, *rows: Any, interpret: Any) -> dict[str, Any]:
     keys, values = [part for one in rows for part in parts_of(one, q.shape[3])]
     widest = max(keys.width, values.width)
     return {
-        # Products of float32 are sums in registers, and codes become floats there.
-        "num_warps": 8 if q.dtype == jnp.float32 or keys.bits else 4,
+        # Products of float32 are sums in registers.
+        "num_warps": 8 if q.dtype == jnp.float32 else 4,
         "HEAD_DIM": q.shape[3],
         "STEPS": q.shape[2],
         "KEYS": tuple(keys),
