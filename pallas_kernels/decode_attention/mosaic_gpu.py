@@ -158,9 +158,9 @@ def _kernel(
     window,
     soft_cap,
 ):
-    both = len(formats)  # 2, or 0 where there are floats
-    scales, refs = refs[:both], refs[both:]
-    refs, operands = refs[: len(refs) - both], refs[len(refs) - both :]
+    scales, refs = refs[: len(formats)], refs[len(formats) :]
+    end = len(refs) - len(formats)
+    operands, refs = refs[end:], refs[:end]
     held, refs = refs[:is_held], refs[is_held:]
     out, lse, *scored, buffers, k_ring, v_ring, q_arrived, arrived = refs
     heads, slots = k.shape[1:3]

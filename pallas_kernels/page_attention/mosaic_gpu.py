@@ -193,8 +193,9 @@ def _kernel(
     sm_scale,
     first_position,
 ):
-    operands, refs = (refs[-2:], refs[:-2]) if formats else ((), refs)
-    scales, refs = (refs[0], refs[1:]) if formats else (None, refs)
+    scales, refs = refs[: bool(formats)], refs[bool(formats) :]
+    end = len(refs) - len(formats)
+    operands, refs = refs[end:], refs[:end]
     *flags, out, lse, buffers, ring, q_arrived, arrived = refs
     taken, head_dim = q.shape[1:]
     page_size = pages.shape[1]
@@ -245,10 +246,10 @@ def _kernel(
 
     def scales_of(i):
         """The scales of keys and of values of a block, which is one page or a piece."""
-        (page,) = listed(i)
+        (page,), (ref,) = listed(i), scales
         read, first = [], 0
         for part in formats:
-            of_part = scales.at[first_page + page, :, pl.ds(first, part.scales)]
+            of_part = ref.at[first_page + page, :, pl.ds(first, part.scales)]
             read.append(hopper_codes.load_scales(part, of_part))
             first += part.scales
         return read

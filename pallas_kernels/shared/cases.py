@@ -42,11 +42,10 @@ def stored(
     """Turned rows that are not there, of as many parts as there are `bits`."""
     size = shape[-1] // len(bits)
     parts = tuple(Format(size, b, size if b == 8 else GROUP_OF_4, True) for b in bits)
-    return Quantized(
-        array(*shape[:-1], sum(part.codes for part in parts), dtype=jnp.uint8),
-        array(*shape[:-1], sum(part.scales for part in parts), dtype=SCALES),
-        Layout(parts, dtype),
-    )
+    width, number = sum(p.codes for p in parts), sum(p.scales for p in parts)
+    codes: Any = array(*shape[:-1], width, dtype=jnp.uint8)
+    scales: Any = array(*shape[:-1], number, dtype=SCALES)
+    return Quantized(codes, scales, Layout(parts, dtype))
 
 
 def bytes_of(*arrays: jax.ShapeDtypeStruct | jax.Array) -> int:

@@ -40,7 +40,7 @@ def grid(q, lists: int, tokens: int) -> tuple[int, int, int]:
 
 
 def turned_like(pages: Any) -> tuple[Any, Any]:
-    """What queries and outputs are turned like; not as a copy of floats."""
+    """Keys and values, for what is turned as they are; floats are not copied."""
     return split(pages) if isinstance(pages, Quantized) else (pages, pages)
 
 
