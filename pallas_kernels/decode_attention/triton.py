@@ -164,7 +164,6 @@ def _decode_attention(
     m = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     l = tl.zeros((BLOCK_ROWS,), tl.float32)
     acc = tl.zeros((BLOCK_ROWS, HEAD_DIM), tl.float32)
-    first = tl.minimum(last, 0) * 0
     first, end = 0, SLOTS  # the first block, the last slot
     if HELD_ROWS:
         held_ptr += which // HEADS % HELD_ROWS * (HELD_HEADS * SLOTS)
