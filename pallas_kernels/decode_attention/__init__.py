@@ -11,6 +11,7 @@ from pallas_kernels.shared.quantized import Rows, turned
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu",
     "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
+    "triton": "pallas_kernels.decode_attention.triton",
 }
 
 

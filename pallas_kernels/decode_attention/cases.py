@@ -70,6 +70,15 @@ CASES = {
     "decode_attention-K8V4-1M": _case(LONG, bits=(8, 4)),
     "decode_attention-int8-1M": _case(LONG, bits=(8, 8)),
     "decode_attention-int4-1M": _case(LONG, bits=(4, 4)),
+    "decode_attention-int4-T4-window-cap-128K": _case(
+        SHORT + 8,
+        rows=4,
+        bits=(4, 4),
+        static={"window": 4096, "soft_cap": 50.0},
+    ),
+    "decode_attention-int8-ring-logits-64K": _case(
+        SHORT // 2, held=(1, KV_HEADS), bits=(8, 8), static={"with_logits": True}
+    ),
     # At the edges of what kernels say they support.
     "decode_attention-T4-ring-below-a-block": _case(
         24, batch=2, heads=(8, 8), rows=4, held=(1, 8), static={"window": 9}

@@ -6,8 +6,11 @@ There is one tile in decoding and one part where a prompt's tiles fill the devic
 Without `key_positions`, blocks behind a tile's last visible position are not read, nor
 those before its window, programs share the rest, and only blocks that a row's position
 or window cuts are masked.
-Bytes per block: `64 * 2 * D * itemsize`, from memory or, where the tiles of a head are
-at the same block, from the cache that they share; nothing else grows with the cache.
+Codes of a quantised cache become floats in shared memory, a block at a time; turned
+rows are read as they are: queries are turned before, and results back.
+Bytes per block: `64 * 2 * D * itemsize`, or those of codes and scales, from memory or,
+where the tiles of a head are at the same block, from the cache that they share; nothing
+else grows with the cache.
 """
 
 import functools
@@ -18,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.decode_attention.reference import visible_keys
-from pallas_kernels.shared import hopper
+from pallas_kernels.shared import hopper, hopper_codes
 from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
+from pallas_kernels.shared.quantized import turned
 from pallas_kernels.shared.split_k import merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
@@ -38,9 +42,11 @@ def unsupported(
     with_logits,
 ) -> str | None:
     """Says why the kernel cannot, from shapes, dtypes and device; None if it can."""
-    del v, query_positions, key_positions, sm_scale, window, soft_cap
+    del query_positions, key_positions, sm_scale, window, soft_cap
     if k.shape[2] % 8 or k.shape[2] < BLOCK:
         return f"{k.shape[2]} slots must be a multiple of 8, and at least {BLOCK}"
+    if reason := hopper_codes.unsupported(k, v):
+        return reason
     group = q.shape[1] // k.shape[1]
     # A prompt's rows come in tiles, of which each holds every query head of the group.
     rows = group * (q.shape[2] if with_logits else min(q.shape[2], 1))
@@ -64,7 +70,7 @@ def decode_attention(
     batch, _, num_rows, head_dim = shape = q.shape
     heads, slots = k.shape[1:3]
     blocks = pl.cdiv(slots, BLOCK)
-    q, rows_at, positions = hopper.tiled(q, query_positions, heads)
+    q, rows_at, positions = hopper.tiled(turned(k, q), query_positions, heads)
     tiles, taken = q.shape[1:3]
     parts = hopper.num_splits(batch * heads * tiles, blocks)
 
@@ -79,13 +85,21 @@ def decode_attention(
             begin = masked = jnp.clip((first - window + 1) // BLOCK, 0, end)
     bounds = jnp.stack([begin, masked, end], axis=2)
 
-    ring = hopper.operand(STAGES, BLOCK, head_dim, dtype=k.dtype)
+    formats = hopper_codes.formats_of(k) + hopper_codes.formats_of(v)
+    if formats:
+        arrays = k.codes, v.codes, k.scales, v.scales
+        rings = [hopper_codes.ring(STAGES, part.codes) for part in formats]
+        operands = (hopper.operand(BLOCK, head_dim, dtype=k.dtype),) * 2
+    else:
+        arrays, operands = (k, v), ()
+        rings = [hopper.operand(STAGES, BLOCK, head_dim, dtype=k.dtype)] * 2
     scored = ()
     if with_logits:
         scored = (jax.ShapeDtypeStruct((batch * heads, taken, slots), jnp.float32),)
     out, lse, *scored = hopper.kernel(
         functools.partial(
             _kernel,
+            formats=formats,
             is_held=key_positions is not None,
             sm_scale=sm_scale,
             window=window,
@@ -100,16 +114,22 @@ def decode_attention(
         grid_names=("head", "tile", "split"),
         scratch_types=(
             hopper.scratch(head_dim, k.dtype),
-            ring,
-            ring,
+            *rings,
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=2, num_barriers=STAGES),
+            *operands,
         ),
         interpret=interpret,
         kernel_name="decode_attention",
-    )(bounds, rows_at, q, k, v, *([] if key_positions is None else [key_positions]))
-    out, lse = merge(out, lse, axis=2)
-    results = tuple(hopper.untiled(x, shape[:3], heads) for x in (out, lse))
+    )(
+        bounds,
+        rows_at,
+        q,
+        *arrays,
+        *([] if key_positions is None else [key_positions]),
+    )
+    out, lse = (hopper.untiled(x, shape[:3], heads) for x in merge(out, lse, axis=2))
+    results = turned(v, out), lse
     for logits in scored:  # those of blocks that were read; others were not written
         logits = hopper.untiled(logits[:, None], shape[:3], heads)
         visible = visible_keys(slots, query_positions, key_positions, window)
@@ -124,17 +144,23 @@ def _kernel(
     bounds,  # (B, tiles, 3) i32: first block, first masked, end
     positions,  # (B, tiles, 64) i32
     q,  # (B * Hkv, tiles, R, D)
-    k,  # (B, Hkv, S, D)
-    v,  # (B, Hkv, S, D)
-    *refs,  # if slots hold positions of their own: (#B, H, S) i32
+    k,  # (B, Hkv, S, D), or codes
+    v,  # (B, Hkv, S, D), or codes
+    *refs,  # with codes, scales of both (B, Hkv, S, C) u16; if slots hold positions of
+    #   their own: (#B, H, S) i32
     # out: (B * Hkv, tiles, splits, R, D) f32, (B * Hkv, tiles, splits, R) f32; if they
     # are asked for, logits (B * Hkv, R, S) f32, of the only tile
-    # scratch: as `hopper.scratch`, two rings (stages, 64, D), q's barrier, theirs
+    # scratch: as `hopper.scratch`, two rings (stages, 64, D), q's barrier, theirs; with
+    # codes, keys and values (64, D)
+    formats,
     is_held,
     sm_scale,
     window,
     soft_cap,
 ):
+    scales, refs = refs[: len(formats)], refs[len(formats) :]
+    end = len(refs) - len(formats)
+    operands, refs = refs[end:], refs[:end]
     held, refs = refs[:is_held], refs[is_held:]
     out, lse, *scored, buffers, k_ring, v_ring, q_arrived, arrived = refs
     heads, slots = k.shape[1:3]
@@ -181,15 +207,31 @@ def _kernel(
                 ref.at[n, :, pl.ds(at(i), BLOCK)],
             )
 
+    def scales_of(i):
+        blocks = (x.at[row, head, pl.ds(at(i), BLOCK)] for x in scales)
+        return map(hopper_codes.load_scales, formats, blocks)
+
+    def decoded(slot, read):
+        """The keys and the values of a block whose codes have arrived."""
+        codes = k_ring.at[slot], v_ring.at[slot]
+        for one in zip(formats, codes, read, operands, strict=True):
+            hopper_codes.write(*one)
+        plgpu.commit_smem()
+        return operands
+
     def step(i, state, is_masked):
         slot = lax.rem(i - begin, stages)
+        read = list(scales_of(i))
         visible = visible_in(i) if is_masked else None
         plgpu.barrier_wait(arrived.at[slot])
+        keys, values = k_ring.at[slot], v_ring.at[slot]
+        if formats:
+            keys, values = decoded(slot, read)
         state = hopper.add_block(
             state,
             buffers["q"],
-            k_ring.at[slot],
-            v_ring.at[slot],
+            keys,
+            values,
             buffers["weights"],
             sm_scale,
             visible,

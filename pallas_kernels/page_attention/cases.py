@@ -98,6 +98,10 @@ CASES = {
     "page_attention-int8-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(8, 8)),
     "page_attention-K8V4-P128-128K": _case(SHORT, 128, bits=(8, 4)),
     "page_attention-int4-P128-1M": _case(LONG, 128, tokens=LONG // 16, bits=(4, 4)),
+    "page_attention-K8V4-P16-T8-mask-128K": _case(
+        SHORT, 16, rows=8, masked=True, bits=(8, 4)
+    ),
+    "page_attention-K8V4-surrogate-P64-128K": _completed(SHORT, 64, 16, bits=(8, 4)),
     # At the edges of what kernels say they support.
     "page_attention-P8-T4-D256-f32": _case(
         99 * 8,
@@ -137,6 +141,18 @@ CASES = {
     ),
     "page_attention-surrogate-of-five-P8-T2-D64": _completed(
         1024, 8, 5, tokens=64, rows=2, head_dim=64
+    ),
+    "page_attention-K8V4-P128-T8-D256": _case(
+        SHORT, 128, batch=2, rows=8, head_dim=256, bits=(8, 4)
+    ),
+    "page_attention-int8-P256-D64-f16-list-a-query-head": _case(
+        SHORT,
+        256,
+        heads=(8, 2),
+        lists=8,
+        head_dim=64,
+        dtype=jnp.float16,
+        bits=(8, 8),
     ),
     "page_attention-P8-T16-D256": _case(SHORT, 8, batch=2, rows=16, head_dim=256),
     "page_attention-P256-D64-f16-list-a-query-head": _case(

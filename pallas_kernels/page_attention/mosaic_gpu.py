@@ -4,7 +4,10 @@ A program per list and part of it: online softmax over blocks of 64 tokens, keys
 values in one copy a page, two blocks on their way or in use; XLA merges the parts. XLA
 also sorts each list first, as for TPUs: only pages cut by a row's position or mask are
 masked. Programs share what is there, not what the list has room for.
-Bytes per block: `64 * 2 * D * itemsize`; nothing else grows with the cache.
+Codes of quantised pages become floats in shared memory, a block at a time; turned rows
+are read as they are: queries are turned before, and results back.
+Bytes per block: `64 * 2 * D * itemsize`, or those of codes and scales; nothing else
+grows with the cache.
 """
 
 import functools
@@ -14,9 +17,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.shared import hopper
+from pallas_kernels.shared import hopper, hopper_codes
 from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
 from pallas_kernels.shared.page_lists import sort_keys
+from pallas_kernels.shared.quantized import Quantized, split, turned
 from pallas_kernels.shared.split_k import joined, merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
@@ -43,6 +47,11 @@ def unsupported(
         return "its products are of 16 bits, and a surrogate's weights of 32"
     if (page_size % 8 or BLOCK % page_size) and page_size % BLOCK:
         return f"P={page_size} must be 8, 16, 32 or a multiple of {BLOCK}"
+    if isinstance(pages, Quantized) and page_size % BLOCK:
+        # A row's scales are too few bytes to be copied beside its codes.
+        return f"P={page_size} of quantised pages must be a multiple of {BLOCK}"
+    if reason := hopper_codes.unsupported(pages):
+        return reason
     return hopper.unsupported() or hopper.unsupported_rows(
         q, pages, q.shape[1] * q.shape[2] // lists
     )
@@ -63,6 +72,9 @@ def page_attention(
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
     del surrogate  # None
+    formats = hopper_codes.formats_of(pages)
+    keys, values = split(pages) if formats else (pages, pages)
+    q = turned(keys, q)
     batch, num_q_heads, num_rows, head_dim = q.shape
     num_kv_heads, num_pages, page_size, width = pages.shape[1:]
     lists = page_ids.shape[1]
@@ -94,9 +106,19 @@ def page_attention(
     q, rows_at = q[:, 0], rows_at[:, 0]  # the only tile
     taken = q.shape[1]
 
+    rows_of_pages = jax.tree.map(
+        lambda x: x.reshape(batch * num_kv_heads * num_pieces, piece, -1), pages
+    )
+    ring = hopper.operand(STAGES, BLOCK, width, dtype=pages.dtype)
+    operands = ()
+    if formats:
+        ring = hopper_codes.ring(STAGES, pages.codes.shape[-1])
+        operands = (hopper.operand(BLOCK, head_dim, dtype=pages.dtype),) * 2
+
     out, lse = hopper.kernel(
         functools.partial(
             _kernel,
+            formats=formats,
             lists=lists,
             num_kv_heads=num_kv_heads,
             num_pieces=num_pieces,
@@ -111,9 +133,10 @@ def page_attention(
         grid_names=("list", "split"),
         scratch_types=(
             hopper.scratch(head_dim, pages.dtype),
-            hopper.operand(STAGES, BLOCK, width, dtype=pages.dtype),
+            ring,
             plgpu.Barrier(),
             plgpu.Barrier(num_arrivals=copies, num_barriers=STAGES),
+            *operands,
         ),
         interpret=interpret,
         kernel_name="page_attention",
@@ -122,13 +145,13 @@ def page_attention(
         counts,
         rows_at,
         q,
-        pages.reshape(batch * num_kv_heads * num_pieces, piece, width),
+        *jax.tree.leaves(rows_of_pages),
         *flags,
     )
     out, lse = (
         hopper.untiled(x[:, None], shape, lists) for x in merge(out, lse, axis=1)
     )
-    return joined(out, lse, initial)
+    return joined(turned(values, out), lse, initial)
 
 
 def _schedule(page_ids, num_pages, page_size, query_positions, mask, first_position):
@@ -157,16 +180,22 @@ def _kernel(
     counts,  # (B * L, 2) i32
     positions,  # (B, 64) i32
     q,  # (B * L, R, D)
-    pages,  # (B * Hkv * NP, P, 2 D)
-    *refs,  # under a mask, which rows see which listed page: (B * L, K, 64) i32
+    pages,  # (B * Hkv * NP, P, 2 D), or codes
+    *refs,  # with codes, scales (B * Hkv * NP, P, C) u16; under a mask, which rows see
+    #   which listed page: (B * L, K, 64) i32
     # out: (B * L, splits, R, D) f32, (B * L, splits, R) f32
-    # scratch: as `hopper.scratch`, a ring (stages, 64, 2 D), q's barrier, its own
+    # scratch: as `hopper.scratch`, a ring (stages, 64, 2 D), q's barrier, its own; with
+    # codes, keys and values (64, D)
+    formats,
     lists,
     num_kv_heads,
     num_pieces,
     sm_scale,
     first_position,
 ):
+    scales, refs = refs[: bool(formats)], refs[bool(formats) :]
+    end = len(refs) - len(formats)
+    operands, refs = refs[end:], refs[:end]
     *flags, out, lse, buffers, ring, q_arrived, arrived = refs
     taken, head_dim = q.shape[1:]
     page_size = pages.shape[1]
@@ -215,13 +244,37 @@ def _kernel(
             visible &= token + offset >= first_position
         return visible if allowed is None else visible & (allowed > 0)
 
+    def scales_of(i):
+        """The scales of keys and of values of a block, which is one page or a piece."""
+        (page,), (ref,) = listed(i), scales
+        read, first = [], 0
+        for part in formats:
+            of_part = ref.at[first_page + page, :, pl.ds(first, part.scales)]
+            read.append(hopper_codes.load_scales(part, of_part))
+            first += part.scales
+        return read
+
+    def decoded(slot, read):
+        """The keys and the values of a block whose codes have arrived."""
+        first = 0
+        for part, own, into in zip(formats, read, operands, strict=True):
+            codes = ring.at[slot, :, pl.ds(first, part.codes)]
+            hopper_codes.write(part, codes, own, into)
+            first += part.codes
+        plgpu.commit_smem()
+        return operands
+
     def step(i, state, is_masked):
         slot = lax.rem(i - begin, stages)
         # Long before they are needed: the next one to copy, and this one.
         upcoming = listed(i + stages)
-        k, v = (ring.at[slot, :, pl.ds(x, head_dim)] for x in (0, head_dim))
+        read = scales_of(i) if formats else None
         visible = visible_in(i) if is_masked else None
         plgpu.barrier_wait(arrived.at[slot])
+        if formats:
+            k, v = decoded(slot, read)
+        else:
+            k, v = (ring.at[slot, :, pl.ds(x, head_dim)] for x in (0, head_dim))
         state = hopper.add_block(
             state, buffers["q"], k, v, buffers["weights"], sm_scale, visible
         )

@@ -3,7 +3,11 @@
 Grid: lists x splits of a list x blocks of query rows. A program goes through its part
 of a list a block of tokens at a time: online softmax, then XLA merges the splits.
 
-Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache.
+Codes of quantised pages become floats in registers. Turned rows are read as they are:
+queries are turned before, and results back.
+
+Bytes per block: `block_tokens` rows of floats, or of codes and scales; nothing else
+grows with the cache.
 """
 
 import math
@@ -14,15 +18,16 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.shared import triton_call, triton_lists
+from pallas_kernels.shared import triton_call, triton_lists, triton_softmax
+from pallas_kernels.shared.quantized import Quantized, turned
 from pallas_kernels.shared.split_k import joined, merge
 from pallas_kernels.shared.triton_lists import (
     head_of,
     rows_of,
     seen_by,
     tokens_of,
-    vectors,
 )
+from pallas_kernels.shared.triton_rows import of_head, vectors
 
 MAX_FEATURES = 64  # of a surrogate
 
@@ -60,13 +65,18 @@ def page_attention(
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
+    keys, values = triton_lists.turned_like(pages)
+    q = turned(keys, q)
     inputs = triton_lists.inputs(q, pages, page_ids, query_positions, mask)
     static = triton_lists.static(q, pages, page_ids, mask, interpret)
     rows, head_dim = static["ROWS"], static["HEAD_DIM"]
-    features, weighing = 0, (inputs[3],) * 3  # or anything
+    features, weighing = 0, (q,) * 3  # or anything
     if surrogate is not None:
-        features, weighing = _padded(surrogate)
-        static["num_warps"] = 8  # two sums of the values are in registers
+        directions = turned(keys, surrogate.directions)
+        features, weighing = _padded(surrogate._replace(directions=directions))
+    if surrogate is not None or isinstance(pages, Quantized):
+        # Two sums of the values, or floats of both keys and values, are in registers.
+        static["num_warps"] = 8
     parts = static["grid"][:2]
     of_rows = (*parts, rows, head_dim), (*parts, rows)
     shapes = *of_rows, *(of_rows if features else ((1,), (1,)))
@@ -81,11 +91,13 @@ def page_attention(
         FEATURES=features,
     )
     out, lse = merge(out, lse, axis=1)
-    softmax = joined(out.reshape(q.shape), lse.reshape(q.shape[:3]), initial)
+    out = turned(values, out.reshape(q.shape))
+    softmax = joined(out, lse.reshape(q.shape[:3]), initial)
     if surrogate is None:
         return softmax
     taken, mass = (x.sum(1) for x in sums)
-    return *softmax, taken.reshape(q.shape), mass.reshape(q.shape[:3])
+    taken = turned(values, taken.reshape(q.shape))
+    return *softmax, taken, mass.reshape(q.shape[:3])
 
 
 def _padded(surrogate):
@@ -107,7 +119,8 @@ def _padded(surrogate):
 def _page_attention(
     # in
     q_ptr,  # (B * L, R, D)
-    pages_ptr,  # (B * Hkv, NP, P, 2 D)
+    rows_ptr,  # (B * Hkv, NP, P, 2 D), or codes
+    scales_ptr,  # (B * Hkv, NP, P, C) u16, or anything
     ids_ptr,  # (B * L, K) i32
     ends_ptr,  # (B * L,) i32
     positions_ptr,  # (B, T) i32
@@ -127,6 +140,8 @@ def _page_attention(
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
+    VALUES: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -140,7 +155,9 @@ def _page_attention(
     part, splits = tl.program_id(1), tl.num_programs(1)
     which = tl.program_id(0).to(tl.int64)  # of B * L lists
     head = head_of(which, LISTS, KV_HEADS)
-    pages_ptr += head * (NUM_PAGES * PAGE_SIZE * 2 * HEAD_DIM)
+    rows_ptr, scales_ptr = of_head(
+        rows_ptr, scales_ptr, head, NUM_PAGES * PAGE_SIZE, KEYS
+    )
     ids_ptr += which * LISTED
     row = tl.program_id(2) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     lane = tl.arange(0, HEAD_DIM)
@@ -170,8 +187,8 @@ def _page_attention(
             ids_ptr, i, LISTED, NUM_PAGES, PAGE_SIZE, BLOCK_TOKENS
         )
         is_held = is_page & (position <= last) & (position >= FIRST)
-        k = vectors(pages_ptr, position, is_held, HEAD_DIM, OFFSET)
-        v = vectors(pages_ptr + HEAD_DIM, position, is_held, HEAD_DIM, OFFSET)
+        k = vectors(rows_ptr, scales_ptr, position, is_held, HEAD_DIM, KEYS, OFFSET)
+        v = vectors(rows_ptr, scales_ptr, position, is_held, HEAD_DIM, VALUES, OFFSET)
         seen = seen_by(
             mask_ptr,
             which,
@@ -186,16 +203,7 @@ def _page_attention(
         )
         logits = tl.dot(q.to(OPERAND), tl.trans(k.to(OPERAND)), input_precision="ieee")
         logits = tl.where(seen, logits * scale, float("-inf"))
-        m_new = tl.maximum(m, tl.max(logits, 1))
-        # A row that has seen nothing: -inf - -inf would be NaN.
-        base = tl.where(m_new == float("-inf"), 0.0, m_new)
-        weights = tl.exp2(logits - base[:, None])
-        decay = tl.exp2(m - base)
-        l = l * decay + tl.sum(weights, 1)
-        weights = weights.to(v.dtype).to(OPERAND)
-        acc = acc * decay[:, None]
-        acc += tl.dot(weights, v.to(OPERAND), input_precision="ieee")
-        m = m_new
+        m, l, acc = triton_softmax.add_block(m, l, acc, logits, v, OPERAND)
         if FEATURES:  # in three products of 19 bits each: near float32
             keys = tl.trans(k.to(tl.float32))
             ell = tl.dot(directions, keys, input_precision="tf32x3")
@@ -205,15 +213,9 @@ def _page_attention(
             mass += tl.sum(weights, 1)
             taken += tl.dot(weights, v.to(tl.float32), input_precision="tf32x3")
 
-    positive = tl.where(l == 0, 1.0, l)
-    lse = tl.where(l == 0, float("-inf"), m * 0.6931471805599453 + tl.log(positive))
-    row += part * ROWS
-    lse_ptr += which * splits * ROWS
-    out_ptr += which * splits * (ROWS * HEAD_DIM)
-    tl.store(lse_ptr + row, lse, mask=is_row)
-    out = acc / positive[:, None]
-    tl.store(out_ptr + row[:, None] * HEAD_DIM + lane, out, mask=is_row[:, None])
+    triton_softmax.store(out_ptr, lse_ptr, m, l, acc, which, row, HEAD_DIM, ROWS)
     if FEATURES:
+        row += part * ROWS
         taken_ptr += which * splits * (ROWS * HEAD_DIM) + lane
         tl.store(taken_ptr + row[:, None] * HEAD_DIM, taken, mask=is_row[:, None])
         tl.store(mass_ptr + which * splits * ROWS + row, mass, mask=is_row)

@@ -23,6 +23,7 @@ def _case(
 CASES = {
     "page_entmax-P64-128K": _case(SHORT, 64, 1.5),
     "page_entmax-P16-1M": _case(LONG, 16, 1.5, tokens=LONG // 16),
+    "page_entmax-K8V4-P64-128K": _case(SHORT, 64, 1.5, bits=(8, 4)),
     "page_entmax-tau-P64-128K": _case(SHORT, 64, 1.7, has_tau=True),
     # At the edges of what kernels say they support.
     "page_entmax-tau-P24-T4-D64": _case(

@@ -21,13 +21,14 @@ from pallas_kernels.entmax import equations
 from pallas_kernels.entmax import triton as solver
 from pallas_kernels.entmax.triton import excess_of, powers
 from pallas_kernels.shared import triton_call, triton_lists
+from pallas_kernels.shared.quantized import turned
 from pallas_kernels.shared.triton_lists import (
     head_of,
     rows_of,
     seen_by,
     tokens_of,
-    vectors,
 )
+from pallas_kernels.shared.triton_rows import of_head, vectors
 
 SCORE_BYTES = 256 << 20  # more are a prompt's, which XLA takes a few rows at a time
 
@@ -56,6 +57,8 @@ def page_entmax(
     interpret=False,
 ):
     """See :func:`pallas_kernels.page_entmax.page_entmax`."""
+    keys, values = triton_lists.turned_like(pages)
+    q = turned(keys, q)
     inputs = triton_lists.inputs(q, pages, page_ids, query_positions, mask)
     static = triton_lists.static(q, pages, page_ids, mask, interpret)
     lists, splits, _ = static["grid"]
@@ -65,7 +68,7 @@ def page_entmax(
         _page_entmax_scores,
         *inputs,
         out_shape=jax.ShapeDtypeStruct((lists, rows, tokens), jnp.float32),
-        **static,
+        **_without(static, "VALUES"),
         sm_scale=sm_scale,
     )
     if tau is None:
@@ -74,30 +77,35 @@ def page_entmax(
     else:
         tau = tau.reshape(lists, rows)
         threshold = equations.Threshold(jnp.zeros_like(tau), tau)
-    _, pages, page_ids, ends, _, _ = inputs
-    unused = "STEPS", "HAS_MASK"
+    _, rows_of_pages, scales, page_ids, ends, _, _ = inputs
     acc, total, moment = (
         x.sum(1)
         for x in triton_call.call(
             _page_entmax_values,
             scores,
             *threshold,
-            pages,
+            rows_of_pages,
+            scales,
             page_ids,
             ends,
             out_shape=(
                 jax.ShapeDtypeStruct((lists, splits, rows, head_dim), jnp.float32),
                 *(jax.ShapeDtypeStruct((lists, splits, rows), jnp.float32),) * 2,
             ),
-            **{name: x for name, x in static.items() if name not in unused},
+            **_without(static, "KEYS", "STEPS", "HAS_MASK"),
             **solver.static(alpha),
         )
     )
+    acc = turned(values, acc.reshape(q.shape))
     if tau is not None:
-        return acc.reshape(q.shape), total.reshape(q.shape[:3])
+        return acc, total.reshape(q.shape[:3])
     value = equations.value(*threshold, total, moment, alpha)
-    out = acc / equations.positive(total)[..., None]
-    return out.reshape(q.shape), value.reshape(q.shape[:3])
+    out = acc / equations.positive(total).reshape(q.shape[:3])[..., None]
+    return out, value.reshape(q.shape[:3])
+
+
+def _without(static, *names):
+    return {name: x for name, x in static.items() if name not in names}
 
 
 @triton.jit
@@ -105,7 +113,8 @@ def page_entmax(
 def _page_entmax_scores(
     # in
     q_ptr,  # (B * L, R, D)
-    pages_ptr,  # (B * Hkv, NP, P, 2 D)
+    rows_ptr,  # (B * Hkv, NP, P, 2 D), or codes
+    scales_ptr,  # (B * Hkv, NP, P, C) u16, or anything
     ids_ptr,  # (B * L, K) i32
     ends_ptr,  # (B * L,) i32
     positions_ptr,  # (B, T) i32
@@ -119,6 +128,7 @@ def _page_entmax_scores(
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    KEYS: tl.constexpr,
     STEPS: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -129,8 +139,9 @@ def _page_entmax_scores(
 ):
     part, splits = tl.program_id(1), tl.num_programs(1)
     which = tl.program_id(0).to(tl.int64)  # of B * L lists
-    pages_ptr += head_of(which, LISTS, KV_HEADS) * (
-        NUM_PAGES * PAGE_SIZE * 2 * HEAD_DIM
+    head = head_of(which, LISTS, KV_HEADS)
+    rows_ptr, scales_ptr = of_head(
+        rows_ptr, scales_ptr, head, NUM_PAGES * PAGE_SIZE, KEYS
     )
     ids_ptr += which * LISTED
     out_ptr += which * ROWS * (LISTED * PAGE_SIZE)
@@ -150,7 +161,7 @@ def _page_entmax_scores(
             ids_ptr, i, LISTED, NUM_PAGES, PAGE_SIZE, BLOCK_TOKENS
         )
         is_held = is_page & (position <= last)
-        k = vectors(pages_ptr, position, is_held, HEAD_DIM, OFFSET)
+        k = vectors(rows_ptr, scales_ptr, position, is_held, HEAD_DIM, KEYS, OFFSET)
         seen = seen_by(
             mask_ptr,
             which,
@@ -185,7 +196,8 @@ def _page_entmax_values(
     scores_ptr,  # (B * L, R, K * P) f32
     top_ptr,  # (B * L, R) f32
     tau_ptr,  # (B * L, R) f32
-    pages_ptr,  # (B * Hkv, NP, P, 2 D)
+    rows_ptr,  # (B * Hkv, NP, P, 2 D), or codes
+    scales_ptr,  # (B * Hkv, NP, P, C) u16, or anything
     ids_ptr,  # (B * L, K) i32
     ends_ptr,  # (B * L,) i32
     # out
@@ -201,6 +213,7 @@ def _page_entmax_values(
     NUM_PAGES: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUES: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
@@ -209,8 +222,9 @@ def _page_entmax_values(
 ):
     part, splits = tl.program_id(1), tl.num_programs(1)
     which = tl.program_id(0).to(tl.int64)  # of B * L lists
-    pages_ptr += head_of(which, LISTS, KV_HEADS) * (
-        NUM_PAGES * PAGE_SIZE * 2 * HEAD_DIM
+    head = head_of(which, LISTS, KV_HEADS)
+    rows_ptr, scales_ptr = of_head(
+        rows_ptr, scales_ptr, head, NUM_PAGES * PAGE_SIZE, VALUES
     )
     ids_ptr += which * LISTED
     scores_ptr += which * ROWS * (LISTED * PAGE_SIZE)
@@ -237,7 +251,10 @@ def _page_entmax_values(
         excess = tl.where(is_nan, scores, excess_of(scores, top, tau, scale))
         is_needed = tl.max(((excess > 0) | is_nan).to(tl.int32), 0)
         if tl.max(is_needed, 0) > 0:
-            v = vectors(pages_ptr + HEAD_DIM, position, is_needed > 0, HEAD_DIM, OFFSET)
+            is_read = is_needed > 0
+            v = vectors(
+                rows_ptr, scales_ptr, position, is_read, HEAD_DIM, VALUES, OFFSET
+            )
             weights, _slope = powers(excess, exponent, WHOLE)
             total += tl.sum(weights, 1)
             moment += tl.sum(weights * excess, 1)

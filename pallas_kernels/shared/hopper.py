@@ -15,7 +15,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from pallas_kernels.dispatch import device_kind
-from pallas_kernels.shared import quantized
 
 # An older one may not even be imported, and `unsupported` has to be.
 plgpu: Any = None
@@ -41,8 +40,6 @@ def unsupported() -> str | None:
 
 def unsupported_rows(q, keys, rows) -> str | None:
     """Says why not, from the query's sizes; `rows` share keys."""
-    if reason := quantized.unsupported(keys):
-        return reason
     if q.dtype != keys.dtype or q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"dtypes {q.dtype}, {keys.dtype} must be both bfloat16 or both float16"
     if q.shape[3] not in (64, 128, 256):

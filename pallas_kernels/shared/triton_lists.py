@@ -11,41 +11,37 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.shared import quantized, triton_call
+from pallas_kernels.shared import triton_call, triton_rows
+from pallas_kernels.shared.quantized import Quantized, split
 
 BLOCK_BYTES = 16 << 10  # of the keys of a block: two stages fit twice into 100 KB
 MAX_ROWS = 64  # query rows of a program
 MAX_SPLITS = 64
 PROGRAMS_PER_CORE = 2
 
-_TYPES = {"bfloat16": tl.bfloat16, "float16": tl.float16, "float32": tl.float32}
-
 
 def unsupported(q, pages, page_ids) -> str | None:
     """Says why the kernels cannot, from shapes, dtypes and device; None if they can."""
-    if reason := quantized.unsupported(pages):
-        return reason
-    head_dim, dtypes = q.shape[3], (jnp.bfloat16, jnp.float16, jnp.float32)
-    if q.dtype != pages.dtype or q.dtype not in dtypes:
-        return f"dtypes {q.dtype}, {pages.dtype} must be one of 16 or 32 bits"
-    if head_dim not in (16, 32, 64, 128, 256):
-        return f"D={head_dim} must be a power of two from 16 to 256"
     if not page_ids.shape[2] or not q.shape[2]:
         return f"{page_ids.shape[2]} pages and {q.shape[2]} rows must be positive"
     if page_ids.shape[2] * pages.shape[3] >= 1 << 31:
         return f"{page_ids.shape[2]} pages of {pages.shape[3]} must be below 2**31"
-    return triton_call.unsupported()
+    return triton_rows.unsupported(q, pages)
 
 
-def grid(q, pages, page_ids) -> tuple[int, int, int]:
-    """Lists, parts of a list so that they fill the device, blocks of query rows."""
-    batch, (lists, listed) = q.shape[0], page_ids.shape[1:]
-    sizes = _sizes(q, pages, page_ids)
-    row_blocks = triton.cdiv(sizes["ROWS"], sizes["BLOCK_ROWS"])
-    most = triton.cdiv(listed * pages.shape[3], 2 * sizes["BLOCK_TOKENS"])
+def grid(q, lists: int, tokens: int) -> tuple[int, int, int]:
+    """Lists of so many tokens, parts that fill the device, blocks of query rows."""
+    batch, blocks = q.shape[0], sizes(q, lists)
+    row_blocks = triton.cdiv(blocks["ROWS"], blocks["BLOCK_ROWS"])
+    most = triton.cdiv(tokens, 2 * blocks["BLOCK_TOKENS"])
     wanted = PROGRAMS_PER_CORE * triton_call.num_cores()
     wanted = triton.cdiv(wanted, batch * lists * row_blocks)
     return batch * lists, max(min(wanted, most, MAX_SPLITS), 1), row_blocks
+
+
+def turned_like(pages: Any) -> tuple[Any, Any]:
+    """Keys and values, for what is turned as they are; floats are not copied."""
+    return split(pages) if isinstance(pages, Quantized) else (pages, pages)
 
 
 def inputs(
@@ -54,7 +50,7 @@ def inputs(
     """The arrays that every kernel of queries takes, first."""
     return (
         q,
-        pages,
+        *triton_rows.arrays_of(pages),
         page_ids.astype(jnp.int32),
         ends(page_ids, pages, query_positions),
         query_positions.astype(jnp.int32),
@@ -64,31 +60,25 @@ def inputs(
 
 def static(q, pages, page_ids, mask, interpret) -> dict[str, Any]:
     """The sizes that every kernel of queries takes, and how it is called."""
-    num_kv_heads, num_pages, page_size, width = pages.shape[1:]
+    num_kv_heads, num_pages, page_size = pages.shape[1:4]
+    lists, listed = page_ids.shape[1:]
     return {
-        # Products of float32 are sums in registers.
-        "num_warps": 8 if q.dtype == jnp.float32 else 4,
-        "LISTS": page_ids.shape[1],
-        "LISTED": page_ids.shape[2],
+        **triton_rows.static(q, num_pages * page_size, pages, interpret=interpret),
+        "LISTS": lists,
+        "LISTED": listed,
         "KV_HEADS": num_kv_heads,
         "NUM_PAGES": num_pages,
         "PAGE_SIZE": page_size,
-        "HEAD_DIM": q.shape[3],
-        "STEPS": q.shape[2],
-        **_sizes(q, pages, page_ids),
-        # Where a head's elements exceed 32 bits, its offsets do.
-        "OFFSET": tl.int64 if num_pages * page_size * width >= 1 << 31 else tl.int32,
-        # The interpreter multiplies bfloat16 as the integers that hold it.
-        "OPERAND": tl.float32 if interpret else _TYPES[q.dtype.name],
+        **sizes(q, lists),
         "HAS_MASK": mask is not None,
-        "grid": grid(q, pages, page_ids),
-        "interpret": interpret,
+        "grid": grid(q, lists, listed * page_size),
     }
 
 
-def _sizes(q, pages, page_ids):
-    rows = q.shape[1] // page_ids.shape[1] * q.shape[2]
-    block_tokens = BLOCK_BYTES // (q.shape[3] * pages.dtype.itemsize)
+def sizes(q, lists: int) -> dict[str, int]:
+    """Query rows of a list, and the blocks in which rows and tokens are taken."""
+    rows = q.shape[1] // lists * q.shape[2]
+    block_tokens = BLOCK_BYTES // (q.shape[3] * q.dtype.itemsize)
     return {
         "ROWS": rows,
         "BLOCK_ROWS": min(max(triton.next_power_of_2(rows), 16), MAX_ROWS),
@@ -171,17 +161,3 @@ def seen_by(
         flag = (which * LISTED + slot) * STEPS + (row % STEPS)[:, None]
         seen &= tl.load(mask_ptr + flag, mask=slot < LISTED, other=0) != 0
     return seen
-
-
-@triton.jit
-@no_type_check
-def vectors(
-    head_ptr,  # (NP, P, 2 D), of the keys' half or of the values'
-    position,
-    is_needed,
-    HEAD_DIM: tl.constexpr,
-    OFFSET: tl.constexpr,
-):
-    """`(BLOCK_TOKENS, D)` at these positions, 0 where not needed."""
-    offset = position.to(OFFSET)[:, None] * (2 * HEAD_DIM) + tl.arange(0, HEAD_DIM)
-    return tl.load(head_ptr + offset, mask=is_needed[:, None], other=0.0)

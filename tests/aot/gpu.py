@@ -71,7 +71,11 @@ _CASES = (
     ("page_attention-P64-128K", "page_attention", {}),
     ("page_attention-P64-1M", "page_attention", {}),
     ("page_attention-P16-T8-mask-128K", "page_attention", {}),
+    ("page_attention-int8-P64-128K", "page_attention", {}),
+    ("page_attention-int4-P64-128K", "page_attention", {}),
     ("decode_attention-1M", "decode_attention", {}),
+    ("decode_attention-K8V4-1M", "decode_attention", {}),
+    ("decode_attention-int4-T4-window-cap-128K", "decode_attention", {}),
     ("decode_attention-T4-window-cap-128K", "decode_attention", {}),
     ("decode_attention-ring-4K", "decode_attention", {}),
     ("decode_attention-logits-128K", "decode_attention", {"temp_limit": 64 << 20}),
@@ -89,6 +93,12 @@ _CASES = (
         {"programs": 1, "temp_limit": 32 << 20},
     ),
     ("page_attention-P256-D64-f16-list-a-query-head", "page_attention", {}),
+    (
+        "page_attention-K8V4-P128-T8-D256",
+        "page_attention",
+        {"programs": 1, "temp_limit": 32 << 20},
+    ),
+    ("page_attention-int8-P256-D64-f16-list-a-query-head", "page_attention", {}),
     ("entmax-3-1K", "entmax_solve", {}),
 )
 CASES = {name: _case(name, kernel, **more) for name, kernel, more in _CASES}

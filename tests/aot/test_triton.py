@@ -32,9 +32,15 @@ def test_resources_and_temporaries(target):
         assert row["shared_bytes"] <= before["shared_bytes"], (row, before)
         assert row["temp_bytes"] < triton_cases.TEMP_LIMIT, row
         # Of pages while others are multiplied; of float32 without tensor cores.
-        is_piped = row["kernel"] in ("_page_attention", "_page_entmax_scores")
+        is_piped = row["kernel"] in (
+            "_decode_attention",
+            "_page_attention",
+            "_page_entmax_scores",
+        )
         assert (row["async_copies"] > 0) == is_piped
-        multiplies = row["kernel"].startswith("_page") and "f32" not in row["case"]
+        multiplies = (
+            row["kernel"].startswith(("_page", "_decode")) and "f32" not in row["case"]
+        )
         assert (row["matrix_products"] > 0) == multiplies
 
 

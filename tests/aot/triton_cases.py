@@ -36,6 +36,8 @@ class Case(NamedTuple):
 # Every kernel for both; its variants for one, as compiling takes time.
 BOTH = (
     "page_attention-P64-128K",
+    "page_attention-int4-P64-128K",
+    "decode_attention-K8V4-1M",
     "page_bounds-P16-1M",
     "page_moments-P64-128K",
     "entmax-1.5-1M",
@@ -46,6 +48,8 @@ TARGETS = {
     "a100": (
         *BOTH,
         "page_attention-P16-1M",
+        "page_attention-K8V4-P16-T8-mask-128K",
+        "decode_attention-int4-T4-window-cap-128K",
         "page_attention-surrogate-P64-128K",
         "page_entmax-P16-1M",
         "page_bounds-mean-P64-128K",
@@ -56,6 +60,10 @@ TARGETS = {
         *BOTH,
         "page_attention-P128-T16-mask-128K",
         "page_attention-P64-f32-128K",
+        "page_attention-int8-P64-128K",
+        "page_attention-K8V4-surrogate-P64-128K",
+        "decode_attention-int8-ring-logits-64K",
+        "page_entmax-K8V4-P64-128K",
         "page_attention-surrogate-P64-128K",
         "page_entmax-tau-P64-128K",
         "page_bounds-max-P64-128K",

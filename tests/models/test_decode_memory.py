@@ -4,6 +4,7 @@ Compiled ahead of time, never run: for this CPU, and for a real TPU that is not 
 """
 
 import dataclasses
+import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from kvjax.rope import Rope
 from kvjax.stores import buffers
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
+from pallas_kernels import dispatch
 
 CONTEXT = 131_072
 # The heads of an 8B Llama; a narrow width, since weights are not what is asked about.
@@ -112,5 +114,26 @@ def test_gpu_temporaries_are_a_few_megabytes():
     """Pages and their statistics are written where they are, and chosen ones read."""
     with gpu.target("h100") as sharding:
         memory, held = compile_step("quest", "bfloat16", sharding)
+    assert memory.temp_size_in_bytes < GPU_LIMIT
+    assert memory.alias_size_in_bytes >= held
+
+
+@pytest.mark.skipif(gpu.unavailable() is not None, reason=str(gpu.unavailable()))
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("quantize:keys=8,values=4+full", "xla"),
+        ("quantize:bits=4+quest", "xla"),
+        ("quantize:bits=4+quest", "triton"),
+    ],
+)
+def test_gpu_temporaries_of_a_quantised_cache(name, code, monkeypatch):
+    """No copy of it, in floats or codes, whatever reads it."""
+    if code == "xla":
+        monkeypatch.setattr(dispatch, "_is_for_gpu", lambda: False)
+    elif importlib.util.find_spec("jax_triton") is None:
+        pytest.skip("Triton kernels need jax-triton: pip install 'kvjax[triton]'")
+    with gpu.target("h100") as sharding:
+        memory, held = compile_step(name, "bfloat16", sharding)
     assert memory.temp_size_in_bytes < GPU_LIMIT
     assert memory.alias_size_in_bytes >= held

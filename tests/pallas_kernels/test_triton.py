@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import solve
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_entmax import page_entmax
@@ -23,10 +24,13 @@ if importlib.util.find_spec("jax_triton") is None:
         allow_module_level=True,
     )
 
-from pallas_kernels.shared import triton_call
+from pallas_kernels.shared import cases, triton_call
 
 ALONE = "-p", "no:xdist", "-o", "addopts=--import-mode=importlib"
-INTERPRETED = pathlib.Path(__file__).with_name("triton_interpreted.py")
+INTERPRETED = [
+    pathlib.Path(__file__).with_name(f"triton_{name}.py")
+    for name in ("interpreted", "quantized")
+]
 
 
 def _array(*shape, dtype=jnp.bfloat16):
@@ -42,6 +46,18 @@ def _pages(head_dim=64, dtype=jnp.bfloat16, rows=1):
     )
 
 
+def _stored(rows=1, slots=144):
+    """Keys and values in 4 bits, and a query."""
+    kept = cases.stored(1, 2, slots, 64, bits=(4,))
+    q = _array(1, 4, rows, 64)
+    return q, kept, kept, _array(1, rows, dtype=jnp.int32)
+
+
+def _stored_pages(**sizes):
+    q, pages, *rest = _pages(**sizes)
+    return q, cases.stored(*pages.shape, bits=(8, 4), dtype=pages.dtype), *rest
+
+
 def _statistics(heads=4, head_dim=64, num_pages=9, dtype=jnp.bfloat16):
     of_pages = _array(1, 2, num_pages, head_dim)
     return _array(1, heads, head_dim, dtype=dtype), of_pages, of_pages
@@ -50,9 +66,9 @@ def _statistics(heads=4, head_dim=64, num_pages=9, dtype=jnp.bfloat16):
 def test_in_the_interpreter():
     """In a process of its own: what kernels are is decided when Triton is imported."""
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", INTERPRETED, *ALONE],
+        [sys.executable, "-m", "pytest", "-q", *INTERPRETED, *ALONE],
         env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
-        cwd=INTERPRETED.parents[2],
+        cwd=INTERPRETED[0].parents[2],
         capture_output=True,
         text=True,
     )
@@ -78,6 +94,9 @@ def test_an_a100_takes_them_unasked():
     for function, arguments, kernels in (
         (pages, _pages(), 1),
         (functools.partial(page_entmax, sm_scale=0.1, alpha=1.5), _pages(), 3),
+        (pages, _stored_pages(), 1),
+        (functools.partial(page_entmax, sm_scale=0.1, alpha=1.5), _stored_pages(), 3),
+        (functools.partial(decode_attention, sm_scale=0.1), _stored(), 1),
         (functools.partial(page_bounds, group_reduce="mean"), _statistics(), 1),
         (page_moments, _statistics(), 1),
         (functools.partial(solve, alpha=1.5), (scores,), 1),
@@ -111,6 +130,21 @@ def _named(function, **static):
             _pages(dtype=jnp.float8_e5m2),
             "dtypes f",
         ),
+        (
+            _named(page_attention, sm_scale=1.0),
+            _stored_pages(head_dim=96),
+            "D=96 must be",
+        ),
+        (
+            _named(decode_attention, sm_scale=1.0),
+            (
+                _array(1, 4, 1, 64),
+                *[_array(1, 2, 9, 64)] * 2,
+                _array(1, 1, dtype="int32"),
+            ),
+            "its keys and values must be quantised",
+        ),
+        (_named(decode_attention, sm_scale=1.0), _stored(0), "144 slots and 0 rows"),
         (_named(solve, alpha=1.5), (_array(2, 9),), "bfloat16, it knows float32"),
         (_named(top_k, k=1), (_array(0, 9),), r"scores \(0, 9\) must be from 1 to"),
     ],
@@ -122,6 +156,9 @@ def _named(function, **static):
         "mixed",
         "D",
         "dtype",
+        "stored-D",
+        "floats",
+        "no-rows",
         "scores",
         "empty",
     ],

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from triton.runtime import interpreter
 
 from pallas_kernels.entmax import solve, weights
 from pallas_kernels.entmax import triton as entmax_triton
@@ -19,9 +18,10 @@ from pallas_kernels.page_attention import triton as page_attention_triton
 from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.page_scores import page_bounds, page_moments
 from pallas_kernels.page_scores import triton as page_scores_triton
-from pallas_kernels.shared import triton_call, triton_lists
 from pallas_kernels.topk import top_k
 from pallas_kernels.topk import triton as topk_triton
+
+pytest_plugins = ("interpreting",)
 
 # Relative error of a row, three times the largest seen: the interpreter cuts a bfloat16
 # off where a GPU rounds.
@@ -32,48 +32,6 @@ IDS = [
     [[4, -1, 0, 7, 2, 1, 3, 5], [-1, -1, 8, -1, 6, -1, -1, -1]],
     [[-1, 1, -1, -1, 2, 0, -1, -1], [-1] * 8],
 ]
-
-
-@pytest.fixture(autouse=True)
-def traced_anew():
-    """With the sizes of blocks that a test has set."""
-    jax.clear_caches()
-
-
-@pytest.fixture(autouse=True)
-def patched_once(monkeypatch):
-    """Most of its time the interpreter would look again for what it has patched."""
-    patch, seen = interpreter._patch_lang, set()
-
-    def patch_once(function):
-        if id(function.__globals__) in seen:
-            return interpreter._LangPatchScope()
-        seen.add(id(function.__globals__))
-        return patch(function)
-
-    class Executor(interpreter.GridExecutor):
-        def __call__(self, *args, **kwargs):
-            seen.clear()  # the last one has taken its patches back
-            return super().__call__(*args, **kwargs)
-
-    monkeypatch.setattr(interpreter, "_patch_lang", patch_once)
-    monkeypatch.setattr(interpreter, "GridExecutor", Executor)
-
-
-@pytest.fixture(autouse=True)
-def guarded(monkeypatch):
-    """Nothing is written behind the end of an output."""
-    poisoned, guards = triton_call._poisoned, []
-
-    def with_guard(shape):
-        found = poisoned(jax.ShapeDtypeStruct((2, *shape.shape), shape.dtype))
-        guards.append((found[1], found[1].copy()))
-        return found[0]
-
-    monkeypatch.setattr(triton_call, "_poisoned", with_guard)
-    yield
-    for guard, before in guards:
-        np.testing.assert_array_equal(guard, before)
 
 
 def _problem(
@@ -127,13 +85,6 @@ def _check(problem, mask=None, sm_scale=0.4, alpha=1.0):
     error = np.linalg.norm(out - expected, axis=-1) / np.where(size == 0, 1, size)
     assert error.max() < tolerance, error.max()
     np.testing.assert_allclose(lse, expected_lse, rtol=0, atol=tolerance)
-
-
-@pytest.fixture
-def splits(monkeypatch, request):
-    """Lists in as many parts, each in blocks of 32 tokens of 16 dimensions."""
-    monkeypatch.setattr(triton_lists, "BLOCK_BYTES", 2 << 10)
-    monkeypatch.setattr(triton_call, "num_cores", lambda: 2 * request.param)
 
 
 @pytest.mark.parametrize("splits", [1, 3], indirect=True)
@@ -276,14 +227,9 @@ class TestPageEntmax:
             np.testing.assert_allclose(first + second, wanted, rtol=1e-6, atol=2e-5)
 
 
-def test_a_cache_of_more_than_2_to_the_31_elements(monkeypatch):
+@pytest.mark.usefixtures("eager")
+def test_a_cache_of_more_than_2_to_the_31_elements():
     """Four gigabytes that are never touched but for two pages, 2**32 bytes apart."""
-
-    def call(kernel, *arrays, out_shape, grid, interpret, num_warps, **static):
-        found = triton_call._interpret(kernel, out_shape, grid, static, *arrays)
-        return jax.tree.map(jnp.asarray, found)
-
-    monkeypatch.setattr(triton_call, "call", call)
     q, small, ids, _ = _problem(
         ids=[[[1, 0]]], positions=[[0]], heads=(2, 1), page_size=64, dtype="float16"
     )
