@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8, UInt16
+from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 Holds = Literal["keys", "values", "both"]  # what a row of a buffer is
 
@@ -23,6 +23,7 @@ Holds = Literal["keys", "values", "both"]  # what a row of a buffer is
 # their bits: on a CPU, XLA turns a whole buffer of bfloat16 into float32 to slice it.
 SCALES = jnp.uint16
 LARGEST = 1e36  # numbers beyond are stored as this: sums over a row stay finite
+SPARE = 16  # newest tokens that can be taken back, or read at once, beside a residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +105,68 @@ class Quantized(NamedTuple):
         return jnp.dtype(self.layout.dtype)
 
 
-Rows = Array | Quantized  # a buffer of rows, or some of its rows
+class WithNewest(NamedTuple):
+    """Quantised rows of every token, and beside them the newest tokens as they came.
+
+    A query reads the `residual` positions up to its own as they came, and what is older
+    as it is stored. What is not held as it came is stored all the same.
+    """
+
+    rows: Quantized
+    newest: Float[Array, "B H W D"]  # W = residual + SPARE; position p in slot p % W
+    at: Int[Array, "B W"]  # the position in each slot, -1 = none; one run of positions
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers of every token."""
+        return self.rows.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.rows.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.rows.dtype
+
+    @property
+    def residual(self) -> int:
+        """The tokens that a query reads as they came."""
+        return self.newest.shape[2] - SPARE
+
+    def stored_until(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Returns the last position that each query reads as it is stored."""
+        far = jnp.iinfo(jnp.int32).max
+        oldest = jnp.where(self.at < 0, far, self.at).min(1)
+        until = jnp.maximum(positions - self.residual, oldest[:, None] - 1)
+        return jnp.minimum(positions, until)
+
+
+Rows = Array | Quantized | WithNewest  # a buffer of rows, or some of its rows
+
+
+def every_token(rows: Rows) -> Array | Quantized:
+    """Returns a buffer without the newest tokens that may be kept beside it."""
+    return rows.rows if isinstance(rows, WithNewest) else rows
+
+
+def rewound(rows: Rows, length: Int[Array, "B"]) -> Rows:
+    """Forgets what is kept beside a buffer of tokens from position `length` on."""
+    if not isinstance(rows, WithNewest):
+        return rows
+    return rows._replace(at=jnp.where(rows.at < length[:, None], rows.at, -1))
 
 
 def split(rows: Rows) -> tuple[Rows, Rows]:
     """Splits rows of keys with their values behind into keys and values."""
-    if not isinstance(rows, Quantized):
+    if isinstance(rows, WithNewest):
+        halves = jnp.split(rows.newest, 2, axis=-1)
+        parts = zip(_parts(rows.rows), halves, strict=True)
+        keys, values = (WithNewest(*part, rows.at) for part in parts)
+    elif isinstance(rows, Quantized):
+        keys, values = _parts(rows)
+    else:
         keys, values = jnp.split(rows, 2, axis=-1)
-        return keys, values
-    keys, values = _parts(rows)
     return keys, values
 
 
@@ -137,9 +191,11 @@ def floats(rows: Rows) -> Float[Array, "*B D"]:
 
 def numbers(rows: Rows) -> Float[Array, "*B D"]:
     """Returns the numbers that rows are stored as: turned, where they are."""
+    if isinstance(rows, WithNewest):
+        raise TypeError("rows with the newest beside them are read in two parts.")
     if not isinstance(rows, Quantized):
         return rows
-    return _joined([_decode(part).astype(rows.dtype) for part in _parts(rows)])
+    return _joined([_narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
 
 
 def turned(like: Rows, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -160,8 +216,9 @@ def _turned(layout: Layout, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 def stored(like: Rows, rows: Rows) -> Rows:
     """Returns rows as the buffer `like` stores them, which they may be already."""
-    if isinstance(rows, Quantized):  # of the same kind
+    if isinstance(rows, Quantized | WithNewest):  # of the same kind
         return rows
+    like = every_token(like)
     if not isinstance(like, Quantized):
         return rows.astype(like.dtype)
     return encode(like.layout, rows)
@@ -246,7 +303,14 @@ def _transform(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     matrix = jnp.asarray(hadamard(x.shape[-1]))
     wide = x.astype(jnp.float32)
     product = jnp.einsum("...d,de->...e", wide, matrix, precision=lax.Precision.HIGHEST)
-    return product.astype(x.dtype)
+    return _narrowed(product, x.dtype)
+
+
+def _narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
+    """Casts to a dtype; what only float16 cannot hold becomes its largest number."""
+    if jnp.finfo(dtype).max < LARGEST:
+        x = jnp.clip(x, -jnp.finfo(dtype).max, jnp.finfo(dtype).max)
+    return x.astype(dtype)
 
 
 @functools.cache

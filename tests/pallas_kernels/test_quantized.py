@@ -25,7 +25,7 @@ from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.received_attention import received_attention
 from pallas_kernels.shared import quantized
-from pallas_kernels.shared.quantized import Format, Layout, Quantized
+from pallas_kernels.shared.quantized import Format, Layout, Quantized, WithNewest
 
 INT8 = functools.partial(Format, bits=8)
 
@@ -255,3 +255,140 @@ def test_no_copy_of_the_cache_in_floats(name, with_logits):
     few, many = map(held, sizes)
     more = 4 * (sizes[1] - sizes[0])
     assert many - few <= more * (1 + 3 * heads * with_logits)
+
+
+# --- the newest tokens beside what is stored
+
+RESIDUAL = 4
+
+
+def beside(kept, came, last):
+    """Stored rows, and beside them those of tokens up to `last (B,)` as they came."""
+    size = RESIDUAL + quantized.SPARE
+    at = last[:, None] - (last[:, None] - np.arange(size)) % size
+    newest = np.take_along_axis(came, np.maximum(at, 0)[:, None, :, None], axis=2)
+    at = jnp.asarray(np.maximum(at, -1), jnp.int32)
+    return WithNewest(kept, jnp.asarray(newest), at)
+
+
+def is_new(position, query, last):
+    """Whether a query there reads that token as it came."""
+    first = max(query - RESIDUAL, last - RESIDUAL - quantized.SPARE)
+    return (position > first) & (position <= query)
+
+
+def problem(slots=60):
+    """Keys and values as they came and as they are read; a query far behind, and one
+    of no token."""
+    last = np.asarray([41, 3])
+    came = draw((2, 2, 2, slots, 64))
+    kept = [store(x, p) for x, p in zip(came, FORMATS["K8V4"], strict=True)]
+    at = np.maximum(last[:, None] - np.asarray([25, 5, 1, 0]), -1)
+    read = [np.asarray(floats(x)) for x in kept]
+    rows = [beside(x, y, last) for x, y in zip(kept, came, strict=True)]
+    return draw((2, 4, 4, 64), 2), rows, came, read, at, last
+
+
+@pytest.mark.parametrize("by_slots", [False, True])
+def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
+    """Tokens in any slots, in some heads not all of them; the logits beside."""
+    q, rows, came, read, at, last = problem()
+    where = np.broadcast_to(np.arange(60), (2, 2, 60))
+    held = None
+    if by_slots:
+        rng = np.random.default_rng(6)
+        where = np.stack([[rng.permutation(60) for _ in range(2)] for _ in range(2)])
+        where[:, 1, ::3] = -1
+        held = jnp.asarray(where, jnp.int32)
+
+        def moved(x):
+            index = jnp.asarray(np.maximum(where, 0))[..., None]
+            return jnp.take_along_axis(x, index, axis=2)
+
+        rows = [x._replace(rows=jax.tree.map(moved, x.rows)) for x in rows]
+    positions = jnp.asarray(at, jnp.int32)
+    q = jnp.asarray(q)
+    out, lse, logits = decode_attention(
+        q, *rows, positions, held, sm_scale=0.3, with_logits=True, soft_cap=9.0
+    )
+    plain = decode_attention(q, *rows, positions, held, sm_scale=0.3, soft_cap=9.0)
+    for one, other in zip(plain, (out, lse), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    uncapped = decode_logits(q, rows[0], positions, held, sm_scale=0.3)
+    for b, h, t in np.ndindex(2, 4, 4):
+        tokens, query = where[b, h // 2], at[b, t]
+        seen = (tokens >= 0) & (tokens <= query)
+        new = is_new(tokens, query, last[b])[:, None]
+        index = np.maximum(tokens, 0)
+        keys, values = (
+            np.where(new, x[b, h // 2, index], y[b, h // 2, index]).astype(float)
+            for x, y in zip(came, read, strict=True)
+        )
+        wanted = 0.3 * keys @ np.asarray(q[b, h, t], float)
+        np.testing.assert_allclose(uncapped[b, h, t][seen], wanted[seen], atol=2e-5)
+        assert np.isneginf(uncapped[b, h, t][~seen]).all()
+        wanted = 9 * np.tanh(wanted / 9)
+        np.testing.assert_allclose(logits[b, h, t][seen], wanted[seen], atol=2e-5)
+        assert np.isneginf(logits[b, h, t][~seen]).all()
+        weights = np.where(seen, np.exp(wanted), 0)
+        total = weights.sum()
+        expected = weights @ values / max(total, 1e-300)
+        np.testing.assert_allclose(out[b, h, t], expected, atol=2e-5)
+        with np.errstate(divide="ignore"):  # a query that sees nothing
+            np.testing.assert_allclose(lse[b, h, t], np.log(total), atol=2e-5)
+
+
+@pytest.mark.parametrize("lists", [2, 4])
+def test_listed_pages_read_the_newest_up_to_a_query(lists):
+    """Of the pages that its list has and its mask lets through, behind other tokens."""
+    q, _, came, read, at, last = problem(64)
+    size, rng = 8, np.random.default_rng(8)
+    both = np.concatenate(came, -1)
+    kept = store(both, *FORMATS["K8V4"])
+    by_page = jax.tree.map(lambda x: x.reshape(2, 2, 8, size, -1), kept)
+    pages = beside(by_page, both, last)
+    ids = np.stack([[rng.permutation(8) for _ in range(lists)] for _ in range(2)])
+    # Three pages that the list lacks; for one list the newest page among them.
+    ids = np.where(
+        ids == (last // size)[:, None, None], ids, np.where(ids < 3, -1, ids)
+    )
+    ids[0, 1] = np.where(ids[0, 1] == last[0] // size, -1, ids[0, 1])
+    mask = rng.random((*ids.shape, 4)) < 0.7
+    initial = draw((2, 4, 4, 64), 9), draw((2, 4, 4), 10)
+    out, lse = page_attention(
+        jnp.asarray(q),
+        pages,
+        jnp.asarray(ids, jnp.int32),
+        jnp.asarray(at, jnp.int32),
+        jnp.asarray(mask),
+        tuple(map(jnp.asarray, initial)),
+        sm_scale=0.3,
+        first_position=3,
+    )
+    for b, h, t in np.ndindex(2, 4, 4):
+        query, which = at[b, t], h * lists // 4
+        seen = mask[b, which, :, t] & (ids[b, which] >= 0)
+        listed = set(ids[b, which][seen].tolist())
+        tokens = np.asarray(
+            [p for p in range(3, query + 1) if p // size in listed], int
+        )
+        new = is_new(tokens, query, last[b])[:, None]
+        keys, values = (
+            np.where(new, x[b, h // 2, tokens], y[b, h // 2, tokens]).astype(float)
+            for x, y in zip(came, read, strict=True)
+        )
+        weights = np.exp(0.3 * keys @ q[b, h, t].astype(float))
+        before = np.exp(float(initial[1][b, h, t]))
+        total = weights.sum() + before
+        expected = (weights @ values + before * initial[0][b, h, t]) / total
+        np.testing.assert_allclose(out[b, h, t], expected, atol=2e-5)
+        np.testing.assert_allclose(lse[b, h, t], np.log(total), atol=2e-5)
+
+
+def test_what_does_not_take_two_parts_says_so():
+    q, rows, _, _, at, _ = problem()
+    arrays = jnp.asarray(q), *rows, jnp.asarray(at, jnp.int32)
+    with pytest.raises(NotImplementedError, match="window=8 over rows with the newest"):
+        decode_attention(*arrays, sm_scale=1.0, window=8)
+    with pytest.raises(TypeError, match="read in two parts"):
+        quantized.floats(rows[0])
