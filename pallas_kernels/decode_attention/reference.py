@@ -5,14 +5,22 @@ A few rows: one pass over the whole cache, whose only temporary is the logits. M
 as many as the tile's last row needs, so that no temporary grows with the cache and half
 of a causal chunk is not computed. Both accumulate in float32, and what is float64 in
 float64. Quantised rows are read by blocks however few the query rows: their numbers are
-there for one block at a time.
+there for one block at a time, on a CPU of one head.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.shared.quantized import Quantized, numbers, turned
+from pallas_kernels.shared.quantized import (
+    Quantized,
+    numbers,
+    times_keys,
+    turned,
+    weighted_sum,
+)
 
 DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than a block
 TILE = 256  # rows of a query head that are attended for together
@@ -40,7 +48,13 @@ def decode_attention(
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     by_blocks = rows > DENSE_ROWS or isinstance(k, Quantized)
     if not with_logits and by_blocks and k.shape[2] > BLOCK:
-        out, lse = _tiled(q, k, v, query_positions, key_positions, scores)
+        arrays = q, k, v, query_positions, key_positions
+        tiled = functools.partial(_tiled, scores=scores)
+        if rows > DENSE_ROWS:
+            out, lse = tiled(*arrays)
+        else:
+            few = functools.partial(_by_heads, scores=scores)
+            out, lse = lax.platform_dependent(*arrays, cpu=few, default=tiled)
         return turned(v, out), lse
     grouped, row_positions = _group(q, k, query_positions)
     held = _held(k, key_positions, grouped.shape[2])
@@ -120,14 +134,19 @@ def take_block(rows, start, size):
     )
 
 
-def _logits(grouped, keys, row_positions, held, *, sm_scale, window, soft_cap):
+def _masked(products, row_positions, held, *, sm_scale, window, soft_cap):
+    logits = sm_scale * products
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
+
+
+def _logits(grouped, keys, row_positions, held, **scores):
     def of(keys, held):
-        logits = sm_scale * jnp.einsum(
+        products = jnp.einsum(
             "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=_wide(keys)
         )
-        if soft_cap is not None:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
-        return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
+        return _masked(products, row_positions, held, **scores)
 
     slots = keys.shape[2]
     if not isinstance(keys, Quantized) or slots <= BLOCK:
@@ -179,6 +198,26 @@ def _finish(m, l, acc):
     return acc / positive[..., None], lse
 
 
+def _nothing(shape, dtype):
+    """What `_accumulate` begins with, for outputs of that shape."""
+    rows = shape[:-1]
+    return (
+        jnp.full(rows, -jnp.inf, dtype),
+        jnp.zeros(rows, dtype),
+        jnp.zeros(shape, dtype),
+    )
+
+
+def _accumulate(carry, logits, weighted):
+    """Goes on with an online softmax; `weighted` sums the block's values by weights."""
+    m, l, acc = carry
+    m_new = jnp.maximum(m, logits.max(-1))
+    weights = _softmax_parts(logits, m_new)
+    decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))
+    acc = acc * decay[..., None] + weighted(weights)
+    return m_new, l * decay + weights.sum(-1), acc
+
+
 def _dense(logits, v):
     m = logits.max(-1)
     weights = _softmax_parts(logits, m)
@@ -220,27 +259,63 @@ def _tiled(q, k, v, query_positions, key_positions, scores):
     return out[:, :, :rows], lse[:, :, :rows]
 
 
+def _by_heads(q, k, v, query_positions, key_positions, scores):
+    """Attends from a few rows to quantised ones, a KV head at a time.
+
+    On a CPU the numbers of a head's block stay in a core's cache.
+    """
+    grouped, row_positions = _group(q, k, query_positions)
+    batch, heads, rows, head_dim = grouped.shape
+    held, slots = _held(k, key_positions, rows), k.shape[2]
+    needed = None
+    if key_positions is None:
+        needed = jnp.clip(query_positions.max(1) // BLOCK + 1, 0, slots // BLOCK)
+
+    def head(index, results):
+        where = index // heads, index % heads
+
+        def own(x, starts, sizes):
+            first = [n % size for n, size in zip(where, x.shape[:2], strict=True)]
+            return lax.dynamic_slice(x, (*first, *starts), (1, 1, *sizes))[0, 0]
+
+        def whole(x):
+            return own(x, (0, 0), x.shape[2:])
+
+        queries, positions = whole(grouped).astype(jnp.float32), whole(row_positions)
+
+        def block(start, size, carry):
+            keys, values = (
+                jax.tree.map(lambda x: own(x, (start, 0), (size, x.shape[3])), buffer)
+                for buffer in (k, v)
+            )
+            part = own(held, (0, start), (held.shape[2], size))
+            logits = _masked(times_keys(queries, keys), positions, part, **scores)
+            return _accumulate(carry, logits, lambda w: weighted_sum(w, values))
+
+        blocks = None if needed is None else needed[where[0]]
+        carry = _nothing((rows, head_dim), jnp.float32)
+        found = over_blocks(slots, block, carry, blocks)
+        return tuple(
+            lax.dynamic_update_index_in_dim(x, y, index, 0)
+            for x, y in zip(results, _finish(*found), strict=True)
+        )
+
+    _, lse, out = _nothing((batch * heads, rows, head_dim), jnp.float32)
+    out, lse = lax.fori_loop(0, batch * heads, head, (out, lse))
+    wide = _wide(v)
+    return out.reshape(q.shape).astype(wide), lse.reshape(q.shape[:3]).astype(wide)
+
+
 def _blocked(grouped, k, v, row_positions, held, reach, scores):
     slots = k.shape[2]
 
     def block(start, size, carry):
-        m, l, acc = carry
         keys, values = (take_block(x, start, size) for x in (k, v))
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
         logits = _logits(grouped, keys, row_positions, part, **scores)
-        m_new = jnp.maximum(m, logits.max(-1))
-        weights = _softmax_parts(logits, m_new)
-        decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))
-        l = l * decay + weights.sum(-1)
-        acc = acc * decay[..., None] + weighted_values(weights, values)
-        return m_new, l, acc
+        return _accumulate(carry, logits, lambda w: weighted_values(w, values))
 
-    shape, wide = grouped.shape[:3], _wide(v)
-    carry = (
-        jnp.full(shape, -jnp.inf, wide),
-        jnp.zeros(shape, wide),
-        jnp.zeros(grouped.shape, wide),
-    )
+    carry = _nothing(grouped.shape, _wide(v))
     needed = None
     if reach is not None:
         needed = jnp.clip(reach // BLOCK + 1, 0, slots // BLOCK)

@@ -8,6 +8,7 @@ for both: `jax.tree.map` over the buffer. What computes with rows asks for their
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -269,14 +270,82 @@ def _encode(
 
 def _decode(rows: Quantized) -> Float[Array, "*B D"]:
     (part,) = rows.layout.parts
-    codes, scales = rows.codes, _wide(rows.scales)
+    scales = _wide(rows.scales)
     if part.bits == 8:
-        return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32) * scales
-    unpacked = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+        return _signed(rows.codes) * scales
     steps, offsets = jnp.split(scales, 2, axis=-1)
-    groups = unpacked.reshape(*codes.shape[:-1], -1, part.group)
-    decoded = groups.astype(jnp.float32) * steps[..., None] - offsets[..., None]
-    return decoded.reshape(unpacked.shape)
+    halves = zip(
+        _nibbles(rows.codes), _halves(part, steps), _halves(part, offsets), strict=True
+    )
+    decoded = [
+        (_groups(n, step) * step[..., None] - offset[..., None]).reshape(n.shape)
+        for n, step, offset in halves
+    ]
+    return jnp.concatenate(decoded, axis=-1)
+
+
+def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
+    """Multiplies queries by stored keys `(N, D)`, in float32.
+
+    What scales or offsets a whole row or group does so once it is a product.
+    """
+    (part,) = keys.layout.parts
+    scales = _wide(keys.scales)
+    if part.bits == 8:
+        return (q @ _signed(keys.codes).T) * scales[:, 0]
+    steps, offsets = jnp.split(scales, 2, axis=-1)
+    low, high = (half.T for half in _scaled(part, keys.codes, steps))
+    product = q[:, : part.codes] @ low + q[:, part.codes :] @ high
+    return product - _groups(q, offsets).sum(2) @ offsets.T
+
+
+def weighted_sum(
+    weights: Float[Array, "R N"], values: Quantized
+) -> Float[Array, "R D"]:
+    """Sums stored values `(N, D)` by weights, in float32; as :func:`times_keys`."""
+    (part,) = values.layout.parts
+    scales = _wide(values.scales)
+    if part.bits == 8:
+        return (weights * scales[:, 0]) @ _signed(values.codes)
+    steps, offsets = jnp.split(scales, 2, axis=-1)
+    halves = _scaled(part, values.codes, steps)
+    total = jnp.concatenate([weights @ half for half in halves], axis=-1)
+    below = weights @ offsets
+    return (_groups(total, below) - below[..., None]).reshape(total.shape)
+
+
+def _signed(codes: UInt8[Array, "*B W"]) -> Float[Array, "*B W"]:
+    return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
+
+
+def _nibbles(codes: UInt8[Array, "*B W"]) -> list[Float[Array, "*B W"]]:
+    # Joined before they are scaled, a CPU takes ten times as long.
+    return [x.astype(jnp.float32) for x in (codes & 15, codes >> 4)]
+
+
+def _scaled(
+    part: Format, codes: UInt8[Array, "*B W"], steps: Float[Array, "*B C"]
+) -> list[Float[Array, "*B W"]]:
+    """Returns the first half of a row's numbers, and the second, without offsets."""
+    return [
+        (_groups(n, step) * step[..., None]).reshape(n.shape)
+        for n, step in zip(_nibbles(codes), _halves(part, steps), strict=True)
+    ]
+
+
+def _halves(part: Format, x: Float[Array, "*B C"]) -> list[Float[Array, "*B N"]]:
+    """Splits what groups have into that of the first half of a row and the second.
+
+    A group in both halves becomes several.
+    """
+    each = part.group // math.gcd(part.codes, part.group)
+    x = jnp.broadcast_to(x[..., None], (*x.shape, each))
+    return jnp.split(x.reshape(*x.shape[:-2], -1), 2, axis=-1)
+
+
+def _groups(x: Float[Array, "*B D"], like: Float[Array, "*A C"]) -> Array:
+    """Cuts rows into as many groups as `like` has: `(*B, C, D / C)`."""
+    return x.reshape(*x.shape[:-1], like.shape[-1], -1)
 
 
 def _rounded_up(x: Float[Array, "*B"]) -> UInt16[Array, "*B"]:

@@ -146,6 +146,24 @@ def test_what_bfloat16_holds_is_what_is_stored():
     np.testing.assert_array_equal(one.codes, wide.codes)
 
 
+@pytest.mark.parametrize(
+    "part", [fmt(64, 8), fmt(64, 4, group=16), fmt(64, 4, group=64), fmt(96, 4)]
+)
+def test_products_with_codes_are_those_with_numbers(part):
+    """Of a group that is in both halves of the bytes too; and of a row of zeros."""
+    rows = draw((40, part.size)) * np.geomspace(1e-2, 1e2, 40)[:, None]
+    rows[7] = 0
+    kept = store(rows.astype(np.float32), part)
+    read = np.asarray(floats(kept), np.float64)
+    q, weights = draw((3, part.size), 1), draw((3, 40), 2)
+    for found, a, b in (
+        (quantized.times_keys(jnp.asarray(q), kept), q, read.T),
+        (quantized.weighted_sum(jnp.asarray(weights), kept), weights, read),
+    ):
+        scale = np.abs(a) @ np.abs(b)
+        assert (np.abs(found - a @ b) <= 2e-6 * scale).all()
+
+
 # --- operations
 
 FORMATS = {
@@ -171,7 +189,7 @@ def cache(parts, slots, seed=0):
 
 @pytest.mark.parametrize(
     ("name", "rows", "slots"),
-    [("int8", 1, 1100), ("K8V4", 40, 1100), ("int4", 3, 512), ("K8V4", 1, 100)],
+    [("int8", 1, 1100), ("K8V4", 40, 1100), ("int4", 3, 1100), ("K8V4", 1, 100)],
 )
 def test_attention_reads_what_is_stored(name, rows, slots):
     """One block and several, whole and cut; few rows and many; with logits too."""
@@ -289,6 +307,14 @@ def problem(slots=60):
     return draw((2, 4, 4, 64), 2), rows, came, read, at, last
 
 
+@jax.jit
+def read_newest(q, rows, positions, held):
+    arrays = q, *rows, positions, held
+    attend = functools.partial(decode_attention, *arrays, sm_scale=0.3, soft_cap=9.0)
+    logits = decode_logits(q, rows[0], positions, held, sm_scale=0.3)
+    return attend(with_logits=True), attend(), logits
+
+
 @pytest.mark.parametrize("by_slots", [False, True])
 def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
     """Tokens in any slots, in some heads not all of them; the logits beside."""
@@ -308,13 +334,9 @@ def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
         rows = [x._replace(rows=jax.tree.map(moved, x.rows)) for x in rows]
     positions = jnp.asarray(at, jnp.int32)
     q = jnp.asarray(q)
-    out, lse, logits = decode_attention(
-        q, *rows, positions, held, sm_scale=0.3, with_logits=True, soft_cap=9.0
-    )
-    plain = decode_attention(q, *rows, positions, held, sm_scale=0.3, soft_cap=9.0)
+    (out, lse, logits), plain, uncapped = read_newest(q, rows, positions, held)
     for one, other in zip(plain, (out, lse), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
-    uncapped = decode_logits(q, rows[0], positions, held, sm_scale=0.3)
     for b, h, t in np.ndindex(2, 4, 4):
         tokens, query = where[b, h // 2], at[b, t]
         seen = (tokens >= 0) & (tokens <= query)
@@ -355,16 +377,9 @@ def test_listed_pages_read_the_newest_up_to_a_query(lists):
     ids[0, 1] = np.where(ids[0, 1] == last[0] // size, -1, ids[0, 1])
     mask = rng.random((*ids.shape, 4)) < 0.7
     initial = draw((2, 4, 4, 64), 9), draw((2, 4, 4), 10)
-    out, lse = page_attention(
-        jnp.asarray(q),
-        pages,
-        jnp.asarray(ids, jnp.int32),
-        jnp.asarray(at, jnp.int32),
-        jnp.asarray(mask),
-        tuple(map(jnp.asarray, initial)),
-        sm_scale=0.3,
-        first_position=3,
-    )
+    arrays = q, pages, ids.astype(np.int32), at.astype(np.int32), mask, initial
+    attend = functools.partial(page_attention, sm_scale=0.3, first_position=3)
+    out, lse = jax.jit(attend)(*jax.tree.map(jnp.asarray, arrays))
     for b, h, t in np.ndindex(2, 4, 4):
         query, which = at[b, t], h * lists // 4
         seen = mask[b, which, :, t] & (ids[b, which] >= 0)
