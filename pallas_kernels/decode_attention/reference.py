@@ -5,10 +5,8 @@ A few rows: one pass over the whole cache, whose only temporary is the logits. M
 as many as the tile's last row needs, so that no temporary grows with the cache and half
 of a causal chunk is not computed. Both accumulate in float32, and what is float64 in
 float64. Quantised rows are read by blocks however few the query rows: their numbers are
-there for one block at a time, on a CPU of one head.
+there for one block at a time, and few rows meet its codes, which are scaled after.
 """
-
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -48,13 +46,7 @@ def decode_attention(
     rows = q.shape[1] // k.shape[1] * q.shape[2]
     by_blocks = rows > DENSE_ROWS or isinstance(k, Quantized)
     if not with_logits and by_blocks and k.shape[2] > BLOCK:
-        arrays = q, k, v, query_positions, key_positions
-        tiled = functools.partial(_tiled, scores=scores)
-        if rows > DENSE_ROWS:
-            out, lse = tiled(*arrays)
-        else:
-            few = functools.partial(_by_heads, scores=scores)
-            out, lse = lax.platform_dependent(*arrays, cpu=few, default=tiled)
+        out, lse = _tiled(q, k, v, query_positions, key_positions, scores)
         return turned(v, out), lse
     grouped, row_positions = _group(q, k, query_positions)
     held = _held(k, key_positions, grouped.shape[2])
@@ -128,10 +120,12 @@ def over_blocks(slots, block, carry, blocks=None):
 
 
 def take_block(rows, start, size):
-    """The numbers of `size` slots, turned where the rows are."""
-    return numbers(
-        jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), rows)
-    )
+    """Copies `size` slots."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), rows)
+
+
+# Of every head, in float32.
+_times_keys, _weighted_sum = (jax.vmap(jax.vmap(f)) for f in (times_keys, weighted_sum))
 
 
 def _masked(products, row_positions, held, *, sm_scale, window, soft_cap):
@@ -141,23 +135,25 @@ def _masked(products, row_positions, held, *, sm_scale, window, soft_cap):
     return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
 
 
-def _logits(grouped, keys, row_positions, held, **scores):
-    def of(keys, held):
-        products = jnp.einsum(
-            "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=_wide(keys)
-        )
-        return _masked(products, row_positions, held, **scores)
+def _products(grouped, keys):
+    wide = _wide(keys)
+    if isinstance(keys, Quantized):
+        return _times_keys(grouped.astype(jnp.float32), keys).astype(wide)
+    return jnp.einsum("bkrd,bksd->bkrs", grouped, keys, preferred_element_type=wide)
 
-    slots = keys.shape[2]
+
+def _logits(grouped, keys, row_positions, held, **scores):
+    slots, wide = keys.shape[2], _wide(keys)
     if not isinstance(keys, Quantized) or slots <= BLOCK:
-        return of(numbers(keys), held)
+        return _masked(_products(grouped, keys), row_positions, held, **scores)
 
     def fill(start, size, logits):
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
-        found = of(take_block(keys, start, size), part)
+        products = _products(grouped, take_block(keys, start, size))
+        found = _masked(products, row_positions, part, **scores)
         return lax.dynamic_update_slice_in_dim(logits, found, start, 3)
 
-    empty = jnp.zeros((*grouped.shape[:3], slots), _wide(keys))
+    empty = jnp.zeros((*grouped.shape[:3], slots), wide)
     return over_blocks(slots, fill, empty)
 
 
@@ -167,23 +163,22 @@ def weighted_values(weights, values):
     Values of unseen slots must be finite: their weight is exactly 0.
     """
 
-    def of(weights, values):
+    slots, wide = values.shape[2], _wide(values)
+    if not isinstance(values, Quantized):
+        narrow = weights.astype(values.dtype)
         return jnp.einsum(
-            "bkrs,bksd->bkrd",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=_wide(values),
+            "bkrs,bksd->bkrd", narrow, values, preferred_element_type=wide
         )
-
-    slots = values.shape[2]
-    if not isinstance(values, Quantized) or slots <= BLOCK:
-        return of(weights, numbers(values))
+    weights = weights.astype(jnp.float32)
+    if slots <= BLOCK:
+        return _weighted_sum(weights, values).astype(wide)
 
     def add(start, size, total):
         part = lax.dynamic_slice_in_dim(weights, start, size, 3)
-        return total + of(part, take_block(values, start, size))
+        block = take_block(values, start, size)
+        return total + _weighted_sum(part, block).astype(wide)
 
-    nothing = jnp.zeros((*weights.shape[:3], values.shape[3]), _wide(values))
+    nothing = jnp.zeros((*weights.shape[:3], values.shape[3]), wide)
     return over_blocks(slots, add, nothing)
 
 
@@ -259,58 +254,13 @@ def _tiled(q, k, v, query_positions, key_positions, scores):
     return out[:, :, :rows], lse[:, :, :rows]
 
 
-def _by_heads(q, k, v, query_positions, key_positions, scores):
-    """Attends from a few rows to quantised ones, a KV head at a time.
-
-    On a CPU the numbers of a head's block stay in a core's cache.
-    """
-    grouped, row_positions = _group(q, k, query_positions)
-    batch, heads, rows, head_dim = grouped.shape
-    held, slots = _held(k, key_positions, rows), k.shape[2]
-    needed = None
-    if key_positions is None:
-        needed = jnp.clip(query_positions.max(1) // BLOCK + 1, 0, slots // BLOCK)
-
-    def head(index, results):
-        where = index // heads, index % heads
-
-        def own(x, starts, sizes):
-            first = [n % size for n, size in zip(where, x.shape[:2], strict=True)]
-            return lax.dynamic_slice(x, (*first, *starts), (1, 1, *sizes))[0, 0]
-
-        def whole(x):
-            return own(x, (0, 0), x.shape[2:])
-
-        queries, positions = whole(grouped).astype(jnp.float32), whole(row_positions)
-
-        def block(start, size, carry):
-            keys, values = (
-                jax.tree.map(lambda x: own(x, (start, 0), (size, x.shape[3])), buffer)
-                for buffer in (k, v)
-            )
-            part = own(held, (0, start), (held.shape[2], size))
-            logits = _masked(times_keys(queries, keys), positions, part, **scores)
-            return _accumulate(carry, logits, lambda w: weighted_sum(w, values))
-
-        blocks = None if needed is None else needed[where[0]]
-        carry = _nothing((rows, head_dim), jnp.float32)
-        found = over_blocks(slots, block, carry, blocks)
-        return tuple(
-            lax.dynamic_update_index_in_dim(x, y, index, 0)
-            for x, y in zip(results, _finish(*found), strict=True)
-        )
-
-    _, lse, out = _nothing((batch * heads, rows, head_dim), jnp.float32)
-    out, lse = lax.fori_loop(0, batch * heads, head, (out, lse))
-    wide = _wide(v)
-    return out.reshape(q.shape).astype(wide), lse.reshape(q.shape[:3]).astype(wide)
-
-
 def _blocked(grouped, k, v, row_positions, held, reach, scores):
     slots = k.shape[2]
 
     def block(start, size, carry):
         keys, values = (take_block(x, start, size) for x in (k, v))
+        if grouped.shape[2] > DENSE_ROWS:
+            keys, values = numbers(keys), numbers(values)
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
         logits = _logits(grouped, keys, row_positions, part, **scores)
         return _accumulate(carry, logits, lambda w: weighted_values(w, values))

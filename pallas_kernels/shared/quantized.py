@@ -292,11 +292,15 @@ def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
     (part,) = keys.layout.parts
     scales = _wide(keys.scales)
     if part.bits == 8:
-        return (q @ _signed(keys.codes).T) * scales[:, 0]
+        return _against(q, _signed(keys.codes)) * scales[:, 0]
     steps, offsets = jnp.split(scales, 2, axis=-1)
-    low, high = (half.T for half in _scaled(part, keys.codes, steps))
-    product = q[:, : part.codes] @ low + q[:, part.codes :] @ high
-    return product - _groups(q, offsets).sum(2) @ offsets.T
+    low, high = _scaled(part, keys.codes, steps)
+    product = _against(q[:, : part.codes], low) + _against(q[:, part.codes :], high)
+    return product - _against(_groups(q, offsets).sum(2), offsets)
+
+
+def _against(q: Float[Array, "R D"], keys: Float[Array, "N D"]) -> Array:
+    return jnp.einsum("rd,nd->rn", q, keys)
 
 
 def weighted_sum(
