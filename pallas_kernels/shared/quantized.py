@@ -381,8 +381,9 @@ def _transform(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 def _narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
     """Casts to a dtype; what only float16 cannot hold becomes its largest number."""
-    if jnp.finfo(dtype).max < LARGEST:
-        x = jnp.clip(x, -jnp.finfo(dtype).max, jnp.finfo(dtype).max)
+    most = float(jnp.finfo(dtype).max)
+    if most < LARGEST:
+        x = jnp.clip(x, -most, most)
     return x.astype(dtype)
 
 

@@ -135,6 +135,48 @@ def test_any_row_is_read_near_what_it_was(numbers, bits, turned):
     assert (gap <= 0.5005 * step + rounding).all()
 
 
+def extremes(dtype):
+    """Rows of 128: zeros, equal numbers, the largest of both signs, one outlier."""
+    most = float(jnp.finfo(dtype).max)
+    signs = np.where(np.random.default_rng(0).random(128) < 0.5, -1.0, 1.0)
+    rows = np.stack([signs * 0, signs * 0 + 5.3, signs * most, signs, signs * 0 - most])
+    rows[3, 40] = -most
+    return jnp.asarray(rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("part", [fmt(128, 8), fmt(128, 4), fmt(128, 4, True, 128)])
+def test_the_largest_numbers_of_a_dtype_are_read_as_finite(part, dtype):
+    """Within half a step of what is kept of them; zeros are zeros."""
+    rows = extremes(dtype)
+    read = np.asarray(floats(store(rows, part)), np.float64)
+    assert np.isfinite(read).all()
+    np.testing.assert_array_equal(read[0], 0)
+    most = min(float(jnp.finfo(dtype).max), quantized.LARGEST)
+    kept = np.clip(np.asarray(rows, np.float64), -most, most)
+    unit = np.abs(kept).max(1)
+    steps = {8: 1 / 254, 4: 1 / 15}[part.bits] * (1 + 2**-6) + 2**-8
+    gap = np.abs(read - kept).max(1)
+    if not part.turned:
+        assert (gap <= steps * unit).all()
+    elif dtype != "float16":  # which has no room for what a transform adds up
+        assert (np.linalg.norm(read - kept, axis=1) <= 2 * unit).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_to_rows_of_zeros_and_extremes(bits):
+    """A scale of 0 is a number as any: what is seen is averaged, and never NaN."""
+    part, most = fmt(64, bits), 1e30
+    rows = np.zeros((1, 1, 600, 64), np.float32)
+    k, values = rows.copy(), rows.copy()
+    values[..., 300:, :] = most
+    arrays = store(k, part), store(values, part), jnp.full((1, 2), 599, jnp.int32)
+    q = jnp.full((1, 2, 2, 64), 1e30, jnp.float32)
+    out, lse = jax.jit(lambda q, *x: decode_attention(q, *x, sm_scale=1.0))(q, *arrays)
+    np.testing.assert_allclose(out, most / 2, rtol=2e-2)
+    np.testing.assert_allclose(lse, np.log(600), rtol=1e-6)
+
+
 def test_what_bfloat16_holds_is_what_is_stored():
     """Numbers are read in the cache's dtype, and rounded to it before."""
     rows = draw((9, 64))
