@@ -167,6 +167,8 @@ def test_tokens_taken_back_leave_no_trace(spec):
     count = np.asarray([SPARE, 3, 0, 1], np.int32)
     longer = started(method, stream, made, SPARE + 2)
     state = jax.jit(method.rewind, static_argnums=2)(longer, count, SPARE)
+    ring = (state.k if spec == "full" else state.pages).at
+    np.testing.assert_array_equal(ring.max(1), state.length - 1)
     given, rows = drive.step_inputs(stream), np.arange(len(PROMPTS))
     step = jax.jit(functools.partial(drive.step, method))
     for i in range(RESIDUAL + 2):
