@@ -194,7 +194,7 @@ def _finish(m, l, acc):
 
 
 def _nothing(shape, dtype):
-    """What `_accumulate` begins with, for outputs of that shape."""
+    """Makes the carry of `_accumulate` before any block, for outputs of that shape."""
     rows = shape[:-1]
     return (
         jnp.full(rows, -jnp.inf, dtype),

@@ -77,6 +77,8 @@ def made(kind: str, shape=(64, 24)) -> np.ndarray:
         matrix[:, ::3] = 0
     elif kind == "equal":
         matrix[:] = 0.7523  # bfloat16 has what is next above
+    elif kind == "far":  # all above, or all below, the bfloat16 that is their lowest
+        matrix = 5.02 + 0.05 * matrix
     elif kind == "outlier":
         matrix[5, 3] = 900
     elif kind == "tiny":
@@ -86,7 +88,7 @@ def made(kind: str, shape=(64, 24)) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-KINDS = ["normal", "zeros", "zero columns", "equal", "outlier", "tiny", "huge"]
+KINDS = ["normal", "zeros", "zero columns", "equal", "far", "outlier", "tiny", "huge"]
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
