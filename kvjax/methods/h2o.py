@@ -28,6 +28,8 @@ class H2OState(NamedTuple):
     kept: kept_slots.Kept
     scores: Float[Array, "B Hkv N"]
 
+    KEEPS_NEWEST = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

@@ -3,21 +3,26 @@
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
-from jaxtyping import Array, Float
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from kvjax.attention import choices
 from kvjax.attention.typed import lossy, typed
-from kvjax.interface import CacheSpec, Method, State, Traffic
+from kvjax.interface import CacheSpec, Method, RewindFn, State, Traffic
+from kvjax.stores import buffers
 from pallas_kernels.shared import quantized
 from pallas_kernels.shared.quantized import (
+    SPARE,
     Format,
     Holds,
     Layout,
     Quantized,
     Storage,
+    WithNewest,
 )
 
 Bits = Literal[8, 4]
@@ -36,9 +41,12 @@ class Options:
     group: int | None
     rotate: bool
     prompt: Prompt
+    residual: int
 
     def __post_init__(self) -> None:
         choices.check_choices(self)
+        if self.residual < 0:
+            raise ValueError(f"residual={self.residual} must be at least 0 tokens.")
         if self.group is not None and self.group < 1:
             raise ValueError(f"group={self.group} must be at least 1 number.")
 
@@ -69,6 +77,7 @@ def quantize(
     group: int | None = None,
     rotate: bool = True,
     prompt: Literal["exact", "quantized"] = "exact",
+    residual: int = 0,
 ) -> Method:
     """Keeps the keys and values of `method` in 8 or 4 bits.
 
@@ -87,6 +96,10 @@ def quantize(
     memory and more loss, its tokens are when they come, and later ones read them so.
     What `method` keeps of pages or queries stays in the cache dtype.
 
+    With a `residual`, each query reads so many positions up to its own as they came,
+    of what `method` keeps, from a ring beside the codes; of a prompt that is quantised
+    as it comes, none. Pages are chosen by what is stored of their keys.
+
     Args:
         method: any whose keys and values stay as they were cached.
         bits: of keys and values.
@@ -96,21 +109,25 @@ def quantize(
             it, if not given.
         rotate: store every row as its transform.
         prompt: `exact` keeps its tokens as they are until it ends; `quantized` never.
+        residual: newest tokens that are read as they came. KIVI: 128.
 
     Returns:
         A :class:`kvjax.Method` whose state is that of `method`, with
         :class:`pallas_kernels.shared.quantized.Quantized` for keys and values.
 
     State: that of `method`; a row of a head is D bytes and a scale of 2, or D/2 bytes
-        and 4 for every group. While an `exact` prompt is read, that of `method`. What
+        and 4 for every group. A `residual` is residual + 16 rows in the cache dtype,
+        each with its position. While an `exact` prompt is read, that of `method`. What
         is appended is kept or evicted as `method` does.
-    Reads per step and layer: as `method`, in these bytes instead of the cache dtype's.
+    Reads per step and layer: as `method`, in these bytes instead of the cache dtype's,
+        and 2*residual*D*Hkv elements.
     Exact when: never; the limit of `method` as scales go to 0.
 
     Raises:
         ValueError: if `method` is quantised already; from `init`, if a group does not
             divide the head, or `method` moves keys so that they would be quantised
-            again and again.
+            again and again, or with a `residual` keeps tokens so that the newest cannot
+            be told, or is of entmax attention; from `rewind`, for more than 16 tokens.
 
     Source:
         Liu et al., "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
@@ -118,11 +135,12 @@ def quantize(
         al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs", NeurIPS 2024,
         arXiv:2404.00456, Sec. 4 (Hadamard transforms of keys and values).
     Deviations:
-        KIVI groups keys by channel over tokens, and keeps a residual of the newest
-        tokens as they are; here keys too go by token, so that one can be written or
-        evicted alone. QuaRot folds the transform of values into the weights; here
-        outputs are transformed. Scales are bfloat16, not float16. Transforms that
-        choose by importance go inside: `quantize+head_budgets+snapkv`.
+        KIVI groups keys by channel over tokens, up to 128 of which wait in its
+        residual; here keys too go by token, so that one can be written or evicted
+        alone, and the residual is always full. QuaRot folds the transform of values
+        into the weights; here outputs are transformed. Scales are bfloat16, not
+        float16. Transforms that choose by importance go inside:
+        `quantize+head_budgets+snapkv`.
 
     Example:
         >>> method = kvjax.quantize(kvjax.quest(budget=256), bits=4)
@@ -131,7 +149,8 @@ def quantize(
     choices.check_choice("bits", bits, Bits)
     if method.lossy:
         raise ValueError(f"{method} is quantised already: use quantize once.")
-    options = Options(method, keys or bits, values or bits, group, rotate, prompt)
+    keys, values = keys or bits, values or bits
+    options = Options(method, keys, values, group, rotate, prompt, residual)
     made = method._replace(
         init=functools.partial(init, options),
         traffic=functools.partial(traffic, options),
@@ -143,6 +162,13 @@ def quantize(
             finish=functools.partial(finish, options),
             exact_prompt=method.exact_prompt,
             importance=None,  # of rows that are not quantised yet
+        )
+    if residual:
+        made = made._replace(
+            init=functools.partial(init_beside, options),
+            finish=functools.partial(finish, options),
+            importance=None,  # `finish` is not for others to replace
+            rewind=method.rewind and functools.partial(rewind, method.rewind, residual),
         )
     return lossy(made)
 
@@ -165,9 +191,78 @@ def init_exact(options: Options, spec: CacheSpec, weights: Any = None) -> State:
     return options.method.init(spec, weights)
 
 
+def init_beside(options: Options, spec: CacheSpec, weights: Any = None) -> State:
+    """Makes the method's state, once it is known that its newest tokens can be told."""
+    if spec.alpha != 1:
+        raise ValueError(
+            f"residual={options.residual} needs softmax attention, parts of which "
+            f"merge, not entmax with alpha={spec.alpha}: use residual=0."
+        )
+    start = init_exact if options.prompt == "exact" else init
+    jax.eval_shape(lambda: finish(options, start(options, spec, weights)))
+    return start(options, spec, weights)
+
+
 def finish(options: Options, state: State) -> State:
-    """Quantises the rows of the prompt, and lets the method choose among them."""
-    return options.method.finish(quantised(options, state))
+    """Quantises the rows of the prompt, and lets the method choose among them.
+
+    With a residual, the newest of them stay beside what was chosen as they came.
+    """
+    is_exact = options.prompt == "exact"
+    chosen = options.method.finish(quantised(options, state) if is_exact else state)
+    if not options.residual:
+        return chosen
+    if not getattr(chosen, "KEEPS_NEWEST", False):
+        raise ValueError(
+            f"residual={options.residual} is for methods that tell tokens by their "
+            f"positions, such as full, quest and snapkv; {options.method} keeps a "
+            f"{type(chosen).__name__}: use residual=0."
+        )
+    return beside(chosen, functools.partial(with_newest, options, state))
+
+
+def with_newest(
+    options: Options, prompt: State, rows: Quantized, holds: Holds
+) -> WithNewest:
+    """Returns rows with the newest of a prompt, of that kind, as they came beside them.
+
+    With none where the prompt's are quantised already.
+    """
+    store = getattr(prompt, "store", prompt)
+    (came,) = (getattr(store, name) for name, has in store.ROWS.items() if has == holds)
+    size = options.residual + SPARE
+    at = jnp.maximum(buffers.newest_positions(store.length, size), -1)
+    if isinstance(came, Quantized):
+        shape = (*rows.shape[:2], size, rows.shape[-1])
+        return WithNewest(
+            rows, buffers.allocate(shape, rows.dtype), jnp.full_like(at, -1)
+        )
+    by_token = came.reshape(*came.shape[:2], -1, came.shape[-1])
+    return WithNewest(rows, buffers.gather(by_token, at[:, None]), at)
+
+
+def beside(state: State, add: Callable[[Quantized, Holds], WithNewest]) -> State:
+    """Returns a state whose stores have the newest tokens beside their rows."""
+    if isinstance(state, Quantized) or not hasattr(state, "_fields"):
+        return state
+    rows = getattr(state, "ROWS", {})
+    kept = {
+        name: add(part, rows[name]) if name in rows else beside(part, add)
+        for name, part in state._asdict().items()
+    }
+    return state._replace(**kept)
+
+
+def rewind(
+    of_method: RewindFn, residual: int, state: State, count: Int[Array, "B"], most: int
+) -> State:
+    """Takes tokens back; so many that a residual is whole again behind them."""
+    if most > SPARE:
+        raise ValueError(
+            f"{most=} tokens cannot be taken back with {residual=}: at most {SPARE} "
+            "can."
+        )
+    return of_method(state, count, most)
 
 
 def quantised(options: Options, state: State) -> State:
@@ -207,5 +302,7 @@ def stored(options: Options, spec: CacheSpec) -> CacheSpec:
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
-    """Counts what the method reads, in the bytes of quantised rows."""
-    return options.method.traffic(stored(options, spec), length)
+    """Counts what the method reads, in the bytes of quantised rows, and the newest."""
+    read = options.method.traffic(stored(options, spec), length)
+    newest = buffers.vector_bytes(spec, 2 * min(options.residual, length))
+    return read._replace(kv=read.kv + newest)

@@ -31,6 +31,7 @@ class TokenSelectState(NamedTuple):
     length: Int[Array, "B"]
 
     ROWS = buffers.KEYS_AND_VALUES
+    KEEPS_NEWEST = True
 
 
 class Parts(NamedTuple):

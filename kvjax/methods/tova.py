@@ -28,6 +28,8 @@ class TovaState(NamedTuple):
     kept: kept_slots.Kept  # positions (B, 1, N): one set for all heads
     weights: Float[Array, "B 1 N"]  # the newest query's, averaged over the heads
 
+    KEEPS_NEWEST = True
+
 
 @typed
 @softmax_only

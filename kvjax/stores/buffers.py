@@ -17,6 +17,8 @@ from pallas_kernels.shared.quantized import (
     Quantized,
     Rows,
     Storage,
+    WithNewest,
+    every_token,
     floats,
     stored,
 )
@@ -136,6 +138,9 @@ def write_run(
     """
     run = jnp.arange(rows.shape[2], dtype=jnp.int32)
     slots, valid = start[:, None] + run, run < count[:, None]
+    if isinstance(buffer, WithNewest):  # slots are positions
+        written = write_run(buffer.rows, rows, start, count, update)
+        return keep_newest(buffer, written, rows, slots, valid)
 
     def one(buffer: Array, rows: Array) -> Array:
         return lax.platform_dependent(
@@ -144,6 +149,35 @@ def write_run(
         )
 
     return jax.tree.map(one, buffer, stored(buffer, rows))
+
+
+def keep_newest(
+    buffer: Rows,
+    written: Any,
+    rows: Rows,
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Any:
+    """Returns what was `written`, and beside it the newest tokens as `buffer` has them.
+
+    Args:
+        buffer: before; only if tokens are kept beside it is there anything to do.
+        written: every token of it, the new ones too.
+        rows: the new ones as they came.
+        positions: of these, one behind the other.
+        valid: which are real.
+    """
+    if not isinstance(buffer, WithNewest):
+        return written
+    size = buffer.newest.shape[2]
+    # Of the tokens that share a slot only the newest may be written.
+    last = jnp.where(valid, positions, -1).max(1, keepdims=True)
+    valid, slots = valid & (positions > last - size), positions % size
+    return WithNewest(
+        written,
+        write(buffer.newest, rows, slots, valid),
+        write(buffer.at[:, None], positions[:, None], slots, valid)[:, 0],
+    )
 
 
 def split_to_scatter(tokens: int) -> list[slice]:
@@ -280,10 +314,18 @@ def write_in_tiles(
 def gather(buffer: Rows, slots: Int[Array, "B H N"]) -> Array:
     """Reads `slots` of `buffer (B, Hkv, S, ...)`; a negative one reads slot 0: mask it.
 
-    H is Hkv, or 1 where all heads read the same slots.
+    H is Hkv, or 1 where all heads read the same slots. Of a buffer with the newest
+    tokens beside it, slots are positions.
     """
-    taken = take(buffer, slots)
-    return floats(taken) if isinstance(taken, Quantized) else taken
+    taken = take(every_token(buffer), slots)
+    read = floats(taken) if isinstance(taken, Quantized) else taken
+    if not isinstance(buffer, WithNewest):
+        return read
+    place = jnp.maximum(slots, 0) % buffer.newest.shape[2]
+    at = jnp.take_along_axis(buffer.at[:, None], place, axis=2)
+    oldest = buffer.at.max(1) - buffer.residual  # the last that is read as stored
+    is_new = (at == slots) & (at > oldest[:, None, None])
+    return jnp.where(is_new[..., None], take(buffer.newest, place), read)
 
 
 def take(buffer: Any, slots: Int[Array, "B H N"]) -> Any:

@@ -11,7 +11,7 @@ from kvjax.interface import CacheSpec
 from kvjax.stores import buffers
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.entmax import entmax_attention
-from pallas_kernels.shared.quantized import Rows
+from pallas_kernels.shared.quantized import Rows, rewound
 
 
 class Contiguous(NamedTuple):
@@ -23,6 +23,7 @@ class Contiguous(NamedTuple):
     length: Int[Array, "B"]
 
     ROWS = buffers.KEYS_AND_VALUES
+    KEEPS_NEWEST = True
 
 
 def contiguous(spec: CacheSpec) -> Contiguous:
@@ -74,7 +75,10 @@ def rewind(store: Contiguous, count: Int[Array, "B"], most: int) -> Contiguous:
     As :class:`kvjax.interface.RewindFn`.
     """
     del most
-    return store._replace(length=store.length - count)
+    length = store.length - count
+    return store._replace(
+        k=rewound(store.k, length), v=rewound(store.v, length), length=length
+    )
 
 
 def real_first(

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.interface import CacheSpec, Method
 from kvjax.stores import buffers, contiguous
-from pallas_kernels.shared.quantized import Holds, Rows
+from pallas_kernels.shared.quantized import Holds, Rows, every_token
 
 
 class Kept(NamedTuple):
@@ -23,6 +23,7 @@ class Kept(NamedTuple):
     length: Int[Array, "B"]  # tokens seen, not slots used
 
     ROWS = buffers.KEYS_AND_VALUES
+    KEEPS_NEWEST = True
 
 
 def take(
@@ -100,9 +101,15 @@ def write(
     valid = jnp.ones_like(where, bool)
     held = slots.shape[1]
     fresh = jnp.broadcast_to(position[..., None], (*slots.shape, 1))
+
+    def put(buffer: Float[Rows, "B Hkv N D"], row: Float[Array, "B Hkv 1 D"]) -> Any:
+        written = buffers.write(every_token(buffer), row, where, valid)
+        is_real = jnp.ones_like(position, bool)
+        return buffers.keep_newest(buffer, written, row, position, is_real)
+
     return kept._replace(
-        k=buffers.write(kept.k, k, where, valid),
-        v=buffers.write(kept.v, v, where, valid),
+        k=put(kept.k, k),
+        v=put(kept.v, v),
         positions=buffers.write(
             kept.positions, fresh, slots[..., None], valid[:, :held]
         ),

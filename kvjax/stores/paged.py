@@ -13,7 +13,7 @@ from kvjax.interface import CacheSpec
 from kvjax.stores import buffers, contiguous
 from kvjax.stores.page_statistics import page_statistics
 from pallas_kernels.shared import quantized
-from pallas_kernels.shared.quantized import Rows, stored
+from pallas_kernels.shared.quantized import Rows, WithNewest, every_token, stored
 
 
 class Paged(NamedTuple):
@@ -26,6 +26,7 @@ class Paged(NamedTuple):
     length: Int[Array, "B"]
 
     ROWS = types.MappingProxyType({"pages": "both"})
+    KEEPS_NEWEST = True
 
 
 def paged(spec: CacheSpec, page_size: int) -> Paged:
@@ -76,7 +77,9 @@ def revise(
 
 def rewind(store: Paged, count: Int[Array, "B"], most: int) -> Paged:
     """Takes back the newest `count` tokens, at most `most`, as if they had not come."""
-    shorter = store._replace(length=store.length - count)
+    length = store.length - count
+    pages = quantized.rewound(store.pages, length)
+    shorter = store._replace(pages=pages, length=length)
     return _take_extremes(shorter, store.length, most)
 
 
@@ -128,8 +131,10 @@ def _write(
             pages, rows, cpu=by_token, default=by_page, **on_tpu
         )
 
-    pages = jax.tree.map(write, store.pages, rows)
-    # The extremes of keys are those of what is read again.
+    pages = jax.tree.map(write, every_token(store.pages), rows)
+    pages = buffers.keep_newest(store.pages, pages, fused, positions, valid)
+    # The extremes of keys are those of what is stored of them: they stay as they are
+    # when a token is the newest no more.
     k = quantized.floats(rows)[..., : store.spec.head_dim]
     return store._replace(pages=pages, length=length), k, page, valid
 
@@ -141,7 +146,7 @@ def _take_extremes(store: Paged, end: Int[Array, "B"], newest: int) -> Paged:
     last = jnp.maximum(end - 1, 0) // page_size
     first = jnp.maximum(last - (most - 1), 0)
     which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
-    keys = buffers.gather(store.pages, which)[..., : store.spec.head_dim]
+    keys = buffers.gather(every_token(store.pages), which)[..., : store.spec.head_dim]
     position = which[..., None] * page_size + jnp.arange(page_size, dtype=jnp.int32)
     held = (position < store.length[:, None, None, None])[..., None]
     low = jnp.where(held, keys, jnp.inf).min(3)
@@ -155,7 +160,11 @@ def _take_extremes(store: Paged, end: Int[Array, "B"], newest: int) -> Paged:
 
 def flat(store: Paged) -> Float[Rows, "B Hkv S D2"]:
     """Returns the rows of all pages, every token in the slot of its position."""
-    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]), store.pages)
+    pages = store.pages
+    rows = jax.tree.map(
+        lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]), every_token(pages)
+    )
+    return pages._replace(rows=rows) if isinstance(pages, WithNewest) else rows
 
 
 def views(store: Paged) -> tuple[Float[Rows, "B Hkv S D"], Float[Rows, "B Hkv S D"]]:
@@ -204,7 +213,7 @@ def update_moments(held: Moments, store: Paged, added: int) -> Moments:
     # A page is written again if it was complete before: to the same numbers.
     first = jnp.maximum(complete - most, 0)
     which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
-    keys = buffers.gather(store.pages, which)[..., : store.spec.head_dim]
+    keys = buffers.gather(every_token(store.pages), which)[..., : store.spec.head_dim]
     *_, mean, variance = page_statistics(keys)
     count = complete - first
 

@@ -1,12 +1,13 @@
 """Attention of a few query rows against a contiguous cache, with its log-sum-exp."""
 
+import functools
 from typing import Any
 
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.decode_attention import reference
+from pallas_kernels.decode_attention import newest, reference
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.shared.quantized import Rows, turned
+from pallas_kernels.shared.quantized import Rows, WithNewest, turned
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu",
@@ -57,6 +58,20 @@ def decode_attention(
     for name, bound in (("soft_cap", soft_cap), ("window", window)):
         if bound is not None and not bound > 0:
             raise ValueError(f"{name}={bound} must be positive, or None.")
+    if isinstance(k, WithNewest) and isinstance(v, WithNewest):
+        how = {"implementation": implementation, "interpret": interpret}
+        return newest.decode_attention(
+            functools.partial(decode_attention, **how),
+            q,
+            k,
+            v,
+            query_positions,
+            key_positions,
+            sm_scale=sm_scale,
+            window=window,
+            soft_cap=soft_cap,
+            with_logits=with_logits,
+        )
     return dispatch(
         reference.decode_attention,
         _KERNELS,
@@ -82,6 +97,10 @@ def decode_logits(
 ) -> Float[Array, "B Hq T S"]:
     """Scaled logits in float32, -inf where :func:`decode_attention` sees no key."""
     _check(q, k, k)
+    if isinstance(k, WithNewest):
+        return newest.decode_logits(
+            q, k, query_positions, key_positions, sm_scale=sm_scale
+        )
     return reference.decode_logits(
         q, k, query_positions, key_positions, sm_scale=sm_scale
     )

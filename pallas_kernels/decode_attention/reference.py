@@ -5,14 +5,20 @@ A few rows: one pass over the whole cache, whose only temporary is the logits. M
 as many as the tile's last row needs, so that no temporary grows with the cache and half
 of a causal chunk is not computed. Both accumulate in float32, and what is float64 in
 float64. Quantised rows are read by blocks however few the query rows: their numbers are
-there for one block at a time.
+there for one block at a time, and few rows meet its codes, which are scaled after.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.shared.quantized import Quantized, numbers, turned
+from pallas_kernels.shared.quantized import (
+    Quantized,
+    numbers,
+    times_keys,
+    turned,
+    weighted_sum,
+)
 
 DENSE_ROWS = 64  # up to this many rows a KV head, the logits stay smaller than a block
 TILE = 256  # rows of a query head that are attended for together
@@ -114,31 +120,40 @@ def over_blocks(slots, block, carry, blocks=None):
 
 
 def take_block(rows, start, size):
-    """The numbers of `size` slots, turned where the rows are."""
-    return numbers(
-        jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), rows)
-    )
+    """Copies `size` slots."""
+    return jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size, 2), rows)
 
 
-def _logits(grouped, keys, row_positions, held, *, sm_scale, window, soft_cap):
-    def of(keys, held):
-        logits = sm_scale * jnp.einsum(
-            "bkrd,bksd->bkrs", grouped, keys, preferred_element_type=_wide(keys)
-        )
-        if soft_cap is not None:
-            logits = soft_cap * jnp.tanh(logits / soft_cap)
-        return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
+# Of every head, in float32.
+_times_keys, _weighted_sum = (jax.vmap(jax.vmap(f)) for f in (times_keys, weighted_sum))
 
-    slots = keys.shape[2]
+
+def _masked(products, row_positions, held, *, sm_scale, window, soft_cap):
+    logits = sm_scale * products
+    if soft_cap is not None:
+        logits = soft_cap * jnp.tanh(logits / soft_cap)
+    return jnp.where(_visible(held, row_positions, window), logits, -jnp.inf)
+
+
+def _products(grouped, keys):
+    wide = _wide(keys)
+    if isinstance(keys, Quantized):
+        return _times_keys(grouped.astype(jnp.float32), keys).astype(wide)
+    return jnp.einsum("bkrd,bksd->bkrs", grouped, keys, preferred_element_type=wide)
+
+
+def _logits(grouped, keys, row_positions, held, **scores):
+    slots, wide = keys.shape[2], _wide(keys)
     if not isinstance(keys, Quantized) or slots <= BLOCK:
-        return of(numbers(keys), held)
+        return _masked(_products(grouped, keys), row_positions, held, **scores)
 
     def fill(start, size, logits):
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
-        found = of(take_block(keys, start, size), part)
+        products = _products(grouped, take_block(keys, start, size))
+        found = _masked(products, row_positions, part, **scores)
         return lax.dynamic_update_slice_in_dim(logits, found, start, 3)
 
-    empty = jnp.zeros((*grouped.shape[:3], slots), _wide(keys))
+    empty = jnp.zeros((*grouped.shape[:3], slots), wide)
     return over_blocks(slots, fill, empty)
 
 
@@ -148,23 +163,22 @@ def weighted_values(weights, values):
     Values of unseen slots must be finite: their weight is exactly 0.
     """
 
-    def of(weights, values):
+    slots, wide = values.shape[2], _wide(values)
+    if not isinstance(values, Quantized):
+        narrow = weights.astype(values.dtype)
         return jnp.einsum(
-            "bkrs,bksd->bkrd",
-            weights.astype(values.dtype),
-            values,
-            preferred_element_type=_wide(values),
+            "bkrs,bksd->bkrd", narrow, values, preferred_element_type=wide
         )
-
-    slots = values.shape[2]
-    if not isinstance(values, Quantized) or slots <= BLOCK:
-        return of(weights, numbers(values))
+    weights = weights.astype(jnp.float32)
+    if slots <= BLOCK:
+        return _weighted_sum(weights, values).astype(wide)
 
     def add(start, size, total):
         part = lax.dynamic_slice_in_dim(weights, start, size, 3)
-        return total + of(part, take_block(values, start, size))
+        block = take_block(values, start, size)
+        return total + _weighted_sum(part, block).astype(wide)
 
-    nothing = jnp.zeros((*weights.shape[:3], values.shape[3]), _wide(values))
+    nothing = jnp.zeros((*weights.shape[:3], values.shape[3]), wide)
     return over_blocks(slots, add, nothing)
 
 
@@ -177,6 +191,26 @@ def _finish(m, l, acc):
     positive = jnp.where(l == 0, 1.0, l)
     lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(positive))
     return acc / positive[..., None], lse
+
+
+def _nothing(shape, dtype):
+    """Makes the carry of `_accumulate` before any block, for outputs of that shape."""
+    rows = shape[:-1]
+    return (
+        jnp.full(rows, -jnp.inf, dtype),
+        jnp.zeros(rows, dtype),
+        jnp.zeros(shape, dtype),
+    )
+
+
+def _accumulate(carry, logits, weighted):
+    """Goes on with an online softmax; `weighted` sums the block's values by weights."""
+    m, l, acc = carry
+    m_new = jnp.maximum(m, logits.max(-1))
+    weights = _softmax_parts(logits, m_new)
+    decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))
+    acc = acc * decay[..., None] + weighted(weights)
+    return m_new, l * decay + weights.sum(-1), acc
 
 
 def _dense(logits, v):
@@ -224,23 +258,14 @@ def _blocked(grouped, k, v, row_positions, held, reach, scores):
     slots = k.shape[2]
 
     def block(start, size, carry):
-        m, l, acc = carry
         keys, values = (take_block(x, start, size) for x in (k, v))
+        if grouped.shape[2] > DENSE_ROWS:
+            keys, values = numbers(keys), numbers(values)
         part = lax.dynamic_slice_in_dim(held, start, size, 3)
         logits = _logits(grouped, keys, row_positions, part, **scores)
-        m_new = jnp.maximum(m, logits.max(-1))
-        weights = _softmax_parts(logits, m_new)
-        decay = jnp.exp(m - jnp.where(m_new == -jnp.inf, 0.0, m_new))
-        l = l * decay + weights.sum(-1)
-        acc = acc * decay[..., None] + weighted_values(weights, values)
-        return m_new, l, acc
+        return _accumulate(carry, logits, lambda w: weighted_values(w, values))
 
-    shape, wide = grouped.shape[:3], _wide(v)
-    carry = (
-        jnp.full(shape, -jnp.inf, wide),
-        jnp.zeros(shape, wide),
-        jnp.zeros(grouped.shape, wide),
-    )
+    carry = _nothing(grouped.shape, _wide(v))
     needed = None
     if reach is not None:
         needed = jnp.clip(reach // BLOCK + 1, 0, slots // BLOCK)

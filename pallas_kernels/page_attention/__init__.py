@@ -1,14 +1,15 @@
 """Softmax attention over a list of pages per KV head or per query head."""
 
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.page_attention import reference
+from pallas_kernels.page_attention import newest, reference
 from pallas_kernels.shared import page_lists
-from pallas_kernels.shared.quantized import Rows
+from pallas_kernels.shared.quantized import Rows, WithNewest
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.page_attention.mosaic_tpu",
@@ -81,6 +82,23 @@ def page_attention(
         heads = pages.shape[:2]
         shapes = (*heads, *features, q.shape[3]), (*heads, *features)
         _check_rows("surrogate", surrogate, (*shapes, (*q.shape[:3], *features)))
+    if isinstance(pages, WithNewest):
+        if surrogate is not None:
+            raise NotImplementedError(
+                "a surrogate of pages with the newest tokens beside them: use none."
+            )
+        how = {"implementation": implementation, "interpret": interpret}
+        return newest.page_attention(
+            functools.partial(page_attention, **how),
+            q,
+            pages,
+            page_ids,
+            query_positions,
+            mask,
+            initial,
+            sm_scale=sm_scale,
+            first_position=int(first_position),
+        )
     return dispatch(
         reference.page_attention,
         _KERNELS,

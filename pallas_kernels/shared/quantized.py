@@ -8,6 +8,7 @@ for both: `jax.tree.map` over the buffer. What computes with rows asks for their
 
 import dataclasses
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, UInt8, UInt16
+from jaxtyping import Array, Float, Int, UInt8, UInt16
 
 Holds = Literal["keys", "values", "both"]  # what a row of a buffer is
 
@@ -23,6 +24,7 @@ Holds = Literal["keys", "values", "both"]  # what a row of a buffer is
 # their bits: on a CPU, XLA turns a whole buffer of bfloat16 into float32 to slice it.
 SCALES = jnp.uint16
 LARGEST = 1e36  # numbers beyond are stored as this: sums over a row stay finite
+SPARE = 16  # newest tokens that can be taken back, or read at once, beside a residual
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +106,56 @@ class Quantized(NamedTuple):
         return jnp.dtype(self.layout.dtype)
 
 
-Rows = Array | Quantized  # a buffer of rows, or some of its rows
+class WithNewest(NamedTuple):
+    """Quantised rows of every token, and beside them the newest tokens as they came.
+
+    A query reads the `residual` positions up to its own as they came, and what is older
+    as it is stored. What is not held as it came is stored all the same.
+    """
+
+    rows: Quantized
+    newest: Float[Array, "B H W D"]  # W = residual + SPARE; position p in slot p % W
+    at: Int[Array, "B W"]  # the position in each slot, -1 = none; one run of positions
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the numbers of every token."""
+        return self.rows.shape
+
+    @property
+    def ndim(self) -> int:
+        return self.rows.ndim
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.rows.dtype
+
+    @property
+    def residual(self) -> int:
+        """The tokens that a query reads as they came."""
+        return self.newest.shape[2] - SPARE
+
+    def stored_until(self, positions: Int[Array, "B T"]) -> Int[Array, "B T"]:
+        """Returns the last position that each query reads as it is stored."""
+        far = jnp.iinfo(jnp.int32).max
+        oldest = jnp.where(self.at < 0, far, self.at).min(1)
+        until = jnp.maximum(positions - self.residual, oldest[:, None] - 1)
+        return jnp.minimum(positions, until)
+
+
+Rows = Array | Quantized | WithNewest  # a buffer of rows, or some of its rows
+
+
+def every_token(rows: Rows) -> Array | Quantized:
+    """Returns a buffer without the newest tokens that may be kept beside it."""
+    return rows.rows if isinstance(rows, WithNewest) else rows
+
+
+def rewound(rows: Rows, length: Int[Array, "B"]) -> Rows:
+    """Forgets what is kept beside a buffer of tokens from position `length` on."""
+    if not isinstance(rows, WithNewest):
+        return rows
+    return rows._replace(at=jnp.where(rows.at < length[:, None], rows.at, -1))
 
 
 def unsupported(*arrays: Any) -> str | None:
@@ -116,10 +167,14 @@ def unsupported(*arrays: Any) -> str | None:
 
 def split(rows: Rows) -> tuple[Rows, Rows]:
     """Splits rows of keys with their values behind into keys and values."""
-    if not isinstance(rows, Quantized):
+    if isinstance(rows, WithNewest):
+        halves = jnp.split(rows.newest, 2, axis=-1)
+        parts = zip(_parts(rows.rows), halves, strict=True)
+        keys, values = (WithNewest(*part, rows.at) for part in parts)
+    elif isinstance(rows, Quantized):
+        keys, values = _parts(rows)
+    else:
         keys, values = jnp.split(rows, 2, axis=-1)
-        return keys, values
-    keys, values = _parts(rows)
     return keys, values
 
 
@@ -144,9 +199,11 @@ def floats(rows: Rows) -> Float[Array, "*B D"]:
 
 def numbers(rows: Rows) -> Float[Array, "*B D"]:
     """Returns the numbers that rows are stored as: turned, where they are."""
+    if isinstance(rows, WithNewest):
+        raise TypeError("rows with the newest beside them are read in two parts.")
     if not isinstance(rows, Quantized):
         return rows
-    return _joined([_decode(part).astype(rows.dtype) for part in _parts(rows)])
+    return _joined([_narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
 
 
 def turned(like: Rows | np.ndarray, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -167,8 +224,9 @@ def _turned(layout: Layout, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
 
 def stored(like: Rows, rows: Rows) -> Rows:
     """Returns rows as the buffer `like` stores them, which they may be already."""
-    if isinstance(rows, Quantized):  # of the same kind
+    if isinstance(rows, Quantized | WithNewest):  # of the same kind
         return rows
+    like = every_token(like)
     if not isinstance(like, Quantized):
         return rows.astype(like.dtype)
     return encode(like.layout, rows)
@@ -219,14 +277,86 @@ def _encode(
 
 def _decode(rows: Quantized) -> Float[Array, "*B D"]:
     (part,) = rows.layout.parts
-    codes, scales = rows.codes, _wide(rows.scales)
+    scales = _wide(rows.scales)
     if part.bits == 8:
-        return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32) * scales
-    unpacked = jnp.concatenate([codes & 15, codes >> 4], axis=-1)
+        return _signed(rows.codes) * scales
     steps, offsets = jnp.split(scales, 2, axis=-1)
-    groups = unpacked.reshape(*codes.shape[:-1], -1, part.group)
-    decoded = groups.astype(jnp.float32) * steps[..., None] - offsets[..., None]
-    return decoded.reshape(unpacked.shape)
+    halves = zip(
+        _nibbles(rows.codes), _halves(part, steps), _halves(part, offsets), strict=True
+    )
+    decoded = [
+        (_groups(n, step) * step[..., None] - offset[..., None]).reshape(n.shape)
+        for n, step, offset in halves
+    ]
+    return jnp.concatenate(decoded, axis=-1)
+
+
+def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
+    """Multiplies queries by stored keys `(N, D)`, in float32.
+
+    What scales or offsets a whole row or group does so once it is a product.
+    """
+    (part,) = keys.layout.parts
+    scales = _wide(keys.scales)
+    if part.bits == 8:
+        return _against(q, _signed(keys.codes)) * scales[:, 0]
+    steps, offsets = jnp.split(scales, 2, axis=-1)
+    low, high = _scaled(part, keys.codes, steps)
+    product = _against(q[:, : part.codes], low) + _against(q[:, part.codes :], high)
+    return product - _against(_groups(q, offsets).sum(2), offsets)
+
+
+def _against(q: Float[Array, "R D"], keys: Float[Array, "N D"]) -> Array:
+    return jnp.einsum("rd,nd->rn", q, keys)
+
+
+def weighted_sum(
+    weights: Float[Array, "R N"], values: Quantized
+) -> Float[Array, "R D"]:
+    """Sums stored values `(N, D)` by weights, in float32; as :func:`times_keys`."""
+    (part,) = values.layout.parts
+    scales = _wide(values.scales)
+    if part.bits == 8:
+        return (weights * scales[:, 0]) @ _signed(values.codes)
+    steps, offsets = jnp.split(scales, 2, axis=-1)
+    halves = _scaled(part, values.codes, steps)
+    total = jnp.concatenate([weights @ half for half in halves], axis=-1)
+    below = weights @ offsets
+    return (_groups(total, below) - below[..., None]).reshape(total.shape)
+
+
+def _signed(codes: UInt8[Array, "*B W"]) -> Float[Array, "*B W"]:
+    return lax.bitcast_convert_type(codes, jnp.int8).astype(jnp.float32)
+
+
+def _nibbles(codes: UInt8[Array, "*B W"]) -> list[Float[Array, "*B W"]]:
+    # Joined before they are scaled, a CPU takes ten times as long.
+    return [x.astype(jnp.float32) for x in (codes & 15, codes >> 4)]
+
+
+def _scaled(
+    part: Format, codes: UInt8[Array, "*B W"], steps: Float[Array, "*B C"]
+) -> list[Float[Array, "*B W"]]:
+    """Returns the first half of a row's numbers, and the second, without offsets."""
+    return [
+        (_groups(n, step) * step[..., None]).reshape(n.shape)
+        for n, step in zip(_nibbles(codes), _halves(part, steps), strict=True)
+    ]
+
+
+def _halves(part: Format, x: Float[Array, "*B C"]) -> list[Float[Array, "*B N"]]:
+    """Splits what groups have into that of the first half of a row and the second.
+
+    A group in both halves becomes several.
+    """
+    each = part.group // math.gcd(part.codes, part.group)
+    x = jnp.broadcast_to(x[..., None], (*x.shape, each))
+    return jnp.split(x.reshape(*x.shape[:-2], -1), 2, axis=-1)
+
+
+def _groups(x: Float[Array, "*B D"], like: Float[Array, "*A C"]) -> Array:
+    """Cuts rows into as many groups as `like` has: `(*B, C, D / C)`."""
+    return x.reshape(*x.shape[:-1], like.shape[-1], -1)
 
 
 def _rounded_up(x: Float[Array, "*B"]) -> UInt16[Array, "*B"]:
@@ -253,7 +383,15 @@ def _transform(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     matrix = jnp.asarray(hadamard(x.shape[-1]))
     wide = x.astype(jnp.float32)
     product = jnp.einsum("...d,de->...e", wide, matrix, precision=lax.Precision.HIGHEST)
-    return product.astype(x.dtype)
+    return _narrowed(product, x.dtype)
+
+
+def _narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
+    """Casts to a dtype; what only float16 cannot hold becomes its largest number."""
+    most = float(jnp.finfo(dtype).max)
+    if most < LARGEST:
+        x = jnp.clip(x, -most, most)
+    return x.astype(dtype)
 
 
 @functools.cache

@@ -13,6 +13,8 @@ import pytest
 from tokenizers_made import write_byte_level
 
 import models
+from kvjax import registry
+from kvjax.decoding import saved_prompt
 from models.llama import packed
 
 # Its output is not the embedding, and groups divide all of it.
@@ -74,7 +76,9 @@ def made(kind: str, shape=(64, 24)) -> np.ndarray:
     elif kind == "zero columns":
         matrix[:, ::3] = 0
     elif kind == "equal":
-        matrix[:] = 0.75
+        matrix[:] = 0.7523  # bfloat16 has what is next above
+    elif kind == "far":  # all above, or all below, the bfloat16 that is their lowest
+        matrix = 5.02 + 0.05 * matrix
     elif kind == "outlier":
         matrix[5, 3] = 900
     elif kind == "tiny":
@@ -84,15 +88,17 @@ def made(kind: str, shape=(64, 24)) -> np.ndarray:
     return matrix.astype(np.float32)
 
 
-KINDS = ["normal", "zeros", "zero columns", "equal", "outlier", "tiny", "huge"]
+KINDS = ["normal", "zeros", "zero columns", "equal", "far", "outlier", "tiny", "huge"]
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_packed_is_the_nearest_that_the_format_holds(weights, kind):
     matrix = made(kind)
-    found = unpacked(packed.pack(jnp.asarray(matrix), weights))
+    kept = packed.pack(jnp.asarray(matrix), weights)
+    found = unpacked(kept)
     check(found, matrix, weights)
+    assert (kept.scales >= 0).all()
     if kind == "zeros":
         assert not found.any()
 
@@ -194,6 +200,31 @@ def test_gguf_is_packed_from_its_floats(tmp_path, kind):
     kernel = floats.params["layers"][0]["mlp"]["down"]["kernel"]
     down = found.params["layers"][0]["mlp"]["down"]["kernel"]
     check(unpacked(down), np.asarray(kernel), "int4")
+
+
+def test_a_saved_prefix_goes_on_under_its_own_weights_alone(checkpoint, tmp_path):
+    """Bit for bit in a model that was packed anew; and quantised, with a residual."""
+    spec = "quantize:residual=3+full"
+    method, prompts = registry.parse(spec), [list(range(3, 24)), [5, 7]]
+    model, again, *others = (
+        models.load(checkpoint, weights=weights)
+        for weights in ("int4", "int4", "int8", None)
+    )
+    read = saved_prompt.read(model, method, prompts, room=6)
+    read = saved_prompt.finish(model, method, read)
+    saved_prompt.save(tmp_path / "a", model, read, method_name=spec)
+    found = saved_prompt.restore(tmp_path / "a", again, method, method_name=spec)
+    bits, expected = (
+        [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(x)]
+        for x in (found, read)
+    )
+    assert bits == expected
+    options = {"max_new_tokens": 6, "eos_ids": ()}
+    said = saved_prompt.generate(model, method, read, **options)
+    assert saved_prompt.generate(again, method, found, **options) == said
+    for other in others:
+        with pytest.raises(ValueError, match="their weights differ"):
+            saved_prompt.restore(tmp_path / "a", other, method, method_name=spec)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])

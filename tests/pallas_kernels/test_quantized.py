@@ -25,7 +25,7 @@ from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_entmax import page_entmax
 from pallas_kernels.received_attention import received_attention
 from pallas_kernels.shared import quantized
-from pallas_kernels.shared.quantized import Format, Layout, Quantized
+from pallas_kernels.shared.quantized import Format, Layout, Quantized, WithNewest
 
 INT8 = functools.partial(Format, bits=8)
 
@@ -135,6 +135,48 @@ def test_any_row_is_read_near_what_it_was(numbers, bits, turned):
     assert (gap <= 0.5005 * step + rounding).all()
 
 
+def extremes(dtype):
+    """Rows of 128: zeros, equal numbers, the largest of both signs, one outlier."""
+    most = float(jnp.finfo(dtype).max)
+    signs = np.where(np.random.default_rng(0).random(128) < 0.5, -1.0, 1.0)
+    rows = np.stack([signs * 0, signs * 0 + 5.3, signs * most, signs, signs * 0 - most])
+    rows[3, 40] = -most
+    return jnp.asarray(rows, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("part", [fmt(128, 8), fmt(128, 4), fmt(128, 4, True, 128)])
+def test_the_largest_numbers_of_a_dtype_are_read_as_finite(part, dtype):
+    """Within half a step of what is kept of them; zeros are zeros."""
+    rows = extremes(dtype)
+    read = np.asarray(floats(store(rows, part)), np.float64)
+    assert np.isfinite(read).all()
+    np.testing.assert_array_equal(read[0], 0)
+    most = min(float(jnp.finfo(dtype).max), quantized.LARGEST)
+    kept = np.clip(np.asarray(rows, np.float64), -most, most)
+    unit = np.abs(kept).max(1)
+    steps = {8: 1 / 254, 4: 1 / 15}[part.bits] * (1 + 2**-6) + 2**-8
+    gap = np.abs(read - kept).max(1)
+    if not part.turned:
+        assert (gap <= steps * unit).all()
+    elif dtype != "float16":  # which has no room for what a transform adds up
+        assert (np.linalg.norm(read - kept, axis=1) <= 2 * unit).all()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_attention_to_rows_of_zeros_and_extremes(bits):
+    """A scale of 0 is a number as any: what is seen is averaged, and never NaN."""
+    part, most = fmt(64, bits), 1e30
+    rows = np.zeros((1, 1, 600, 64), np.float32)
+    k, values = rows.copy(), rows.copy()
+    values[..., 300:, :] = most
+    arrays = store(k, part), store(values, part), jnp.full((1, 2), 599, jnp.int32)
+    q = jnp.full((1, 2, 2, 64), 1e30, jnp.float32)
+    out, lse = jax.jit(lambda q, *x: decode_attention(q, *x, sm_scale=1.0))(q, *arrays)
+    np.testing.assert_allclose(out, most / 2, rtol=2e-2)
+    np.testing.assert_allclose(lse, np.log(600), rtol=1e-6)
+
+
 def test_what_bfloat16_holds_is_what_is_stored():
     """Numbers are read in the cache's dtype, and rounded to it before."""
     rows = draw((9, 64))
@@ -144,6 +186,24 @@ def test_what_bfloat16_holds_is_what_is_stored():
     assert floats(one).dtype == jnp.bfloat16
     wide = store(rounded.astype(np.float32), part)
     np.testing.assert_array_equal(one.codes, wide.codes)
+
+
+@pytest.mark.parametrize(
+    "part", [fmt(64, 8), fmt(64, 4, group=16), fmt(64, 4, group=64), fmt(96, 4)]
+)
+def test_products_with_codes_are_those_with_numbers(part):
+    """Of a group that is in both halves of the bytes too; and of a row of zeros."""
+    rows = draw((40, part.size)) * np.geomspace(1e-2, 1e2, 40)[:, None]
+    rows[7] = 0
+    kept = store(rows.astype(np.float32), part)
+    read = np.asarray(floats(kept), np.float64)
+    q, weights = draw((3, part.size), 1), draw((3, 40), 2)
+    for found, a, b in (
+        (quantized.times_keys(jnp.asarray(q), kept), q, read.T),
+        (quantized.weighted_sum(jnp.asarray(weights), kept), weights, read),
+    ):
+        scale = np.abs(a) @ np.abs(b)
+        assert (np.abs(found - a @ b) <= 2e-6 * scale).all()
 
 
 # --- operations
@@ -171,7 +231,7 @@ def cache(parts, slots, seed=0):
 
 @pytest.mark.parametrize(
     ("name", "rows", "slots"),
-    [("int8", 1, 1100), ("K8V4", 40, 1100), ("int4", 3, 512), ("K8V4", 1, 100)],
+    [("int8", 1, 1100), ("K8V4", 40, 1100), ("int4", 3, 1100), ("K8V4", 1, 100)],
 )
 def test_attention_reads_what_is_stored(name, rows, slots):
     """One block and several, whole and cut; few rows and many; with logits too."""
@@ -256,3 +316,137 @@ def test_no_copy_of_the_cache_in_floats(name, with_logits):
     few, many = map(held, sizes)
     more = 4 * (sizes[1] - sizes[0])
     assert many - few <= more * (1 + 3 * heads * with_logits)
+
+
+# --- the newest tokens beside what is stored
+
+RESIDUAL = 4
+
+
+def beside(kept, came, last):
+    """Stored rows, and beside them those of tokens up to `last (B,)` as they came."""
+    size = RESIDUAL + quantized.SPARE
+    at = last[:, None] - (last[:, None] - np.arange(size)) % size
+    newest = np.take_along_axis(came, np.maximum(at, 0)[:, None, :, None], axis=2)
+    at = jnp.asarray(np.maximum(at, -1), jnp.int32)
+    return WithNewest(kept, jnp.asarray(newest), at)
+
+
+def is_new(position, query, last):
+    """Whether a query there reads that token as it came."""
+    first = max(query - RESIDUAL, last - RESIDUAL - quantized.SPARE)
+    return (position > first) & (position <= query)
+
+
+def problem(slots=60):
+    """Keys and values as they came and as they are read; a query far behind, and one
+    of no token."""
+    last = np.asarray([41, 3])
+    came = draw((2, 2, 2, slots, 64))
+    kept = [store(x, p) for x, p in zip(came, FORMATS["K8V4"], strict=True)]
+    at = np.maximum(last[:, None] - np.asarray([25, 5, 1, 0]), -1)
+    read = [np.asarray(floats(x)) for x in kept]
+    rows = [beside(x, y, last) for x, y in zip(kept, came, strict=True)]
+    return draw((2, 4, 4, 64), 2), rows, came, read, at, last
+
+
+@jax.jit
+def read_newest(q, rows, positions, held):
+    arrays = q, *rows, positions, held
+    attend = functools.partial(decode_attention, *arrays, sm_scale=0.3, soft_cap=9.0)
+    logits = decode_logits(q, rows[0], positions, held, sm_scale=0.3)
+    return attend(with_logits=True), attend(), logits
+
+
+@pytest.mark.parametrize("by_slots", [False, True])
+def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
+    """Tokens in any slots, in some heads not all of them; the logits beside."""
+    q, rows, came, read, at, last = problem()
+    where = np.broadcast_to(np.arange(60), (2, 2, 60))
+    held = None
+    if by_slots:
+        rng = np.random.default_rng(6)
+        where = np.stack([[rng.permutation(60) for _ in range(2)] for _ in range(2)])
+        where[:, 1, ::3] = -1
+        held = jnp.asarray(where, jnp.int32)
+
+        def moved(x):
+            index = jnp.asarray(np.maximum(where, 0))[..., None]
+            return jnp.take_along_axis(x, index, axis=2)
+
+        rows = [x._replace(rows=jax.tree.map(moved, x.rows)) for x in rows]
+    positions = jnp.asarray(at, jnp.int32)
+    q = jnp.asarray(q)
+    (out, lse, logits), plain, uncapped = read_newest(q, rows, positions, held)
+    for one, other in zip(plain, (out, lse), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    for b, h, t in np.ndindex(2, 4, 4):
+        tokens, query = where[b, h // 2], at[b, t]
+        seen = (tokens >= 0) & (tokens <= query)
+        new = is_new(tokens, query, last[b])[:, None]
+        index = np.maximum(tokens, 0)
+        keys, values = (
+            np.where(new, x[b, h // 2, index], y[b, h // 2, index]).astype(float)
+            for x, y in zip(came, read, strict=True)
+        )
+        wanted = 0.3 * keys @ np.asarray(q[b, h, t], float)
+        np.testing.assert_allclose(uncapped[b, h, t][seen], wanted[seen], atol=2e-5)
+        assert np.isneginf(uncapped[b, h, t][~seen]).all()
+        wanted = 9 * np.tanh(wanted / 9)
+        np.testing.assert_allclose(logits[b, h, t][seen], wanted[seen], atol=2e-5)
+        assert np.isneginf(logits[b, h, t][~seen]).all()
+        weights = np.where(seen, np.exp(wanted), 0)
+        total = weights.sum()
+        expected = weights @ values / max(total, 1e-300)
+        np.testing.assert_allclose(out[b, h, t], expected, atol=2e-5)
+        with np.errstate(divide="ignore"):  # a query that sees nothing
+            np.testing.assert_allclose(lse[b, h, t], np.log(total), atol=2e-5)
+
+
+@pytest.mark.parametrize("lists", [2, 4])
+def test_listed_pages_read_the_newest_up_to_a_query(lists):
+    """Of the pages that its list has and its mask lets through, behind other tokens."""
+    q, _, came, read, at, last = problem(64)
+    size, rng = 8, np.random.default_rng(8)
+    both = np.concatenate(came, -1)
+    kept = store(both, *FORMATS["K8V4"])
+    by_page = jax.tree.map(lambda x: x.reshape(2, 2, 8, size, -1), kept)
+    pages = beside(by_page, both, last)
+    ids = np.stack([[rng.permutation(8) for _ in range(lists)] for _ in range(2)])
+    # Three pages that the list lacks; for one list the newest page among them.
+    ids = np.where(
+        ids == (last // size)[:, None, None], ids, np.where(ids < 3, -1, ids)
+    )
+    ids[0, 1] = np.where(ids[0, 1] == last[0] // size, -1, ids[0, 1])
+    mask = rng.random((*ids.shape, 4)) < 0.7
+    initial = draw((2, 4, 4, 64), 9), draw((2, 4, 4), 10)
+    arrays = q, pages, ids.astype(np.int32), at.astype(np.int32), mask, initial
+    attend = functools.partial(page_attention, sm_scale=0.3, first_position=3)
+    out, lse = jax.jit(attend)(*jax.tree.map(jnp.asarray, arrays))
+    for b, h, t in np.ndindex(2, 4, 4):
+        query, which = at[b, t], h * lists // 4
+        seen = mask[b, which, :, t] & (ids[b, which] >= 0)
+        listed = set(ids[b, which][seen].tolist())
+        tokens = np.asarray(
+            [p for p in range(3, query + 1) if p // size in listed], int
+        )
+        new = is_new(tokens, query, last[b])[:, None]
+        keys, values = (
+            np.where(new, x[b, h // 2, tokens], y[b, h // 2, tokens]).astype(float)
+            for x, y in zip(came, read, strict=True)
+        )
+        weights = np.exp(0.3 * keys @ q[b, h, t].astype(float))
+        before = np.exp(float(initial[1][b, h, t]))
+        total = weights.sum() + before
+        expected = (weights @ values + before * initial[0][b, h, t]) / total
+        np.testing.assert_allclose(out[b, h, t], expected, atol=2e-5)
+        np.testing.assert_allclose(lse[b, h, t], np.log(total), atol=2e-5)
+
+
+def test_what_does_not_take_two_parts_says_so():
+    q, rows, _, _, at, _ = problem()
+    arrays = jnp.asarray(q), *rows, jnp.asarray(at, jnp.int32)
+    with pytest.raises(NotImplementedError, match="window=8 over rows with the newest"):
+        decode_attention(*arrays, sm_scale=1.0, window=8)
+    with pytest.raises(TypeError, match="read in two parts"):
+        quantized.floats(rows[0])

@@ -26,6 +26,8 @@ class RefreshState(NamedTuple):
     steps: Int[Array, "B"]
     refreshes: Int[Array, "B"]  # choices among them: steps / refreshes is the stride
 
+    KEEPS_NEWEST = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

@@ -22,6 +22,8 @@ class RetroState(NamedTuple):
     store: paged.Paged  # of the wrapped method
     window: history.Window
 
+    KEEPS_NEWEST = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:
