@@ -1,6 +1,7 @@
 """The bytes a model reads and holds: each method's own `traffic`, over all layers."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ from kvjax.interface import (
     DecoderLM,
     Diagnostics,
     Method,
+    State,
     Traffic,
     layer_specs,
 )
-from kvjax.stores.buffers import num_bytes
+from kvjax.stores.buffers import in_host, num_bytes
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:
@@ -24,6 +26,29 @@ def state_bytes(method: Method, spec: CacheSpec) -> int:
 def prompt_bytes(method: Method, spec: CacheSpec) -> int:
     """Returns the bytes that one layer holds while the prompt is read, every row."""
     return num_bytes(jax.eval_shape(lambda: method.init(spec)))
+
+
+def host_bytes(method: Method, spec: CacheSpec) -> int:
+    """Returns the bytes of :func:`state_bytes` that lie in the host's memory."""
+    return _in_host(lambda: method.finish(method.init(spec)))
+
+
+def host_bytes_of_prompt(method: Method, spec: CacheSpec) -> int:
+    """Returns the bytes of :func:`prompt_bytes` that lie in the host's memory."""
+    return _in_host(lambda: method.init(spec))
+
+
+def _in_host(make: Callable[[], State]) -> int:
+    """Counts bytes in the host's memory from types, which shapes alone do not say."""
+    leaves = []
+
+    def note() -> None:
+        for leaf in jax.tree.leaves(make()):
+            if in_host(leaf):
+                leaves.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
+
+    jax.eval_shape(note)
+    return num_bytes(leaves)
 
 
 def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:
@@ -133,7 +158,7 @@ def traffic(
     """Returns the bytes that all layers read for one token of a row of `length`."""
     layers = layer_specs(decoder, 1, length, min(max_new_tokens, length))
     parts = [method.traffic(spec, length) for spec in layers]
-    return Traffic(sum(p.kv for p in parts), sum(p.metadata for p in parts))
+    return Traffic(*map(sum, zip(*parts, strict=True)))
 
 
 def bytes_read(

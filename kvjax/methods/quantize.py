@@ -11,6 +11,7 @@ from jaxtyping import Array, Float
 from kvjax.attention import choices
 from kvjax.attention.typed import lossy, typed
 from kvjax.interface import CacheSpec, Method, State, Traffic
+from kvjax.stores.offloaded import Hosted
 from pallas_kernels.shared import quantized
 from pallas_kernels.shared.quantized import (
     Format,
@@ -150,7 +151,12 @@ def quantize(
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
     """Makes the method's state, whose rows are quantised."""
     state = options.method.init(stored(options, spec), weights)
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Quantized))
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Quantized | Hosted))
+    if any(isinstance(leaf, Hosted) for leaf in leaves):
+        raise ValueError(
+            f"{options.method} has keys and values in the host's memory: put quantize "
+            "inside: 'offload+quantize+...'."
+        )
     if not any(isinstance(leaf, Quantized) for leaf in leaves):
         raise ValueError(
             f"{options.method} keeps no keys and values that stay as they were cached, "

@@ -22,8 +22,8 @@ RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (45, 1, 70)]
 ONE_LAYER = tiny_model(num_layers=1)
 # A transform over pages; what a prompt's end makes smaller. States are plain arrays to
-# all that is tested here: one of a kind will do.
-SPECS = ["dense_layers:first=1+quest", "snapkv"]
+# all that is tested here: one of a kind will do. And arrays of the host.
+SPECS = ["dense_layers:first=1+quest", "snapkv", "offload:cache=8+quest"]
 SAMPLED = Sampling(temperature=1.3, top_k=40, repetition_penalty=1.2)
 
 
