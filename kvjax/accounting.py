@@ -1,7 +1,8 @@
 """The bytes a model reads and holds: each method's own `traffic`, over all layers."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,27 +29,36 @@ def prompt_bytes(method: Method, spec: CacheSpec) -> int:
     return num_bytes(jax.eval_shape(lambda: method.init(spec)))
 
 
-def host_bytes(method: Method, spec: CacheSpec) -> int:
-    """Returns the bytes of :func:`state_bytes` that lie in the host's memory."""
-    return _in_host(lambda: method.finish(method.init(spec)))
+class Held(NamedTuple):
+    """Bytes of a state, by the memory that they lie in."""
+
+    device: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.device + self.host
 
 
-def host_bytes_of_prompt(method: Method, spec: CacheSpec) -> int:
-    """Returns the bytes of :func:`prompt_bytes` that lie in the host's memory."""
-    return _in_host(lambda: method.init(spec))
+def held(method: Method, specs: Iterable[CacheSpec]) -> list[tuple[Held, Held]]:
+    """Returns what each layer holds while the prompt is read, and while decoding.
+
+    Memories are told from types, which are known where states are traced alone.
+    """
+    found = []
+
+    def trace() -> None:
+        for spec in specs:
+            prompt = method.init(spec)
+            found.append((_by_memory(prompt), _by_memory(method.finish(prompt))))
+
+    jax.eval_shape(trace)
+    return found
 
 
-def _in_host(make: Callable[[], State]) -> int:
-    """Counts bytes in the host's memory from types, which shapes alone do not say."""
-    leaves = []
-
-    def note() -> None:
-        for leaf in jax.tree.leaves(make()):
-            if in_host(leaf):
-                leaves.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype))
-
-    jax.eval_shape(note)
-    return num_bytes(leaves)
+def _by_memory(state: State) -> Held:
+    hosted = num_bytes([leaf for leaf in jax.tree.leaves(state) if in_host(leaf)])
+    return Held(num_bytes(state) - hosted, hosted)
 
 
 def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:

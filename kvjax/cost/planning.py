@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from kvjax import accounting
-from kvjax.decoding.reader import empty_states, layer_specs
+from kvjax.decoding.reader import layer_specs
 from kvjax.interface import DecoderLM, Method
-from kvjax.stores.buffers import num_bytes
 
 
 class Device(NamedTuple):
@@ -166,23 +164,13 @@ def plan(
     if not 1 <= new_tokens < context:
         raise ValueError(f"{new_tokens=} must be in [1, {context=}).")
     prompt = context - new_tokens
-    states = jax.eval_shape(
-        lambda: empty_states(decoder, method, batch, prompt, new_tokens)
-    )
-    held = [num_bytes(state) for state in states]
-    after = [num_bytes(jax.eval_shape(method.finish, state)) for state in states]
     specs = layer_specs(decoder, batch, prompt, new_tokens)
-    in_host = [
-        (accounting.host_bytes_of_prompt(method, s), accounting.host_bytes(method, s))
-        for s in specs
-    ]
-    before = [size - host for size, (host, _) in zip(held, in_host, strict=True)]
-    after = [size - host for size, (_, host) in zip(after, in_host, strict=True)]
+    before, after = zip(*accounting.held(method, specs), strict=True)
     # Layer by layer: those before are small already, one is held in both shapes, and
     # what it has in the host's memory is on the device meanwhile.
     ending = max(
-        sum(after[: layer + 1]) + sum(before[layer:]) + in_host[layer][0]
-        for layer in range(len(states))
+        _on_device(after[: layer + 1]) + _on_device(before[layer:]) + one.host
+        for layer, one in enumerate(before)
     )
     read = accounting.traffic(method, decoder, context, new_tokens)
     if method.reread is not None:
@@ -194,22 +182,27 @@ def plan(
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
     heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
     wide = (2 * decoder.width + 3 * mlp_width + heads) * itemsize
-    prompt_temporaries = batch * chunk_size * wide + 2 * max(held) + logits
+    layer = max(held.total for held in before)
+    prompt_temporaries = batch * chunk_size * wide + 2 * layer + logits
     # One layer's attention logits twice, in float32, where no kernel keeps them small.
     decode_temporaries = 2 * 4 * batch * spec.num_q_heads * context + 2 * logits
     return Plan(
         weights,
-        sum(before),
-        sum(before) if held == after else ending,
-        sum(after),
+        _on_device(before),
+        _on_device(before) if before == after else ending,
+        _on_device(after),
         prompt_temporaries,
         decode_temporaries,
         batch * read.kv,
         batch * read.metadata,
         batch,
-        max(map(sum, zip(*in_host, strict=True))),
+        max(sum(x.host for x in held) for held in (before, after)),
         batch * read.link,
     )
+
+
+def _on_device(held: Iterable[accounting.Held]) -> int:
+    return sum(x.device for x in held)
 
 
 def room(device: Device, margin: float = MARGIN) -> int:

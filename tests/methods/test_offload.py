@@ -183,7 +183,11 @@ def test_the_device_holds_no_more_for_a_longer_text():
         state = jax.jit(lambda s=made: method.finish(method.init(s)))()
         assert state.pages.host.rows.sharding.memory_kind == "pinned_host"
         assert accounting.state_bytes(method, made) == sum(kinds(state).values())
-        assert accounting.host_bytes(method, made) == kinds(state)["pinned_host"]
+        ((_, held),) = accounting.held(method, [made])
+        assert held._asdict() == {
+            "device": kinds(state)["device"],
+            "host": kinds(state)["pinned_host"],
+        }
         found.append(kinds(state))
     rows, added = 4 * 2, 256 // PAGE
     assert found[1]["pinned_host"] - found[0]["pinned_host"] == rows * added * (
@@ -248,7 +252,7 @@ def test_a_tpu_holds_no_more_for_a_longer_text():
         assert memory.host_argument_size_in_bytes == pages
         assert memory.host_alias_size_in_bytes == pages
         assert memory.host_temp_size_in_bytes == 0
-        assert accounting.host_bytes(method, spec) == pages
+        assert accounting.held(method, [spec])[0][1].host == pages
         summaries = 2 * 8 * context // 16 * 128 * 2
         found[context] = (
             memory.argument_size_in_bytes - summaries,
@@ -264,19 +268,18 @@ def test_a_tpu_holds_no_more_for_a_longer_text():
 # --- a model, and refusals
 
 
-@pytest.mark.parametrize("spec", ["offload:cache=16+quest", "dense_layers:first=1"])
-def test_a_model_generates_the_same(spec):
+def test_a_model_generates_the_same():
     """In real memories, from the prompt's first chunk to the last step."""
-    model = tiny_model()
-    inner = "quest:budget=32,page_size=8"
-    if spec.startswith("dense"):
-        spec, inner = f"{spec}+offload:cache=16+{inner}", f"{spec}+{inner}"
-    else:
-        spec = f"{spec}:budget=32,page_size=8"
-    texts = [TEXT[:400], TEXT[:90]]
+    texts, inner = [TEXT[:400], TEXT[:90]], "quest:budget=32,page_size=8"
     ours, theirs = (
-        kvjax.generate(model, one, texts, max_new_tokens=24, chunk_size=128)
-        for one in (spec, inner)
+        kvjax.generate(
+            tiny_model(),
+            f"dense_layers:first=1+{spec}",
+            texts,
+            max_new_tokens=24,
+            chunk_size=128,
+        )
+        for spec in (f"offload:cache=16+{inner}", inner)
     )
     assert [one.tokens for one in ours] == [one.tokens for one in theirs]
 
