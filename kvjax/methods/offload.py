@@ -79,12 +79,13 @@ def offload(
 
     Source:
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM
-        Inference", ICML 2024, arXiv:2406.10774, Sec. 3.4 (the lists of pages, which
-        differ little from one step to the next).
+        Inference", ICML 2024, arXiv:2406.10774, Sec. 3.4 (a step reads summaries of all
+        pages, and the pages that they choose).
     Deviations:
-        The paper keeps every page on the device. Kernels for accelerators walk through
-        the pages of a list in the order in which they lie: results are then those
-        without it but for rounding. Pages are not moved before a step lists them.
+        The paper keeps every page on the device: the host's memory and the cache are
+        ours. Kernels for accelerators walk through the pages of a list in the order in
+        which they lie: results are then those without it but for rounding. A page is
+        moved when a step lists it, not before.
 
     Example:
         >>> method = kvjax.offload(kvjax.quest(budget=256))
