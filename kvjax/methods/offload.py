@@ -67,9 +67,9 @@ def offload(
         :class:`kvjax.stores.offloaded.Offloaded` afterwards, which counts the pages
         listed and moved.
 
-    State: that of `method`, pages in the host's memory; on the device C pages `(B, Hkv,
-        C, P, 2*D)`, C what a step lists and `cache` hold and one more, and two int32 a
-        slot. What is appended is kept.
+    State: that of `method`, pages in the host's memory; on the device pages
+        `(B, Hkv, C, P, 2*D)`, as many as a step lists and `cache` holds and one more,
+        and two int32 for each. What is appended is kept.
     Reads per step and layer: as `method`; over the link the pages that are missing, at
         most all that are listed.
     Exact when: `method` is.

@@ -57,7 +57,7 @@ def test_is_the_method_bit_for_bit(spec, alpha):
     """Outputs, lists and proofs; pages fill, and are evicted and read again."""
     made = drive.make_spec(STREAM, layer=7, alpha=alpha)
     method = parsed(spec)
-    chunks = [(1, 7, 13, 4), (0, 0, 27, 25)]
+    chunks = [(1, 7, 15, 4), (0, 0, 25, 25)]  # one ends, and begins, within a page
     run, expected = (
         drive.run(one, made, STREAM, chunks)
         for one in (offload(method, cache=PAGE), method)
