@@ -308,7 +308,7 @@ def shown() -> list[tuple[str, str]]:
         PAGE.read_text("utf-8"),
         re.DOTALL,
     )
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     return blocks
 
 
