@@ -148,7 +148,7 @@ def finish(options: Options, state: State) -> State:
             # Ending the prompt quantised them.
             held = offloaded.place(pages, offloaded.memory_of(held))
         slots = options.slots(after.spec, pages.shape)
-        kept = offloaded.offloaded(held, pages, after.length, slots)
+        kept = offloaded.offloaded(held, after.length, slots)
         return after._replace(pages=kept)
 
     ended = options.method.finish(on_device(state))

@@ -127,32 +127,33 @@ def write_chunk(
     return Hosted(jax.tree.map(one, hosted.rows, pages))
 
 
-def offloaded(
-    host: Hosted,
-    pages: Float[Rows, "B Hkv NP P D2"],
-    length: Int[Array, "B"],
-    slots: int,
-) -> Offloaded:
+def offloaded(host: Hosted, length: Int[Array, "B"], slots: int) -> Offloaded:
     """Makes pages of which the device holds none but the newest.
 
     Args:
         host: all pages.
-        pages: the same on the device.
         length: tokens in each row.
         slots: of other pages that the device has room for.
     """
-    batch, heads, num_pages, page_size = pages.shape[:4]
-    newest = jnp.minimum(length // page_size, num_pages - 1)[:, None, None]
-    tail = buffers.take(pages, newest)
+    batch, heads, num_pages, page_size = host.shape[:4]
+    newest = jnp.minimum(length // page_size, num_pages - 1)
 
-    def padded(tail: Array) -> Array:
-        empty = buffers.allocate((batch, heads, slots, *tail.shape[3:]), tail.dtype)
-        return jnp.concatenate([empty, tail], axis=2)
+    def with_newest(host: Array) -> Array:
+        empty = (batch, heads, slots + 1, *host.shape[3:])
+
+        def one_row(b: Int[Array, ""], kept: Array) -> Array:
+            shape = (1, heads, 1, *host.shape[3:])
+            page = lax.dynamic_slice(host, _at(b, 0, newest[b], host.ndim), shape)
+            where = _at(b, 0, slots, host.ndim)
+            return lax.dynamic_update_slice(kept, _to_device(page), where)
+
+        kept = buffers.allocate(empty, host.dtype)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(batch), one_row, kept)
 
     shape = (batch, heads, slots)
     return Offloaded(
         host,
-        jax.tree.map(padded, tail),
+        jax.tree.map(with_newest, host.rows),
         buffers.allocate(shape, jnp.int32, fill=-1.0),
         buffers.allocate(shape, jnp.int32, fill=-1.0),
         jnp.zeros((batch,), jnp.int32),
