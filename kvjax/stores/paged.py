@@ -277,6 +277,9 @@ class Listed(NamedTuple):
 def bring(store: Paged, page_ids: Int[Array, "B H K"]) -> tuple[Paged, Listed]:
     """Returns listed pages for a step to read, brought to the device if they are not.
 
+    Where a method reads keys and values by it alone, and says in `Method.listed` how
+    many pages, they can lie elsewhere.
+
     Args:
         store: with the newest token written.
         page_ids: distinct in a list, -1 = none; H is Hkv or Hq.

@@ -49,7 +49,6 @@ def kinds(state):
         ("refresh:stride=3+quest", 1.0),
         ("quantize:bits=4+quest", 1.0),
         ("quantize:values=4,prompt=quantized+quest", 1.0),
-        ("entmaxkv", 1.5),
         ("entmaxkv:selector=gaussian,per=query,budget=16", 1.5),
     ],
 )
