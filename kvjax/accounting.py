@@ -1,6 +1,8 @@
 """The bytes a model reads and holds: each method's own `traffic`, over all layers."""
 
 import functools
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +12,11 @@ from kvjax.interface import (
     DecoderLM,
     Diagnostics,
     Method,
+    State,
     Traffic,
     layer_specs,
 )
-from kvjax.stores.buffers import num_bytes
+from kvjax.stores.buffers import in_host, num_bytes
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:
@@ -24,6 +27,38 @@ def state_bytes(method: Method, spec: CacheSpec) -> int:
 def prompt_bytes(method: Method, spec: CacheSpec) -> int:
     """Returns the bytes that one layer holds while the prompt is read, every row."""
     return num_bytes(jax.eval_shape(lambda: method.init(spec)))
+
+
+class Held(NamedTuple):
+    """Bytes of a state, by the memory that they lie in."""
+
+    device: int
+    host: int
+
+    @property
+    def total(self) -> int:
+        return self.device + self.host
+
+
+def held(method: Method, specs: Iterable[CacheSpec]) -> list[tuple[Held, Held]]:
+    """Returns what each layer holds while the prompt is read, and while decoding.
+
+    Memories are told from types, which are known where states are traced alone.
+    """
+    found = []
+
+    def trace() -> None:
+        for spec in specs:
+            prompt = method.init(spec)
+            found.append((_by_memory(prompt), _by_memory(method.finish(prompt))))
+
+    jax.eval_shape(trace)
+    return found
+
+
+def _by_memory(state: State) -> Held:
+    hosted = num_bytes([leaf for leaf in jax.tree.leaves(state) if in_host(leaf)])
+    return Held(num_bytes(state) - hosted, hosted)
 
 
 def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:
@@ -133,7 +168,7 @@ def traffic(
     """Returns the bytes that all layers read for one token of a row of `length`."""
     layers = layer_specs(decoder, 1, length, min(max_new_tokens, length))
     parts = [method.traffic(spec, length) for spec in layers]
-    return Traffic(sum(p.kv for p in parts), sum(p.metadata for p in parts))
+    return Traffic(*map(sum, zip(*parts, strict=True)))
 
 
 def bytes_read(

@@ -131,6 +131,7 @@ class Traffic(NamedTuple):
 
     kv: int  # keys and values that enter attention
     metadata: int  # summaries, scores and keys read only to choose
+    link: int = 0  # of these, what may have to come from the host's memory first
 
     @property
     def total(self) -> int:
@@ -243,8 +244,7 @@ class ImportanceFn(Protocol):
 class RewindFn(Protocol):
     """Takes back the newest `count` tokens, at most `most`, as if they had not come.
 
-    After `finish`; of some methods that keep every token and take more of a prompt at
-    any time.
+    After `finish`; of methods that keep every token, and take more of a prompt then.
     """
 
     def __call__(self, state: State, /, count: Int[Array, "B"], most: int) -> State: ...
@@ -286,6 +286,7 @@ class Method(NamedTuple):
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.
         lossy: keys and values are kept as other numbers than came: no step is exact.
+        listed: how many pages a step lists for a KV head, if it reads no others.
     """
 
     init: InitFn
@@ -302,6 +303,7 @@ class Method(NamedTuple):
     renumbers: bool = False
     reread: Rereading | None = None
     lossy: bool = False
+    listed: Callable[[CacheSpec], int] | None = None
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""
@@ -354,8 +356,7 @@ class DecoderLM(Protocol):
 
     `cache_spec` is that of one layer: layers may differ in their rope. `states` is a
     tuple, one method state per layer. Hidden states have the cache's dtype; they go
-    through `logits` separately so that a prompt's logits are computed only where they
-    are wanted.
+    through `logits` separately, so that a prompt's are computed where they are wanted.
     """
 
     @property
@@ -414,8 +415,7 @@ class DecoderLM(Protocol):
 class LayerwiseLM(Protocol):
     """A :class:`DecoderLM` that also runs one layer at a time.
 
-    Prompts are then read by one small program that all its layers share, where one of
-    the whole model takes as many times as long to compile as there are layers.
+    Prompts are then read by a small program that all layers share, compiled once.
     """
 
     def embed(

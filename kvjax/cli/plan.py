@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 from collections.abc import Mapping
 from typing import Annotated
 
@@ -56,6 +57,10 @@ def plan(
     margin: Annotated[
         float, typer.Option(help="Share of a device's memory that must stay free.")
     ] = planning.MARGIN,
+    link_gbps: Annotated[
+        float,
+        typer.Option("--link-gbps", help="GB/s from the host's memory to a device."),
+    ] = planning.LINK / 1e9,
     dtype: DtypeOption = None,
     training: Annotated[
         str | None,
@@ -79,6 +84,7 @@ def plan(
         of_decoding = {"method": method, "context": context, "budget": budget}
         of_decoding |= {"new_tokens": new_tokens, "batch": batch}
         of_decoding |= {"chunk_size": chunk_size, "dtype": dtype}
+        of_decoding |= {"link_gbps": link_gbps}
         _refuse(of_decoding, "--train")
         if packing.get() is not None:
             raise ValueError("--weights has no meaning beside --train: leave it out.")
@@ -93,6 +99,8 @@ def plan(
         return
     if changes is not None:
         raise ValueError("--set is of a config: give --train CONFIG with it.")
+    if not 0 < link_gbps < math.inf:
+        raise ValueError(f"--link-gbps {link_gbps:g} must be above 0.")
     positive(context=context, new_tokens=new_tokens, batch=batch, chunk_size=chunk_size)
     budgets = whole_numbers("--budget", budget)
     for value in budgets:
@@ -122,7 +130,7 @@ def plan(
             )
         except ValueError as error:
             raise ValueError(f"{spec}: {error}") from error
-        rows.append(_row(spec, found, devices, margin))
+        rows.append(_row(spec, found, devices, margin, 1e9 * link_gbps))
     document = {
         "model": name,
         "dtype": str(decoder.cache_spec(1, 1).dtype),
@@ -135,6 +143,7 @@ def plan(
         "weights": weights.held,
         "weights_read": weights.read,
         "margin": margin,
+        "link_gbps": link_gbps,
         "devices": {name: found._asdict() for name, found in devices.items()},
         "rows": rows,
     }
@@ -153,7 +162,7 @@ def _refuse(given: Mapping[str, object], beside: str) -> None:
             raise ValueError(f"{option} has no meaning beside {beside}: leave it out.")
 
 
-def _row(spec, found, devices, margin) -> dict:
+def _row(spec, found, devices, margin, link) -> dict:
     return {
         "method": spec,
         "prompt_state": found.prompt_state,
@@ -166,10 +175,14 @@ def _row(spec, found, devices, margin) -> dict:
             "kv": found.kv,
             "metadata": found.metadata,
         },
+        "host_memory": found.host,
+        "link_per_step_at_most": found.link,
         "devices": {
             name: {
                 "fits": planning.fits(found, device, margin),
-                "most_tokens_per_second": planning.tokens_per_second(found, device),
+                "most_tokens_per_second": planning.tokens_per_second(
+                    found, device, link
+                ),
             }
             for name, device in devices.items()
         },
@@ -183,6 +196,9 @@ def _rate(value: float) -> str:
 def _print(document) -> None:
     headings = ["method", *(f"{h}\nGB" for h in ("prompt", "decode", "temp.~"))]
     headings += ["peak\nGB", "read\nGB"]
+    is_offloaded = any(row["host_memory"] for row in document["rows"])
+    if is_offloaded:
+        headings += ["host\nGB", "link\nGB"]
     for name, device in document["devices"].items():
         headings.append(f"{name}\n{device['memory'] / 1e9:.1f}")
     specs, shared = terminal.shared_options([row["method"] for row in document["rows"]])
@@ -200,6 +216,11 @@ def _print(document) -> None:
                 planning.gigabytes(max(temporaries)),
                 planning.gigabytes(row["peak"]),
                 planning.gigabytes(sum(row["read_per_step"].values())),
+                *(
+                    planning.gigabytes(row[key])
+                    for key in ("host_memory", "link_per_step_at_most")
+                    if is_offloaded
+                ),
                 *(
                     _rate(at["most_tokens_per_second"]) if at["fits"] else "-"
                     for at in row["devices"].values()
@@ -230,6 +251,13 @@ def _notes(document) -> list[str]:
         f"{100 * document['margin']:g}% of the memory free, for fragments and what no "
         "estimate has.",
     ]
+    if any(row["host_memory"] for row in document["rows"]):
+        lines.append(
+            "host: states in the host's memory. link: read from there by one step "
+            f"at most, at {document['link_gbps']:g} GB/s (--link-gbps) before the "
+            "step goes on: the rates are those of steps that find nothing on the "
+            "device."
+        )
     if document["context"] > document["model_context"]:
         lines.append(
             f"The model was made for {document['model_context']:,} tokens: only "

@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from kvjax import accounting
-from kvjax.decoding.reader import empty_states
+from kvjax.decoding.reader import layer_specs
 from kvjax.interface import DecoderLM, Method
-from kvjax.stores.buffers import num_bytes
 
 
 class Device(NamedTuple):
@@ -42,6 +40,7 @@ DEVICES = {
     "H100": Device(80 * _GB, 3350 * _GB),
     "H200": Device(141 * _GB, 4800 * _GB),
 }
+LINK = 32 * _GB  # bytes a second from the host's memory: PCIe 4.0, 16 lanes
 # Share of a device's memory that a plan leaves free: fragments between buffers, the
 # runtime's own, and what the estimate of temporaries leaves out.
 MARGIN = 0.1
@@ -94,7 +93,10 @@ class Weights(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """Bytes of one model under one method, all rows and layers together."""
+    """Bytes of one model under one method, all rows and layers together.
+
+    States are what the device holds of them.
+    """
 
     weights: Weights
     prompt_state: int  # while the prompt is read
@@ -105,6 +107,8 @@ class Plan(NamedTuple):
     kv: int  # keys and values that a step reads
     metadata: int  # what it reads only to choose
     batch: int
+    host: int = 0  # of states at most, in the host's memory
+    link: int = 0  # that a step reads from there, if the device has none of it
 
     @property
     def step_bytes(self) -> int:
@@ -159,14 +163,14 @@ def plan(
             raise ValueError(f"{name}={value} must be at least 1.")
     if not 1 <= new_tokens < context:
         raise ValueError(f"{new_tokens=} must be in [1, {context=}).")
-    states = jax.eval_shape(
-        lambda: empty_states(decoder, method, batch, context - new_tokens, new_tokens)
-    )
-    before = [num_bytes(state) for state in states]
-    after = [num_bytes(jax.eval_shape(method.finish, state)) for state in states]
-    # Layer by layer: those before are small already, one is held in both shapes.
+    prompt = context - new_tokens
+    specs = layer_specs(decoder, batch, prompt, new_tokens)
+    before, after = zip(*accounting.held(method, specs), strict=True)
+    # Layer by layer: those before are small already, one is held in both shapes, and
+    # what it has in the host's memory is on the device meanwhile.
     ending = max(
-        sum(after[: layer + 1]) + sum(before[layer:]) for layer in range(len(states))
+        _on_device(after[: layer + 1]) + _on_device(before[layer:]) + one.host
+        for layer, one in enumerate(before)
     )
     read = accounting.traffic(method, decoder, context, new_tokens)
     if method.reread is not None:
@@ -178,20 +182,27 @@ def plan(
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
     heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
     wide = (2 * decoder.width + 3 * mlp_width + heads) * itemsize
-    prompt_temporaries = batch * chunk_size * wide + 2 * max(before) + logits
+    layer = max(held.total for held in before)
+    prompt_temporaries = batch * chunk_size * wide + 2 * layer + logits
     # One layer's attention logits twice, in float32, where no kernel keeps them small.
     decode_temporaries = 2 * 4 * batch * spec.num_q_heads * context + 2 * logits
     return Plan(
         weights,
-        sum(before),
-        sum(before) if before == after else ending,
-        sum(after),
+        _on_device(before),
+        _on_device(before) if before == after else ending,
+        _on_device(after),
         prompt_temporaries,
         decode_temporaries,
         batch * read.kv,
         batch * read.metadata,
         batch,
+        max(sum(x.host for x in held) for held in (before, after)),
+        batch * read.link,
     )
+
+
+def _on_device(held: Iterable[accounting.Held]) -> int:
+    return sum(x.device for x in held)
 
 
 def room(device: Device, margin: float = MARGIN) -> int:
@@ -210,9 +221,13 @@ def fits(plan: Plan, device: Device, margin: float = MARGIN) -> bool:
     return plan.peak <= room(device, margin)
 
 
-def tokens_per_second(plan: Plan, device: Device) -> float:
-    """Most tokens a second, all rows together, that the bytes of a step allow."""
-    return plan.batch * device.bandwidth / plan.step_bytes
+def tokens_per_second(plan: Plan, device: Device, link: float = LINK) -> float:
+    """Most tokens a second, all rows together, that the bytes of a step allow.
+
+    Those that come over a link of `link` bytes a second come first, all of them.
+    """
+    seconds = plan.step_bytes / device.bandwidth + plan.link / link
+    return plan.batch / seconds
 
 
 def gigabytes(count: int) -> str:

@@ -174,9 +174,15 @@ class _Layout(NamedTuple):
 @functools.partial(jax.jit, static_argnums=2)
 def _take(leaves: list[Array], index: Int[Array, "B"], have_rows: tuple[bool, ...]):
     return [
-        leaf[index] if has_rows else jnp.copy(leaf)
+        _rows(leaf, index) if has_rows else jnp.copy(leaf)
         for leaf, has_rows in zip(leaves, have_rows, strict=True)
     ]
+
+
+def _rows(leaf: Array, index: Int[Array, "B"]) -> Array:
+    memory = jax.typeof(leaf).memory_space
+    here = jax.device_put(leaf, jax.memory.Space.Device)
+    return jax.device_put(here[index], memory)  # a host does not gather
 
 
 def _layouts(method: Method, prefilled: Prefilled, count: int) -> list[_Layout]:

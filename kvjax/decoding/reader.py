@@ -28,6 +28,7 @@ from kvjax.interface import (
     with_layer,
 )
 from kvjax.registry import as_method
+from kvjax.stores import buffers
 from kvjax.text import encoding
 from kvjax.text.stream import CONTEXT
 
@@ -130,6 +131,36 @@ def layer_specs(
     new_tokens = bucket(max_new_tokens)
     capacity = bucket(longest + new_tokens)
     return interface.layer_specs(decoder, batch, capacity, new_tokens)
+
+
+def shapes_held(
+    decoder: DecoderLM,
+    method: Method,
+    batch: int,
+    longest: int,
+    max_new_tokens: int,
+    is_finished: bool,
+) -> tuple[State, ...]:
+    """Returns shapes of every layer's state, each in its memory of the default device.
+
+    Of :func:`empty_states`, or behind `finish`.
+    """
+    in_host = []
+
+    def held() -> tuple[State, ...]:
+        states = empty_states(decoder, method, batch, longest, max_new_tokens)
+        states = finish_layers(method, states) if is_finished else states
+        in_host.extend(map(buffers.in_host, jax.tree.leaves(states)))
+        return states
+
+    leaves, structure = jax.tree.flatten(jax.eval_shape(held))
+    device = jnp.zeros(()).devices().pop()
+    placed = []
+    for leaf, is_host in zip(leaves, in_host, strict=True):
+        kind = "pinned_host" if is_host else None
+        place = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+        placed.append(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place))
+    return jax.tree.unflatten(structure, placed)
 
 
 def read(

@@ -434,12 +434,8 @@ def restore(
             raise ValueError(refusal(folder, key, found, model, value))
     is_finished = says_finished(found)
 
-    def states_held() -> tuple[State, ...]:
-        sizes = len(lengths), longest, room
-        states = reader.empty_states(model.decoder, method, *sizes)
-        return reader.finish_layers(method, states) if is_finished else states
-
-    shapes = jax.eval_shape(states_held)
+    sizes = len(lengths), longest, room
+    shapes = reader.shapes_held(model.decoder, method, *sizes, is_finished)
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
     hidden = jax.eval_shape(lambda: reader.no_hidden(model.decoder, len(lengths)))
     like = _flat(shapes, hidden, tokens)
@@ -450,7 +446,9 @@ def restore(
         )
     sharding = jax.sharding.SingleDeviceSharding(jnp.zeros(()).devices().pop())
     like = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        name: jax.ShapeDtypeStruct(
+            leaf.shape, leaf.dtype, sharding=leaf.sharding or sharding
+        )
         for name, leaf in like.items()
     }
     try:

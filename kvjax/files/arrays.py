@@ -78,6 +78,7 @@ def fingerprints(state: Any) -> list[jax.Array]:
     """A uint32 per leaf, of every bit and its place, whatever the sharding."""
 
     def one(leaf):
+        leaf = jax.device_put(leaf, jax.memory.Space.Device)
         if leaf.dtype == jnp.bool_:
             bits = leaf.astype(jnp.uint32)
         else:

@@ -330,12 +330,12 @@ def inspect_step(
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts the bytes of the method's heads, and of the windows of the others."""
     first = len(retrieval_heads(options, spec))
-    kv = metadata = 0
+    kv = metadata = link = 0
     if first:
-        kv, metadata = options.method.traffic(part(spec, first), length)
+        kv, metadata, link = options.method.traffic(part(spec, first), length)
     if others := spec.num_kv_heads - first:
         kv += buffers.kv_bytes(part(spec, others), min(options.budget, length))
-    return Traffic(kv, metadata)
+    return Traffic(kv, metadata, link)
 
 
 # --- heads of two kinds

@@ -14,6 +14,7 @@ from kvjax.attention import choices
 from kvjax.attention.typed import lossy, typed
 from kvjax.interface import CacheSpec, Method, RewindFn, State, Traffic
 from kvjax.stores import buffers
+from kvjax.stores.offloaded import Hosted
 from pallas_kernels.shared import quantized
 from pallas_kernels.shared.quantized import (
     SPARE,
@@ -168,6 +169,7 @@ def quantize(
             init=functools.partial(init_beside, options),
             finish=functools.partial(finish, options),
             importance=None,  # `finish` is not for others to replace
+            listed=None,  # the newest tokens are read beside
             rewind=method.rewind and functools.partial(rewind, method.rewind, residual),
         )
     return lossy(made)
@@ -176,7 +178,12 @@ def quantize(
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
     """Makes the method's state, whose rows are quantised."""
     state = options.method.init(stored(options, spec), weights)
-    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Quantized))
+    leaves = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, Quantized | Hosted))
+    if any(isinstance(leaf, Hosted) for leaf in leaves):
+        raise ValueError(
+            f"{options.method} has keys and values in the host's memory: put quantize "
+            "inside: 'offload+quantize+...'."
+        )
     if not any(isinstance(leaf, Quantized) for leaf in leaves):
         raise ValueError(
             f"{options.method} keeps no keys and values that stay as they were cached, "

@@ -121,6 +121,7 @@ def quest(
         select=functools.partial(select, options),
         rewind=paged.rewind,
         exact_prompt=True,
+        listed=functools.partial(listed, options),
     )
 
 
@@ -161,14 +162,26 @@ def inspect_step(
     options: Options, state: paged.Paged, q: Float[Array, "B Hq 1 D"]
 ) -> tuple[paged.Paged, Float[Array, "B Hq 1 D"], Diagnostics]:
     """Attends to the chosen pages."""
-    rotated, positions = contiguous.rotate_queries(state.spec, q, state.length)
+    rotated, _ = contiguous.rotate_queries(state.spec, q, state.length)
     chosen = select(options, state, rotated)
+    state, there = paged.bring(state, chosen)
     out, lse = page_attention(
-        rotated, state.pages, chosen, positions, sm_scale=state.spec.sm_scale
+        rotated,
+        there.pages,
+        there.page_ids,
+        there.positions,
+        sm_scale=state.spec.sm_scale,
     )
     attended = paged.tokens_of(chosen, options.page_size, state.length)
     diagnostics = step.diagnose(attended, lse, state.length)
     return state, out.astype(q.dtype), diagnostics
+
+
+def listed(options: Options, spec: CacheSpec) -> int:
+    """Counts the pages that the lists of a KV head hold at most."""
+    num_pages = -(-spec.capacity // options.page_size)
+    most = min(options.pages_read(spec.capacity), num_pages)
+    return most * (spec.group if options.per == "query" else 1)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:

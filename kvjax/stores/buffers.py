@@ -378,6 +378,11 @@ def newest_positions(length: Int[Array, "B"], size: int) -> Int[Array, "B W"]:
     return last - (last - slots) % size
 
 
+def in_host(x: Array) -> bool:
+    """Says whether an array lies in the host's memory, by its type."""
+    return jax.typeof(x).memory_space == jax.memory.Space.Host
+
+
 def num_bytes(state: Any) -> int:
     """Counts the bytes a state (or its `jax.eval_shape`) holds."""
     leaves = jax.tree.leaves(state)

@@ -1,7 +1,7 @@
 """A cache in pages, keys and values fused, with the extremes of each page's keys."""
 
 import types
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention.partials import Partial
 from kvjax.interface import CacheSpec
-from kvjax.stores import buffers, contiguous
+from kvjax.stores import buffers, contiguous, offloaded
+from kvjax.stores.offloaded import Offloaded
 from kvjax.stores.page_statistics import page_statistics
 from pallas_kernels.shared import quantized
 from pallas_kernels.shared.quantized import Rows, WithNewest, every_token, stored
@@ -20,7 +21,8 @@ class Paged(NamedTuple):
     """Every token of a row, in pages in order of position."""
 
     spec: CacheSpec
-    pages: Float[Rows, "B Hkv NP P D2"]  # rotated keys, then values: D2 = 2 D
+    # Rotated keys, then values: D2 = 2 D. While decoding, some are an `Offloaded`.
+    pages: Float[Rows, "B Hkv NP P D2"]
     page_min: Float[Array, "B Hkv NP D"]  # +inf while the page is empty
     page_max: Float[Array, "B Hkv NP D"]  # -inf while the page is empty
     length: Int[Array, "B"]
@@ -99,9 +101,51 @@ def _write(
     length = store.length + count
     k = store.spec.rope(k, positions, length).astype(store.spec.dtype)
     fused = jnp.concatenate([k, v.astype(store.spec.dtype)], axis=-1)
-    rows = stored(store.pages, fused)
     num_pages, page_size = store.pages.shape[2:4]
     page = jnp.where(valid, positions // page_size, num_pages)
+    if isinstance(store.pages, Offloaded):
+        pages, rows = _write_newest(store.pages, fused, store.length, count)
+    else:
+        rows = stored(store.pages, fused)
+        pages = _write_rows(every_token(store.pages), rows, positions, valid)
+        pages = buffers.keep_newest(store.pages, pages, fused, positions, valid)
+    # The extremes of keys are those of what is stored of them: they stay as they are
+    # when a token is the newest no more.
+    k = quantized.floats(rows)[..., : store.spec.head_dim]
+    return store._replace(pages=pages, length=length), k, page, valid
+
+
+def _write_newest(
+    pages: Offloaded,
+    fused: Float[Array, "B Hkv 1 D2"],
+    length: Int[Array, "B"],
+    count: Int[Array, "B"],
+) -> tuple[Offloaded, Float[Rows, "B Hkv 1 D2"]]:
+    """Writes one token behind `length` on the device, and there is its row as stored.
+
+    A page that it fills goes to the host.
+    """
+    if fused.shape[2] != 1:
+        raise ValueError(
+            f"{fused.shape[2]} tokens cannot be written at once to offloaded pages."
+        )
+    rows = stored(pages.slots, fused)
+    slot = offloaded.newest_slot(pages, length)[:, None]
+    slots = _write_rows(pages.slots, rows, slot, (count > 0)[:, None])
+    written = pages._replace(slots=slots)
+    return offloaded.keep_full(written, length + count), rows
+
+
+def _write_rows(
+    pages: Float[Rows, "B Hkv NP P D2"],
+    rows: Float[Rows, "B Hkv T D2"],
+    positions: Int[Array, "B T"],
+    valid: Bool[Array, "B T"],
+) -> Any:
+    """Writes rows at adjacent positions, of which the first are `valid`."""
+    num_pages, page_size = pages.shape[2:4]
+    page = jnp.where(valid, positions // page_size, num_pages)
+    count = valid.sum(-1, dtype=jnp.int32)
 
     # In place where a scatter is; flat pages would be copied on TPU.
     def by_page(pages: Array, rows: Array) -> Array:
@@ -120,7 +164,7 @@ def _write(
 
     def by_token(pages: Array, rows: Array) -> Array:
         flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
-        written = buffers.write_run(flat, rows, store.length, count)
+        written = buffers.write_run(flat, rows, positions[:, 0], count)
         return written.reshape(pages.shape)
 
     def write(pages: Array, rows: Array) -> Array:
@@ -131,12 +175,7 @@ def _write(
             pages, rows, cpu=by_token, default=by_page, **on_tpu
         )
 
-    pages = jax.tree.map(write, every_token(store.pages), rows)
-    pages = buffers.keep_newest(store.pages, pages, fused, positions, valid)
-    # The extremes of keys are those of what is stored of them: they stay as they are
-    # when a token is the newest no more.
-    k = quantized.floats(rows)[..., : store.spec.head_dim]
-    return store._replace(pages=pages, length=length), k, page, valid
+    return jax.tree.map(write, pages, rows)
 
 
 def _take_extremes(store: Paged, end: Int[Array, "B"], newest: int) -> Paged:
@@ -208,14 +247,28 @@ def update_moments(held: Moments, store: Paged, added: int) -> Moments:
         added: most tokens that are new in any row.
     """
     num_pages, page_size = store.pages.shape[2:4]
-    most = min(-(-added // page_size), num_pages)
     complete = store.length // page_size
+    if isinstance(store.pages, Offloaded):
+        # Only what a token has just completed is on the device.
+        first = jnp.maximum(complete - 1, 0)
+        count = (store.length % page_size == 0).astype(jnp.int32)
+        newest = quantized.floats(offloaded.newest_page(store.pages))
+        return _write_moments(held, newest[..., : store.spec.head_dim], first, count)
+    most = min(-(-added // page_size), num_pages)
     # A page is written again if it was complete before: to the same numbers.
     first = jnp.maximum(complete - most, 0)
     which = first[:, None, None] + jnp.arange(most, dtype=jnp.int32)
     keys = buffers.gather(every_token(store.pages), which)[..., : store.spec.head_dim]
+    return _write_moments(held, keys, first, complete - first)
+
+
+def _write_moments(
+    held: Moments,
+    keys: Float[Array, "B Hkv N P D"],
+    first: Int[Array, "B"],
+    count: Int[Array, "B"],
+) -> Moments:
     *_, mean, variance = page_statistics(keys)
-    count = complete - first
 
     def write(
         buffer: Float[Array, "B Hkv NP D"], rows: Float[Array, "B Hkv N D"]
@@ -223,6 +276,37 @@ def update_moments(held: Moments, store: Paged, added: int) -> Moments:
         return buffers.write_run(buffer, rows, first, count)
 
     return Moments(write(held.mean, mean), write(held.variance, variance))
+
+
+class Listed(NamedTuple):
+    """Listed pages where a kernel finds them: in the whole cache, or in some slots."""
+
+    pages: Float[Rows, "B Hkv NP P D2"]
+    page_ids: Int[Array, "B H K"]  # in `pages`, in the order of the list; -1 = none
+    length: Int[Array, "B"]  # of what is there: the newest token is the last of it
+
+    @property
+    def positions(self) -> Int[Array, "B 1"]:
+        """The position of the newest token in `pages`."""
+        return self.length[:, None] - 1
+
+
+def bring(store: Paged, page_ids: Int[Array, "B H K"]) -> tuple[Paged, Listed]:
+    """Returns listed pages for a step to read, brought to the device if they are not.
+
+    Where a method reads keys and values by it alone, and says in `Method.listed` how
+    many pages, they can lie elsewhere.
+
+    Args:
+        store: with the newest token written.
+        page_ids: distinct in a list, -1 = none; H is Hkv or Hq.
+    """
+    pages, length = store.pages, store.length
+    if not isinstance(pages, Offloaded):
+        return store, Listed(pages, page_ids, length)
+    pages, slots = offloaded.bring(pages, page_ids, length)
+    end = offloaded.newest_slot(pages, length - 1) + 1
+    return store._replace(pages=pages), Listed(pages.slots, slots, end)
 
 
 def is_available(store: Paged) -> Bool[Array, "B NP"]:

@@ -59,6 +59,31 @@ def test_states_are_those_that_are_allocated(spec):
     assert not planning.fits(plan, roomy, margin=0.2)
 
 
+@pytest.mark.parametrize("memory", ["pinned_host", "device"])
+def test_what_lies_in_the_hosts_memory_is_not_the_devices(memory):
+    """Told from types, by hand: two layers of pages, one of them whole at the end."""
+    decoder = tiny_model(num_layers=2).decoder
+    spec = f"offload:cache=8,memory={memory}+quest:budget=16,page_size=8"
+    method = registry.parse(spec)
+    options = {"weights": WEIGHTS, "mlp_width": MLP_WIDTH, "context": 512}
+    plan = planning.plan(decoder, method, new_tokens=32, batch=3, **options)
+    states = jax.eval_shape(lambda: empty_states(decoder, method, 3, 480, 32))
+    ended = [jax.eval_shape(method.finish, state) for state in states]
+    pages = 3 * 2 * 512 * 2 * 8 * 4
+    hosted = 2 * pages * (memory == "pinned_host")
+    assert plan.host == hosted
+    assert plan.prompt_state == num_bytes(states) - hosted
+    assert plan.decode_state == num_bytes(ended) - hosted
+    assert plan.prompt_temporaries > 2 * pages  # a layer is read on the device
+    last = num_bytes(ended) - hosted + num_bytes(states[1])
+    assert plan.ending_state == last
+    assert plan.link == 2 * 3 * 2 * 16 * 2 * 8 * 4 == plan.kv
+    # All of them, before the step's own bytes.
+    device = planning.Device(plan.peak, 10 * plan.step_bytes)
+    rate = planning.tokens_per_second(plan, device, 2.5 * plan.link)
+    assert rate == pytest.approx(3 / (0.1 + 0.4))
+
+
 def test_the_peak_is_the_worst_moment():
     plan = planning.Plan(WEIGHTS, 10, 12, 5, 3, 4, 0, 0, 1)
     assert (plan.prompt_bytes, plan.decode_bytes, plan.peak) == (113, 109, 113)
@@ -283,7 +308,7 @@ def shown() -> list[tuple[str, str]]:
         PAGE.read_text("utf-8"),
         re.DOTALL,
     )
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     return blocks
 
 

@@ -207,8 +207,9 @@ def test_mistakes_are_named_before_anything_runs():
 # --- kept on disk
 
 
-def test_a_finished_prompt_is_asked_from_disk_bit_for_bit(tmp_path):
-    spec = "snapkv"
+@pytest.mark.parametrize("spec", ["snapkv", "offload:cache=8+quest"])
+def test_a_finished_prompt_is_asked_from_disk_bit_for_bit(spec, tmp_path):
+    """Arrays of the host too, whose rows are copied for each question."""
     method = registry.parse(spec, **SMALL)
     read = saved_prompt.read(MODEL, method, CONTEXTS, room=ROOM)
     ended = saved_prompt.finish(MODEL, method, read)
@@ -222,6 +223,10 @@ def test_a_finished_prompt_is_asked_from_disk_bit_for_bit(tmp_path):
     assert found.is_finished
     held = [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(found)]
     assert held == [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(ended)]
+    kinds = [leaf.sharding.memory_kind for leaf in jax.tree.leaves(found.states)]
+    before = jax.tree.leaves(ended.states)
+    assert kinds == [leaf.sharding.memory_kind for leaf in before]
+    assert ("pinned_host" in kinds) == spec.startswith("offload")
     for _ in range(2):
         again = saved_prompt.ask(MODEL, method, found, QUESTIONS, **options)
         assert again == expected

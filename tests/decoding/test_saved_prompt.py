@@ -21,14 +21,18 @@ MODEL = tiny_model()
 RNG = np.random.default_rng(3)
 PROMPTS = [RNG.integers(0, 256, size).tolist() for size in (45, 1, 70)]
 ONE_LAYER = tiny_model(num_layers=1)
-# A transform over pages; what a prompt's end makes smaller. States are plain arrays to
-# all that is tested here: one of a kind will do.
-SPECS = ["dense_layers:first=1+quest", "snapkv"]
+# A transform over pages; what a prompt's end makes smaller; arrays of the host. States
+# are plain arrays to all that is tested here: one of a kind will do.
+SPECS = ["dense_layers:first=1+quest", "snapkv", "offload:cache=8+quest"]
 SAMPLED = Sampling(temperature=1.3, top_k=40, repetition_penalty=1.2)
 
 
 def bits(tree):
     return [np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(tree)]
+
+
+def kinds(prefix):
+    return [leaf.sharding.memory_kind for leaf in jax.tree.leaves(prefix.states)]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +53,7 @@ def test_goes_on_bit_for_bit(spec, tmp_path):
     before = bits(read)
     found = saved_prompt.restore(tmp_path / "a", MODEL, method, method_name=spec)
     assert bits(found) == before
+    assert kinds(found) == kinds(read)
     assert jax.tree.structure(found) == jax.tree.structure(read)
     alone = generate.prefill(MODEL, method, PROMPTS, max_new_tokens=12)
     assert bits(reader.finish_layers(method, found.states)) == bits(alone.states)

@@ -9,6 +9,7 @@ import pytest
 
 from kvjax import accounting
 from kvjax.evaluation.claims.measure import steps as measure_steps
+from kvjax.interface import Traffic
 from kvjax.methods.entmaxkv.method import entmaxkv
 from kvjax.stores import page_statistics
 
@@ -183,12 +184,12 @@ def test_traffic_is_a_bound():
     def bytes_of(**options):
         return entmaxkv(page_size=4, **options).traffic(spec, 62)
 
-    assert bytes_of(budget=12) == (12 * token, 16 * token)
-    assert bytes_of(budget=12, per="query") == (24 * token, 16 * token)
-    assert bytes_of(budget=12, certified=True) == (64 * token, 16 * token)
+    assert bytes_of(budget=12) == Traffic(12 * token, 16 * token)
+    assert bytes_of(budget=12, per="query") == Traffic(24 * token, 16 * token)
+    assert bytes_of(budget=12, certified=True) == Traffic(64 * token, 16 * token)
     # Means and variances are float32.
-    assert bytes_of(budget=12, selector="gaussian") == (12 * token, 32 * token)
-    assert bytes_of(budget=None, selector="gaussian") == (64 * token, 32 * token)
+    assert bytes_of(budget=12, selector="gaussian") == Traffic(12 * token, 32 * token)
+    assert bytes_of(budget=None, selector="gaussian") == Traffic(64 * token, 32 * token)
 
 
 @pytest.mark.parametrize(

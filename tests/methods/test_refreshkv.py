@@ -9,6 +9,7 @@ import numpy as np
 import oracles
 import pytest
 
+from kvjax.interface import Traffic
 from kvjax.methods.refreshkv.method import refreshkv
 
 
@@ -134,10 +135,12 @@ def test_traffic_is_the_mean_over_a_stride():
     )
     token = 2 * 2 * 64 * 4  # keys and values of two heads in float32
     positions = 2 * 64 * 4
-    assert never.traffic(spec, 4096) == (64 * token, positions)
-    assert fixed.traffic(spec, 4096) == ((4096 + 4 * 64) * token // 5, positions)
+    assert never.traffic(spec, 4096) == Traffic(64 * token, positions)
+    assert fixed.traffic(spec, 4096) == Traffic((4096 + 4 * 64) * token // 5, positions)
     read_to_choose = 4096 * token // 2 // 5
-    assert keys_only.traffic(spec, 4096) == (64 * token, positions + read_to_choose)
+    assert keys_only.traffic(spec, 4096) == Traffic(
+        64 * token, positions + read_to_choose
+    )
 
 
 @pytest.mark.parametrize(

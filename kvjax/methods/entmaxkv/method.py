@@ -185,6 +185,7 @@ def entmaxkv(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
+        listed=None if certified else functools.partial(listed, options),
     )
 
 
@@ -240,7 +241,7 @@ def inspect_step(
     store = state.store
     spec, length = store.spec, store.length
     page_size, num_pages = options.page_size, store.pages.shape[2]
-    rotated, positions = contiguous.rotate_queries(spec, q, length)
+    rotated, _ = contiguous.rotate_queries(spec, q, length)
     row = rotated[:, :, 0]
     historical = page_bounds.is_historical(length, num_pages, page_size)
     bounds = page_bounds.score_bounds(
@@ -268,11 +269,13 @@ def inspect_step(
         )
         out, value = attended_pages.out, attended_pages.value
     else:
+        store, there = paged.bring(store, ids)
+        state = state._replace(store=store)
         attended_pages = attention.attend_pages(
             row,
-            store.pages,
-            ids,
-            length,
+            there.pages,
+            there.page_ids,
+            there.length,
             sm_scale=sm_scale,
             alpha=alpha,
             tau_mode=options.tau_mode,
@@ -283,9 +286,9 @@ def inspect_step(
             out, value = attention.fastest(
                 attended_pages,
                 rotated,
-                store.pages,
-                ids,
-                positions,
+                there.pages,
+                there.page_ids,
+                there.positions,
                 sm_scale=sm_scale,
                 alpha=alpha,
             )
@@ -301,6 +304,14 @@ def inspect_step(
         out[:, :, None].astype(q.dtype),
         diagnostics._replace(exact=exact),
     )
+
+
+def listed(options: Options, spec: CacheSpec) -> int:
+    """Counts the pages that the lists of a KV head hold at most."""
+    most = -(-spec.capacity // options.page_size)
+    if options.budget is not None:
+        most = min(options.budget // options.page_size, most)
+    return most * (spec.group if options.per == "query" else 1)
 
 
 def score_by_bound(

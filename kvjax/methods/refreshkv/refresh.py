@@ -103,6 +103,7 @@ def refresh(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=method.exact_prompt,
+        listed=method.listed,
     )
 
 
@@ -156,7 +157,7 @@ def inspect_step(
     """Attends to the listed pages, which rows that are due choose anew."""
     store = state.store
     page_size = store.pages.shape[3]
-    rotated, positions = contiguous.rotate_queries(store.spec, q, store.length)
+    rotated, _ = contiguous.rotate_queries(store.spec, q, store.length)
     query = rotated[:, :, 0].astype(jnp.float32).mean(1)
     due = is_due(options, state, query)
     by_row = due[:, None, None]
@@ -172,8 +173,13 @@ def inspect_step(
     is_listed = (chosen == current).any(-1, keepdims=True)
     chosen = jnp.where(is_listed, chosen, moved)
 
+    store, there = paged.bring(store, chosen)
     out, lse = page_attention(
-        rotated, store.pages, chosen, positions, sm_scale=store.spec.sm_scale
+        rotated,
+        there.pages,
+        there.page_ids,
+        there.positions,
+        sm_scale=store.spec.sm_scale,
     )
     attended = paged.tokens_of(chosen, page_size, store.length)
     diagnostics = step.diagnose(attended, lse, store.length)
