@@ -50,7 +50,7 @@ def offload(
     page of the newest tokens and a cache of pages that were read. A step moves the
     listed pages that are not there, each over the one that was listed longest ago, and
     a page goes to the host once, when it is full. What is attended to, and in which
-    order, is as without it.
+    order, is as without it. What was appended is not taken back.
 
     A chunk of the prompt is attended to in the device's memory, a layer at a time: the
     device holds all keys and values of one layer meanwhile, and never of more.
