@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvjax import files, registry
+from kvjax import files
 from kvjax.cli import conversation
+from kvjax.cli.methods import answering
 from kvjax.cli.options import (
     METHOD_HELP,
     ChunkOption,
@@ -203,8 +204,8 @@ def _alone(messages, *, model, method, dtype, text, chunk_size, options) -> Turn
     """A prompt of which nothing is kept."""
     from kvjax.decoding.generate import stream
 
-    method = method or "full"
-    parsed = registry.parse(method)
+    method = "full" if method is None else method
+    parsed = answering(method)
     loaded = load(model, dtype)
     tokens = tokenize(loaded, text, messages)
     chosen = options(loaded)
@@ -284,7 +285,7 @@ def score(
 
     from kvjax.decoding.scoring import score as run_score
 
-    parsed = registry.parse(method)
+    parsed = answering(method)
     content = read_text(text)
     language_model = load(model, dtype)
     tokens = tokenize(language_model, content)
