@@ -149,11 +149,11 @@ def generate(
     if not as_json:
         print(flush=True)
     if timings or (not as_json and sys.stderr.isatty()):
-        print(f"kvjax: {timing.line(clock)}", file=sys.stderr)
+        print(f"kvjax: {timing.line(clock, start)}", file=sys.stderr)
     if turn.keep is not None:
         turn.keep(generation)
     if as_json:
-        _print_document(turn, generation, seed, seconds, timing.document(clock))
+        _print_document(turn, generation, seed, seconds, timing.document(clock, start))
 
 
 def _turn(resume, save, chat, system, room, wanted) -> Turn:

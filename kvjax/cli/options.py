@@ -44,8 +44,8 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="int8 or int4: keep the matrices of the layers as integers with scales; "
-        "floats if left out.",
+        help="int8 or int4: keep the matrices of the layers, and of an output that is "
+        "not the embedding, as integers with scales; floats if left out.",
     ),
 ]
 DtypeOption = Annotated[
