@@ -16,9 +16,8 @@ def answering(spec: str) -> kvjax.Method:
 
 def print_method_notes(methods: Iterable[str]) -> None:
     """Prints what a user must know of answers under methods to stderr, once."""
-    for note in dict.fromkeys(
-        note for spec in methods for note in registry.notes(spec)
-    ):
+    notes = [note for spec in methods for note in registry.notes(spec)]
+    for note in dict.fromkeys(notes):
         print(f"kvjax: note: {note}", file=sys.stderr)
 
 

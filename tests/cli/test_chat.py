@@ -129,11 +129,9 @@ def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path, monkey
     held = json.loads((folder / "prefix.json").read_text())["prompt_tokens"][0]
     with monkeypatch.context() as patch:
         patch.setattr("kvjax.cli.prefix.load", lambda *_: pytest.fail("loaded"))
-        line = fail(*resume, "--room", 512)
-    assert (
-        f"--room 512 exceeds what the model's context of 512 leaves behind {held}"
-        in (line)
-    )
+        line = fail(*resume, "--room", 513 - held)
+    room = f"--room {513 - held} exceeds what the model's context of 512 leaves"
+    assert f"{room} behind {held} tokens: lower it" in line
 
 
 def test_a_conversation_goes_on_in_its_own_folder(
