@@ -21,6 +21,7 @@ from models.llama.tokenizer import read_json
 FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
 
 _HUB_FILES = ["*.json", "*.jinja", "*.safetensors"]
+_FILES = (".json", ".gguf", ".safetensors")
 _NOT_NEEDED = ["original/*", "consolidated*", "onnx/*"]
 
 
@@ -117,7 +118,11 @@ def load_decoder(
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no config.json.")
     config = read_json(path)
-    return _family_of(config).load_decoder(config, dtype)
+    family = _family_of(config, f"{path}: ")
+    try:
+        return family.load_decoder(config, dtype)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def save_pretrained(
@@ -184,12 +189,13 @@ def notes(decoder: DecoderLM) -> tuple[str, ...]:
 
 
 def check_new(directory: str | Path) -> None:
-    """Raises FileExistsError if `directory` exists and is not empty."""
+    """Raises OSError if `directory` exists and is not empty, or cannot be made."""
     directory = Path(directory).expanduser()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(
             f"{directory} exists; remove it or choose another directory."
         )
+    files.check_place(directory)
 
 
 def _family_of(config: dict[str, Any], where: str = "") -> Family:
@@ -225,6 +231,11 @@ def _resolve(name: str | Path, patterns: Sequence[str] = _HUB_FILES) -> Path:
         return embedded.path(str(name))
     if str(name) in published.MODELS:
         return published.path(str(name))
+    if not directory.exists() and _is_path(str(name)):
+        raise FileNotFoundError(
+            f"{name} does not exist: give the folder of a checkpoint in the Hugging "
+            "Face layout, or a GGUF file."
+        )
     hub_id, _, revision = str(name).partition("@")
     if directory.exists() or not _is_hub_id(hub_id):
         known = ", ".join((*embedded.names(), *published.MODELS))
@@ -259,6 +270,11 @@ def _resolve(name: str | Path, patterns: Sequence[str] = _HUB_FILES) -> Path:
             f"{name} is no directory and could not be fetched from the hub "
             f"({type(error).__name__}: {reason}); download it and give its directory."
         ) from error
+
+
+def _is_path(name: str) -> bool:
+    """Says if a name can only be meant as one of a file or folder."""
+    return name.startswith((".", "/", "~")) or name.endswith(_FILES)
 
 
 def _is_hub_id(name: str) -> bool:

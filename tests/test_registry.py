@@ -178,6 +178,15 @@ def same(method, *, times: "int" = 1):
     return method
 
 
+def picky(*, budget: int = 64) -> kvjax.Method:
+    """Takes even budgets."""
+    if not budget:
+        raise ValueError
+    if budget % 2:
+        raise ValueError(f"{budget=} must be even.")
+    return newest(budget=budget)
+
+
 def positional(budget):
     return newest(budget=budget)
 
@@ -191,6 +200,49 @@ class Newest: ...
 
 made = newest()
 '''
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize("name", registry.transforms())
+def test_a_transform_says_what_stands_in_the_place_of_a_method(name):
+    transform = registry.get(name)
+    full = registry.parse("full")
+    count = sum(not given.kind.name.startswith("KEY") for given in arguments(transform))
+    for place in range(count):
+        for wrong, fix in (
+            ("full", r"such as kvjax.parse\('full'\)\.$"),
+            (None, r"such as kvjax.parse\('quest:budget=128'\)\.$"),
+            (registry.get("full"), r"which a factory returns: call it\.$"),
+        ):
+            given = [full] * place + [wrong] + [full] * (count - place - 1)
+            which = [argument.name for argument in arguments(transform)][place]
+            message = rf"^{name}: {which}=.* must be a kvjax.Method.*, {fix}"
+            with pytest.raises(TypeError, match=message):
+                transform(*given)
+            named = {arguments(transform)[i].name: one for i, one in enumerate(given)}
+            with pytest.raises(TypeError, match=message):
+                transform(**named)
+
+
+def arguments(factory):
+    return list(inspect.signature(factory).parameters.values())
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+def test_what_a_factory_says_of_a_value_names_it(module):
+    for spec, message in (
+        (f"{module}:picky,budget=3", rf"^{module}:picky: budget=3 must be even\.$"),
+        (f"{module}:picky,budget=0", rf"^{module}:picky: ValueError$"),
+        ("head_budgets:alpha=2+snapkv", r"^head_budgets: alpha=2.0 must be in"),
+        ("quest:budget=-1", r"^quest: budget=-1 must be"),
+        ("quantize:group=0+full", r"^quantize: group=0 must be"),
+        ("layer_budgets+full", "^layer_budgets: full has no budget"),
+        ("head_budgets+quest", "^head_budgets ranks .* which quest does not tell"),
+        ("decode_eviction+layer_budgets+snapkv", "which layer_budgets.snapkv does not"),
+        ("quest:budget=x", "^quest: budget='x' must be of type int"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            registry.parse(spec)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import inspect
 import numbers
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax.numpy as jnp
@@ -28,12 +28,15 @@ def typed(factory: Factory) -> Factory:
     Returns:
         The factory, which raises `ValueError` for a number or a text in the place of
         another type. Words of a `Literal` and structures are left to the factory. A
-        transform also raises it for a method whose `reread` it does not pass on. What
-        is made of a lossy method is lossy.
+        transform raises `TypeError` for what is no method in the place of one, and
+        `ValueError` for a method whose `reread` it does not pass on. What is made of a
+        lossy method is lossy.
     """
 
     @functools.wraps(factory)
     def make(*methods: Any, **options: Any) -> Method:
+        _check_methods(factory, dict(zip(_taken(factory), methods, strict=False)))
+        _check_methods(factory, options)
         known = _accepted(factory)
         for name, value in options.items():
             if name in known and not _suits(value, known[name]):
@@ -47,6 +50,20 @@ def typed(factory: Factory) -> Factory:
         return passed_on(factory.__name__, [*methods, *options.values()], made)
 
     return make  # pyright: ignore[reportReturnType]
+
+
+def noted(note: Callable[..., str | None]) -> Callable[[Factory], Factory]:
+    """Decorates a factory with what must be known of an answer under its options.
+
+    Args:
+        note: takes the options that were given; returns a line, or None.
+    """
+
+    def mark(factory: Factory) -> Factory:
+        vars(factory)["note"] = note
+        return factory
+
+    return mark
 
 
 def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
@@ -94,6 +111,36 @@ def _methods(given: Iterable[Any]) -> Iterator[Method]:
             yield one
         elif isinstance(one, Sequence) and not isinstance(one, str):
             yield from _methods(one)
+
+
+def _check_methods(factory: Callable, given: Mapping[str, Any]) -> None:
+    """Raises TypeError for a spec, a factory or anything else in a method's place."""
+    for name, takes_lists in _taken(factory).items():
+        if name not in given or isinstance(value := given[name], Method):
+            continue
+        if takes_lists and isinstance(value, Sequence) and not isinstance(value, str):
+            continue  # the factory says what may be in it
+        fix = "such as kvjax.parse('quest:budget=128')"
+        if isinstance(value, str):
+            fix = f"such as kvjax.parse({value!r})"
+        elif callable(value):
+            fix = "which a factory returns: call it"
+        lists = " or a list of them" if takes_lists else ""
+        raise TypeError(
+            f"{factory.__name__}: {name}={value!r} must be a kvjax.Method{lists}, "
+            f"{fix}."
+        )
+
+
+@functools.cache
+def _taken(factory: Callable) -> dict[str, bool]:
+    """The arguments that are methods, in order; whether each may be a list of them."""
+    found = {}
+    for name, parameter in inspect.signature(factory, eval_str=True).parameters.items():
+        kinds = typing.get_args(parameter.annotation) or (parameter.annotation,)
+        if Method in kinds:
+            found[name] = Sequence[Method] in kinds
+    return found
 
 
 @functools.cache

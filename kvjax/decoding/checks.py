@@ -20,12 +20,15 @@ def check_prompts(
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     ends: Sequence[int] | None = None,
+    *,
+    named: str = "max_new_tokens",
 ) -> None:
     """Raises ValueError unless the prompts, from :func:`token_rows`, fit the model.
 
     Args:
         ends: tokens of each prompt that are read before `finish`, which a method may
             read again; what follows is appended. All of them if None.
+        named: what `max_new_tokens` is called where it was given.
     """
     decoder = model.decoder
     if not prompts:
@@ -36,8 +39,9 @@ def check_prompts(
         is_long = len(prompt) + max_new_tokens > decoder.context
         if is_long and not accounting.reads_any_length(method, decoder):
             raise ValueError(
-                f"prompt {row} has {len(prompt)} tokens; with {max_new_tokens=} that "
-                f"exceeds the model's context of {decoder.context}: shorten either."
+                f"prompt {row} has {len(prompt)} tokens; with "
+                f"{named}={max_new_tokens} that exceeds the model's context of "
+                f"{decoder.context}: shorten either."
             )
     check_vocabulary(decoder, prompts)
     check_reread(model, method, map(len, prompts) if ends is None else ends)

@@ -9,6 +9,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from kvjax import files
@@ -106,11 +107,17 @@ def identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
     }
 
 
+def stored_as(params: Any) -> list[str]:
+    """Returns the dtypes of weights, int8 or int4 where matrices are packed."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "dtype"))
+    return sorted({str(node.dtype) for node in nodes})
+
+
 def refusal(
-    folder: pathlib.Path,
+    folder: str | pathlib.Path,
     key: str,
     found: Mapping[str, Any],
-    model: LanguageModel,
+    model: str,
     value: str,
 ) -> str:
     """Says in one line what of a folder belongs to another method or model."""
@@ -122,5 +129,6 @@ def refusal(
     differ = {"decoder": "sizes", "weights": "weights"}[key]
     return (
         f"{folder} was saved with model {found['model']!r} and cannot go on with "
-        f"{model.name!r}: their {differ} differ."
+        f"{model!r}: their {differ} differ; go on with the model it was saved with "
+        "(leave --model out), or read the prompt anew."
     )

@@ -41,11 +41,12 @@ from kvjax.decoding.prefix_file import (
     digest,
     identity,
     is_conversation,
-    refusal,
     sha256,
+    stored_as,
 )
 from kvjax.decoding.prefix_file import about as about
 from kvjax.decoding.prefix_file import is_finished as says_finished
+from kvjax.decoding.prefix_file import refusal as refusal
 from kvjax.decoding.reader import Reading
 from kvjax.decoding.sampling import mentioned
 from kvjax.files import arrays as file_arrays
@@ -97,7 +98,7 @@ def read(
     check_counts(room=room)
     options = Options(max_new_tokens=room, chunk_size=chunk_size)
     prompts = token_rows(prompts, model.tokenizer)
-    check_prompts(model, method, prompts, options.max_new_tokens)
+    check_prompts(model, method, prompts, options.max_new_tokens, named="room")
     longest = max(map(len, prompts))
     begun = reader.begin(model.decoder, method, len(prompts), longest, room)
     states, hidden = _read(model, method, begun, prompts, options)
@@ -385,6 +386,7 @@ def save(
         "longest": prefix.longest,
         "room": prefix.room,
         "leaves": file_arrays.describe(arrays),
+        "stored_as": stored_as(model.params),
         "fingerprints": [int(f) for f in file_arrays.fingerprints(arrays)],
         "messages": messages,
     }
@@ -405,10 +407,11 @@ def save(
 
 
 def check_new(folder: str | pathlib.Path) -> None:
-    """Raises FileExistsError unless :func:`save` may write there."""
+    """Raises OSError unless :func:`save` may write there, and can."""
     folder = pathlib.Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists; remove it or choose another folder.")
+    files.check_place(folder)
 
 
 def restore(
@@ -431,7 +434,7 @@ def restore(
     lengths, longest, room = found["prompt_tokens"], found["longest"], found["room"]
     for key, value in identity(model, method_name).items():
         if key != "model" and found[key] != value:
-            raise ValueError(refusal(folder, key, found, model, value))
+            raise ValueError(refusal(folder, key, found, model.name, value))
     is_finished = says_finished(found)
 
     sizes = len(lengths), longest, room

@@ -39,11 +39,6 @@ class Clock:
     # Beginning and end of whatever was traced or compiled: some lie inside of others.
     compilations: list[tuple[float, float]] = dataclasses.field(default_factory=list)
 
-    @property
-    def compiling(self) -> float:
-        """The seconds of tracing and compiling, what lies outside of stretches too."""
-        return self.compiled(0.0)
-
     def compiled(self, start: float) -> float:
         """Returns seconds since `start` in which something was traced or compiled."""
         seconds, until = 0.0, start
@@ -110,8 +105,8 @@ def _listen() -> None:
     jax.monitoring.register_event_duration_secs_listener(listener)
 
 
-def document(clock: Clock) -> dict[str, float | int | None]:
-    """Returns the figures by name; a rate of nothing is None."""
+def document(clock: Clock, start: float = 0.0) -> dict[str, float | int | None]:
+    """Returns the figures by name, compiling since `start`; no rate is of nothing."""
     found: dict[str, float | int | None] = {}
     for kind in ("prompt", "decode"):
         part = clock.total(kind)
@@ -121,12 +116,12 @@ def document(clock: Clock) -> dict[str, float | int | None]:
             f"{kind}_seconds": part.seconds,
             f"{kind}_tokens_per_second": rate,
         }
-    return found | {"compile_seconds": clock.compiling}
+    return found | {"compile_seconds": clock.compiled(start)}
 
 
-def line(clock: Clock) -> str:
-    """Returns the figures in a line."""
-    found = document(clock)
+def line(clock: Clock, start: float = 0.0) -> str:
+    """Returns the figures in a line, compiling since `start`."""
+    found = document(clock, start)
     said = []
     for kind in ("prompt", "decode"):
         text = f"{kind} {found[f'{kind}_tokens']:,} tokens"

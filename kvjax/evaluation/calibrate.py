@@ -5,6 +5,7 @@ run and what it costs is here, the statistics in `calibrate_bounds`.
 """
 
 import json
+import reprlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -301,14 +302,21 @@ def _prompt(line: str, where: str) -> str:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: is no JSON: {error}.") from None
     record = record if isinstance(record, dict) else {}
-    found = record.get("prompt", record.get("question"))
-    if "prompt" not in record and isinstance(context := record.get("context"), str):
-        found = f"{context}\n\n{found}" if context and found else found
-    if not isinstance(found, str) or not found.strip():
+    key = "prompt" if "prompt" in record else "question"
+    if key not in record:
         raise ValueError(
             f"{where}: must be an object with a text `prompt`, or `question` and "
             "perhaps `context`."
         )
+    found, context = record[key], record.get("context", "")
+    if not isinstance(found, str) or not found.strip():
+        raise ValueError(
+            f"{where}: {key}={reprlib.repr(found)} must be a text that says something."
+        )
+    if key == "question" and context != "":
+        if not isinstance(context, str):
+            raise ValueError(f"{where}: context={context!r} must be a text.")
+        found = f"{context}\n\n{found}"
     try:
         found.encode()
     except UnicodeEncodeError:

@@ -45,12 +45,21 @@ def read_text(path: str | pathlib.Path) -> str:
     """The text of a UTF-8 file, as :func:`decode` has it.
 
     Raises:
+        FileNotFoundError: if it does not exist.
         ValueError: if it is a folder, or not UTF-8.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: give a UTF-8 file.")
+    check_file(path)
     return decode(path.read_bytes(), path)
+
+
+def check_file(path: pathlib.Path) -> None:
+    """Raises ValueError for a folder, and FileNotFoundError where nothing is."""
+    name = os.fsencode(path).decode("utf-8", "replace")
+    if path.is_dir():
+        raise ValueError(f"{name} is a folder: give a UTF-8 file.")
+    if not path.exists():
+        raise FileNotFoundError(f"{name} does not exist: give a UTF-8 file.")
 
 
 def located(name: str) -> str:
@@ -206,6 +215,26 @@ def json_ready(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_place(path: str | pathlib.Path) -> None:
+    """Tries the folder that `path` is to be made in, before hours of work.
+
+    Nothing is made: of folders that are still to be made, the one above them is tried.
+
+    Raises:
+        PermissionError, NotADirectoryError: if nothing can be written there.
+    """
+    path = pathlib.Path(os.path.abspath(path))
+    above = next(folder for folder in path.parents if os.path.lexists(folder))
+    try:
+        with tempfile.TemporaryFile(dir=above):
+            pass
+    except OSError as error:
+        kind = PermissionError if above.is_dir() else NotADirectoryError
+        raise kind(
+            f"{path} cannot be made ({error.strerror}): choose another folder."
+        ) from error
 
 
 def check_writable(folder: pathlib.Path, option: str = "--out") -> None:

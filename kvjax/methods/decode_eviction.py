@@ -119,9 +119,9 @@ def decode_eviction(method: Method, *, every: int = 64) -> Method:
         raise ValueError(f"{every=} must be at least 1 token.")
     if method.importance is None or method.rows != 1:
         raise ValueError(
-            "decode_eviction ranks tokens by their importance, which this method does "
-            "not tell: wrap one that does, as in 'decode_eviction+snapkv', with "
-            "quantize outside."
+            "decode_eviction ranks tokens by their importance, which "
+            f"{method.spec_text()} does not tell: wrap a method that does, with "
+            "transforms outside, as in 'layer_budgets+decode_eviction+snapkv'."
         )
     options = Options(method, method.importance, every)
     return Method(
@@ -141,8 +141,9 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
     fields = getattr(state, "_fields", ())
     if others := sorted({*fields} - {"store", "queries"}):
         raise ValueError(
-            f"the method scores by {', '.join(others)} of a whole prompt, which "
-            "decode_eviction cannot go on with: wrap snapkv, knorm or keydiff."
+            f"{options.method.spec_text()} scores by {', '.join(others)} of a whole "
+            "prompt, which decode_eviction cannot go on with: wrap snapkv, knorm or "
+            "keydiff."
         )
     # A ring of queries holds the newest of them again once it has gone round.
     if "queries" in fields and every < state.queries.shape[2]:

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import math
+import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Float, Int
 from kvjax import files
 from kvjax.attention import choices
 from kvjax.attention.partials import Partial, merge, softmax_only
-from kvjax.attention.typed import typed
+from kvjax.attention.typed import noted, typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
 from kvjax.stores import buffers, contiguous, step
 from pallas_kernels.decode_attention import decode_attention
@@ -69,6 +70,18 @@ class Options:
         return self.budget - self.num_sinks
 
 
+def note(**options: Any) -> str | None:
+    """Says that nothing is known of the heads, where no scores are given."""
+    if options.get("heads") is not None:
+        return None
+    return (
+        "duo without heads: the first heads of each layer stand for retrieval heads, "
+        "which has its memory and speed, not its answers; give heads=FILE, written "
+        "with: kvjax heads --json > FILE"
+    )
+
+
+@noted(note)
 @typed
 @softmax_only
 def duo(
@@ -160,16 +173,18 @@ def floats(scores: Sequence[Sequence[float]]) -> Scores:
 
 def read_scores(path: str, score: str) -> Scores:
     """Reads the scores of all query heads from what `kvjax heads --json` printed."""
-    fix = f"write it with: kvjax heads --json > {path or 'heads.json'}"
+    name = "heads.json" if pathlib.Path(path).is_dir() else path  # "" is a folder
+    fix = f"write it with: kvjax heads --json > {name}"
+    what = "cannot be read"
     try:
-        return floats(json.loads(files.read_text(path))[score])
-    except OSError as error:
-        raise ValueError(f"heads={path!r} cannot be read: {error}; {fix}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"heads={path!r} has no scores {score!r} ({type(error).__name__}: {error});"
-            f" {fix}"
-        ) from error
+        text = files.read_text(path)
+        what = "is no JSON"
+        document = json.loads(text)
+        what = f"has no scores {score!r}"
+        return floats(document[score])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        why = f"{type(error).__name__}: {error}".rstrip(".")
+        raise ValueError(f"heads={path!r} {what} ({why}); {fix}") from error
 
 
 def check_scores(scores: Scores) -> None:

@@ -100,9 +100,9 @@ def head_budgets(method: Method, *, alpha: float = 0.2) -> Method:
         raise ValueError(f"{alpha=} must be in [0, 1], a share of the even budget.")
     if method.importance is None or method.rows != 1:
         raise ValueError(
-            "head_budgets ranks a prompt's tokens by their importance, which this "
-            "method does not tell: wrap one that does, as in 'head_budgets+snapkv', "
-            "with quantize outside."
+            "head_budgets ranks a prompt's tokens by their importance, which "
+            f"{method.spec_text()} does not tell: wrap a method that does, with "
+            "transforms outside, as in 'layer_budgets+head_budgets+snapkv'."
         )
     options = Options(method, method.importance, alpha)
     return Method(

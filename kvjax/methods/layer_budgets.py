@@ -205,10 +205,16 @@ def make_plan(
             )
         return Listed(methods), methods
     recipe = RECIPES.get(method)
-    if recipe is None or "budget" not in recipe.options:
+    if recipe is None:
         raise ValueError(
-            f"{method} has no budget that could be shared out: make it of a spec, as "
-            "kvjax.parse('layer_budgets+snapkv:budget=256'), or give a list of "
+            f"{method} was made by a call, which hides its budget: make it of a spec, "
+            "as kvjax.parse('layer_budgets+snapkv:budget=256'), or give a list of "
+            "methods, one for each layer."
+        )
+    if "budget" not in recipe.options:
+        raise ValueError(
+            f"{recipe.spec} has no budget that could be shared out: wrap a method that "
+            "has one, as in 'layer_budgets+snapkv:budget=256', or give a list of "
             "methods, one for each layer."
         )
     if not 1 <= beta < float("inf"):

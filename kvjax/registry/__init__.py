@@ -193,6 +193,20 @@ def as_method(method: Method | str) -> Method:
     return method
 
 
+def notes(spec: str) -> list[str]:
+    """Returns what must be known of answers under a spec: a line of each part's.
+
+    Raises:
+        ValueError: as :func:`parse`.
+    """
+    parse(spec)
+    lines = []
+    for name, given in map(_split, specs.parts(spec)):
+        note = getattr(get(name), "note", None)
+        lines.append(note(**given) if callable(note) else None)
+    return [line for line in lines if line]
+
+
 def canonical(spec: str) -> str:
     """The spec with every option of every part, in order: equal for equal methods.
 
@@ -328,8 +342,17 @@ def _takes_method(factory: Callable[..., Method]) -> bool:
 
 
 def _made(name: str, *methods: Method, **given) -> Method:
-    """Makes the method; what the factory returns must be one."""
-    method = get(name)(*methods, **given)
+    """Makes the method; what the factory returns must be one.
+
+    Whatever value it does not take is a mistake of the spec, in anybody's factory.
+    """
+    factory = get(name)
+    try:
+        method = factory(*methods, **given)
+    except ValueError as error:
+        said = str(error) or type(error).__name__
+        names_itself = said.startswith((name, getattr(factory, "__name__", name)))
+        raise ValueError(said if names_itself else f"{name}: {said}") from error
     if not isinstance(method, Method):
         raise ValueError(
             f"{name} returned a {type(method).__name__}; a factory returns a "

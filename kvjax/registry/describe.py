@@ -51,8 +51,12 @@ def described(*methods: str) -> list[Description]:
     Options of a configured method do not matter: `quest:budget=64` is `quest`.
 
     Raises:
+        TypeError: if one is no text.
         ValueError: if a name is unknown.
     """
+    for spec in methods:
+        if not isinstance(spec, str):
+            raise TypeError(f"{spec!r} must be text such as 'quest:budget=128'.")
     names = dict.fromkeys(name for spec in methods for name in specs.names(spec))
     return [describe(registry.get(name), name) for name in names]
 
@@ -66,6 +70,7 @@ def cite(*methods: str) -> str:
         *methods: names, or specs such as `retro+quest:budget=64`; kvjax alone without.
 
     Raises:
+        TypeError: if one is no text.
         ValueError: if a name is unknown.
     """
     about = described(*methods)

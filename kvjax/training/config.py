@@ -217,6 +217,21 @@ class RefreshKV(Section):
     qc_rope: Literal["post", "pre"] = "post"
     eviction: Literal["exact", "none"] = "none"
 
+    def check_budget(self, longest: int) -> None:
+        """Raises ValueError if nothing is left out of rows of so many tokens."""
+        budget = self.budget
+        # A cache that evicts is full once so many tokens are there. Without eviction
+        # the last selection that small steps follow chooses budget - 1 of those so far.
+        least = longest
+        if self.eviction == "none":
+            least -= (self.decoded - 1) % self.stride
+        if budget >= least:
+            raise ValueError(
+                f"refreshkv.budget={budget} must be below {least}, or nothing is left "
+                f"out of rows of {longest} tokens and full attention is trained: give "
+                f"--set refreshkv.budget={max(least // 4, 2)}, or longer rows"
+            )
+
 
 class Mesh(Section):
     """Devices: batches are split over data x fsdp, weights over fsdp."""
@@ -361,10 +376,18 @@ class Config(Section):
                     f"refreshkv.decoded={decoded} must be below every length of rows "
                     f"and checks; the shortest is {shortest}"
                 )
-            if any(stage.shortest is not None for stage in self.stages):
+            packed = [
+                f"stages.{index}.shortest"
+                for index, stage in enumerate(self.stages)
+                if stage.shortest is not None
+            ]
+            if packed:
+                changes = " ".join(f"--set {key}=null" for key in packed)
                 raise ValueError(
-                    "refreshkv needs rows of one sequence: leave out stages.shortest"
+                    "refreshkv needs rows of one sequence, and "
+                    f"{' and '.join(packed)} packs several into one: give {changes}"
                 )
+            self.refreshkv.check_budget(max(n for s in self.stages for n in s.lengths))
         best = self.checkpoint.best
         if best is not None:
             known = [f"{s}@{n}/{metric}" for s, n in self.checks for metric in METRICS]

@@ -271,6 +271,13 @@ def _unknown(place: Place) -> str:
     return f"unknown key {text}."
 
 
+_KINDS = {
+    "too_short": "a list with at least one item",
+    "model_type": "a mapping with keys and values",
+    "dict_type": "a mapping with keys and values",
+}
+
+
 def _explain(
     error: pydantic.ValidationError, text: str, place: str, overrides: Sequence[str]
 ) -> str:
@@ -290,6 +297,12 @@ def _explain(
     message = first["msg"].removeprefix("Value error, ").rstrip(".")
     if first["type"] == "missing":
         return f"{spot}: {key} is missing.{more}"
+    # Pydantic's words are those of Python: a config has lists and mappings.
+    kind = _KINDS.get(first["type"])
+    if first["type"] == "tuple_type":
+        message = f"must be a list of {where[-1]}"
+    elif kind is not None:
+        message = f"must be {kind}"
     if first["type"] != "value_error":
         message = f"{key}={first['input']!r}: {message}"
     elif key:

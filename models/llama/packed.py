@@ -64,7 +64,7 @@ def check_inputs(inputs: int, weights: Packing, name: str) -> None:
     if weights is not None and inputs % GROUP:
         raise ValueError(
             f"{name} has {inputs} inputs, which groups of {GROUP} do not divide: "
-            f"use weights=None instead of {weights!r}."
+            f"leave weights={weights!r} out."
         )
 
 

@@ -115,7 +115,7 @@ def test_three_turns(run, fail, checkpoint, tmp_path):
     )
 
 
-def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path):
+def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path, monkeypatch):
     folder = tmp_path / "talk"
     begin = ["--model", checkpoint, "--prompt", "hi", "--save", folder]
     begin += ["--room", "40"]
@@ -126,6 +126,12 @@ def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path):
     (room,) = re.findall(r"give --room (\d+), with --resume and --save", line)
     run(*resume, "--room", room, "--save", folder)
     run(*resume)
+    held = json.loads((folder / "prefix.json").read_text())["prompt_tokens"][0]
+    with monkeypatch.context() as patch:
+        patch.setattr("kvjax.cli.prefix.load", lambda *_: pytest.fail("loaded"))
+        line = fail(*resume, "--room", 513 - held)
+    room = f"--room {513 - held} exceeds what the model's context of 512 leaves"
+    assert f"{room} behind {held} tokens: lower it" in line
 
 
 def test_a_conversation_goes_on_in_its_own_folder(

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from tiny import TEXT
 import kvjax
 import models
 from kvjax import cli, registry
+from kvjax.cli import options
 from kvjax.decoding.generate import generate
 from kvjax.decoding.scoring import score
 from kvjax.evaluation import compare as comparison
@@ -33,6 +35,46 @@ COMMANDS += ("convert", "plan", "reproduce", "train")
 def test_every_help_shows_an_example_of_its_own(run, command):
     out = " ".join(run(command, "--help").split())
     assert f"Example: kvjax {command}" in out
+
+
+@pytest.mark.parametrize("command", [one.name for one in cli.app.registered_commands])
+def test_nothing_of_a_help_is_cut_in_a_narrow_terminal(run, command, monkeypatch):
+    for name in ("COLUMNS", "TERMINAL_WIDTH"):
+        monkeypatch.setenv(name, "80")
+    monkeypatch.setattr("typer.rich_utils.MAX_WIDTH", 80)
+    out = run(command, "--help")
+    assert max(map(len, out.splitlines())) <= 80
+    assert "…" not in out
+
+
+def test_what_a_method_lacks_for_its_answers_is_a_line_on_stderr(
+    run, checkpoint, capsys, tmp_path
+):
+    scores = tmp_path / "heads.json"
+    scores.write_text('{"needle_mass": [[0.1, 0.2, 0.3, 0.4]]}')
+    options = ["--model", str(checkpoint), "--prompt", "ab", "--max-new-tokens", "1"]
+
+    def said(*arguments):
+        cli.run(list(arguments))
+        return [x for x in capsys.readouterr().err.splitlines() if "duo" in x]
+
+    (line,) = said("generate", *options, "--method", "quantize+duo+full")
+    assert line.startswith("kvjax: note: duo without heads: the first heads of each la")
+    assert line.endswith("give heads=FILE, written with: kvjax heads --json > FILE")
+    assert not said("generate", *options, "--method", f"duo:heads={scores}+full")
+    sizes = ["--context", "64", "--budget", "16,32", "--new-tokens", "8"]
+    assert not said("plan", "--model", str(checkpoint), "--method", "duo+full", *sizes)
+    missing = ["--model", "no/where/at/all"]
+    for command in (
+        ["prefill", "--prompt", "x", "--save", str(tmp_path / "read")],
+        ["score", "--text", str(scores)],
+        ["eval", "--task", "passkey"],
+        ["compare", *sizes, "--method", "duo+quest", "--out", str(tmp_path / "out")],
+        ["calibrate", "--budget", "16,32"],
+    ):
+        notes = said(*command, *missing, "--method", "duo+full")
+        assert notes == [line], command
+    assert not said("bench", "decode", *missing, "--method", "duo+full")
 
 
 def test_a_chat_is_told_from_a_question_in_one(run):
@@ -192,6 +234,23 @@ def test_generate_passes_sampling_stop_and_seed_on(run, checkpoint, text_file):
     stopped = json.loads(run("generate", *options, 1, "--stop", letter))
     assert stopped["finish_reason"] == "stop"
     assert stopped["text"] == one["text"][: one["text"].index(letter)]
+
+
+def test_what_loading_compiles_is_none_of_a_generations_seconds(
+    run, checkpoint, monkeypatch
+):
+    def traced(x):
+        time.sleep(0.5)
+        return x
+
+    def load(*given):
+        jax.jit(traced)(1)
+        return options.load(*given)
+
+    monkeypatch.setattr("kvjax.cli.decode.load", load)
+    command = ["generate", "--model", checkpoint, "--prompt", "ab", "--json"]
+    found = json.loads(run(*command, "--max-new-tokens", "2"))
+    assert found["timings"]["compile_seconds"] <= found["seconds"]
 
 
 def test_chat_wraps_the_prompt_in_the_template(run, checkpoint):

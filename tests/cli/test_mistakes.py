@@ -58,12 +58,49 @@ def broken(checkpoint, tmp_path):
         ("eval --task passkey --context 0", "context=0 must be at least 1"),
         ("eval --task passkey --question late", "must be one of seen, after"),
         ("eval --task fidelity --question after", "asks nothing: leave --question out"),
-        ("compare --n -3", "examples=-3 must be at least 1"),
+        ("compare --n -3", "error: n=-3 must be at least 1"),
         ("compare --budget 0", "budget=0 must be at least 1"),
-        ("compare --budget 16", "snapkv:budget=16: budget=16 must exceed window=32"),
+        ("compare --budget 16", "snapkv: budget=16 must exceed window=32"),
         (
             "compare --budget 2048",
             "--budget 2048 must be below --context 512: otherwise",
+        ),
+        ("compare --windows 0", "error: windows=0 must be at least 1"),
+        ("generate --prompt x --method=", "unknown method ''; known: cascade, "),
+        ("generate --prompt x --chat --save s --method=", "unknown method ''"),
+        ("score --text . --method=", "unknown method ''"),
+        ("stream --text . --method=", "unknown method ''"),
+        ("prefill --prompt x --save s --method=", "unknown method ''"),
+        ("eval --task passkey --method=", "unknown method ''"),
+        ("compare --method=", "unknown method ''"),
+        ("calibrate --method=", "unknown method ''"),
+        ("plan --method=", "unknown method ''"),
+        ("bench decode --method=", "unknown method ''"),
+        ("eval --task=", "unknown task=''"),
+        ("generate --prompt x --model=", "--model is empty: name a model, or leave"),
+        ("generate --prompt x --weights int2", "--weights int2 must be int8 or int4; "),
+        ("stream --text .", "error: . is a folder: give a UTF-8 file"),
+        ("stream --text nowhere", "nowhere does not exist: give a UTF-8 file"),
+        ("score --text nowhere", "nowhere does not exist: give a UTF-8 file"),
+        ("eval --tasks nowhere", "nowhere does not exist: give a UTF-8 file"),
+        ("plan --model a/none.json", "a/none.json does not exist: give the folder of"),
+        ("plan --model ./none", "./none does not exist: give the folder of"),
+        ("prefill --prompt x --save s --room 8192", "--room 8192 exceeds what the mod"),
+        (
+            "plan --method head_budgets:alpha=2+snapkv",
+            "head_budgets: alpha=2.0 must be",
+        ),
+        (
+            "train --config toy --out r --set stages=3",
+            "stages=3: must be a list of stag",
+        ),
+        (
+            "train --config toy --out r --set optimizer=3",
+            "optimizer=3: must be a mapping",
+        ),
+        (
+            "train --config toy --out r --setting refreshkv",
+            "stages.1.shortest packs several into one: give --set stages.1.shortest=nu",
         ),
         ("compare --new-tokens 2000", "new_tokens=2000 must be in [2, context=512)"),
     ],
@@ -71,6 +108,31 @@ def broken(checkpoint, tmp_path):
 def test_mistakes_that_need_no_model(fail, arguments, message, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert message in fail(*arguments.split())
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "prefill --prompt x --save",
+        "generate --chat --prompt x --save",
+        "train --config toy --out",
+    ],
+)
+def test_a_folder_that_cannot_be_made_is_known_before_any_work(
+    fail, command, text_file
+):
+    command = [*command.split(), text_file / "below"]
+    if "--save" in command:
+        command += ["--model", "no/where/at/all"]
+    assert "text.txt/below cannot be made (Not a directory): choose" in fail(*command)
+
+
+def test_a_config_that_lacks_something_is_named(fail, tmp_path):
+    file = tmp_path / "mine.json"
+    file.write_text("{}")
+    assert "mine.json: model_type=None is not supp" in fail("plan", "--model", file)
+    file.write_text('{"model_type": "llama"}')
+    assert "mine.json: config.json lacks vocab_size" in fail("plan", "--model", file)
 
 
 def test_an_empty_prompt(fail, checkpoint, text_file):
@@ -106,7 +168,7 @@ def test_an_argument_that_is_not_utf8(fail, option, said):
 
 def test_a_path_may_be_any_bytes(fail, checkpoint, tmp_path):
     line = fail("generate", "--model", checkpoint, "--prompt-file", tmp_path / "\udce9")
-    assert "No such file" in line
+    assert "\ufffd does not exist: give a UTF-8 file" in line
 
 
 def test_a_prompt_is_never_cut(fail, checkpoint, text_file):

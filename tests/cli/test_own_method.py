@@ -19,6 +19,12 @@ def newest(*, budget: int = 1024) -> kvjax.Method:
     return kvjax.streaming_llm(budget=budget, num_sinks=1)
 
 
+def even(*, budget: int = 1024) -> kvjax.Method:
+    if budget % 2:
+        raise ValueError(f"{budget=} must be even.")
+    return newest(budget=budget)
+
+
 def whole(*, budget: int = 1024):
     return "all"
 '''
@@ -95,6 +101,7 @@ def test_a_folder_is_looked_into_by_the_installed_command_too(own):
         ("newest_token:newest", "there is no module 'newest_token' to take"),
         ("newest_tokens:newset", "has no 'newset'; did you mean 'newest'?"),
         ("newest_tokens:newest,bugdet=3", "did you mean 'budget'?"),
+        ("newest_tokens:even,budget=3", "newest_tokens:even: budget=3 must be even."),
         ("newest_tokens:whole", "whole returned a str; a factory returns a kvjax.Meth"),
         (
             "newest_tokens:kvjax",

@@ -29,16 +29,31 @@ def test_generating_with_packed_weights(run, tmp_path, monkeypatch, weights):
     assert f"(float32, {weights})" in repr(loaded[0])
 
 
+def test_a_prompt_on_disk_goes_on_with_the_weights_that_read_it(run, fail, tmp_path):
+    model = tiny_model(num_layers=1, mlp_width=64, context=64)
+    model = model._replace(tokenizer=byte_tokenizer(), eos_ids=(258,))
+    models.save_pretrained(model, tmp_path / "model")
+    folder = tmp_path / "read"
+    prompt = ["--model", tmp_path / "model", "--prompt", "def main():"]
+    run("prefill", *prompt, "--save", folder, "--room", "4", "--weights", "int8")
+    resume = ["generate", "--resume", folder]
+    tokens = json.loads(run(*resume, "--json"))["tokens"]
+    alone = ["generate", *prompt, "--max-new-tokens", "4", "--weights", "int8"]
+    assert tokens == json.loads(run(*alone, "--json"))["tokens"]
+    line = fail(*resume, "--weights", "int4")
+    assert "saved with int8 weights and cannot go on with --weights int4: leave" in line
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (
             ["generate", "--prompt", "x", "--weights", "int2"],
-            "weights='int2' must be 'int8', 'int4', or None for floats",
+            "--weights int2 must be int8 or int4; leave it out for floats",
         ),
         (
             ["plan", "--weights", "int2"],
-            "weights='int2' must be 'int8', 'int4', or None for floats",
+            "--weights int2 must be int8 or int4; leave it out for floats",
         ),
         (
             ["plan", "--train", "toy", "--weights", "int8"],

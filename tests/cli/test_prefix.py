@@ -62,8 +62,30 @@ def test_an_option_added_later_changes_no_older_prefix(run, folder):
     """The spec in the folder may lack it: both are spelled by the version that runs."""
     path = folder / saved_prompt.ABOUT
     document = json.loads(path.read_text())
+    del document["stored_as"]
     path.write_text(json.dumps(document | {"method": LONG}))
     assert run("generate", "--resume", folder, "--method", LONG + ",recent=1")
+
+
+def test_another_model_is_refused_before_it_is_loaded(
+    fail, checkpoint, folder, tmp_path
+):
+    """Of the other one there is no more than its sizes."""
+    resume = ["generate", "--resume", folder]
+    other = tmp_path / "other"
+    other.mkdir()
+    config = json.loads((checkpoint / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    line = fail(*resume, "--model", other)
+    assert f"cannot go on with '{other}': their sizes differ; go on with" in line
+    assert "leave --model out" in line
+    assert "saved with dtype float32 and cannot go on with bfloat16" in fail(
+        *resume, "--dtype", "bfloat16"
+    )
+    line = fail(*resume, "--weights", "int8")
+    assert (
+        "saved with float weights and cannot go on with --weights int8: leave" in line
+    )
 
 
 def test_several_prompts_are_for_python(fail, checkpoint, tmp_path):

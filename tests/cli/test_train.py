@@ -97,14 +97,18 @@ def test_train_goes_on_from_a_checkpoint(run, recipe, checkpoint, tmp_path):
 
 
 def test_a_checkpoint_goes_on_in_the_setting_of_refreshkv(
-    run, recipe, checkpoint, tmp_path
+    run, fail, recipe, checkpoint, tmp_path
 ):
     options = ["--set", "model.config=null", "--set", "model.tokenizer=null"]
     options += ["--set", f"model.checkpoint={checkpoint}"]
     options += ["--setting", "refreshkv", "--set", "refreshkv.decoded=9"]
+    assert "refreshkv.budget=2048 must be below 8, or nothing is left out" in fail(
+        "train", "--config", recipe, "--out", tmp_path / "run", *options
+    )
+    options += ["--set", "refreshkv.budget=8"]
     run("train", "--config", recipe, "--out", tmp_path / "run", *options)
     saved = (tmp_path / "run" / "config.yaml").read_text()
-    assert "refreshkv:\n  decoded: 9\n  budget: 2048\n" in saved
+    assert "refreshkv:\n  decoded: 9\n  budget: 8\n" in saved
 
 
 def going_on(checkpoint):
@@ -245,6 +249,7 @@ def test_the_preset_of_ones_own_says_what_is_to_be_filled_in(
         "data.field=body",
         "stages=[{steps: 2, tokens: 96, lengths: {24: 1}, mixture: {text: 1}}]",
         "refreshkv.decoded=9",
+        "refreshkv.budget=8",
         "optimizer.warmup=1",
         "evaluate={checks: [text@24], tokens: 48}",
         "precision.compute=float32",

@@ -239,7 +239,7 @@ def test_the_table_has_what_the_document_has(capsys):
         (["--margin", "-0.1"], "margin=-0.1 must be in [0, 1)"),
         (["--budget", "1k"], "--budget 1k must be whole numbers with commas"),
         (["--budget", "0"], "budget=0 must be at least 1"),
-        (["--budget", "20", "--method", "quest"], "quest:budget=20: budget=20 must be"),
+        (["--budget", "20", "--method", "quest"], "error: quest: budget=20 must be"),
         (["--new-tokens", "65536"], "must be in [1, context=65536)"),
         (["--model", "no/where/at"], "no/where/at is no directory"),
     ],

@@ -82,13 +82,16 @@ def test_rows_of_kvpress_are_examples(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": 3}, "f.jsonl, line 1: task is int and no text"),
+        ({"task": 3}, "f.jsonl, line 1: task=3 must be a text"),
         ({"answer": []}, r"answer=\[\] must be a text, or several"),
         ({"answer": None}, "answer=None must be a text, or several"),
         ({"answer": ["a", " "]}, "an answer says nothing"),
-        ({"max_new_tokens": 0}, "max_new_tokens=0 must be at least 1"),
+        (
+            {"max_new_tokens": 0},
+            "max_new_tokens=0 must be a whole number of at least 1",
+        ),
         ({"max_new_tokens": True}, "max_new_tokens=True must be"),
-        ({"max_new_tokens": "7"}, "max_new_tokens='7' must be"),
+        ({"max_new_tokens": "7"}, "max_new_tokens='7' must be a whole number"),
         ({"context": "", "question": " "}, "context and question say nothing"),
         ({"context": "\ud800"}, "context holds half of a surrogate pair"),
     ],

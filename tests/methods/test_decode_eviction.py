@@ -104,7 +104,10 @@ def test_errors_name_the_value_or_the_fix():
     spec = drive.make_spec(drive.make_stream((4,), 1))
     with pytest.raises(ValueError, match="every=0 must be at least 1 token"):
         decode_eviction(snapkv(), every=0)
-    with pytest.raises(ValueError, match=r"does not tell: .* 'decode_eviction.snapkv'"):
+    with pytest.raises(
+        ValueError,
+        match=r"which quest:.* does not tell: wrap .*decode_eviction.snapkv'",
+    ):
         decode_eviction(quest())
     with pytest.raises(ValueError, match="every=8 must be at least 32, the window"):
         kvjax.parse("decode_eviction:every=8+snapkv").init(spec)

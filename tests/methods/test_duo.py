@@ -131,6 +131,7 @@ def test_the_papers_numbers_by_default():
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "no.json").write_text("{}")
     (tmp_path / "odd.json").write_text('{"needle_mass": 3}')
+    (tmp_path / "empty.json").write_text("")
     for options, message in (
         ({"share": 1.5}, "share=1.5 must be in .0, 1."),
         ({"share": float("nan")}, "share=nan must be in .0, 1."),
@@ -142,8 +143,10 @@ def test_mistakes_are_named(tmp_path):
         ({"heads": [[float("nan")]]}, "all must be finite"),
         (
             {"heads": str(tmp_path / "none.json")},
-            "none.json' cannot be read: .*; write",
+            "none.json' cannot be read .*; write it with: .* > .*none.json",
         ),
+        ({"heads": str(tmp_path)}, r"is a folder.*; write it with: .* > heads.json$"),
+        ({"heads": str(tmp_path / "empty.json")}, "empty.json' is no JSON .*; write"),
         ({"heads": str(tmp_path / "no.json")}, "has no scores 'needle_mass' .KeyError"),
         ({"heads": str(tmp_path / "odd.json")}, "has no scores 'needle_mass' .TypeErr"),
     ):

@@ -91,7 +91,9 @@ def test_errors_name_the_value_or_the_fix():
     for alpha in (-0.1, 1.5, float("nan")):
         with pytest.raises(ValueError, match=f"alpha={alpha} must be in .0, 1."):
             head_budgets(snapkv(), alpha=alpha)
-    with pytest.raises(ValueError, match=r"wrap one that does, .*head_budgets.snapkv"):
+    with pytest.raises(
+        ValueError, match=r"which quest:.* does not tell: wrap .*head_budgets.snapkv'"
+    ):
         head_budgets(quest())
     # Sharing out twice is no method of a number for each head.
     twice = head_budgets(snapkv())._replace(importance=snapkv().importance)

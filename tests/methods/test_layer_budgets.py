@@ -117,8 +117,11 @@ def test_tokens_are_taken_back_by_the_layers_method():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: layer_budgets(snapkv()), "no budget that could be shared out: make i"),
-        (lambda: kvjax.parse("layer_budgets+full"), r"Method\('full'\) has no budget"),
+        (lambda: layer_budgets(snapkv()), "by a call, which hides its budget: make it"),
+        (
+            lambda: kvjax.parse("layer_budgets+full"),
+            ": full has no budget .*: wrap a me",
+        ),
         (lambda: kvjax.parse("layer_budgets:beta=0.5+snapkv"), "beta=0.5 must be fini"),
         (lambda: kvjax.parse("layer_budgets:beta=nan+snapkv"), "beta=nan must be fini"),
         (
@@ -127,10 +130,10 @@ def test_tokens_are_taken_back_by_the_layers_method():
         ),
         (
             lambda: kvjax.parse("layer_budgets:budgets=40/8+snapkv:window=16"),
-            "smallest budget cannot have 8: budget=8 must exceed window=16",
+            "smallest budget cannot have 8: snapkv: budget=8 must exceed window=16",
         ),
         (lambda: layer_budgets([]), r"\[\] must be a method, or a list of methods"),
-        (lambda: layer_budgets("snapkv"), "'snapkv' must be a method, or a list of me"),
+        (lambda: layer_budgets(["snapkv"]), "'snapkv'] must be a method, or a list o"),
         (lambda: layer_budgets([full()], budgets="3"), "budgets='3' are those of one"),
         (
             lambda: layer_budgets([full(), full()._replace(rows=2)]),

@@ -264,7 +264,7 @@ def test_inputs_that_groups_do_not_divide(tmp_path, weights):
     write_byte_level(directory)
     message = (
         r"mlp\.down_proj\.weight has 72 inputs, which groups of 32 do not divide: "
-        f"use weights=None instead of '{weights}'"
+        f"leave weights='{weights}' out"
     )
     with pytest.raises(ValueError, match=message):
         models.load(directory, weights=weights)

@@ -19,7 +19,7 @@ EXAMPLES = int(os.environ.get("KVJAX_FUZZ", "60"))
 MOST = 4096  # of tokens and checks of what is also drawn from
 BASES = [
     toys.BASE,
-    toys.BASE | {"refreshkv": {"decoded": 4}, "mesh": {"data": 1}},
+    toys.BASE | {"refreshkv": {"decoded": 4, "budget": 4}, "mesh": {"data": 1}},
     toys.BASE | {"optimizer": {"schedule": "constant", "decay_steps": 3}},
 ]
 

@@ -142,6 +142,29 @@ def test_a_budget_for_everything_is_full_attention_with_its_gradient():
 
 
 @pytest.mark.parametrize(
+    ("eviction", "stride", "least"),
+    [("none", 9, 31), ("none", 5, 33), ("exact", 9, 37)],
+)
+def test_a_budget_that_leaves_nothing_out_is_refused(eviction, stride, least):
+    """One token less is another attention, and the largest budget that is trained."""
+    setting = {"eviction": eviction, "stride": stride}
+    full = causal_attention(ROPE)(0, *map(jnp.asarray, STREAM[:3]))
+    for budget, is_full in ((least, True), (least - 1, False)):
+        out = attend(*STREAM[:3], budget=budget, **setting)
+        assert (np.abs(out - full).max() < 2e-6) == is_full
+        config = RefreshKV(decoded=STEPS, budget=budget, **setting)
+        if not is_full:
+            config.check_budget(PROMPT + STEPS)
+            continue
+        with pytest.raises(
+            ValueError,
+            match=f"budget={least} must be below {least}, or nothing is left out of "
+            f"rows of 37 tokens .* give --set refreshkv.budget={least // 4}, or longer",
+        ):
+            config.check_budget(PROMPT + STEPS)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"prompt": 0, "budget": 4}, "prompt=0 must be at least 1 token"),
@@ -218,7 +241,10 @@ def test_packed_rows_and_entmax_are_refused():
     ("changes", "message"),
     [
         ("refreshkv.decoded=16", "refreshkv.decoded=16 must be below every length"),
-        ("refreshkv.decoded=4", "rows of one sequence: leave out stages.shortest"),
+        (
+            "refreshkv.decoded=4",
+            "one sequence, and stages.1.*--set stages.1.shortest=null",
+        ),
         ("refreshkv.budgets=4", "unknown key refreshkv.budgets; did you mean"),
         ("refreshkv.budget=1", "refreshkv.budget=1: Input should be greater"),
     ],

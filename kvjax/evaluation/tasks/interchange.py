@@ -6,6 +6,7 @@ of texts), `task` and `max_new_tokens`. Either side can run the other's data.
 
 import json
 import pathlib
+import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -36,7 +37,7 @@ class Row(NamedTuple):
 def is_path(task: str) -> bool:
     """Returns whether a task's name means a file or a folder of tasks."""
     path = pathlib.Path(task).expanduser()
-    return path.suffix in SUFFIXES or "/" in task or path.is_dir()
+    return path.suffix in SUFFIXES or "/" in task or (task != "" and path.is_dir())
 
 
 def read(path: str | pathlib.Path, *, n: int | None = None) -> list[Row]:
@@ -218,7 +219,9 @@ def _checked(where: str, found: Mapping[str, Any]) -> tuple[Parts, Kind]:
     if isinstance(reply, float) and reply.is_integer():
         reply = int(reply)  # as pandas has a column with gaps
     if not isinstance(reply, int) or isinstance(reply, bool) or reply < 1:
-        raise ValueError(f"{where}: max_new_tokens={reply!r} must be at least 1.")
+        raise ValueError(
+            f"{where}: max_new_tokens={reply!r} must be a whole number of at least 1."
+        )
     texts = (found["context"], found["question"], found["answer_prefix"])
     kind = Kind(found["task"], reply, found["task"].startswith("qa"))
     return Parts(*texts, tuple(answers)), kind
@@ -226,7 +229,7 @@ def _checked(where: str, found: Mapping[str, Any]) -> tuple[Parts, Kind]:
 
 def _check_text(where: str, name: str, value: Any) -> None:
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {name} is {type(value).__name__} and no text.")
+        raise ValueError(f"{where}: {name}={reprlib.repr(value)} must be a text.")
     try:
         value.encode()
     except UnicodeEncodeError:

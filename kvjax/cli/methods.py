@@ -1,0 +1,48 @@
+"""Methods that commands are given: what to know of their answers, and their room."""
+
+import sys
+from collections.abc import Iterable
+
+import kvjax
+from kvjax import registry
+from kvjax.cli.options import load_decoder
+
+
+def answering(spec: str) -> kvjax.Method:
+    """Returns the method of a spec that is to answer; prints what to know of that."""
+    print_method_notes([spec])
+    return registry.parse(spec)
+
+
+def print_method_notes(methods: Iterable[str]) -> None:
+    """Prints what a user must know of answers under methods to stderr, once."""
+    notes = [note for spec in methods for note in registry.notes(spec)]
+    for note in dict.fromkeys(notes):
+        print(f"kvjax: note: {note}", file=sys.stderr)
+
+
+def check_room(
+    room: int | None,
+    method: kvjax.Method,
+    model: str | None,
+    dtype: str | None,
+    *,
+    held: int = 1,
+) -> None:
+    """Raises ValueError for a room that no model of this size has; before it is loaded.
+
+    Args:
+        held: tokens that it is behind, at least.
+    """
+    from kvjax import accounting
+
+    if room is None:
+        return
+    decoder = load_decoder(model, dtype)
+    if held + room > decoder.context and not accounting.reads_any_length(
+        method, decoder
+    ):
+        raise ValueError(
+            f"--room {room} exceeds what the model's context of {decoder.context} "
+            f"leaves behind {held} {'token' if held == 1 else 'tokens'}: lower it."
+        )
