@@ -104,3 +104,12 @@ def test_a_paper_without_authors_in_the_table_is_cited_by_its_source():
 
 if __name__ == "__main__":
     FILE.write_text(citations.citation_file(kvjax.__version__), "utf-8")
+
+
+@pytest.mark.usefixtures("unchecked_shapes")
+@pytest.mark.parametrize(
+    "given", [3, None, registry.get("quest"), registry.parse("full")]
+)
+def test_what_is_no_text_cannot_be_cited(given):
+    with pytest.raises(TypeError, match="must be text such as 'quest:budget=128'"):
+        kvjax.cite("quest", given)

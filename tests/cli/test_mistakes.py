@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import models
-from kvjax import cli
+from kvjax import cli, registry
+from kvjax.cli.methods import check_room
 
 
 @pytest.fixture
@@ -125,6 +126,12 @@ def test_a_folder_that_cannot_be_made_is_known_before_any_work(
     if "--save" in command:
         command += ["--model", "no/where/at/all"]
     assert "text.txt/below cannot be made (Not a directory): choose" in fail(*command)
+
+
+def test_methods_of_constant_memory_have_room_for_any_number():
+    check_room(1 << 20, registry.parse("cascade:budget=64"), None, None)
+    with pytest.raises(ValueError, match="--room 1048576 exceeds"):
+        check_room(1 << 20, registry.parse("quest:budget=64"), None, None)
 
 
 def test_a_config_that_lacks_something_is_named(fail, tmp_path):

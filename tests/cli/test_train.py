@@ -105,10 +105,10 @@ def test_a_checkpoint_goes_on_in_the_setting_of_refreshkv(
     assert "refreshkv.budget=2048 must be below 8, or nothing is left out" in fail(
         "train", "--config", recipe, "--out", tmp_path / "run", *options
     )
-    options += ["--set", "refreshkv.budget=8"]
+    options += ["--set", "refreshkv.budget=4"]
     run("train", "--config", recipe, "--out", tmp_path / "run", *options)
     saved = (tmp_path / "run" / "config.yaml").read_text()
-    assert "refreshkv:\n  decoded: 9\n  budget: 8\n" in saved
+    assert "refreshkv:\n  decoded: 9\n  budget: 4\n" in saved
 
 
 def going_on(checkpoint):
