@@ -156,7 +156,8 @@ def test_the_preset_on_the_page_is_the_preset():
 @pytest.mark.parametrize("page", SHOWN, ids=lambda page: page.stem)
 def test_every_command_of_a_page_runs_in_turn(page, tmp_path):
     (tmp_path / "book.txt").write_text(embedded.heldout_text()[:100_000], "utf-8")
-    shutil.copy(ROOT / "README.md", tmp_path)
+    for name in ("README.md", "CONTRIBUTING.md"):
+        shutil.copy(ROOT / name, tmp_path)
     write_own_method(tmp_path)
     for command in processes(commands(page)):
         done = subprocess.run(
