@@ -1,5 +1,6 @@
 """`kvjax generate --chat` with `--save` or `--resume`: a conversation, turn by turn."""
 
+import contextlib
 import functools
 import pathlib
 import sys
@@ -61,13 +62,14 @@ def gone_on(
     messages = _messages(folder, saved.get("messages"), text)
     from kvjax.decoding import conversation
 
-    check_room(
-        room,
-        registry.parse(saved["method"]),
-        saved["model"] if model is None else model,
-        saved["dtype"] if dtype is None else dtype,
-        held=sum(saved["prompt_tokens"]),
-    )
+    # How many tokens earlier turns take now, the template says when they are read.
+    with contextlib.suppress(FileNotFoundError):  # `restored` says more of it
+        check_room(
+            room,
+            registry.parse(saved["method"]),
+            saved["model"] if model is None else model,
+            saved["dtype"] if dtype is None else dtype,
+        )
 
     earlier = restored(folder, model, method, dtype)
     chosen = options(earlier.model)

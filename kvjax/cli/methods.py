@@ -26,23 +26,16 @@ def check_room(
     method: kvjax.Method,
     model: str | None,
     dtype: str | None,
-    *,
-    held: int = 1,
 ) -> None:
-    """Raises ValueError for a room that no model of this size has; before it is loaded.
-
-    Args:
-        held: tokens that it is behind, at least.
-    """
+    """Raises ValueError for a room that no model of this size has, before it loads."""
     from kvjax import accounting
 
     if room is None:
         return
     decoder = load_decoder(model, dtype)
-    if held + room > decoder.context and not accounting.reads_any_length(
-        method, decoder
-    ):
+    is_bound = not accounting.reads_any_length(method, decoder)
+    if 1 + room > decoder.context and is_bound:
         raise ValueError(
             f"--room {room} exceeds what the model's context of {decoder.context} "
-            f"leaves behind {held} {'token' if held == 1 else 'tokens'}: lower it."
+            "leaves behind 1 token: lower it."
         )

@@ -217,16 +217,21 @@ def json_ready(value: Any) -> Any:
     return value
 
 
-def check_place(path: str | pathlib.Path) -> None:
+def check_place(path: str | pathlib.Path, *, within: bool = False) -> None:
     """Tries the folder that `path` is to be made in, before hours of work.
 
     Nothing is made: of folders that are still to be made, the one above them is tried.
+
+    Args:
+        path: of a file or a folder.
+        within: try the folder `path` itself where it is there: files go into it.
 
     Raises:
         PermissionError, NotADirectoryError: if nothing can be written there.
     """
     path = pathlib.Path(os.path.abspath(path))
-    above = next(folder for folder in path.parents if os.path.lexists(folder))
+    tried = (path, *path.parents) if within else (*path.parents, path)
+    above = next(folder for folder in tried if os.path.lexists(folder))
     try:
         with tempfile.TemporaryFile(dir=above):
             pass

@@ -73,25 +73,26 @@ def digest(state: Any) -> str:
     return hashed.hexdigest()[:16]
 
 
-@jax.jit
 def fingerprints(state: Any) -> list[jax.Array]:
     """A uint32 per leaf, of every bit and its place, whatever the sharding."""
+    # One by one: a device may not have room for all that the host's memory holds.
+    return [_fingerprint(leaf) for leaf in jax.tree.leaves(state)]
 
-    def one(leaf):
-        leaf = jax.device_put(leaf, jax.memory.Space.Device)
-        if leaf.dtype == jnp.bool_:
-            bits = leaf.astype(jnp.uint32)
-        else:
-            width = np.dtype(leaf.dtype).itemsize * 8
-            bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        stride = 1
-        for axis in reversed(range(leaf.ndim)):
-            index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
-            place = place + index * jnp.uint32(stride % 2**32)
-            stride *= leaf.shape[axis]
-        # Odd factors, so that no changed bit vanishes; sums of integers have no order.
-        factor = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
-        return jnp.sum(bits * factor, dtype=jnp.uint32)
 
-    return [one(leaf) for leaf in jax.tree.leaves(state)]
+@jax.jit
+def _fingerprint(leaf: jax.Array) -> jax.Array:
+    leaf = jax.device_put(leaf, jax.memory.Space.Device)
+    if leaf.dtype == jnp.bool_:
+        bits = leaf.astype(jnp.uint32)
+    else:
+        width = np.dtype(leaf.dtype).itemsize * 8
+        bits = jax.lax.bitcast_convert_type(leaf, f"uint{width}").astype(jnp.uint32)
+    place = jnp.zeros(leaf.shape, jnp.uint32)
+    stride = 1
+    for axis in reversed(range(leaf.ndim)):
+        index = jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis)
+        place = place + index * jnp.uint32(stride % 2**32)
+        stride *= leaf.shape[axis]
+    # Odd factors, so that no changed bit vanishes; sums of integers have no order.
+    factor = (place * jnp.uint32(2654435761)) | jnp.uint32(1)
+    return jnp.sum(bits * factor, dtype=jnp.uint32)

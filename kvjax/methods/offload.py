@@ -49,8 +49,8 @@ def offload(
     Of methods that read listed pages: summaries of pages stay on the device, with the
     page of the newest tokens and a cache of pages that were read. A step moves the
     listed pages that are not there, each over the one that was listed longest ago, and
-    a page goes to the host once, when it is full. What is attended to, and in which
-    order, is as without it. What was appended is not taken back.
+    a page goes to the host once, when it is full. What is attended to is as without it.
+    What was appended is not taken back.
 
     A chunk of the prompt is attended to in the device's memory, a layer at a time: the
     device holds all keys and values of one layer meanwhile, and never of more.
@@ -85,7 +85,8 @@ def offload(
         The paper keeps every page on the device: the host's memory and the cache are
         ours. Kernels for accelerators walk through the pages of a list in the order in
         which they lie: results are then those without it but for rounding. A page is
-        moved when a step lists it, not before.
+        moved when a step lists it, not before. Run on CPUs and compiled for TPUs; for
+        GPUs XLA refused to compile pages in the host's memory (jax 0.12).
 
     Example:
         >>> method = kvjax.offload(kvjax.quest(budget=256))
@@ -93,9 +94,9 @@ def offload(
     """
     if method.listed is None or method.rows != 1:
         raise ValueError(
-            f"offload moves the pages that a step lists, and {method} evicts, or reads "
-            "more than listed pages: wrap quest or entmaxkv itself, as in "
-            "'dense_layers+offload+quest'."
+            f"offload moves the pages that a step lists, and {method} evicts, reads "
+            "more (as quantize does with a residual), or has them moved already: wrap "
+            "quest or entmaxkv itself, as in 'dense_layers+offload+quest'."
         )
     options = Options(method, method.listed, cache, memory)
     return method._replace(
@@ -182,4 +183,4 @@ def of_stores(change: Callable[..., Paged], *states: State) -> State:
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts what the method reads, pages over the link where all are missing."""
     inner = options.method.traffic(spec, length)
-    return inner._replace(link=inner.kv)
+    return inner._replace(link=inner.kv if options.memory == "pinned_host" else 0)

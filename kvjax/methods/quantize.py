@@ -99,7 +99,9 @@ def quantize(
 
     With a `residual`, each query reads so many positions up to its own as they came,
     of what `method` keeps, from a ring beside the codes; of a prompt that is quantised
-    as it comes, none. Pages are chosen by what is stored of their keys.
+    as it comes, none. A query more than 16 positions before the newest, as of a long
+    window of `retro`, has what the ring still holds. Pages are chosen by what is stored
+    of their keys.
 
     Args:
         method: any whose keys and values stay as they were cached.
@@ -121,7 +123,7 @@ def quantize(
         each with its position. While an `exact` prompt is read, that of `method`. What
         is appended is kept or evicted as `method` does.
     Reads per step and layer: as `method`, in these bytes instead of the cache dtype's,
-        and 2*residual*D*Hkv elements.
+        and 2*(residual + 16)*D*Hkv elements.
     Exact when: never; the limit of `method` as scales go to 0.
 
     Raises:
@@ -200,11 +202,6 @@ def init_exact(options: Options, spec: CacheSpec, weights: Any = None) -> State:
 
 def init_beside(options: Options, spec: CacheSpec, weights: Any = None) -> State:
     """Makes the method's state, once it is known that its newest tokens can be told."""
-    if spec.alpha != 1:
-        raise ValueError(
-            f"residual={options.residual} needs softmax attention, parts of which "
-            f"merge, not entmax with alpha={spec.alpha}: use residual=0."
-        )
     start = init_exact if options.prompt == "exact" else init
     jax.eval_shape(lambda: finish(options, start(options, spec, weights)))
     return start(options, spec, weights)
@@ -223,7 +220,8 @@ def finish(options: Options, state: State) -> State:
         raise ValueError(
             f"residual={options.residual} is for methods that tell tokens by their "
             f"positions, such as full, quest and snapkv; {options.method} keeps a "
-            f"{type(chosen).__name__}: use residual=0."
+            f"{type(chosen).__name__}: use residual=0, or put quantize inside, as in "
+            "'dense_layers+quantize:residual=128+quest'."
         )
     return beside(chosen, functools.partial(with_newest, options, state))
 
@@ -236,6 +234,11 @@ def with_newest(
     With none where the prompt's are quantised already.
     """
     store = getattr(prompt, "store", prompt)
+    if (alpha := store.spec.alpha) != 1:  # the method's, which may be its own
+        raise ValueError(
+            f"residual={options.residual} needs softmax attention, parts of which "
+            f"merge, not entmax with {alpha=}: use residual=0."
+        )
     (came,) = (getattr(store, name) for name, has in store.ROWS.items() if has == holds)
     size = options.residual + SPARE
     at = jnp.maximum(buffers.newest_positions(store.length, size), -1)
@@ -311,5 +314,5 @@ def stored(options: Options, spec: CacheSpec) -> CacheSpec:
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     """Counts what the method reads, in the bytes of quantised rows, and the newest."""
     read = options.method.traffic(stored(options, spec), length)
-    newest = buffers.vector_bytes(spec, 2 * min(options.residual, length))
-    return read._replace(kv=read.kv + newest)
+    ring = options.residual + SPARE if options.residual else 0
+    return read._replace(kv=read.kv + buffers.vector_bytes(spec, 2 * min(ring, length)))

@@ -272,7 +272,7 @@ def _unknown(place: Place) -> str:
 
 
 _KINDS = {
-    "too_short": "a list with at least one item",
+    "too_short": "more than nothing",
     "model_type": "a mapping with keys and values",
     "dict_type": "a mapping with keys and values",
 }

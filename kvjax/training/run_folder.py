@@ -31,7 +31,7 @@ def check(out: pathlib.Path, *, resume: bool) -> None:
     """
     if out.exists() and not out.is_dir():
         raise NotADirectoryError(f"{out} is not a folder: give --out another.")
-    files.check_place(out)
+    files.check_place(out, within=True)
     holds_run = (out / CONFIG).is_file()
     if holds_run and not resume:
         raise ValueError(

@@ -126,12 +126,13 @@ def test_room_is_had_as_the_message_says(run, fail, checkpoint, tmp_path, monkey
     (room,) = re.findall(r"give --room (\d+), with --resume and --save", line)
     run(*resume, "--room", room, "--save", folder)
     run(*resume)
-    held = json.loads((folder / "prefix.json").read_text())["prompt_tokens"][0]
     with monkeypatch.context() as patch:
         patch.setattr("kvjax.cli.prefix.load", lambda *_: pytest.fail("loaded"))
-        line = fail(*resume, "--room", 513 - held)
-    room = f"--room {513 - held} exceeds what the model's context of 512 leaves"
-    assert f"{room} behind {held} tokens: lower it" in line
+        line = fail(*resume, "--room", 512)
+    assert "--room 512 exceeds what the model's context of 512 leaves behind" in line
+    # What a template makes of earlier turns now is known once they are read.
+    held = json.loads((folder / "prefix.json").read_text())["prompt_tokens"][0]
+    assert f"room={513 - held} that exceeds" in fail(*resume, "--room", 513 - held)
 
 
 def test_a_conversation_goes_on_in_its_own_folder(

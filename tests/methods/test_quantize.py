@@ -225,7 +225,7 @@ def test_what_is_not_there_is_refused(unchecked_shapes):
     with pytest.raises(ValueError, match="rotate='yes' must be of type bool"):
         quantize(full(), rotate="yes")
     for name in ("head_budgets", "decode_eviction"):
-        with pytest.raises(ValueError, match="with quantize outside"):
+        with pytest.raises(ValueError, match="with transforms outside"):
             registry.parse(f"{name}+quantize+snapkv:budget=64")
     with pytest.raises(ValueError, match="is quantised already: use quantize once"):
         quantize(quantize(full()))

@@ -206,7 +206,7 @@ def test_bytes_of_the_ring_are_held_and_read():
     without, heads = quantize(full()), spec.num_kv_heads
     method = quantize(full(), residual=12)
     row, position = 2 * 128 * 4, 4
-    for length, newest in ((40, 12), (7, 7)):
+    for length, newest in ((40, 28), (7, 7)):  # the ring as a whole
         read = method.traffic(spec, length).kv - without.traffic(spec, length).kv
         assert read == newest * heads * row
     more = accounting.state_bytes(method, spec) - accounting.state_bytes(without, spec)
@@ -215,6 +215,17 @@ def test_bytes_of_the_ring_are_held_and_read():
     assert isinstance(state.k, WithNewest)
     assert state.k.shape == without.finish(without.init(spec)).k.shape
     assert state.k.residual == 12
+
+
+def test_retro_notes_the_pages_of_its_lists_alone():
+    _, made = inputs()
+    notes = [
+        parsed(f"retro:window=3+quantize:residual={n}+quest:budget=16")
+        .traffic(made, 40)
+        .metadata
+        for n in (0, 128)
+    ]
+    assert notes[0] == notes[1]
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,10 @@ def test_what_cannot_be_is_refused():
     entmax = drive.make_spec(stream, alpha=1.5)
     with pytest.raises(ValueError, match=r"residual=5 needs softmax .* alpha=1.5"):
         beside("full").init(entmax)
-    with pytest.raises(ValueError, match="with quantize outside"):
+    own_alpha = beside("entmax_full:alpha=1.5")  # over a softmax model
+    with pytest.raises(ValueError, match=r"residual=5 needs softmax .* alpha=1.5"):
+        own_alpha.init(made)
+    with pytest.raises(ValueError, match="with transforms outside"):
         parsed("head_budgets+quantize:prompt=quantized,residual=4+snapkv")
     method = beside("full")
     state = jax.eval_shape(lambda: method.finish(method.init(made)))

@@ -326,3 +326,18 @@ def test_what_a_kill_leaves_half_done_is_put_right(tmp_path):
     with run_folder.locked(tmp_path):
         assert weights(tmp_path) == np.ones(2).tobytes()
         assert {path.name for path in tmp_path.iterdir()} == {"model", ".lock"}
+
+
+def test_a_run_is_tried_in_its_own_folder(tmp_path, monkeypatch):
+    """The one above it may be another's."""
+    tried = []
+
+    def refused(dir):
+        tried.append(dir)
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("tempfile.TemporaryFile", refused)
+    for out in (tmp_path, tmp_path / "new" / "run"):
+        with pytest.raises(PermissionError, match=r"cannot be made .Permission denied"):
+            run_folder.check(out, resume=False)
+    assert tried == [tmp_path, tmp_path]

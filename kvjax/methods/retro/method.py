@@ -114,12 +114,18 @@ def choose(
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> RetroState:
     """Makes the method's store, and a window that has seen nothing."""
     store = options.method.init(spec, weights)
+    lists, num_pages = shape_of_lists(options, spec, store)[1], store.pages.shape[2]
+    return RetroState(store, history.empty(spec, options.window, lists, num_pages))
+
+
+def shape_of_lists(
+    options: Options, spec: CacheSpec, store: paged.Paged
+) -> tuple[int, ...]:
+    """Returns batch, lists and pages of what a step chooses."""
     q = jax.ShapeDtypeStruct(
         (spec.batch, spec.num_q_heads, 1, spec.head_dim), spec.dtype
     )
-    chosen = jax.eval_shape(functools.partial(choose, options), store, q)
-    lists, num_pages = chosen.shape[1], store.pages.shape[2]
-    return RetroState(store, history.empty(spec, options.window, lists, num_pages))
+    return jax.eval_shape(functools.partial(choose, options), store, q).shape
 
 
 def prefill(
@@ -200,8 +206,11 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     results = buffers.num_bytes((state.window.out, state.window.lse))
     # An int of last_loaded with each page; keys are half of a page.
     kept = state.store.spec  # as the method keeps it
-    pages = inner.kv // buffers.kv_bytes(kept, page_size)
-    loaded = 4 * spec.batch * spec.num_kv_heads * pages
+    pages = inner.kv // buffers.kv_bytes(kept, page_size) * spec.num_kv_heads
+    # Not what a method reads beside its lists, such as a residual.
+    _, lists, listed = shape_of_lists(options, spec, state.store)
+    pages = min(pages, lists * min(listed, -(-length // page_size)))
+    loaded = 4 * spec.batch * pages
     most = -(-(options.window - 1) // page_size) + 1
     again = min(most, -(-length // page_size))
     keys = buffers.row_bytes(kept, again * page_size, "keys")
