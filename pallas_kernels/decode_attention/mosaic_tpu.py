@@ -33,6 +33,7 @@ from pallas_kernels.shared.tpu_blocks import (
 from pallas_kernels.shared.tpu_operands import (
     operand,
     stored_dtype,
+    unsupported_rows,
     unsupported_scales,
 )
 
@@ -79,7 +80,7 @@ def _unsupported_codes(k, v, rows):
     if rows > MAX_ROWS:
         # What few rows spare many do not: each number is worth being decoded once.
         return f"{rows} query rows a quantised KV head must be at most {MAX_ROWS}"
-    return None
+    return unsupported_rows(rows, *k.layout.parts, *v.layout.parts)
 
 
 def decode_attention(
