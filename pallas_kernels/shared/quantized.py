@@ -203,7 +203,7 @@ def numbers(rows: Rows) -> Float[Array, "*B D"]:
         raise TypeError("rows with the newest beside them are read in two parts.")
     if not isinstance(rows, Quantized):
         return rows
-    return _joined([_narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
+    return _joined([narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
 
 
 def turned(like: Rows | np.ndarray, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -383,10 +383,10 @@ def _transform(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     matrix = jnp.asarray(hadamard(x.shape[-1]))
     wide = x.astype(jnp.float32)
     product = jnp.einsum("...d,de->...e", wide, matrix, precision=lax.Precision.HIGHEST)
-    return _narrowed(product, x.dtype)
+    return narrowed(product, x.dtype)
 
 
-def _narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
+def narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
     """Casts to a dtype; what only float16 cannot hold becomes its largest number."""
     most = float(jnp.finfo(dtype).max)
     if most < LARGEST:
