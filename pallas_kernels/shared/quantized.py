@@ -292,9 +292,12 @@ def _decode(rows: Quantized) -> Float[Array, "*B D"]:
 
 
 def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
-    """Multiplies queries by stored keys `(N, D)`, in float32.
+    """Multiplies queries by stored keys `(N, D)`; sums are float32.
 
-    What scales or offsets a whole row or group does so once it is a product.
+    What scales or offsets a whole row or group does so once it is a product. On a TPU
+    XLA's default precision rounds operands to bfloat16: queries in float32, and of 4
+    bits codes times their scales; codes alone it holds. Sums and offsets are multiplied
+    in full: what they take off may be most of a product.
     """
     (part,) = keys.layout.parts
     scales = _wide(keys.scales)
@@ -303,17 +306,27 @@ def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
     steps, offsets = jnp.split(scales, 2, axis=-1)
     low, high = _scaled(part, keys.codes, steps)
     product = _against(q[:, : part.codes], low) + _against(q[:, part.codes :], high)
-    return product - _against(_groups(q, offsets).sum(2), offsets)
+    sums = _groups(q, offsets).sum(2)
+    return product - _against(sums, offsets, lax.Precision.HIGHEST)
 
 
-def _against(q: Float[Array, "R D"], keys: Float[Array, "N D"]) -> Array:
-    return jnp.einsum("rd,nd->rn", q, keys)
+def _against(
+    q: Float[Array, "R D"],
+    keys: Float[Array, "N D"],
+    precision: lax.Precision | None = None,
+) -> Array:
+    return jnp.einsum("rd,nd->rn", q, keys, precision=precision)
 
 
 def weighted_sum(
     weights: Float[Array, "R N"], values: Quantized
 ) -> Float[Array, "R D"]:
-    """Sums stored values `(N, D)` by weights, in float32; as :func:`times_keys`."""
+    """Sums stored values `(N, D)` by weights; sums are float32.
+
+    On a TPU weights are rounded to bfloat16 where they meet codes, as in
+    :func:`times_keys`. They meet offsets rounded alike: what a weight loses is then
+    lost of a number, as of floats, and not of its distance from the offset.
+    """
     (part,) = values.layout.parts
     scales = _wide(values.scales)
     if part.bits == 8:
