@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 
-from pallas_kernels.decode_attention.reference import visible_keys
+from pallas_kernels.decode_attention.reference import only_seen
 from pallas_kernels.shared import hopper, hopper_codes
 from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
 from pallas_kernels.shared.quantized import turned
@@ -67,7 +67,7 @@ def decode_attention(
     interpret=False,
 ):
     """See :func:`pallas_kernels.decode_attention.decode_attention`."""
-    batch, _, num_rows, head_dim = shape = q.shape
+    batch, *_, head_dim = shape = q.shape
     heads, slots = k.shape[1:3]
     blocks = pl.cdiv(slots, BLOCK)
     q, rows_at, positions = hopper.tiled(turned(k, q), query_positions, heads)
@@ -130,12 +130,10 @@ def decode_attention(
     )
     out, lse = (hopper.untiled(x, shape[:3], heads) for x in merge(out, lse, axis=2))
     results = turned(v, out), lse
-    for logits in scored:  # those of blocks that were read; others were not written
+    for logits in scored:
         logits = hopper.untiled(logits[:, None], shape[:3], heads)
-        visible = visible_keys(slots, query_positions, key_positions, window)
-        by_group = logits.reshape(batch, heads, -1, num_rows, slots)
-        by_group = jnp.where(visible[:, :, None], by_group, -jnp.inf)
-        results += (by_group.reshape(logits.shape),)
+        seen = only_seen(logits, heads, query_positions, key_positions, window)
+        results += (seen,)
     return results
 
 

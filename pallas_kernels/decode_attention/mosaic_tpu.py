@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.decode_attention import tuning
-from pallas_kernels.decode_attention.reference import visible_keys
+from pallas_kernels.decode_attention.reference import only_seen
 from pallas_kernels.dispatch import device_kind
 from pallas_kernels.shared.quantized import Quantized, turned
 from pallas_kernels.shared.tpu_blocks import (
@@ -33,6 +33,7 @@ from pallas_kernels.shared.tpu_blocks import (
 from pallas_kernels.shared.tpu_operands import (
     operand,
     stored_dtype,
+    unsupported_rows,
     unsupported_scales,
 )
 
@@ -79,7 +80,7 @@ def _unsupported_codes(k, v, rows):
     if rows > MAX_ROWS:
         # What few rows spare many do not: each number is worth being decoded once.
         return f"{rows} query rows a quantised KV head must be at most {MAX_ROWS}"
-    return None
+    return unsupported_rows(rows, *k.layout.parts, *v.layout.parts)
 
 
 def decode_attention(
@@ -206,11 +207,9 @@ def decode_attention(
     out, lse = (_by_head(x, q.shape, tile) for x in (out, lse[..., :rows, :]))
     if not with_logits:
         return out, lse[..., 0]
-    # What no row sees was not computed, and its place not written.
-    visible = visible_keys(slots, query_positions, key_positions, window)
-    scored = logits[0][:, :, :rows, :slots].reshape(batch, heads, -1, num_rows, slots)
-    scored = jnp.where(visible[:, :, None], scored, -jnp.inf)
-    return out, lse[..., 0], scored.reshape(batch, num_q_heads, num_rows, slots)
+    scored = logits[0][:, :, :rows, :slots]
+    scored = only_seen(scored, heads, query_positions, key_positions, window)
+    return out, lse[..., 0], scored
 
 
 def _in_block(stream, block, tokens_last):

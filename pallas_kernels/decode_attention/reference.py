@@ -77,6 +77,19 @@ def visible_keys(slots, query_positions, key_positions, window):
     return _visible(held[:, :, None, :], query_positions[:, None, :, None], window)
 
 
+def only_seen(logits, num_kv_heads, query_positions, key_positions, window):
+    """Returns a kernel's logits `(B, Hq, T, S)`, -inf where a row does not see the key.
+
+    Those of blocks that no row sees were not computed, nor their place written. The
+    axes of rows may come in any shape.
+    """
+    (batch, num_rows), slots = query_positions.shape, logits.shape[-1]
+    visible = visible_keys(slots, query_positions, key_positions, window)
+    by_group = logits.reshape(batch, num_kv_heads, -1, num_rows, slots)
+    by_group = jnp.where(visible[:, :, None], by_group, -jnp.inf)
+    return by_group.reshape(batch, -1, num_rows, slots)
+
+
 def _group(q, k, query_positions):
     # The G query heads of a KV head and their T rows share its keys: one matmul.
     batch, num_q_heads, rows, head_dim = q.shape

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from pallas_kernels.decode_attention.reference import visible_keys
+from pallas_kernels.decode_attention.reference import only_seen
 from pallas_kernels.shared import (
     triton_call,
     triton_lists,
@@ -110,11 +110,8 @@ def decode_attention(
     results = turned(v, out.reshape(q.shape)), lse.reshape(q.shape[:3])
     if not with_logits:
         return results
-    # Those of blocks that were read; others were not written.
-    visible = visible_keys(slots, query_positions, key_positions, window)
-    by_group = logits.reshape(*k.shape[:2], -1, q.shape[2], slots)
-    by_group = jnp.where(visible[:, :, None], by_group, -jnp.inf)
-    return *results, by_group.reshape(*q.shape[:3], slots)
+    seen = only_seen(logits, heads, query_positions, key_positions, window)
+    return *results, seen
 
 
 @triton.jit

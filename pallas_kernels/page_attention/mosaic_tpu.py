@@ -52,7 +52,8 @@ def unsupported(
     if reason is None and isinstance(pages, Quantized):
         if surrogate is not None:
             return "a surrogate needs the numbers of keys, and pages are quantised"
-        reason = _unsupported_codes(pages)
+        rows = q.shape[1] * q.shape[2] // page_ids.shape[1]
+        reason = _unsupported_codes(pages, rows)
     if reason is None and surrogate is not None:
         features = surrogate.shift.shape[2]
         if features > MAX_FEATURES:
@@ -60,7 +61,7 @@ def unsupported(
     return reason
 
 
-def _unsupported_codes(pages):
+def _unsupported_codes(pages, rows):
     page_size, width = pages.codes.shape[3:]
     if page_size % 32:  # bytes in a tile
         return f"P={page_size} of quantised pages must be a multiple of 32"
@@ -70,7 +71,14 @@ def _unsupported_codes(pages):
             f"{width} bytes of codes a row must be a multiple of {LANES}, or of 32 in "
             f"pages of a multiple of {LANES}, not P={page_size}"
         )
-    return None
+    is_cut = any(x.bits == 4 and x.codes % LANES for x in pages.layout.parts)
+    if is_cut and width > LANES and not width % LANES:
+        # Two parts of a tile of lanes are told apart in rows of one tile alone.
+        return (
+            f"D={pages.shape[4] // 2} in rows of {width} bytes must be a multiple of "
+            f"{2 * LANES} for 4 bits"
+        )
+    return tpu_operands.unsupported_rows(rows, *pages.layout.parts)
 
 
 def page_attention(

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 
 from pallas_kernels.shared import hopper
 from pallas_kernels.shared.hopper import BLOCK, plgpu
-from pallas_kernels.shared.quantized import Format, Quantized
+from pallas_kernels.shared.quantized import Format, Quantized, narrowed
 
 TILE = 64  # numbers of a row that are written at once
 LEAST_GROUP = 32  # numbers that share a scale
@@ -83,7 +83,7 @@ def write(part: Format, codes: Any, scales: Sequence[jax.Array], into: Any) -> N
                 for first, x in halves.items()
             }
         for first, numbers in tiles.items():
-            into[:, pl.ds(first, TILE)] = numbers.astype(into.dtype)
+            into[:, pl.ds(first, TILE)] = narrowed(numbers, into.dtype)
 
 
 def _floats(codes):

@@ -203,7 +203,7 @@ def numbers(rows: Rows) -> Float[Array, "*B D"]:
         raise TypeError("rows with the newest beside them are read in two parts.")
     if not isinstance(rows, Quantized):
         return rows
-    return _joined([_narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
+    return _joined([narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
 
 
 def turned(like: Rows | np.ndarray, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
@@ -292,9 +292,12 @@ def _decode(rows: Quantized) -> Float[Array, "*B D"]:
 
 
 def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
-    """Multiplies queries by stored keys `(N, D)`, in float32.
+    """Multiplies queries by stored keys `(N, D)`; sums are float32.
 
-    What scales or offsets a whole row or group does so once it is a product.
+    What scales or offsets a whole row or group does so once it is a product. On a TPU
+    XLA's default precision rounds operands to bfloat16: queries in float32, and of 4
+    bits codes times their scales; codes alone it holds. Sums and offsets are multiplied
+    in full: what they take off may be most of a product.
     """
     (part,) = keys.layout.parts
     scales = _wide(keys.scales)
@@ -303,17 +306,27 @@ def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
     steps, offsets = jnp.split(scales, 2, axis=-1)
     low, high = _scaled(part, keys.codes, steps)
     product = _against(q[:, : part.codes], low) + _against(q[:, part.codes :], high)
-    return product - _against(_groups(q, offsets).sum(2), offsets)
+    sums = _groups(q, offsets).sum(2)
+    return product - _against(sums, offsets, lax.Precision.HIGHEST)
 
 
-def _against(q: Float[Array, "R D"], keys: Float[Array, "N D"]) -> Array:
-    return jnp.einsum("rd,nd->rn", q, keys)
+def _against(
+    q: Float[Array, "R D"],
+    keys: Float[Array, "N D"],
+    precision: lax.Precision | None = None,
+) -> Array:
+    return jnp.einsum("rd,nd->rn", q, keys, precision=precision)
 
 
 def weighted_sum(
     weights: Float[Array, "R N"], values: Quantized
 ) -> Float[Array, "R D"]:
-    """Sums stored values `(N, D)` by weights, in float32; as :func:`times_keys`."""
+    """Sums stored values `(N, D)` by weights; sums are float32.
+
+    On a TPU weights are rounded to bfloat16 where they meet codes, as in
+    :func:`times_keys`. They meet offsets rounded alike: what a weight loses is then
+    lost of a number, as of floats, and not of its distance from the offset.
+    """
     (part,) = values.layout.parts
     scales = _wide(values.scales)
     if part.bits == 8:
@@ -383,10 +396,10 @@ def _transform(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     matrix = jnp.asarray(hadamard(x.shape[-1]))
     wide = x.astype(jnp.float32)
     product = jnp.einsum("...d,de->...e", wide, matrix, precision=lax.Precision.HIGHEST)
-    return _narrowed(product, x.dtype)
+    return narrowed(product, x.dtype)
 
 
-def _narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
+def narrowed(x: Float[Array, "*B D"], dtype: jax.typing.DTypeLike) -> Array:
     """Casts to a dtype; what only float16 cannot hold becomes its largest number."""
     most = float(jnp.finfo(dtype).max)
     if most < LARGEST:

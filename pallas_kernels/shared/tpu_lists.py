@@ -177,7 +177,7 @@ def run(
             positions and bits `(R, 1)`, of the streams, of what is beside, of the
             results and the scratch.
         scheduled: from :func:`schedule`.
-        queries: arrays `(B, L, ...)`, the last one of rows `(..., R, lanes)`.
+        queries: arrays `(B, L, ...)`, as `Operand.queries` makes them.
         query_positions: `(B, T)`, of which the rows of a list are several, and then
             padding, which sees nothing.
         streams: arrays in HBM, the first one pages: see :func:`flat_pages`.

@@ -22,6 +22,7 @@ from pallas_kernels.shared.quantized import Format, Quantized, Rows
 from pallas_kernels.shared.tpu_blocks import LANES, clear, dot, wide_dot
 
 SUBLANES = 8
+MAX_ROWS = 256  # of queries, one a group: products of a block stay within a megabyte
 # Codes of 4 bits lie around it: of a weight that is rounded, what it does to products
 # is least there.
 MIDDLE = 7.5
@@ -276,6 +277,18 @@ def unsupported_scales(rows: Quantized) -> str | None:
     number = rows.scales.shape[-1]
     if number % SUBLANES and number not in (1, 2, 4):
         return f"{number} scales a row must be 1, 2, 4 or a multiple of {SUBLANES}"
+    return None
+
+
+def unsupported_rows(rows: int, *formats: Format) -> str | None:
+    """Says why so many query rows cannot be there once for each group, or None."""
+    groups = max(part.size // part.group for part in formats)
+    each = -(-rows // SUBLANES) * SUBLANES * groups
+    if each > MAX_ROWS:
+        return (
+            f"{rows} query rows, {each} with one for each of {groups} groups, must be "
+            f"at most {MAX_ROWS}"
+        )
     return None
 
 

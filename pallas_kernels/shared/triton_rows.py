@@ -26,6 +26,7 @@ class Part(NamedTuple):
     group: int  # numbers that share a scale
     scales: int  # of a whole row, offsets among them
     first_scale: int
+    largest: int = 0  # numbers beyond are read as it; 0 where the dtype holds them all
 
 
 def parts_of(rows: Any, head_dim: int) -> list[Part]:
@@ -35,8 +36,9 @@ def parts_of(rows: Any, head_dim: int) -> list[Part]:
         return [Part(width, x, 0, head_dim, 0, 0) for x in range(0, width, head_dim)]
     parts, first, first_scale = [], 0, 0
     width, scales = rows.codes.shape[-1], rows.scales.shape[-1]
+    largest = int(jnp.finfo(rows.dtype).max) if rows.dtype == jnp.float16 else 0
     for part in rows.layout.parts:
-        place = Part(width, first, part.bits, part.group, scales, first_scale)
+        place = Part(width, first, part.bits, part.group, scales, first_scale, largest)
         parts.append(place)
         first, first_scale = first + part.codes, first_scale + part.scales
     return parts
@@ -106,6 +108,7 @@ def vectors(
     GROUP: tl.constexpr = PART[3]
     SCALES: tl.constexpr = PART[4]
     FIRST_SCALE: tl.constexpr = PART[5]
+    LARGEST: tl.constexpr = PART[6]
     position = position.to(OFFSET)
     is_row = is_needed[:, None]
     rows_ptr += FIRST
@@ -131,6 +134,8 @@ def vectors(
             scale = tl.load(scales_ptr + place, mask=is_needed, other=0)
             found = found.to(tl.int8, bitcast=True).to(tl.float32)
             found *= _wide(scale)[:, None]
+    if LARGEST:  # a scale is rounded up, and its largest code may be beyond
+        found = tl.minimum(tl.maximum(found, -LARGEST), LARGEST)
     return found
 
 

@@ -82,7 +82,8 @@ _CASES = (
         BLOCK,
         {"temp_limit": 64 << 20},
     ),
-    # Codes, twice as many tokens a block: within the time that floats of as many take.
+    # Codes, twice as many tokens a block: within the time that floats of as many take,
+    # but for 4 bits in pages of 64 on v6e, which take longer.
     ("page_attention-int8-P64-128K", "page_attention", 2, 2 * BLOCK, {"bars": BOTH}),
     (
         "page_attention-int4-P64-128K",

@@ -16,6 +16,8 @@ from pallas_kernels.decode_attention import (
     reference,
     tuning,
 )
+from pallas_kernels.shared import quantized
+from pallas_kernels.shared.quantized import Format, Layout, WithNewest
 
 # Relative error of a row of the kernel; at most three times the largest seen.
 TOLERANCE = {"float32": 3e-6, "bfloat16": 5e-3}
@@ -137,6 +139,27 @@ def test_bounds_must_be_positive(bound):
     q, positions = jnp.zeros((1, 1, 1, 4)), jnp.zeros((1, 1), jnp.int32)
     with pytest.raises(ValueError, match=r"=0(\.0)? must be positive"):
         decode_attention(q, q, q, positions, sm_scale=1.0, **bound)
+
+
+@pytest.mark.parametrize(
+    ("keys", "values", "message"),
+    [
+        ("floats", "rows", "k is an array and v quantised: both must be"),
+        ("rows", "floats", "k is quantised and v an array"),
+        ("beside", "rows", "k is quantised with the newest beside and v quantised"),
+    ],
+)
+def test_keys_and_values_are_stored_in_the_same_way(keys, values, message):
+    floats = jax.ShapeDtypeStruct((1, 2, 8, 64), jnp.float32)
+    layout = Layout((Format(64, 8, 64),), "float32")
+    rows = jax.eval_shape(functools.partial(quantized.encode, layout), floats)
+    at = jax.ShapeDtypeStruct((1, 20), jnp.int32)
+    newest = jax.ShapeDtypeStruct((1, 2, 20, 64), jnp.float32)
+    of = {"floats": floats, "rows": rows, "beside": WithNewest(rows, newest, at)}
+    q, at = floats, jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    attend = functools.partial(decode_attention, sm_scale=1.0)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(attend, q, of[keys], of[values], at)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")

@@ -140,6 +140,27 @@ def test_attention_over_slots(name, slots, held, options):
     check(decode_attention, (q, jnp.asarray(at), own), kept, poisoned, **options)
 
 
+@needs_mosaic
+def test_what_float16_cannot_hold_is_its_largest_number():
+    """A scale is rounded up, and what its largest code stands for may be beyond."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((1, *shape, D)), jnp.float16)
+        for shape in ((2, 1), (1, BLOCK), (1, BLOCK))
+    )
+    q = q.at[..., 3].set(2**-14)
+    parts = Format(D, 8, D), Format(D, 4, 32)
+    kept = [
+        encode(Layout((part,), "float16"), x.at[:, :, 5, 3].set(65504))
+        for part, x in zip(parts, (k, v), strict=True)
+    ]
+    for x in kept:
+        wide = x._replace(layout=Layout(x.layout.parts, "float32"))
+        assert jnp.isinf(quantized.numbers(wide).astype(jnp.float16)).any()
+    at = jnp.asarray([[BLOCK - 1]], jnp.int32)
+    check(decode_attention, (q, at, None), kept, kept)
+
+
 def refusal(operation, *arguments):
     run = functools.partial(operation, sm_scale=0.2)
     jax.eval_shape(run, *arguments)

@@ -338,10 +338,10 @@ def is_new(position, query, last):
     return (position > first) & (position <= query)
 
 
-def problem(slots=60):
+def problem(slots=60, last=(41, 3)):
     """Keys and values as they came and as they are read; a query far behind, and one
     of no token."""
-    last = np.asarray([41, 3])
+    last = np.asarray(last)
     came = draw((2, 2, 2, slots, 64))
     kept = [store(x, p) for x, p in zip(came, FORMATS["K8V4"], strict=True)]
     at = np.maximum(last[:, None] - np.asarray([25, 5, 1, 0]), -1)
@@ -350,23 +350,33 @@ def problem(slots=60):
     return draw((2, 4, 4, 64), 2), rows, came, read, at, last
 
 
-@jax.jit
-def read_newest(q, rows, positions, held):
-    arrays = q, *rows, positions, held
-    attend = functools.partial(decode_attention, *arrays, sm_scale=0.3, soft_cap=9.0)
+@functools.partial(jax.jit, static_argnames="kernel")
+def read_newest(q, rows, positions, held, kernel):
+    attend = functools.partial(
+        decode_attention,
+        *(q, *rows, positions, held),
+        sm_scale=0.3,
+        soft_cap=9.0,
+        implementation=kernel,
+        interpret=kernel is not None,
+    )
     logits = decode_logits(q, rows[0], positions, held, sm_scale=0.3)
-    return attend(with_logits=True), attend(), logits
+    attended = attend(with_logits=True)
+    return attended, attend() if kernel is None else attended[:2], logits
 
 
-@pytest.mark.parametrize("by_slots", [False, True])
-def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
+@pytest.mark.parametrize(
+    ("by_slots", "slots", "kernel"),
+    [(False, 60, None), (True, 60, None), (True, 128, "mosaic_tpu")],
+)
+def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots, slots, kernel):
     """Tokens in any slots, in some heads not all of them; the logits beside."""
-    q, rows, came, read, at, last = problem()
-    where = np.broadcast_to(np.arange(60), (2, 2, 60))
+    q, rows, came, read, at, last = problem(slots)
+    where = np.broadcast_to(np.arange(slots), (2, 2, slots))
     held = None
     if by_slots:
         rng = np.random.default_rng(6)
-        where = np.stack([[rng.permutation(60) for _ in range(2)] for _ in range(2)])
+        where = np.stack([[rng.permutation(slots) for _ in range(2)] for _ in range(2)])
         where[:, 1, ::3] = -1
         held = jnp.asarray(where, jnp.int32)
 
@@ -377,7 +387,7 @@ def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
         rows = [x._replace(rows=jax.tree.map(moved, x.rows)) for x in rows]
     positions = jnp.asarray(at, jnp.int32)
     q = jnp.asarray(q)
-    (out, lse, logits), plain, uncapped = read_newest(q, rows, positions, held)
+    (out, lse, logits), plain, uncapped = read_newest(q, rows, positions, held, kernel)
     for one, other in zip(plain, (out, lse), strict=True):
         np.testing.assert_allclose(one, other, atol=1e-5)
     for b, h, t in np.ndindex(2, 4, 4):
@@ -403,17 +413,15 @@ def test_a_query_reads_the_newest_up_to_it_as_they_came(by_slots):
             np.testing.assert_allclose(lse[b, h, t], np.log(total), atol=2e-5)
 
 
-@pytest.mark.parametrize("lists", [2, 4])
-def test_listed_pages_read_the_newest_up_to_a_query(lists):
-    """Of the pages that its list has and its mask lets through, behind other tokens."""
-    q, _, came, read, at, last = problem(64)
-    size, rng = 8, np.random.default_rng(8)
+def pages_problem(lists, size=8, last=(41, 3)):
+    """Lists that lack three pages, and one of them the newest; behind other tokens."""
+    q, _, came, read, at, last = problem(8 * size, last)
+    rng = np.random.default_rng(8)
     both = np.concatenate(came, -1)
     kept = store(both, *FORMATS["K8V4"])
     by_page = jax.tree.map(lambda x: x.reshape(2, 2, 8, size, -1), kept)
     pages = beside(by_page, both, last)
     ids = np.stack([[rng.permutation(8) for _ in range(lists)] for _ in range(2)])
-    # Three pages that the list lacks; for one list the newest page among them.
     ids = np.where(
         ids == (last // size)[:, None, None], ids, np.where(ids < 3, -1, ids)
     )
@@ -421,8 +429,24 @@ def test_listed_pages_read_the_newest_up_to_a_query(lists):
     mask = rng.random((*ids.shape, 4)) < 0.7
     initial = draw((2, 4, 4, 64), 9), draw((2, 4, 4), 10)
     arrays = q, pages, ids.astype(np.int32), at.astype(np.int32), mask, initial
-    attend = functools.partial(page_attention, sm_scale=0.3, first_position=3)
-    out, lse = jax.jit(attend)(*jax.tree.map(jnp.asarray, arrays))
+    return jax.tree.map(jnp.asarray, arrays), came, read, last
+
+
+@pytest.mark.parametrize(
+    ("lists", "size", "last", "kernel"),
+    [
+        (2, 8, (41, 3), None),
+        (4, 8, (41, 3), None),
+        (2, 128, (655, 3), "mosaic_tpu"),
+    ],
+)
+def test_listed_pages_read_the_newest_up_to_a_query(lists, size, last, kernel):
+    """Of the pages that its list has and its mask lets through, behind other tokens."""
+    arrays, came, read, last = pages_problem(lists, size, last)
+    q, _, ids, at, mask, initial = jax.tree.map(np.asarray, arrays)
+    named = {"implementation": kernel, "interpret": kernel is not None}
+    attend = functools.partial(page_attention, sm_scale=0.3, first_position=3, **named)
+    out, lse = jax.jit(attend)(*arrays)
     for b, h, t in np.ndindex(2, 4, 4):
         query, which = at[b, t], h * lists // 4
         seen = mask[b, which, :, t] & (ids[b, which] >= 0)
@@ -450,3 +474,17 @@ def test_what_does_not_take_two_parts_says_so():
         decode_attention(*arrays, sm_scale=1.0, window=8)
     with pytest.raises(TypeError, match="read in two parts"):
         quantized.floats(rows[0])
+
+
+def test_a_kernel_asked_for_by_name_reads_what_is_stored():
+    q, rows, _, _, at, _ = problem()
+    named = {"sm_scale": 1.0, "implementation": "mosaic_tpu"}
+    attend, over_pages = (
+        functools.partial(jax.eval_shape, functools.partial(f, **named))
+        for f in (decode_attention, page_attention)
+    )
+    with pytest.raises(NotImplementedError, match="60 slots of quantised rows"):
+        attend(jnp.asarray(q), *rows, jnp.asarray(at, jnp.int32))
+    arrays, *_ = pages_problem(2)
+    with pytest.raises(NotImplementedError, match="P=8 of quantised pages"):
+        over_pages(*arrays)

@@ -305,10 +305,11 @@ def abstract(shape, parts, dtype="float32"):
     [
         (fmt(8), 200, 1, "200 slots of quantised rows must be a multiple of 128"),
         (fmt(8), 256, 65, "130 query rows a quantised KV head must be at most 128"),
+        (fmt(4), 256, 33, "66 query rows, 288 with one for each of 4 groups"),
         (fmt(8, 80), 256, 1, "80 bytes of codes a row must be a multiple of 32"),
         (fmt(4, 192), 256, 1, "12 scales a row must be 1, 2, 4 or a multiple of 8"),
     ],
-    ids=["slots", "rows", "width", "scales"],
+    ids=["slots", "rows", "groups", "width", "scales"],
 )
 def test_what_the_kernel_of_slots_cannot(keys, slots, rows, reason):
     k = abstract((1, 2, slots), (keys,))
@@ -321,24 +322,27 @@ def test_what_the_kernel_of_slots_cannot(keys, slots, rows, reason):
 
 
 @pytest.mark.parametrize(
-    ("parts", "page_size", "has_surrogate", "reason"),
+    ("parts", "page_size", "rows", "has_surrogate", "reason"),
     [
-        ((fmt(8), fmt(8)), 16, False, "P=16 .* must be a multiple of 32"),
-        ((fmt(8), fmt(4)), 64, False, "192 bytes of codes a row .* not P=64"),
-        ((fmt(8), fmt(8)), 128, True, "surrogate needs the numbers of keys"),
+        ((fmt(8), fmt(8)), 16, 1, False, "P=16 .* must be a multiple of 32"),
+        ((fmt(8), fmt(4)), 64, 1, False, "192 bytes of codes a row .* not P=64"),
+        ((fmt(4, 384),) * 2, 32, 1, False, "D=384 in rows of 384 bytes must be a mult"),
+        ((fmt(4), fmt(8)), 128, 33, False, "66 query rows, 288 with one for each of"),
+        ((fmt(8), fmt(8)), 128, 1, True, "surrogate needs the numbers of keys"),
     ],
-    ids=["pages", "width", "surrogate"],
+    ids=["pages", "width", "D", "groups", "surrogate"],
 )
-def test_what_the_kernel_of_pages_cannot(parts, page_size, has_surrogate, reason):
+def test_what_the_kernel_of_pages_cannot(parts, page_size, rows, has_surrogate, reason):
     size = parts[0].size
     pages = abstract((1, 2, 9, page_size), parts)
-    q, ids = jnp.zeros((1, 4, 1, size)), jnp.zeros((1, 2, 3), jnp.int32)
+    q, ids = jnp.zeros((1, 4, rows, size)), jnp.zeros((1, 2, 3), jnp.int32)
     surrogate = None
     if has_surrogate:
         surrogate = Surrogate(
             jnp.zeros((1, 2, 3, size)), jnp.zeros((1, 2, 3)), jnp.zeros((1, 4, 1, 3))
         )
-    arguments = q, pages, ids, jnp.zeros((1, 1), jnp.int32), None, None, surrogate
+    at = jnp.zeros((1, rows), jnp.int32)
+    arguments = q, pages, ids, at, None, None, surrogate
     run = functools.partial(page_attention, sm_scale=1.0)
     jax.eval_shape(run, *arguments)
     with pytest.raises(NotImplementedError, match=reason):

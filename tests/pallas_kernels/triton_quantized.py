@@ -190,3 +190,29 @@ def test_attention_over_slots(name, slots, positions, held, options):
     assert len(found) == len(expected) == 2 + options["with_logits"]
     for one, other in zip(found[1:], expected[1:], strict=True):
         np.testing.assert_allclose(one, other, rtol=4e-6, atol=4e-6)
+
+
+def test_what_float16_cannot_hold_is_its_largest_number():
+    """A scale is rounded up, and what its largest code stands for may be beyond."""
+    rng = np.random.default_rng(0)
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((1, *shape, D)), jnp.float16)
+        for shape in ((2, 1), (1, BLOCK), (1, BLOCK))
+    )
+    q = q.at[..., 3].set(2**-14)
+    kept = [
+        store(x.at[:, :, 5, 3].set(65504), kind)
+        for x, kind in zip((k, v), ((8, D, False), (4, 8, False)), strict=True)
+    ]
+    # The interpreter's operands are float32, which does not round them otherwise.
+    wide = [floats(x._replace(layout=Layout(x.layout.parts, "float32"))) for x in kept]
+    assert all(x.max() > 65520 for x in wide)  # what becomes an infinity
+    at = jnp.asarray([[BLOCK - 1]], jnp.int32)
+    attend = functools.partial(decode_attention, sm_scale=0.4)
+    expected = attend(
+        q.astype(jnp.float32), *(jnp.minimum(x, 65504.0) for x in wide), at
+    )
+    found = jax.jit(functools.partial(attend, **triton))(q, *kept, at)
+    size = np.linalg.norm(expected[0], axis=-1)
+    assert (np.linalg.norm(found[0] - expected[0], axis=-1) / size).max() < 4e-6
+    np.testing.assert_allclose(found[1], expected[1], rtol=4e-6, atol=4e-6)
