@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.decode_attention import newest, reference
 from pallas_kernels.dispatch import Implementation, dispatch
-from pallas_kernels.shared.quantized import Quantized, Rows, WithNewest, turned
+from pallas_kernels.shared.quantized import Rows, WithNewest, turned
 
 _KERNELS: dict[Implementation, str] = {
     "mosaic_tpu": "pallas_kernels.decode_attention.mosaic_tpu",
@@ -51,8 +51,8 @@ def decode_attention(
         no key has out 0 and lse -inf.
 
     Raises:
-        ValueError: if the shapes disagree, or k and v are stored in two ways, or the
-            cap or the window is not positive.
+        ValueError: if the shapes disagree, or one of k and v alone has the newest
+            tokens beside it, or the cap or the window is not positive.
         NotImplementedError: if the kernel asked for by name cannot.
     """
     _check(q, k, v)
@@ -115,9 +115,11 @@ def weighted_values(
 
 
 def _check(q, k, v):
-    if _kind(k) != _kind(v):
+    if isinstance(k, WithNewest) != isinstance(v, WithNewest):
+        kinds = [type(x).__name__ for x in (k, v)]
         raise ValueError(
-            f"k is {_kind(k)} and v {_kind(v)}: both must be stored in the same way."
+            f"k and v are {' and '.join(kinds)}: both must have the newest tokens "
+            "beside them, or neither."
         )
     if q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -125,8 +127,3 @@ def _check(q, k, v):
         )
     if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]):
         raise ValueError(f"shapes disagree: q {q.shape}, k {k.shape}, v {v.shape}.")
-
-
-def _kind(rows):
-    named = {Quantized: "quantised", WithNewest: "quantised with the newest beside"}
-    return named.get(type(rows), "an array")

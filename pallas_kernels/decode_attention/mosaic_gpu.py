@@ -23,7 +23,7 @@ from jax.experimental import pallas as pl
 from pallas_kernels.decode_attention.reference import only_seen
 from pallas_kernels.shared import hopper, hopper_codes
 from pallas_kernels.shared.hopper import BLOCK, ROWS, plgpu
-from pallas_kernels.shared.quantized import turned
+from pallas_kernels.shared.quantized import turned, unsupported_pair
 from pallas_kernels.shared.split_k import merge
 
 STAGES = 2  # blocks in shared memory: one in use, the other on its way
@@ -45,7 +45,7 @@ def unsupported(
     del query_positions, key_positions, sm_scale, window, soft_cap
     if k.shape[2] % 8 or k.shape[2] < BLOCK:
         return f"{k.shape[2]} slots must be a multiple of 8, and at least {BLOCK}"
-    if reason := hopper_codes.unsupported(k, v):
+    if reason := unsupported_pair(k, v) or hopper_codes.unsupported(k, v):
         return reason
     group = q.shape[1] // k.shape[1]
     # A prompt's rows come in tiles, of which each holds every query head of the group.

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from pallas_kernels.decode_attention import tuning
 from pallas_kernels.decode_attention.reference import only_seen
 from pallas_kernels.dispatch import device_kind
-from pallas_kernels.shared.quantized import Quantized, turned
+from pallas_kernels.shared.quantized import Quantized, turned, unsupported_pair
 from pallas_kernels.shared.tpu_blocks import (
     LANES,
     add_weighted,
@@ -50,6 +50,8 @@ def unsupported(
     rows = group * q.shape[2]
     if q.dtype != k.dtype or q.dtype not in (jnp.bfloat16, jnp.float32):
         return f"dtypes {q.dtype}, {k.dtype} must be both bfloat16 or both float32"
+    if reason := unsupported_pair(k, v):
+        return reason
     if isinstance(k, Quantized):
         reason = _unsupported_codes(k, v, rows)
         if reason is not None:

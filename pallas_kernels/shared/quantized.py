@@ -165,6 +165,14 @@ def unsupported(*arrays: Any) -> str | None:
     return None
 
 
+def unsupported_pair(k: Rows, v: Rows) -> str | None:
+    """Says why a kernel of one kind of rows cannot take these; None if it can."""
+    if isinstance(k, Quantized) != isinstance(v, Quantized):
+        kinds = ["quantised" if isinstance(x, Quantized) else "floats" for x in (k, v)]
+        return f"keys are {kinds[0]} and values {kinds[1]}: both must be the same"
+    return None
+
+
 def split(rows: Rows) -> tuple[Rows, Rows]:
     """Splits rows of keys with their values behind into keys and values."""
     if isinstance(rows, WithNewest):

@@ -141,25 +141,50 @@ def test_bounds_must_be_positive(bound):
         decode_attention(q, q, q, positions, sm_scale=1.0, **bound)
 
 
+def _kinds():
+    """Shapes of rows in floats, quantised, and so with the newest beside."""
+    floats = jax.ShapeDtypeStruct((1, 2, 128, 128), jnp.float32)
+    layout = Layout((Format(128, 8, 128),), "float32")
+    rows = jax.eval_shape(functools.partial(quantized.encode, layout), floats)
+    at = jax.ShapeDtypeStruct((1, 20), jnp.int32)
+    newest = jax.ShapeDtypeStruct((1, 2, 20, 128), jnp.float32)
+    return {"floats": floats, "rows": rows, "beside": WithNewest(rows, newest, at)}
+
+
+def _attend(k, v, **options):
+    q = jax.ShapeDtypeStruct((1, 2, 1, 128), jnp.float32)
+    at = jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    run = functools.partial(decode_attention, sm_scale=1.0, **options)
+    return jax.eval_shape(run, q, k, v, at)
+
+
 @pytest.mark.parametrize(
     ("keys", "values", "message"),
     [
-        ("floats", "rows", "k is an array and v quantised: both must be"),
-        ("rows", "floats", "k is quantised and v an array"),
-        ("beside", "rows", "k is quantised with the newest beside and v quantised"),
+        ("rows", "beside", "k and v are Quantized and WithNewest: both must"),
+        ("beside", "rows", "k and v are WithNewest and Quantized: both must"),
     ],
 )
-def test_keys_and_values_are_stored_in_the_same_way(keys, values, message):
-    floats = jax.ShapeDtypeStruct((1, 2, 8, 64), jnp.float32)
-    layout = Layout((Format(64, 8, 64),), "float32")
-    rows = jax.eval_shape(functools.partial(quantized.encode, layout), floats)
-    at = jax.ShapeDtypeStruct((1, 20), jnp.int32)
-    newest = jax.ShapeDtypeStruct((1, 2, 20, 64), jnp.float32)
-    of = {"floats": floats, "rows": rows, "beside": WithNewest(rows, newest, at)}
-    q, at = floats, jax.ShapeDtypeStruct((1, 8), jnp.int32)
-    attend = functools.partial(decode_attention, sm_scale=1.0)
+def test_the_newest_are_beside_keys_and_values_or_neither(keys, values, message):
+    kinds = _kinds()
     with pytest.raises(ValueError, match=message):
-        jax.eval_shape(attend, q, of[keys], of[values], at)
+        _attend(kinds[keys], kinds[values])
+
+
+@pytest.mark.parametrize("kernel", ["mosaic_tpu", "mosaic_gpu"])
+@pytest.mark.parametrize(
+    ("keys", "values", "reason"),
+    [
+        ("rows", "floats", "keys are quantised and values floats"),
+        ("floats", "rows", "keys are floats and values quantised"),
+    ],
+)
+def test_kernels_take_both_quantised_or_neither(keys, values, reason, kernel):
+    """Left to choose, the reference runs: it reads each as it is stored."""
+    kinds = _kinds()
+    _attend(kinds[keys], kinds[values])
+    with pytest.raises(NotImplementedError, match=reason):
+        _attend(kinds[keys], kinds[values], implementation=kernel)
 
 
 @pytest.mark.usefixtures("unchecked_shapes")
