@@ -220,7 +220,7 @@ def finish(options: Options, state: State) -> State:
         raise ValueError(
             f"residual={options.residual} is for methods that tell tokens by their "
             f"positions, such as full, quest and snapkv; {options.method} keeps a "
-            f"{type(chosen).__name__}: use residual=0, or put quantize inside, as in "
+            f"{type(chosen).__name__}: use residual=0, or inside of a transform, as in "
             "'dense_layers+quantize:residual=128+quest'."
         )
     return beside(chosen, functools.partial(with_newest, options, state))
