@@ -94,14 +94,25 @@ def read_whole(
     options: Options,
 ) -> Prefilled:
     """Reads prompts that were checked, and ends them."""
-    decoder, longest = model.decoder, max(options.longest, *map(len, prompts))
     with timing.stretch("prompt") as part:
-        reading = begin(decoder, method, len(prompts), longest, options.max_new_tokens)
-        parts = chunks(decoder, prompts, options.chunk_size, longest)
-        reading = read(model, method, reading, parts)
+        reading, specs = read_unended(model, method, prompts, options)
         part.tokens = sum(map(len, prompts))
-        specs = layer_specs(decoder, len(prompts), longest, options.max_new_tokens)
+        longest = max(options.longest, *map(len, prompts))
         return ended(model, method, reading, prompts, specs, longest)
+
+
+def read_unended(
+    model: LanguageModel,
+    method: Method,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+) -> tuple[Reading, tuple[CacheSpec, ...]]:
+    """Reads prompts that were checked once; returns the layers that have room too."""
+    decoder, longest = model.decoder, max(options.longest, *map(len, prompts))
+    sizes = len(prompts), longest, options.max_new_tokens
+    reading = begin(decoder, method, *sizes)
+    parts = chunks(decoder, prompts, options.chunk_size, longest)
+    return read(model, method, reading, parts), layer_specs(decoder, *sizes)
 
 
 def begin(

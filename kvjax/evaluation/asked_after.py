@@ -35,6 +35,7 @@ def answers(
     longest: int = 0,
     room: int = 0,
     keep_logits: bool = False,
+    beside: Sequence[Method] = (),
     threads: int = 1,
     on_answer: OnAnswer = lambda place, index, said: None,
     progress: Callable[[float], None] = lambda done: None,
@@ -50,7 +51,7 @@ def answers(
         new_tokens: most tokens of an answer.
         longest: tokens of a context to make room for, where none is so long.
         room: tokens to make room for behind a context, if more than these take.
-        keep_logits, threads: as :func:`kvjax.evaluation.compare_runs.retrieve`.
+        keep_logits, beside, threads: as :func:`kvjax.evaluation.compare_runs.retrieve`.
         on_answer: called with a method's place, the number of an example and what was
             answered, as it comes; with several threads a method's at a time.
 
@@ -82,14 +83,12 @@ def answers(
             for index in by_context[context][: None if row < fresh else 1]
         ]
         batches.release()
-        read = together.read_checked(model, methods, group, options)
+        read = together.read_checked(model, [*beside, *methods], group, options)
         batches.release()
-        waiting = dict(enumerate(read))
-        del read
 
-        def answered(place, waiting=waiting, pairs=pairs):
+        def answered(place, read=read, pairs=pairs):
             with batches.told_apart(place):
-                begun = waiting.pop(place)
+                begun = read.take(len(beside) + place)
                 yield from asked.answers(methods[place], begun, rows, pairs)
 
         def whole(place, answered=answered):
@@ -105,6 +104,7 @@ def answers(
                     on_answer(place, index, answer)
             done = min(rows, fresh) * (place + 1) / len(methods)
             progress((start + done) / len(contexts))
+        read.drop()
     return [[found[index] for index in range(len(examples))] for found in said]
 
 

@@ -216,13 +216,12 @@ def divergences(
             )
 
         logits = []
-        if method.exact_prompt:
-            states = read([reference, method])
-        else:
-            states = [*read([reference]), *read([method])]
-        for one in (reference, method):
+        first = read([reference, method] if method.exact_prompt else [reference])
+        alone = first if method.exact_prompt else read([method])
+        begun = first.take(0), alone.take(-1)
+        for one, prefilled in zip((reference, method), begun, strict=True):
             scores = scoring.continue_scores(
-                model, one, states.pop(0), following, return_logits=True
+                model, one, prefilled, following, return_logits=True
             )
             logits.append(np.asarray(scores.logits)[:, 1:])
         found += fidelity.agreement(*logits).kl.mean(1).tolist()

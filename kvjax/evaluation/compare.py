@@ -6,7 +6,7 @@ many as the memory has room for.
 
 import contextlib
 import functools
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,6 +21,7 @@ from kvjax.evaluation import (
     compare_runs,
     continuations,
     fidelity,
+    together,
 )
 from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
@@ -32,7 +33,8 @@ Progress = Callable[[str, float], None]  # (method, fraction of its work that is
 
 # Bytes of the states that a group of methods holds while it reads together.
 ROOM = 1_150_000_000
-GROUP = 5  # methods that read together at most, and are worth more than a batch
+WORTH = 5  # methods that read together: worth more than a larger batch
+GROUP = 12  # methods that read together at most: each has programs of its own
 
 
 def compare(
@@ -100,6 +102,11 @@ def compare(
     for names in groups(model.decoder, wanted, methods[reference], settings, room):
         group = [methods[name] for name in names]
         threads = _threads(model.decoder, group, settings, room)
+        # Where most of the time is compiling, questions are read by the program that
+        # reads the windows; elsewhere the reference would only take room.
+        beside = ()
+        if threads > 1 and all(method.exact_prompt for method in group):
+            beside = continuations.read_beside(methods[reference], group)
 
         def report(fraction, names=names):
             for name in names:
@@ -116,8 +123,8 @@ def compare(
         with _named(names):
             with _beside(compile_reading, group if threads > 1 else []):
                 answered = _ask(
-                    *(model, names, group, inputs, settings, shapes, threads),
-                    *(on_answer, report),
+                    *(model, names, group, beside, inputs, settings, shapes),
+                    *(threads, on_answer, report),
                 )
             followed = continuations.follow(
                 model,
@@ -193,7 +200,7 @@ def _beside(job: Callable[[Method], None], methods: Sequence[Method]):
 
 
 def _ask(
-    model, names, group, inputs, settings, shapes, threads, on_answer, report
+    model, names, group, beside, inputs, settings, shapes, threads, on_answer, report
 ) -> dict[str, list[compare_runs.Retrieval]]:
     """The answers of methods that read together, by when the questions come."""
     numbered = [
@@ -220,6 +227,7 @@ def _ask(
             longest=settings.context - settings.new_tokens,
             question=when,
             keep_logits=True,
+            beside=beside,
             threads=threads,
             on_answers=tell,
             progress=so_far,
@@ -260,8 +268,8 @@ def batch_that_fits(
 
     No more than there are windows: a batch is filled up with rows that do not count.
     """
-    sizes = [_prompt_bytes(decoder, method, settings) for method in methods.values()]
-    together = min(GROUP, len(sizes)) * sum(sizes) / len(sizes)
+    exact = [method for method in methods.values() if method.exact_prompt]
+    together = bytes_together(decoder, exact[:WORTH] or methods.values(), settings)
     batch = 1
     while 2 * batch <= min(most, settings.windows) and 2 * batch * together <= room:
         batch *= 2
@@ -274,10 +282,11 @@ def groups(
     reference: Method,
     settings: Settings,
     room: int,
+    most: int = GROUP,
 ) -> list[list[str]]:
     """The names of methods that read a prompt together, with the reference.
 
-    Methods of exact prompts fill `room` bytes with their states, at most `GROUP` of
+    Methods of exact prompts fill `room` bytes with their states, at most `most` of
     them; at least one goes with the reference, whatever its size. Others are alone, and
     so is one that reads its prompt again, which would have the others wait.
     """
@@ -285,22 +294,42 @@ def groups(
         name: method.exact_prompt and method.reread is None
         for name, method in methods.items()
     }
-
-    def held(method):
-        return settings.batch * _prompt_bytes(decoder, method, settings)
-
+    joined = [name for name in methods if is_joined[name]]
+    readers = (reference, *(methods[name] for name in joined))
+    first, *kept = _kept(readers, decoder, settings.context, settings.new_tokens)
+    kept_by = dict(zip(joined, kept, strict=True))
     grouped: list[list[str]] = []
-    left = 0
-    for name, method in methods.items():
-        own = 0 if method is reference else held(method)
-        if not is_joined[name]:
-            continue
-        if not grouped or own > left or len(grouped[-1]) == GROUP:
-            grouped.append([])
-            left = room - held(reference)
-        grouped[-1].append(name)
-        left -= own
+    for name in joined:
+        wider = [*(grouped[-1] if grouped else ()), name]
+        held = _bytes_of([first, *(kept_by[name] for name in wider)])
+        if grouped and len(wider) <= most and settings.batch * held <= room:
+            grouped[-1] = wider
+        else:
+            grouped.append([name])
     return grouped + [[name] for name in methods if not is_joined[name]]
+
+
+def bytes_together(
+    decoder: DecoderLM, methods: Iterable[Method], settings: Settings
+) -> int:
+    """Returns the bytes of a row's states while methods read it together, and decode.
+
+    Each array that several of them keep is there once. What decodes uses its states up,
+    so it is given a copy, beside one of the reference's.
+    """
+    sizes = settings.context, settings.new_tokens
+    return _bytes_of(_kept(tuple(methods), decoder, *sizes))
+
+
+def _bytes_of(kept: Sequence[Mapping[Any, int]]) -> int:
+    arrays = {name: size for own in kept for name, size in own.items()}
+    return sum(arrays.values()) + 2 * max(sum(own.values()) for own in kept)
+
+
+@functools.cache
+def _kept(methods, decoder, context, new_tokens) -> list[dict[Any, int]]:
+    specs = layer_specs(decoder, 1, context, new_tokens)
+    return together.kept(methods, specs)
 
 
 def _prompt_bytes(decoder, method, settings) -> int:

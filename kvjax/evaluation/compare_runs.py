@@ -44,6 +44,7 @@ def retrieve(
     room: int = 0,
     question: str = "seen",
     keep_logits: bool = False,
+    beside: Sequence[Method] = (),
     threads: int = 1,
     on_answers: OnAnswers = lambda place, first, said: None,
     progress: Callable[[float], None] = lambda done: None,
@@ -63,6 +64,8 @@ def retrieve(
             :func:`kvjax.evaluation.asked_after.answers` does.
         keep_logits: decode by the program of :mod:`kvjax.evaluation.continuations`,
             which keeps them: with as much room it is compiled once for both.
+        beside: methods of exact prompts that read along and answer nothing: what reads
+            for the same methods later is then compiled.
         threads: methods that answer at the same time.
         on_answers: called with a method's place, the number of a batch's first example,
             and what was answered, batch by batch; of questions asked `after`, one by
@@ -84,6 +87,7 @@ def retrieve(
             longest=longest,
             room=room,
             keep_logits=keep_logits,
+            beside=beside,
             threads=threads,
             on_answer=lambda place, index, said: on_answers(place, index, [said]),
             progress=progress,
@@ -98,20 +102,18 @@ def retrieve(
     for index, group in enumerate(groups):
         batches.release()
         prompts = [example.prompt for example in group]
-        read = together.read_checked(model, methods, prompts, options)
+        read = together.read_checked(model, [*beside, *methods], prompts, options)
         batches.release()
         # A few tokens more than the answer's: text may begin with a blank.
         answer = max(example.answer_tokens for example in group) + 2
         wanted = np.full((batch, min(answer, new_tokens)), feeding.CHOOSE, np.int32)
-        waiting = dict(enumerate(read))
-        del read
 
-        def answered(place, waiting=waiting, wanted=wanted, group=group):
+        def answered(place, read=read, wanted=wanted, group=group):
             with batches.told_apart(place):
                 fed = feeding.feed(
                     model,
                     methods[place],
-                    waiting.pop(place),
+                    read.take(len(beside) + place),
                     wanted,
                     return_logits=keep_logits,
                 )
@@ -128,6 +130,7 @@ def retrieve(
             first = index * batch
             on_answers(place, first, said[: len(examples) - first])
             progress((index + (place + 1) / len(methods)) / len(groups))
+        read.drop()
     return [_scored(examples, said) for said in answers]
 
 

@@ -5,12 +5,12 @@ chosen in their place, by the same compiled program. Methods of exact prompts re
 window together (`together`), and what the reference says of it is found out once.
 """
 
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, Int
 
@@ -77,10 +77,10 @@ def predict(
     groups = list(batches.equal(windows, batch))
     for index, group in enumerate(groups):
         prompts, following = _cut(group, new_tokens)
-        (read,) = together.read(
+        read = together.read(
             model, [method], prompts, max_new_tokens=new_tokens, chunk_size=chunk_size
         )
-        parts.append(_predicted(model, method, read, following))
+        parts.append(_predicted(model, method, read.take(0), following))
         progress((index + 1) / len(groups))
     return _joined(parts, len(windows))
 
@@ -105,15 +105,16 @@ def layer_fidelity(
     parts = []
     for group in batches.equal(windows, batch):
         prompts, following = _cut(group, new_tokens)
-        first, second = together.read(
+        read = together.read(
             model,
             [leader, candidate],
             prompts,
             max_new_tokens=new_tokens,
             chunk_size=chunk_size,
         )
-        steps = _recorded(model, leader, first, following)
-        parts.append(_layers(model, leader, candidate, first, second, steps))
+        steps = _recorded(model, leader, read.take(0), following)
+        taken = read.take(0), read.take(1)
+        parts.append(_layers(model, leader, candidate, *taken, steps))
     return _layers_of(parts, len(windows))
 
 
@@ -140,11 +141,13 @@ def expect(
     for group in batches.equal(windows, batch):
         prompts, following = _cut(group, new_tokens)
         batches.release()
-        (read,) = together.read_checked(model, [reference], prompts, options)
+        read = together.read_checked(model, [reference], prompts, options)
         batches.release()
-        recorded = _recorded(model, reference, read, following)
+        recorded = _recorded(model, reference, read.take(0), following)
         steps.append(jax.tree.map(np.asarray, recorded))
-        parts.append(_continued(model, reference, read, following))
+        taken = functools.partial(read.take, 0)
+        parts.append(_continued(model, reference, taken, following))
+        read.drop()
     predicted, chosen, rates = zip(*parts, strict=True)
     count = len(windows)
     continued = Continued(
@@ -212,6 +215,16 @@ def _options(model, methods, windows, new_tokens, chunk_size, room) -> Options:
     return Options(max_new_tokens=room, chunk_size=chunk_size)
 
 
+def read_beside(reference: Method, methods: Sequence[Method]) -> list[Method]:
+    """Returns what reads the windows with the methods, before them, in :func:`follow`.
+
+    That is the reference, in decode steps of as many rows as theirs, where it is none
+    of them.
+    """
+    leaders = [fidelity.in_steps_of(reference, method.rows) for method in methods]
+    return [one for one in dict.fromkeys(leaders) if one not in methods]
+
+
 def _of_batch(expected: Expected, index: int, batch: int, count: int) -> Expected:
     """The part of one batch, filled up from the first window on as batches are."""
     places = np.arange(index * batch, (index + 1) * batch) % count
@@ -227,27 +240,30 @@ def _follow(
     """One batch of windows, method by method; nothing of it outlives the call."""
     prompts, following = _cut(windows, new_tokens)
     leaders = [fidelity.in_steps_of(reference, method.rows) for method in methods]
-    readers = list(dict.fromkeys([*leaders, *methods]))
+    readers = [*read_beside(reference, methods), *methods]
     batches.release()
     read = together.read_checked(model, readers, prompts, options)
-    kept = dict(zip(readers, read, strict=True))
-    del read
     batches.release()
+
+    def taken(method: Method) -> Prefilled:
+        return read.take(readers.index(method))
+
     steps = {reference: expected.steps[0]}
     for leader in dict.fromkeys(leaders):
         if leader is not reference:
-            steps[leader] = _recorded(model, leader, kept[leader], following)
+            steps[leader] = _recorded(model, leader, taken(leader), following)
     truth = expected.continued
 
     def continued(place: int) -> dict[str, Any]:
         """Fields of what is yielded, without the logits, which are large."""
         method, own = methods[place], truth
         if method is not reference:
-            begun = kept[method]
+            take = functools.partial(taken, method)
             if not method.exact_prompt:
-                (begun,) = together.read_checked(model, [method], prompts, options)
+                alone = together.read_checked(model, [method], prompts, options)
+                take = functools.partial(alone.take, 0)
             with batches.told_apart(place):
-                own = _continued(model, method, begun, following)
+                own = _continued(model, method, take, following)
         return {
             "log_probs": own.predicted.log_probs,
             "agreement": fidelity.agreement(
@@ -261,14 +277,12 @@ def _follow(
 
     def looked_at(place: int) -> fidelity.LayerFidelity:
         leader, method = leaders[place], methods[place]
-        second = _copied(kept[method]) if method in leaders else kept.pop(method)
-        first = _copied(kept[leader])
-        layers = _layers(model, leader, method, first, second, steps[leader])
-        del first, second
+        both = taken(leader), taken(method)
+        layers = _layers(model, leader, method, *both, steps[leader])
+        del both
         batches.release()
         return layers
 
-    # A few at a time: what a method has read goes once its layers are looked at.
     for start in range(0, len(methods), threads):
         places = range(len(methods))[start : start + threads]
         told = [continued(place) for place in places]
@@ -291,10 +305,6 @@ def _cut(windows, new_tokens):
     return [window[:before] for window in windows], following
 
 
-def _copied(prefilled: Prefilled) -> Prefilled:
-    return prefilled._replace(states=jax.tree.map(jnp.copy, prefilled.states))
-
-
 def _predicted(model, method, read, following) -> Predicted:
     """Judges what follows prompts; what was read is used up."""
     fed = _fed(model, method, read, following)
@@ -310,10 +320,10 @@ def _fed(model, method, read, wanted) -> feeding.Fed:
     return fed
 
 
-def _continued(model, method, read, following) -> Continued:
-    """Continues one batch; what was read stays as it is."""
-    predicted = _predicted(model, method, _copied(read), following)
-    begun = _copied(read)
+def _continued(model, method, take, following) -> Continued:
+    """Continues one batch; `take()` gives what was read, to be used up."""
+    predicted = _predicted(model, method, take(), following)
+    begun = take()
     jax.block_until_ready(begun.states)
     start = time.perf_counter()  # by now the program is compiled
     fed = _fed(model, method, begun, np.full_like(following, feeding.CHOOSE))

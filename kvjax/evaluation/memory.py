@@ -105,13 +105,11 @@ def _tries(settings: Settings, room: int) -> Iterator[tuple[int, int]]:
 
 def _need(decoder, methods, plans, settings, batch, room) -> Need:
     settings = dataclasses.replace(settings, batch=batch)
-    reference = plans[REFERENCE].prompt_state
     states = together = 0
     for names in compare.groups(decoder, methods, methods[REFERENCE], settings, room):
-        prompts = [plans[name].prompt_state for name in names if name != REFERENCE]
-        # What decodes uses its states up, so it is given a copy; of one at a time.
+        readers = [methods[name] for name in (REFERENCE, *names)]
         together = max(together, len(names))
-        states = max(states, sum(prompts) + reference + max([*prompts, reference]))
+        states = max(states, compare.bytes_together(decoder, readers, settings))
     temporaries = max(
         max(plan.prompt_temporaries, plan.decode_temporaries) for plan in plans.values()
     )

@@ -3,59 +3,137 @@
 Every method is given the queries, keys and values of the first one's run. For methods
 of exact prompts (`Method.exact_prompt`) these are, to rounding, what their own run
 would give them; a method of another kind leads, or reads alone.
+
+While they read, what several of them keep is there once: a cache of every token is the
+same under each method that has one. That it is the same follows from the programs
+(:mod:`kvjax.evaluation.value_numbers`), not from what a method says of itself.
 """
 
+import dataclasses
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+from jax.extend import core
 
+from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.options import Options
-from kvjax.decoding.reader import Prefilled, prefill, read_whole, recent
-from kvjax.interface import LanguageModel, Method
+from kvjax.decoding.reader import (
+    Prefilled,
+    Reading,
+    finish_layers,
+    read_unended,
+    ready,
+    reread,
+)
+from kvjax.evaluation.value_numbers import value_numbers
+from kvjax.interface import (
+    CacheSpec,
+    LanguageModel,
+    Method,
+    State,
+    with_layer,
+)
+
+_CHUNK = 16  # tokens of the chunk by which it is found out what stays equal
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Owners:
+    """The leaf of several states that has the array of each: itself, or one before it.
+
+    Leaves that are None are counted.
+    """
+
+    places: tuple[int, ...]
+
+
+class Joint(NamedTuple):
+    """The states of several methods in one layer, with what is equal in them once."""
+
+    owners: Owners
+    states: tuple[State, ...]  # None where another leaf has the array
+
+
+def _flat(states: tuple[State, ...]) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(states, is_leaf=lambda leaf: leaf is None)
+
+
+def _joined(states: tuple[State, ...], owners: Owners) -> Joint:
+    leaves, structure = _flat(states)
+    pairs = enumerate(zip(leaves, owners.places, strict=True))
+    own = [leaf if place == index else None for index, (leaf, place) in pairs]
+    return Joint(owners, structure.unflatten(own))
+
+
+def apart(joint: Joint) -> tuple[State, ...]:
+    """Returns the states whole: some of their arrays are the same object."""
+    leaves, structure = _flat(joint.states)
+    return structure.unflatten([leaves[place] for place in joint.owners.places])
 
 
 @functools.cache
 def reader(methods: tuple[Method, ...]) -> Method:
-    """A method that reads prompts for all `methods`; its state is theirs, a tuple.
+    """A method that reads prompts for all `methods`; `finish` gives a tuple of theirs.
 
     Its output is the first one's: what the others attend to while they read, XLA drops
-    unless their states need it. It decodes nothing.
+    unless their states need it. It decodes nothing. Its state is a :class:`Joint`.
 
     Raises:
-        ValueError: if some of them read a prompt again, each in another way.
+        ValueError: if some of them read a prompt again, each in another way; from
+            `prefill`, if what is equal in their states does not stay so.
     """
     ways = {(one.reread.chunk, one.reread.words) for one in methods if one.reread}
     if len(ways) > 1:
         raise ValueError(
             f"prompts are read again in {len(ways)} ways: read them apart."
         )
+    found: dict[Any, Owners] = {}  # by all that is static, and what is equal at first
 
     def init(spec, weights=None):
-        return tuple(method.init(spec, weights) for method in methods)
+        def begun(weights):
+            return tuple(method.init(spec, weights) for method in methods)
 
-    def read_chunk(state, q, k, v, lengths):
-        pairs = [
-            method.prefill(own, q, k, v, lengths)
-            for method, own in zip(methods, state, strict=True)
-        ]
-        return tuple(own for own, _ in pairs), pairs[0][1]
+        states, numbers = _run(begun, weights, range(len(jax.tree.leaves(weights))))
+        structure = jax.tree.structure(with_layer(states, 0))
+        key = dataclasses.replace(spec, layer=0), structure, numbers
+        if key not in found:
+            found[key] = _owners(methods, spec, states, numbers)
+        return _joined(states, found[key])
+
+    def read_chunk(joint, q, k, v, lengths):
+        states = apart(joint)
+        pairs = zip(_flat(states)[0], joint.owners.places, strict=True)
+        owners = [place for leaf, place in pairs if leaf is not None]
+        chunk = q, k, v, lengths
+        others = [("chunk", i) for i in range(len(jax.tree.leaves(chunk)))]
+        read = functools.partial(_read, methods)
+        (states, out), numbers = _run(read, (states, chunk), [*owners, *others])
+        # What is proved for chunks of one size is proved again for this one.
+        if len(set(zip(owners, numbers, strict=False))) > len(set(owners)):
+            raise ValueError(
+                f"a chunk of {q.shape[2]} tokens parts what is equal in the states of "
+                "these methods: read them apart."
+            )
+        return _joined(states, joint.owners), out
 
     again = next((one.reread for one in methods if one.reread), None)
 
-    def read_again(state, q, k, v, lengths):
-        states, outs = list(state), []
+    def read_again(joint, q, k, v, lengths):
+        states, outs = list(apart(joint)), []
         for index, method in enumerate(methods):
             if method.reread:
                 states[index], out = method.reread.prefill(
                     states[index], q, k, v, lengths
                 )
                 outs.append(out)
-        return tuple(states), outs[0]
+        return _joined(tuple(states), joint.owners), outs[0]
 
-    def finish(state):
-        pairs = zip(methods, state, strict=True)
+    def finish(joint):
+        pairs = zip(methods, apart(joint), strict=True)
         return tuple(method.finish(own) for method, own in pairs)
 
     def decode(*arguments: Any, **named: Any) -> Any:
@@ -75,21 +153,145 @@ def reader(methods: tuple[Method, ...]) -> Method:
     )
 
 
+def _read(methods, given):
+    """Returns the states of all methods behind a chunk, and the first one's output."""
+    states, (q, k, v, lengths) = given
+    pairs = [
+        method.prefill(own, q, k, v, lengths)
+        for method, own in zip(methods, states, strict=True)
+    ]
+    return tuple(own for own, _ in pairs), pairs[0][1]
+
+
+def _run(function, given, inputs) -> tuple[Any, tuple[int, ...]]:
+    """Returns what the function gives, and a number for each array of it.
+
+    Arrays of equal numbers are equal, if those of `given` are whose `inputs` are.
+    """
+    program, shapes = jax.make_jaxpr(function, return_shape=True)(given)
+    arrays = core.jaxpr_as_fun(program)(*jax.tree.leaves(given))
+    numbers = value_numbers(program, list(inputs))
+    return jax.tree.unflatten(jax.tree.structure(shapes), arrays), numbers
+
+
+def _owners(
+    methods: tuple[Method, ...],
+    spec: CacheSpec,
+    states: tuple[State, ...],
+    numbers: Sequence[Hashable],
+) -> Owners:
+    """Finds which arrays of new states stay equal while a prompt is read.
+
+    Args:
+        numbers: of each array, equal where they are equal now.
+    """
+    size = min(_CHUNK, spec.capacity)
+
+    def rows(heads):
+        shape = spec.batch, heads, size, spec.head_dim
+        return jax.ShapeDtypeStruct(shape, spec.dtype)
+
+    keys = rows(spec.num_kv_heads)
+    lengths = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
+    given = states, (rows(spec.num_q_heads), keys, keys, lengths)
+    program = jax.make_jaxpr(functools.partial(_read, methods))(given)
+    # A second reading writes to some states alone: nothing is taken from them.
+    alone = [
+        method.reread is not None
+        for method, own in zip(methods, states, strict=True)
+        for _ in jax.tree.leaves(own)
+    ]
+    pairs = zip(numbers, alone, strict=True)
+    kinds = [(i if one else -1, number) for i, (number, one) in enumerate(pairs)]
+    others = [("chunk", i) for i in range(4)]
+    while True:
+        behind = value_numbers(program, [*kinds, *others])
+        parted = list(zip(kinds, behind, strict=False))
+        if len(set(parted)) == len(set(kinds)):
+            break
+        names = {kind: number for number, kind in enumerate(dict.fromkeys(parted))}
+        kinds = [names[kind] for kind in parted]
+    arrays = iter(kinds)
+    places, first = [], {}
+    for place, leaf in enumerate(_flat(states)[0]):
+        owner = place if leaf is None else first.setdefault(next(arrays), place)
+        places.append(owner)
+    return Owners(tuple(places))
+
+
+def kept(
+    methods: Sequence[Method], specs: Sequence[CacheSpec]
+) -> list[dict[tuple[int, int], int]]:
+    """Returns the bytes of all arrays that each method keeps while it reads a prompt.
+
+    Args:
+        specs: one a layer.
+
+    Returns:
+        For each method its arrays' bytes by their names; one name is one array, if the
+        methods read together.
+    """
+    found: list[dict[tuple[int, int], int]] = [{} for _ in methods]
+    both = reader(tuple(methods))
+    for layer, spec in enumerate(specs):
+        joint = jax.eval_shape(functools.partial(both.init, spec))
+        owners = iter(joint.owners.places)
+        for own, state in zip(found, apart(joint), strict=True):
+            for leaf, owner in zip(_flat(state)[0], owners, strict=False):
+                if leaf is not None:
+                    own[layer, owner] = leaf.size * leaf.dtype.itemsize
+    return found
+
+
+class Together:
+    """Prompts that several methods have read: what each of them decodes from."""
+
+    def __init__(
+        self,
+        methods: Sequence[Method],
+        read: Reading,
+        prompts: Sequence[Sequence[int]],
+        specs: tuple[CacheSpec, ...],
+    ) -> None:
+        self._methods, self._read = methods, read
+        self._prompts, self._specs = prompts, specs
+
+    def take(self, place: int) -> Prefilled:
+        """Returns the prompts as the method at a place ends them, to be used up.
+
+        The arrays are its own: they can be taken as often as they are needed.
+        """
+        method, states = self._methods[place], []
+        for layer, joint in enumerate(self._read.states):
+            own = jax.tree.map(jnp.copy, apart(joint)[place])
+            (ended,) = finish_layers(method, (own,))
+            states.append(with_layer(ended, layer))
+        finished = self._read._replace(states=tuple(states))
+        return ready(method, finished, self._prompts, self._specs)
+
+    def drop(self) -> None:
+        """Frees what was read: nothing can be taken any more."""
+        self._read = self._read._replace(states=())
+
+
 def read(
     model: LanguageModel,
     methods: Sequence[Method],
     prompts: Sequence[Sequence[int]],
-    **options: int,
-) -> list[Prefilled]:
-    """Reads the prompts for all methods; one :class:`Prefilled` a method, in order.
+    **options: Any,
+) -> Together:
+    """Reads the prompts for all methods.
 
     `options` are those of :func:`kvjax.decoding.reader.prefill`.
 
     Raises:
         ValueError: as there.
     """
-    both = prefill(model, reader(tuple(methods)), prompts, **options)
-    return _apart(methods, both, prompts)
+    check_model(model)
+    prompts, chosen = token_rows(prompts), Options(**options)
+    method = reader(tuple(methods))
+    check_prompts(model, method, prompts, chosen.max_new_tokens)
+    return read_checked(model, methods, prompts, chosen)
 
 
 def read_checked(
@@ -97,20 +299,10 @@ def read_checked(
     methods: Sequence[Method],
     prompts: Sequence[Sequence[int]],
     options: Options,
-) -> list[Prefilled]:
+) -> Together:
     """Reads prompts as :func:`read` does, if others have checked that they fit."""
-    both = read_whole(model, reader(tuple(methods)), prompts, options)
-    return _apart(methods, both, prompts)
-
-
-def _apart(
-    methods: Sequence[Method], read: Prefilled, prompts: Sequence[Sequence[int]]
-) -> list[Prefilled]:
-    """Returns what was read for each method, from what was read for all."""
-    return [
-        read._replace(
-            states=tuple(layer[index] for layer in read.states),
-            recent=jnp.asarray(recent(prompts, method.rows)),
-        )
-        for index, method in enumerate(methods)
-    ]
+    method = reader(tuple(methods))
+    reading, specs = read_unended(model, method, prompts, options)
+    longest = max(options.longest, *map(len, prompts))
+    reading = reread(model, method, reading, prompts, longest)
+    return Together(methods, reading, prompts, specs)

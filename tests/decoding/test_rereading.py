@@ -186,7 +186,7 @@ def test_every_way_to_a_prompts_end_reads_it_again_once():
         assert saved_prompt.generate(MODEL, method, ended, eos_ids=()) == expected
     assert not counted(noted)
 
-    (alone,) = together.read(MODEL, [method], PROMPTS, **SIZES)
+    alone = together.read(MODEL, [method], PROMPTS, **SIZES).take(0)
     assert counted(noted) == ONCE
     direct = generate.prefill(MODEL, method, PROMPTS, **SIZES)
     assert counted(noted) == ONCE
@@ -277,7 +277,7 @@ def test_methods_that_read_together_leave_the_second_reading_to_its_own(expected
         MODEL, together.reader((full, KVZIP)), reading, PROMPTS
     ).states
     alone = begun(MODEL, PROMPTS, full).states
-    for layer, (plain, ours) in enumerate(found):
+    for layer, (plain, ours) in enumerate(map(together.apart, found)):
         jax.tree.map(np.testing.assert_array_equal, plain, alone[layer])
         np.testing.assert_allclose(
             ours.scores[2, :, :70], expected[2][layer], atol=2e-5

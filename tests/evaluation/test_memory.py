@@ -41,13 +41,16 @@ def test_states_are_those_of_a_group_and_the_copies_that_decode():
     found = fit(None)
     assert (found.batch, found.room) == (8, compare.ROOM)
     assert found.need.weights == WEIGHTS
-    # All four fit the room together; what decodes is given a copy of the largest.
-    sizes = [held(name, 8) for name in METHODS]
-    assert found.need.states == sum(sizes) + max(sizes)
+    # All four fit the room together. Three keep the same tokens in the same order, all
+    # four a row's length; what decodes is given a copy, beside one of the reference.
+    full, *others = [held(name, 8) for name in METHODS]
+    lengths = 8 * 4 * MODEL.decoder.num_layers
+    once = full + sum(others) - 2 * full - lengths
+    assert found.need.states == once + 2 * max(full, *others)
+    # Alone beside the reference quest takes most, which shares a row's length with it.
     alone = fit(None, room=0)
-    assert alone.need.states == held("full", 8) + 2 * max(
-        held(name, 8) for name in METHODS if name != "full"
-    )
+    quest = held("quest:budget=32", 8)
+    assert alone.need.states == full + quest - lengths + 2 * quest
 
 
 def test_what_is_kept_of_every_window_is_there():

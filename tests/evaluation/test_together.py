@@ -41,7 +41,8 @@ def text_of(method, read):
 def read():
     methods = [registry.parse(name, **SMALL) for name in EXACT]
     found = together.read(MODEL, methods, PROMPTS, **OPTIONS)
-    return dict(zip(EXACT, zip(methods, found, strict=True), strict=True))
+    taken = map(found.take, range(len(methods)))
+    return dict(zip(EXACT, zip(methods, taken, strict=True), strict=True))
 
 
 @pytest.mark.parametrize("name", EXACT)
@@ -86,7 +87,7 @@ def test_a_method_whose_prompt_is_not_exact_is_followed_on_its_own():
         MODEL, [kvjax.full(), method], [w[:40] for w in windows], **OPTIONS
     )
     other = continuations._predicted(
-        MODEL, method, led[1], np.array([w[40:] for w in windows], np.int32)
+        MODEL, method, led.take(1), np.array([w[40:] for w in windows], np.int32)
     )
     assert np.abs(other.log_probs - expected.log_probs).max() > 1e-3
 
@@ -126,11 +127,15 @@ def test_groups_fill_the_room_and_others_are_alone():
     whole = ["full", "snapkv", "quest", "h2o"]
     assert grouped(1 << 30) == [whole, ["streaming_llm"]]
     assert grouped(0) == [["full"], ["snapkv"], ["quest"], ["h2o"], ["streaming_llm"]]
-    one = compare._prompt_bytes(MODEL.decoder, METHODS["full"], SETTINGS)
-    snap = compare._prompt_bytes(MODEL.decoder, METHODS["snapkv"], SETTINGS)
-    # With the reference, of two rows each: room for one more, to the byte.
-    assert grouped(2 * (one + snap))[0] == ["full", "snapkv"]
-    assert grouped(2 * (one + snap) - 1)[0] == ["full"]
+    snap = bytes_of("snapkv")
+    # Of two rows each: what both keep, which is all but SnapKV's newest queries, once,
+    # and two copies of the larger; room for one more, to the byte.
+    assert grouped(2 * (snap + 2 * snap))[0] == ["full", "snapkv"]
+    assert grouped(2 * (snap + 2 * snap) - 1)[0] == ["full"]
+
+
+def bytes_of(name):
+    return compare._prompt_bytes(MODEL.decoder, METHODS[name], SETTINGS)
 
 
 def test_a_method_that_reads_its_prompt_again_is_alone():
@@ -154,12 +159,75 @@ def test_the_batch_leaves_room_for_methods_to_read_together():
     assert batch(1 << 30) == 8
     assert batch(1 << 30, windows=3) == 2
     assert batch(1) == 1
-    sizes = [
-        compare._prompt_bytes(MODEL.decoder, m, SETTINGS) for m in METHODS.values()
-    ]
-    group = compare.GROUP * sum(sizes) / len(sizes)
-    assert batch(int(2 * group) + 1) == 2
-    assert batch(int(2 * group) - 1) == 1
+    exact = [METHODS[name] for name in ("full", "snapkv", "quest", "h2o")]
+    group = compare.bytes_together(MODEL.decoder, exact, SETTINGS)
+    assert batch(2 * group) == 2
+    assert batch(2 * group - 1) == 1
+
+
+def test_what_several_methods_keep_is_there_once():
+    """The cache of every token, whole; of SnapKV and H2O beside it their statistics."""
+    names = "full", "snapkv", "h2o"
+    spec = MODEL.decoder.cache_spec(2, 64)
+    methods = tuple(METHODS[name] for name in names)
+    joint = together.reader(methods).init(spec)
+    alone = [method.init(spec) for method in methods]
+    (full, *others) = [sum(x.nbytes for x in jax.tree.leaves(one)) for one in alone]
+    statistics = alone[1].queries.nbytes + alone[2].scores.nbytes
+    assert sum(others) == 2 * full + statistics
+    assert sum(x.nbytes for x in jax.tree.leaves(joint)) == full + statistics
+    # Quest has the same tokens in pages, and these are its own.
+    wider = together.reader((*methods, METHODS["quest"])).init(spec)
+    quest = sum(x.nbytes for x in jax.tree.leaves(METHODS["quest"].init(spec)))
+    more = sum(x.nbytes for x in jax.tree.leaves(wider)) - full - statistics
+    assert 0.9 * quest < more <= quest
+
+
+def test_what_is_taken_is_used_up_alone():
+    """Decoding gives its buffers away: those of another method stay as they are."""
+    methods = [METHODS["full"], METHODS["h2o"], METHODS["full"]]
+    read = together.read(MODEL, methods, PROMPTS, **OPTIONS)
+    expected = text_of(methods[0], prefill(MODEL, methods[0], PROMPTS, **OPTIONS))
+    for place in (0, 2, 0):
+        assert text_of(methods[0], read.take(place)) == expected
+    evicting = text_of(methods[1], prefill(MODEL, methods[1], PROMPTS, **OPTIONS))
+    assert text_of(methods[1], read.take(1)) == evicting
+
+
+def changed(change, least=0):
+    """Full attention that attends exactly, and keeps values changed in long chunks."""
+    full = kvjax.full()
+
+    def read(state, q, k, v, lengths):
+        _, out = full.prefill(state, q, k, v, lengths)
+        kept = change(v) if q.shape[2] > least else v
+        return full.prefill(state, q, k, kept, lengths)[0], out
+
+    return full._replace(prefill=read)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda v: v * 2, lambda v: jnp.roll(v, 1, -1), lambda v: v.at[..., 0].set(0.0)],
+    ids=["scaled", "rolled", "cut"],
+)
+def test_other_numbers_in_equal_places_are_kept_apart(change):
+    methods = [kvjax.full(), changed(change)]
+    options = OPTIONS | {"chunk_size": 128}  # what is changed is not attended to
+    read = together.read(MODEL, methods, PROMPTS, **options)
+    for place, method in enumerate(methods):
+        alone = prefill(MODEL, method, PROMPTS, **options)
+        for a, b in zip(*map(jax.tree.leaves, (read.take(place), alone)), strict=True):
+            np.testing.assert_allclose(a, b, atol=2e-5)
+    values = [read.take(place).states[0].v for place in (0, 1)]
+    assert np.abs(values[0] - values[1]).max() > 0.1
+
+
+def test_what_parts_in_long_chunks_alone_is_refused():
+    methods = [kvjax.full(), changed(lambda v: v * 2, least=20)]
+    with pytest.raises(ValueError, match="a chunk of 24 tokens parts what is equal"):
+        together.read(MODEL, methods, PROMPTS, **OPTIONS)
+    together.read(MODEL, methods, PROMPTS, **(OPTIONS | {"chunk_size": 16}))
 
 
 def test_prompts_of_several_lengths_are_read_by_one_program(traces):

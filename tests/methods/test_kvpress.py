@@ -53,7 +53,8 @@ def ours(tmp_path_factory):
     reading = reader.begin(decoder, method, 1, LENGTH, 0)
     parts = reader.chunks(decoder, [make_kvpress.prompt().tolist()], LENGTH)
     reading = reader.read(model, method, reading, parts)
-    counted = [layer[list(OURS).index("h2o")].scores[0] for layer in reading.states]
+    place = list(OURS).index("h2o")
+    counted = [together.apart(layer)[place].scores[0] for layer in reading.states]
     layers = reader.finish_layers(method, reading.states)
     kept = {
         name: np.array([getattr(x, "kept", x).positions[0] for x in states])

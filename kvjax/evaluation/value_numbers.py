@@ -1,0 +1,148 @@
+"""Values of a traced program that are equal, whatever it is given.
+
+Value numbering, as compilers do it: what the same operations make of equal things is
+equal. Things of different numbers may still be equal; those of one number always are.
+"""
+
+from collections.abc import Hashable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+from jax.extend import core
+
+_CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold what is called
+_CALLERS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call")
+_LARGEST = 1 << 20  # bytes of a constant that is compared by its content
+
+
+def value_numbers(
+    program: core.ClosedJaxpr, inputs: Sequence[Hashable]
+) -> tuple[int, ...]:
+    """Returns a number for each output of a program: equal ones have equal values.
+
+    Args:
+        inputs: something for each of the program's; equal for equal values.
+    """
+    numbers = _Numbers()
+    given = [numbers.of(("input", one)) for one in inputs]
+    return tuple(numbers.run(program.jaxpr, program.consts, given))
+
+
+class _Numbers:
+    """The numbers of all values seen so far."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+
+    def of(self, key: Hashable) -> int:
+        """Returns the number of a value that `key` determines."""
+        return self._numbers.setdefault(key, len(self._numbers))
+
+    def run(
+        self, jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[int]
+    ) -> list[int]:
+        """Returns the numbers of a program's outputs, from those of its inputs."""
+        known = {
+            var: self.of(_constant(const))
+            for var, const in zip(jaxpr.constvars, consts, strict=True)
+        }
+        known.update(zip(jaxpr.invars, inputs, strict=True))
+
+        def read(atom):
+            is_literal = isinstance(atom, core.Literal)
+            return self.of(_literal(atom)) if is_literal else known[atom]
+
+        for eqn in jaxpr.eqns:
+            given = [read(atom) for atom in eqn.invars]
+            called = _called(eqn)
+            if called is not None:
+                made = self.run(called.jaxpr, called.consts, given)
+            else:
+                what = eqn.primitive, _key(eqn.params), *given
+                if eqn.effects:
+                    what = *what, _Itself(eqn)
+                avals = [var.aval for var in eqn.outvars]
+                made = [self.of((what, i, str(aval))) for i, aval in enumerate(avals)]
+            known.update(zip(eqn.outvars, made, strict=True))
+        return [read(atom) for atom in jaxpr.outvars]
+
+
+def _called(eqn: Any) -> core.ClosedJaxpr | None:
+    """Returns the program that an operation only calls."""
+    if eqn.primitive.name not in _CALLERS:
+        return None
+    found = next(eqn.params[name] for name in _CALLS if name in eqn.params)
+    return found if isinstance(found, core.ClosedJaxpr) else None
+
+
+class _Itself:
+    """Something that is equal to nothing else; it lives as long as this does."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __hash__(self) -> int:
+        return id(self.value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Itself) and self.value is other.value
+
+
+def _key(value: Any) -> Hashable:
+    """Returns what determines a parameter of an operation."""
+    if isinstance(value, core.ClosedJaxpr):
+        return "program", _form(value.jaxpr), tuple(map(_constant, value.consts))
+    if isinstance(value, core.Jaxpr):
+        return "program", _form(value), ()
+    if isinstance(value, dict):
+        return tuple((name, _key(value[name])) for name in sorted(value))
+    if isinstance(value, list | tuple):
+        return type(value), *map(_key, value)
+    return _constant(value)
+
+
+def _form(jaxpr: core.Jaxpr) -> Hashable:
+    """Returns a program with its variables numbered as they come."""
+    places: dict[Any, int] = {}
+
+    def forms(atoms: Iterable[Any]) -> Hashable:
+        return tuple(
+            _literal(atom)
+            if isinstance(atom, core.Literal)
+            else (places.setdefault(atom, len(places)), str(atom.aval))
+            for atom in atoms
+        )
+
+    head = forms([*jaxpr.constvars, *jaxpr.invars])
+    lines = tuple(
+        (
+            eqn.primitive,
+            _key(eqn.params),
+            forms(eqn.invars),
+            forms(eqn.outvars),
+            _Itself(eqn) if eqn.effects else None,
+        )
+        for eqn in jaxpr.eqns
+    )
+    return head, lines, forms(jaxpr.outvars)
+
+
+def _literal(atom: core.Literal) -> Hashable:
+    return "literal", str(atom.aval), np.asarray(atom.val).tobytes()
+
+
+def _constant(value: Any) -> Hashable:
+    """Returns an array's content, another value itself, or what is like nothing."""
+    if isinstance(value, Tracer):
+        return _Itself(value)
+    if isinstance(value, np.ndarray | np.generic | jax.Array):
+        if value.nbytes > _LARGEST:
+            return _Itself(value)
+        return "array", value.shape, str(value.dtype), np.asarray(value).tobytes()
+    try:
+        hash(value)
+    except TypeError:
+        return _Itself(value)
+    return type(value), value
