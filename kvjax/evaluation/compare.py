@@ -179,8 +179,8 @@ def _threads(decoder, group, settings, room) -> int:
     """
     if jax.default_backend() != "cpu":
         return 1
-    held = sum(_prompt_bytes(decoder, method, settings) for method in group)
-    return 2 if 8 * settings.batch * held <= room else 1
+    held = settings.batch * bytes_together(decoder, group, settings)
+    return 2 if 8 * held <= room else 1
 
 
 @contextlib.contextmanager
@@ -295,13 +295,13 @@ def groups(
         for name, method in methods.items()
     }
     joined = [name for name in methods if is_joined[name]]
-    readers = (reference, *(methods[name] for name in joined))
-    first, *kept = _kept(readers, decoder, settings.context, settings.new_tokens)
-    kept_by = dict(zip(joined, kept, strict=True))
+    readers = tuple(dict.fromkeys([reference, *(methods[name] for name in joined)]))
+    kept = _kept(readers, decoder, settings.context, settings.new_tokens)
+    kept_by = dict(zip(readers, kept, strict=True))
     grouped: list[list[str]] = []
     for name in joined:
         wider = [*(grouped[-1] if grouped else ()), name]
-        held = _bytes_of([first, *(kept_by[name] for name in wider)])
+        held = _bytes_of([kept[0], *(kept_by[methods[name]] for name in wider)])
         if grouped and len(wider) <= most and settings.batch * held <= room:
             grouped[-1] = wider
         else:
@@ -318,7 +318,7 @@ def bytes_together(
     so it is given a copy, beside one of the reference's.
     """
     sizes = settings.context, settings.new_tokens
-    return _bytes_of(_kept(tuple(methods), decoder, *sizes))
+    return _bytes_of(_kept(tuple(dict.fromkeys(methods)), decoder, *sizes))
 
 
 def _bytes_of(kept: Sequence[Mapping[Any, int]]) -> int:
