@@ -169,9 +169,7 @@ def groups(decoder, rows, args):
         methods = {row.method: registry.parse(row.method) for row in part}
         full = registry.parse("full")
         room = int(args.room * 1e9)
-        for names in comparison.groups(
-            decoder, methods, full, settings, room, most=len(methods)
-        ):
+        for names in comparison.groups(decoder, methods, full, settings, room):
             of_names = [row for row in part if row.method in names]
             for task in TASKS:
                 together = [row for row in of_names if row.task == task]

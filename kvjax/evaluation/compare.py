@@ -31,10 +31,10 @@ from kvjax.stores import buffers
 
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
-# Bytes of the states that a group of methods holds while it reads together.
-ROOM = 1_150_000_000
+# Bytes of a group of methods that reads together: its states, and its programs.
+ROOM = 1_350_000_000
+PROGRAMS = 3_000_000  # bytes a layer, of each of these methods, on a CPU
 WORTH = 5  # methods that read together: worth more than a larger batch
-GROUP = 12  # methods that read together at most: each has programs of its own
 
 
 def compare(
@@ -63,7 +63,7 @@ def compare(
         settings: see :class:`kvjax.evaluation.compare_inputs.Settings`.
         reference: what the others are compared with.
         known: names of methods that have a row already, from an earlier call.
-        room: bytes of the states of methods that read a prompt together.
+        room: bytes of methods that read a prompt together, states and programs.
         on_row: called with each row as it is done, whatever the order.
         on_answer: called with every answer as it comes, before its row is done. The
             tasks of questions that come `after` end in `_after`.
@@ -269,9 +269,11 @@ def batch_that_fits(
     No more than there are windows: a batch is filled up with rows that do not count.
     """
     exact = [method for method in methods.values() if method.exact_prompt]
-    together = bytes_together(decoder, exact[:WORTH] or methods.values(), settings)
+    group = exact[:WORTH] or list(methods.values())[:1]
+    row = bytes_together(decoder, group, settings)
+    room -= len(group) * PROGRAMS * decoder.num_layers
     batch = 1
-    while 2 * batch <= min(most, settings.windows) and 2 * batch * together <= room:
+    while 2 * batch <= min(most, settings.windows) and 2 * batch * row <= room:
         batch *= 2
     return batch
 
@@ -282,13 +284,12 @@ def groups(
     reference: Method,
     settings: Settings,
     room: int,
-    most: int = GROUP,
 ) -> list[list[str]]:
     """The names of methods that read a prompt together, with the reference.
 
-    Methods of exact prompts fill `room` bytes with their states, at most `most` of
-    them; at least one goes with the reference, whatever its size. Others are alone, and
-    so is one that reads its prompt again, which would have the others wait.
+    Methods of exact prompts fill `room` bytes with their states and programs; at least
+    one goes with the reference, whatever its size. Others are alone, and so is one that
+    reads its prompt again, which would have the others wait.
     """
     is_joined = {
         name: method.exact_prompt and method.reread is None
@@ -301,8 +302,9 @@ def groups(
     grouped: list[list[str]] = []
     for name in joined:
         wider = [*(grouped[-1] if grouped else ()), name]
-        held = _bytes_of([kept[0], *(kept_by[methods[name]] for name in wider)])
-        if grouped and len(wider) <= most and settings.batch * held <= room:
+        row = _bytes_of([kept[0], *(kept_by[methods[name]] for name in wider)])
+        programs = len(wider) * PROGRAMS * decoder.num_layers
+        if grouped and settings.batch * row + programs <= room:
             grouped[-1] = wider
         else:
             grouped.append([name])

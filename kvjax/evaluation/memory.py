@@ -21,7 +21,6 @@ REFERENCE = "full"
 # With 30 layers on a CPU: 2.49 GB while compiling and 1.77 afterwards; five methods
 # that read together, 3.26 GB at the peak, of which all else here counts 2.6.
 COMPILING = 24_000_000  # bytes a layer
-PROGRAMS = 3_000_000  # bytes a layer, of each method that reads together
 PROCESS = 400_000_000  # bytes of Python and JAX before any of it
 
 
@@ -66,7 +65,7 @@ def fit(
         settings: their batch is the most.
         weights: bytes of the model's.
         mlp_width: elements of the widest hidden state inside of a layer.
-        room: bytes of the states of methods that read together, at most.
+        room: bytes of methods that read together, states and programs, at most.
         free: bytes, before the weights are there; None: as many as it takes.
     """
     plans = {
@@ -122,7 +121,7 @@ def _need(decoder, methods, plans, settings, batch, room) -> Need:
     step = heads * spec.head_dim * jnp.dtype(spec.dtype).itemsize * decoder.num_layers
     recorded = settings.windows * settings.new_tokens * step
     weights = plans[REFERENCE].weights.held
-    programs = (COMPILING + together * PROGRAMS) * decoder.num_layers + PROCESS
+    programs = (COMPILING + together * compare.PROGRAMS) * decoder.num_layers + PROCESS
     temporaries = batch * temporaries + logits + recorded + programs
     return Need(weights, batch * states, temporaries)
 

@@ -12,7 +12,6 @@ import ruler_page
 
 import models
 from kvjax.decoding import finite
-from kvjax.evaluation import compare as comparison
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -73,7 +72,7 @@ def test_methods_read_a_task_together_and_none_is_left_out():
     for part in groups:
         assert len({(row.context, row.question, row.task, row.n) for row in part}) == 1
     sizes = [len(part) for part in groups]
-    assert max(sizes) > comparison.GROUP  # as many as the room holds
+    assert max(sizes) > 5  # as many as the room holds
     # The tasks of the same methods follow each other: what is compiled serves all.
     names = [tuple(row.method for row in part) for part in groups]
     runs = [

@@ -130,8 +130,9 @@ def test_groups_fill_the_room_and_others_are_alone():
     snap = bytes_of("snapkv")
     # Of two rows each: what both keep, which is all but SnapKV's newest queries, once,
     # and two copies of the larger; room for one more, to the byte.
-    assert grouped(2 * (snap + 2 * snap))[0] == ["full", "snapkv"]
-    assert grouped(2 * (snap + 2 * snap) - 1)[0] == ["full"]
+    programs = 2 * 2 * compare.PROGRAMS
+    assert grouped(2 * (snap + 2 * snap) + programs)[0] == ["full", "snapkv"]
+    assert grouped(2 * (snap + 2 * snap) + programs - 1)[0] == ["full"]
 
 
 def bytes_of(name):
@@ -161,8 +162,9 @@ def test_the_batch_leaves_room_for_methods_to_read_together():
     assert batch(1) == 1
     exact = [METHODS[name] for name in ("full", "snapkv", "quest", "h2o")]
     group = compare.bytes_together(MODEL.decoder, exact, SETTINGS)
-    assert batch(2 * group) == 2
-    assert batch(2 * group - 1) == 1
+    programs = 4 * 2 * compare.PROGRAMS
+    assert batch(2 * group + programs) == 2
+    assert batch(2 * group + programs - 1) == 1
 
 
 def test_what_several_methods_keep_is_there_once():
