@@ -286,7 +286,10 @@ class Method(NamedTuple):
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.
         lossy: keys and values are kept as other numbers than came: no step is exact.
-        listed: how many pages a step lists for a KV head, if it reads no others.
+        listed: how many pages a step lists for a KV head, if it reads no others; of a
+            state that is not paged, tokens, if it reads the values of no others.
+        streamed: bytes of a cache of so many tokens that a step reads on average, if it
+            reads all of it in blocks or none.
     """
 
     init: InitFn
@@ -304,6 +307,7 @@ class Method(NamedTuple):
     reread: Rereading | None = None
     lossy: bool = False
     listed: Callable[[CacheSpec], int] | None = None
+    streamed: Callable[[CacheSpec, int], int] | None = None
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""
