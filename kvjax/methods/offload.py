@@ -1,4 +1,4 @@
-"""A transform: the keys and values of a method, or values, in the host's memory."""
+"""A transform: the keys and values of a method in the host's memory."""
 
 import dataclasses
 import functools

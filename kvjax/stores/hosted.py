@@ -1,4 +1,4 @@
-"""Rows in the host's memory: chunks are written there, and blocks come back to be read.
+"""Rows in the host's memory: chunks are written there, and blocks come back.
 
 A buffer has tokens in slots `(B, Hkv, S, D)`, or in pages `(B, Hkv, NP, P, D2)`.
 """

@@ -1,4 +1,4 @@
-"""Rows in host memory while decoding, and those of them that a device keeps to read.
+"""Rows in host memory, and those of them that a device keeps to read.
 
 A step moves the listed pages that the device lacks, one by one, and nothing else: slots
 are given to them by who was read longest ago. The page of the newest tokens lies on the
@@ -120,7 +120,10 @@ def crossed(state: Any) -> Crossed | None:
 
     leaves = filter(is_counted, jax.tree.leaves(state, is_leaf=is_counted))
     counts = list(map(counted, leaves))
-    return Crossed(*map(sum, zip(*counts, strict=True))) if counts else None
+    if not counts:
+        return None
+    asked, moved = (np.sum(x, axis=0) for x in zip(*counts, strict=True))
+    return Crossed(asked, moved)
 
 
 # --- making and writing
@@ -270,7 +273,7 @@ def check_one(rows: Float[Rows, "B Hkv T D"]) -> None:
 
 
 def gather(
-    rows: AnyRows, slots: Int[Array, "B H N"], length: Int[Array, "B"]
+    rows: Rows | Offloaded, slots: Int[Array, "B H N"], length: Int[Array, "B"]
 ) -> tuple[Any, Float[Array, "B Hkv N D"]]:
     """Reads tokens as :func:`kvjax.stores.buffers.gather`, brought where they are not.
 

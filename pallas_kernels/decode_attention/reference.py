@@ -293,8 +293,11 @@ def streamed_attention(q, take, slots, query_positions, *, sm_scale):
     of `_blocked`, to the last bit.
     """
     if slots <= BLOCK:
-        whole = take(0, slots)
-        return decode_attention(q, *whole, query_positions, None, sm_scale=sm_scale)
+        k, v = take(0, slots)
+        out, lse, *_ = decode_attention(
+            q, k, v, query_positions, None, sm_scale=sm_scale
+        )
+        return out, lse
     scores = {"sm_scale": sm_scale, "window": None, "soft_cap": None}
     k, v = jax.eval_shape(lambda: take(0, BLOCK))
     batch, heads, rows, head_dim = q.shape
