@@ -46,8 +46,7 @@ class CacheSpec:
             the prompt's cache but keep every generated token size their buffers by it.
         sm_scale: factor on the logits; ``head_dim ** -0.5`` unless given, or if nan.
         layer: index of the layer, for transforms that treat layers differently.
-        num_layers: of the model, for transforms that share budgets out among layers;
-            0 where nobody says. :func:`layer_specs` does.
+        num_layers: of the model, for transforms that share budgets out; 0 if unsaid.
         alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
         storage: a `pallas_kernels.shared.quantized.Storage` of keys and values, or None
             for numbers of `dtype`.
@@ -275,8 +274,7 @@ class Method(NamedTuple):
     the chunk in `prefill` and `rows` in a step; out is as q, in q's dtype.
 
     Fields:
-        rows: query rows per decode step: the newest token last, and before it the
-            tokens that the step revises.
+        rows: query rows per decode step: the newest token, behind those it revises.
         select: None unless the method lists pages.
         rewind: None unless tokens can be taken back.
         importance: None unless `finish` keeps the tokens that score highest by it.
@@ -286,7 +284,8 @@ class Method(NamedTuple):
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.
         lossy: keys and values are kept as other numbers than came: no step is exact.
-        listed: how many pages a step lists for a KV head, if it reads no others.
+        listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
+        streamed: bytes that a step reads on average of its cache, if all of it or none.
     """
 
     init: InitFn
@@ -304,6 +303,7 @@ class Method(NamedTuple):
     reread: Rereading | None = None
     lossy: bool = False
     listed: Callable[[CacheSpec], int] | None = None
+    streamed: Callable[[CacheSpec, int], int] | None = None
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""

@@ -182,7 +182,9 @@ def plan(
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
     heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
     wide = (2 * decoder.width + 3 * mlp_width + heads) * itemsize
-    layer = max(held.total for held in before)
+    # Of attention that merges, what is in the host's memory comes in small blocks.
+    far = 0 if decoder.alpha == 1 else 1
+    layer = max(held.device + far * held.host for held in before)
     prompt_temporaries = batch * chunk_size * wide + 2 * layer + logits
     # One layer's attention logits twice, in float32, where no kernel keeps them small.
     decode_temporaries = 2 * 4 * batch * spec.num_q_heads * context + 2 * logits

@@ -150,13 +150,15 @@ def compare(
             )
             if threads == 1 or place == len(names) - 1:
                 compare_runs.drop_programs()
-            read, held = sizes[name]
             layers = losses.layers
-            measured = measured_bytes(model, methods[name], layers, settings)
+            counted = sizes[name]._replace(
+                measured=measured_bytes(model, methods[name], layers, settings),
+                moved=float(layers.moved.mean(1).sum()),
+            )
             scores = {when: found[place].scores for when, found in answered.items()}
             rows[name] = compare_rows.make_row(
                 name,
-                (read, measured, held),
+                counted,
                 inputs,
                 scores,
                 losses,
@@ -341,11 +343,13 @@ def _prompt_bytes(decoder, method, settings) -> int:
 _bytes_of_prompt = functools.cache(accounting.bytes_of_prompt)
 
 
-def _bytes(model, method, settings) -> tuple[int, int]:
+def _bytes(model, method, settings) -> compare_rows.Bytes:
     decoder, new_tokens = model.decoder, settings.new_tokens
     read = accounting.bytes_read(method, decoder, settings.context, new_tokens)
-    held = accounting.bytes_held(method, decoder, settings.context, new_tokens)
-    return read, held
+    specs = layer_specs(decoder, 1, settings.context, new_tokens)
+    held = [kept for _, kept in accounting.held(method, specs)]
+    device, host = (sum(x) for x in zip(*held, strict=True))
+    return compare_rows.Bytes(read, device=device, host=host)
 
 
 def measured_bytes(

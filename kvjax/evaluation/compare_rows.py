@@ -31,13 +31,23 @@ OF_LAYERS: dict[str, Callable[[ArrayLike], Interval]] = {
 ByDepth = tuple[tuple[float, int, int], ...]  # (depth, correct, asked)
 
 
+class Bytes(NamedTuple):
+    """Bytes of cache of one row, all layers: counted from shapes, and measured."""
+
+    read: int  # by a decode step, at most
+    device: int  # held while decoding
+    host: int = 0  # held in the host's memory besides
+    measured: float = 0.0  # read by a step
+    moved: float = 0.0  # of these, what came from the host's memory
+
+
 class Row(NamedTuple):
     """One method's line of the comparison."""
 
     method: str
     bytes_read: int  # of cache, per decoded token of one row at the full context: most
     bytes_measured: float  # what was read of it, mean over steps; see `measured_bytes`
-    bytes_held: int  # of cache, while decoding, per row
+    bytes_held: int  # of cache, while decoding, per row, in the device's memory
     # Against the reference, on the same tokens; over windows.
     kl: Interval  # KL(reference || method), nats per token
     kl_p99: Interval  # its 99th percentile over tokens; see `percentile_interval`
@@ -61,6 +71,10 @@ class Row(NamedTuple):
     multikey: Interval | None = None
     chain: Interval | None = None  # share of the links before the first mistake
     own: Interval | None = None  # the user's questions
+    # Of methods that keep keys and values in the host's memory.
+    bytes_in_host: int | None = None  # while decoding, per row
+    bytes_moved: float | None = None  # of `bytes_measured`, over the link
+    pages_found: Interval | None = None  # of those listed: were on the device
     passkey_by_depth: ByDepth | None = None
     multikey_by_depth: ByDepth | None = None
     # Questions that come after that, to the context that is kept.
@@ -102,7 +116,7 @@ def of_windows(layers: fidelity.LayerFidelity, name: str) -> Interval:
 
 def make_row(
     name: str,
-    num_bytes: tuple[int, float, int],
+    num_bytes: Bytes,
     inputs: Inputs,
     scores: Mapping[str, Sequence[float]],
     followed: continuations.Followed,
@@ -113,7 +127,7 @@ def make_row(
 
     Args:
         name: the method's.
-        num_bytes: read and held as counted, with what was measured between them.
+        num_bytes: read, moved and held.
         inputs: what was asked.
         scores: of its answers, by when the questions came.
         followed: what it lost against the reference.
@@ -128,9 +142,9 @@ def make_row(
         asked |= _of_tasks(inputs, found, SUFFIX[when])
     return Row(
         method=name,
-        bytes_read=num_bytes[0],
-        bytes_measured=num_bytes[1],
-        bytes_held=num_bytes[2],
+        bytes_read=num_bytes.read,
+        bytes_measured=num_bytes.measured,
+        bytes_held=num_bytes.device,
         kl=statistics.amount_interval(kl.mean(1)),
         kl_p99=percentiles.percentile_interval(kl),
         top1_agreement=statistics.share_interval(followed.agreement.top1.mean(1)),
@@ -150,7 +164,21 @@ def make_row(
         prefill_seconds=seconds,
         chain_links=inputs.chain[0].links,
         **asked,
+        **_of_host(num_bytes, layers),
     )
+
+
+def _of_host(num_bytes: Bytes, layers: fidelity.LayerFidelity) -> dict[str, Any]:
+    """The fields of a row whose method keeps something in the host's memory."""
+    if not num_bytes.host:
+        return {}
+    # Of layers that keep nothing there none was asked for.
+    asked, moved = layers.asked.sum(0), layers.moved.sum(0)
+    return {
+        "bytes_in_host": num_bytes.host,
+        "bytes_moved": num_bytes.moved,
+        "pages_found": statistics.share_interval(1 - moved / np.maximum(asked, 1e-9)),
+    }
 
 
 def _of_tasks(inputs: Inputs, scores: Sequence[float], suffix: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from kvjax.decoding.options import Options
 from kvjax.decoding.reader import Prefilled
 from kvjax.evaluation import batches, fidelity, together
 from kvjax.interface import LanguageModel, Method, with_layer
+from kvjax.stores import offloaded
 
 
 class Predicted(NamedTuple):
@@ -351,7 +352,8 @@ def _layers(model, leader, method, first, second, steps) -> fidelity.LayerFideli
         state = fidelity.joined(reference, candidate, batch, num_q_heads)
         del pair, reference, candidate
         ended = fidelity.run_layer(both, state, given)
-        states.append(ended._replace(reference=None, candidate=None))
+        counts = offloaded.crossed(ended.candidate)
+        states.append(ended._replace(reference=None, candidate=counts))
     return jax.tree.map(np.asarray, fidelity.layers(tuple(states)))
 
 

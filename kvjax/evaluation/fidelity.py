@@ -17,7 +17,7 @@ from kvjax import accounting, dense
 from kvjax.attention.selection import is_listed
 from kvjax.decoding import loop
 from kvjax.interface import DecoderLM, Method, Params, State
-from kvjax.stores import contiguous
+from kvjax.stores import contiguous, offloaded
 
 
 class Agreement(NamedTuple):
@@ -222,6 +222,11 @@ class LayerFidelity(NamedTuple):
     exact: Float[np.ndarray, "L B Hq"]  # share of steps proved exact
     read: Float[np.ndarray, "L B"]  # tokens attended to, over all lists
     refreshed: Float[np.ndarray, "L B"]  # share of steps that read the whole cache
+    asked: Float[np.ndarray, "L B"]  # bytes of a host's memory that a step lists
+    moved: Float[np.ndarray, "L B"]  # those of them that the device did not have
+
+
+SUMS = ("error", "dropped", "support", "exact", "read", "refreshed")
 
 
 def layers(states: tuple[State, ...]) -> LayerFidelity:
@@ -235,7 +240,16 @@ def layers(states: tuple[State, ...]) -> LayerFidelity:
 
         return np.stack([of_state(state) for state in states])
 
-    return LayerFidelity(*map(mean, LayerFidelity._fields))
+    def counted(name):
+        def of_state(state):
+            found = offloaded.crossed(state.candidate)
+            steps = np.asarray(state.steps, np.float64)
+            return 0.0 * steps if found is None else getattr(found, name) / steps
+
+        return np.stack([of_state(state) for state in states])
+
+    sums = {name: mean(name) for name in SUMS}
+    return LayerFidelity(**sums, asked=counted("asked"), moved=counted("moved"))
 
 
 def teacher_forced(

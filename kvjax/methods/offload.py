@@ -8,12 +8,15 @@ from typing import Any, Literal
 import jax
 from jaxtyping import Array, Float, Int
 
+from kvjax import accounting
 from kvjax.attention import choices
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, State, Traffic
-from kvjax.stores import offloaded
-from kvjax.stores.offloaded import Hosted, Memory
-from kvjax.stores.paged import Paged
+from kvjax.stores import buffers, hosted, offloaded
+from kvjax.stores.hosted import Hosted, Memory
+from kvjax.stores.offloaded import Offloaded, Streamed
+
+Store = Any  # a NamedTuple of a `spec` and a `length`, whose `ROWS` say what it holds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +24,6 @@ class Options:
     """The options of :func:`offload`, the wrapped method among them."""
 
     method: Method
-    listed: Callable[[CacheSpec], int]  # the method's
     cache: int
     memory: Memory
 
@@ -30,11 +32,11 @@ class Options:
         if self.cache < 0:
             raise ValueError(f"cache={self.cache} must be at least 0 tokens.")
 
-    def slots(self, spec: CacheSpec, shape: tuple[int, ...]) -> int:
-        """Returns how many of the pages of that shape the device keeps to read."""
-        num_pages, page_size = shape[2:4]
-        kept = self.listed(spec) + -(-self.cache // page_size)
-        return min(kept, num_pages)
+    def slots(self, spec: CacheSpec, rows: Hosted) -> int:
+        """Returns how many pages of these rows the device keeps to read."""
+        listed = 0 if self.method.listed is None else self.method.listed(spec)
+        kept = listed + -(-self.cache // hosted.page_size_of(rows))
+        return min(kept, hosted.num_pages_of(rows))
 
 
 @typed
@@ -52,30 +54,38 @@ def offload(
     a page goes to the host once, when it is full. What is attended to is as without it.
     What was appended is not taken back.
 
-    A chunk of the prompt is attended to in the device's memory, a layer at a time: the
-    device holds all keys and values of one layer meanwhile, and never of more.
+    Of methods that list tokens once they have looked at every key: keys stay on the
+    device, and values move, each with the neighbours that share its words of 4 bytes.
+    Of RefreshKV the small cache is on the device: a full step brings all others in
+    blocks, and then those it chose.
+
+    A chunk of the prompt goes to the host as it is read, and what came before it comes
+    in blocks of 512 tokens, each once a chunk. Of entmax attention, whose parts do not
+    merge, the device holds a layer's keys and values meanwhile; so it does of values
+    where ending the prompt sums them up.
 
     Args:
-        method: any that reads pages by lists, and keeps every key.
+        method: any that reads pages, or values, by lists, and keeps every key.
         cache: tokens for each KV head of pages read before, which the device keeps
             beside those that a step reads.
         memory: where the pages are: `pinned_host`, or `device` for comparison.
 
     Returns:
         A :class:`kvjax.Method` whose state is that of `method`, with
-        :class:`kvjax.stores.offloaded.Hosted` for its pages until the prompt ends and
-        :class:`kvjax.stores.offloaded.Offloaded` afterwards, which counts the pages
-        listed and moved.
+        :class:`kvjax.stores.hosted.Hosted` for its pages or values until the prompt
+        ends and :class:`kvjax.stores.offloaded.Offloaded` afterwards, which counts the
+        pages listed and moved.
 
     State: that of `method`, pages in the host's memory; on the device pages
         `(B, Hkv, C, P, 2*D)`, as many as a step lists and `cache` holds and one more,
-        and two int32 for each. What is appended is kept.
+        and two int32 for each; or values `(B, Hkv, C, D)` alike. What is appended is
+        kept.
     Reads per step and layer: as `method`; over the link the pages that are missing, at
         most all that are listed.
     Exact when: `method` is.
 
     Raises:
-        ValueError: if `method` evicts, or reads more than listed pages; if `cache` < 0.
+        ValueError: if `method` evicts, or reads more than it lists; if `cache` < 0.
 
     Source:
         Tang et al., "Quest: Query-Aware Sparsity for Efficient Long-Context LLM
@@ -85,20 +95,27 @@ def offload(
         The paper keeps every page on the device: the host's memory and the cache are
         ours. Kernels for accelerators walk through the pages of a list in the order in
         which they lie: results are then those without it but for rounding. A page is
-        moved when a step lists it, not before. Run on CPUs and compiled for TPUs; for
-        GPUs XLA refused to compile pages in the host's memory (jax 0.12).
+        moved when a step lists it, not before. Of TokenSelect (arXiv:2411.02886) and
+        top-k with completion (arXiv:2604.05438), which score all keys, only values are
+        moved; RefreshKV (arXiv:2411.05787) keeps its full cache anywhere. What comes in
+        blocks, a prompt that has at most 64 queries a KV head in a chunk and a full
+        step, is summed in another order beyond 512 tokens, and a full step of 4 bits at
+        any length: to rounding. Run on CPUs and compiled for TPUs; for GPUs XLA refused
+        to compile pages in the host's memory (jax 0.12).
 
     Example:
         >>> method = kvjax.offload(kvjax.quest(budget=256))
         >>> state = method.init(spec)
     """
-    if method.listed is None or method.rows != 1:
+    if (method.listed is None and method.streamed is None) or method.rows != 1:
         raise ValueError(
-            f"offload moves the pages that a step lists, and {method} evicts, reads "
-            "more (as quantize does with a residual), or has them moved already: wrap "
-            "quest or entmaxkv itself, as in 'dense_layers+offload+quest'."
+            f"offload moves pages or values that a step lists, and {method} evicts, "
+            "reads more (as quantize does with a residual, and topk_completion with "
+            "selector=pages), or has them moved already: wrap quest, entmaxkv, "
+            "token_select, topk_completion or refreshkv itself, as in "
+            "'dense_layers+offload+quest'."
         )
-    options = Options(method, method.listed, cache, memory)
+    options = Options(method, cache, memory)
     return method._replace(
         init=functools.partial(init, options),
         prefill=functools.partial(prefill, options),
@@ -108,14 +125,16 @@ def offload(
         rewind=None,
         importance=None,
         listed=None,
+        streamed=None,
     )
 
 
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
-    """Makes the method's state, with its pages in the host's memory."""
+    """Makes the method's state, with what moves in the host's memory."""
 
-    def host(store: Paged) -> Paged:
-        return store._replace(pages=offloaded.place(store.pages, options.memory))
+    def host(store: Store) -> Store:
+        kept = moving(options, store).items()
+        return store._replace(**{n: hosted.place(x, options.memory) for n, x in kept})
 
     return of_stores(host, options.method.init(spec, weights))
 
@@ -128,59 +147,103 @@ def prefill(
     v: Float[Array, "B Hkv T D"],
     lengths: Int[Array, "B"],
 ) -> tuple[State, Float[Array, "B Hq T D"]]:
-    """Reads a chunk as the method does, and writes its pages to the host."""
+    """Reads a chunk as the method does: what came before it comes in blocks."""
+    if all(store.spec.alpha == 1 for store in stores_of(state)):
+        return options.method.prefill(state, q, k, v, lengths)
 
-    def host(before: Paged, after: Paged) -> Paged:
-        pages = offloaded.write_chunk(
-            hosted(before), after.pages, before.length, k.shape[2]
-        )
+    def host(before: Store, after: Store) -> Store:
+        start, size = before.length, k.shape[2]
+        pages = hosted.write_pages(before.pages, after.pages, start, size)
         return after._replace(pages=pages)
 
-    read, out = options.method.prefill(on_device(state), q, k, v, lengths)
+    state_there = on_device(options, state)
+    read, out = options.method.prefill(state_there, q, k, v, lengths)
     return of_stores(host, state, read), out
 
 
 def finish(options: Options, state: State) -> State:
-    """Ends the prompt as the method does; no full page is on the device yet."""
+    """Ends the prompt as the method does; none of it is on the device yet."""
 
-    def host(before: Paged, after: Paged) -> Paged:
-        pages, held = after.pages, hosted(before)
-        if jax.tree.structure(pages) != jax.tree.structure(held.rows):
-            # Ending the prompt quantised them.
-            held = offloaded.place(pages, offloaded.memory_of(held))
-        slots = options.slots(after.spec, pages.shape)
-        kept = offloaded.offloaded(held, after.length, slots)
-        return after._replace(pages=kept)
+    def host(before: Store, after: Store) -> Store:
+        held, kept = moving(options, before), moving(options, after)
+        for name, rows in kept.items():
+            place = held[name]
+            if jax.tree.structure(rows) != jax.tree.structure(place.rows):
+                # Ending the prompt quantised them.
+                place = hosted.place(rows, hosted.memory_of(place))
+            kept[name] = decoding(options, after, place)
+        return after._replace(**kept)
 
-    ended = options.method.finish(on_device(state))
+    ended = options.method.finish(on_device(options, state))
     return of_stores(host, state, ended)
 
 
-def on_device(state: State) -> State:
-    """Returns the state as the method knows it."""
-
-    def whole(store: Paged) -> Paged:
-        return store._replace(pages=offloaded.on_device(hosted(store)))
-
-    return of_stores(whole, state)
-
-
-def hosted(store: Paged) -> Hosted:
-    """Returns the pages of a store while the prompt is read."""
-    pages: Any = store.pages
-    return pages
-
-
-def of_stores(change: Callable[..., Paged], *states: State) -> State:
-    """Returns the last state with its stores changed, by those of all states."""
-
-    def one(*parts: Any) -> Any:
-        return change(*parts) if isinstance(parts[0], Paged) else parts[-1]
-
-    return jax.tree.map(one, *states, is_leaf=lambda part: isinstance(part, Paged))
+def decoding(options: Options, store: Store, rows: Hosted) -> Offloaded | Streamed:
+    """Returns rows of a host as steps will read them."""
+    if options.method.streamed is not None:
+        return offloaded.streamed(rows, store.length)
+    slots = options.slots(store.spec, rows)
+    return offloaded.offloaded(rows, store.length, slots)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
-    """Counts what the method reads, pages over the link where all are missing."""
-    inner = options.method.traffic(spec, length)
-    return inner._replace(link=inner.kv if options.memory == "pinned_host" else 0)
+    """Counts what the method reads, over the link as if nothing were on the device."""
+    method = options.method
+    read = method.traffic(spec, length)
+    if options.memory == "device":
+        return read._replace(link=0)
+    kept = accounting.kept_spec(method, spec)
+    if method.streamed is not None:
+        return read._replace(link=method.streamed(kept, length))
+    (store,) = stores_of(jax.eval_shape(lambda: method.init(spec)))
+    (holds,) = (store.ROWS[name] for name in moving(options, store))
+    part, whole = (buffers.row_bytes(kept, 1, x) for x in (holds, "both"))
+    # Of tokens in slots each may come with its neighbours.
+    size = 1 if holds == "both" else hosted.tokens_together(kept)
+    return read._replace(link=size * read.kv * part // whole)
+
+
+# --- the stores of a state
+
+
+def is_store(part: Any) -> bool:
+    """Says whether a part of a state holds every token."""
+    return isinstance(part, tuple) and hasattr(part, "ROWS")
+
+
+def stores_of(state: State) -> list[Store]:
+    """Returns the stores of a state, in order."""
+    return list(filter(is_store, jax.tree.leaves(state, is_leaf=is_store)))
+
+
+def of_stores(change: Callable[..., Store], *states: State) -> State:
+    """Returns the last state with its stores changed, by those of all states."""
+    found = zip(*map(stores_of, states), strict=True)
+    changed = iter([change(*stores) for stores in found])
+    leaves, structure = jax.tree.flatten(states[-1], is_leaf=is_store)
+    leaves = [next(changed) if is_store(leaf) else leaf for leaf in leaves]
+    return jax.tree.unflatten(structure, leaves)
+
+
+def moving(options: Options, store: Store) -> dict[str, Any]:
+    """Returns what lies in the host's memory by its field: a `Hosted`, or rows.
+
+    Pages of keys and values; or values alone, where steps look at every key; or both
+    where they are streamed.
+    """
+    is_streamed = options.method.streamed is not None
+    return {
+        name: getattr(store, name)
+        for name, holds in store.ROWS.items()
+        if is_streamed or holds != "keys"
+    }
+
+
+def on_device(options: Options, state: State) -> State:
+    """Returns the state as the method knows it."""
+
+    def whole(store: Store) -> Store:
+        kept = moving(options, store).items()
+        return store._replace(**{name: hosted.on_device(x) for name, x in kept})
+
+    return of_stores(whole, state)

@@ -14,7 +14,7 @@ from kvjax.attention import choices
 from kvjax.attention.typed import lossy, typed
 from kvjax.interface import CacheSpec, Method, RewindFn, State, Traffic
 from kvjax.stores import buffers
-from kvjax.stores.offloaded import Hosted
+from kvjax.stores.hosted import Hosted
 from pallas_kernels.shared import quantized
 from pallas_kernels.shared.quantized import (
     SPARE,

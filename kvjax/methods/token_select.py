@@ -13,8 +13,13 @@ from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.stores import buffers, contiguous, step
-from pallas_kernels.decode_attention import decode_attention, decode_logits
+from kvjax.stores import buffers, contiguous, hosted, offloaded, step
+from kvjax.stores.hosted import Hosted
+from pallas_kernels.decode_attention import (
+    decode_attention,
+    decode_logits,
+    streamed_attention,
+)
 from pallas_kernels.shared.quantized import Rows, floats
 
 PAPER = {"num_sinks": 128, "window": 512, "budget": 2688}
@@ -25,7 +30,7 @@ class TokenSelectState(NamedTuple):
 
     spec: CacheSpec
     k: Float[Rows, "B Hkv S D"]  # not rotated: places change from step to step
-    v: Float[Rows, "B Hkv S D"]
+    v: Float[Rows, "B Hkv S D"]  # a `Hosted` or `Offloaded` beyond the device
     query: Float[Array, "B Hq D"]  # of the last choice, not rotated; 0 before the first
     chosen: Int[Array, "B 1 K"]  # by it, ascending, -1 = none
     length: Int[Array, "B"]
@@ -140,6 +145,7 @@ def token_select(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
+        listed=functools.partial(listed, options),
     )
 
 
@@ -169,7 +175,7 @@ def extend(
     count = valid.sum(-1, dtype=jnp.int32)
     return state._replace(
         k=buffers.write_run(state.k, k, state.length, count),
-        v=buffers.write_run(state.v, v, state.length, count),
+        v=offloaded.write_run(state.v, v, state.length, count),
         length=state.length + count,
     )
 
@@ -181,15 +187,42 @@ def prefill(
     v: Float[Array, "B Hkv T D"],
     lengths: Int[Array, "B"],
 ) -> tuple[TokenSelectState, Float[Array, "B Hq T D"]]:
-    """Attends to everything, of which it rotates a copy."""
+    """Attends to everything, of which it rotates a copy; block by block from a host."""
     state = extend(state, k, v, lengths)
     spec = state.spec
     rotated, positions = contiguous.rotate_queries(spec, q, state.length, lengths)
-    places = jnp.arange(spec.capacity, dtype=jnp.int32)
-    places = jnp.broadcast_to(places, (spec.batch, spec.capacity))
-    keys = spec.rope(floats(state.k), places, state.length)
-    out, _ = decode_attention(rotated, keys, state.v, positions, sm_scale=spec.sm_scale)
+    if isinstance(state.v, Hosted):
+        take = functools.partial(take_block, state)
+        size = hosted.num_slots(state.v)
+        out, _ = streamed_attention(
+            rotated, take, size, positions, sm_scale=spec.sm_scale
+        )
+    else:
+        out, _ = decode_attention(
+            rotated,
+            rotate_keys(state, state.k, 0),
+            state.v,
+            positions,
+            sm_scale=spec.sm_scale,
+        )
     return state, out.astype(q.dtype)
+
+
+def rotate_keys(
+    state: TokenSelectState, k: Float[Rows, "B Hkv N D"], start: int | Int[Array, ""]
+) -> Float[Array, "B Hkv N D"]:
+    """Rotates keys of adjacent tokens, from position `start` on."""
+    places = start + jnp.arange(k.shape[2], dtype=jnp.int32)
+    places = jnp.broadcast_to(places, (k.shape[0], k.shape[2]))
+    return state.spec.rope(floats(k), places, state.length)
+
+
+def take_block(
+    state: TokenSelectState, start: int | Int[Array, ""], size: int
+) -> tuple[Float[Array, "B Hkv N D"], Float[Rows, "B Hkv N D"]]:
+    """Takes keys of a block, which it rotates, and values from the host's memory."""
+    keys = rotate_keys(state, hosted.block(state.k, start, size), start)
+    return keys, hosted.block(state.v, start, size)
 
 
 def inspect_step(
@@ -212,10 +245,12 @@ def inspect_step(
         buffers.gather(state.k, attended), jnp.maximum(place[:, 0], 0), count
     )
     rotated, positions = contiguous.rotate_queries(spec, q, count)
+    held, values = offloaded.gather(state.v, attended, state.length)
+    state = state._replace(v=held)
     out, lse = decode_attention(
         rotated,
         keys,
-        buffers.gather(state.v, attended),
+        values,
         positions,
         place,
         sm_scale=spec.sm_scale,
@@ -224,6 +259,11 @@ def inspect_step(
     diagnostics = step.diagnose(attended, lse, state.length, spec)
     refreshed = is_due | diagnostics.refreshed
     return state, out.astype(q.dtype), diagnostics._replace(refreshed=refreshed)
+
+
+def listed(options: Options, spec: CacheSpec) -> int:
+    """Counts the tokens whose values a step reads at most."""
+    return sum(options.parts(spec))
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:

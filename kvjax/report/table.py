@@ -93,6 +93,7 @@ BYTES = Column("read / token", "bytes_read", format_bytes)
 PREDICTED = (
     BYTES,
     Column("held", "bytes_held", format_bytes),
+    Column("in host", "bytes_in_host", format_bytes),
     Column("KL", "kl", _small, False),
     Column("KL p99", "kl_p99", _open, False),
     Column("top-1", "top1_agreement", format_share, False),
@@ -116,6 +117,8 @@ ANSWERED = (
 ATTENTION = (
     Column("read / token, at most", "bytes_read", format_bytes),
     Column("measured", "bytes_measured", format_bytes),
+    Column("over the link", "bytes_moved", format_bytes),
+    Column("found", "pages_found", format_share),
     Column("output error", "output_error", _small),
     Column("dropped mass", "dropped_mass", _small),
     Column("support kept", "support", format_share),
@@ -173,18 +176,23 @@ def sheets(results: Mapping[str, Any]) -> list[Sheet]:
         for title, columns, caption in (
             ("What is predicted", PREDICTED, predicted_caption(results)),
             ("What is answered", ANSWERED, answered_caption(results)),
-            ("What attention loses", ATTENTION, ATTENTION_CAPTION),
+            ("What attention loses", ATTENTION, attention_caption(results)),
         )
     ]
 
 
-ATTENTION_CAPTION = (
+LAYERS = (
     "Attention of the layers, each fed what the first row's is, over the tokens that "
     "decode steps predict. Measured: what choosing reads, and the keys and values "
     "attended to. Dropped mass: of the first row's weights, on what was not attended "
     "to. Support kept: share of the tokens with any weight that was. Proved exact: "
     "share of heads and steps known to equal attention over every token. Full steps: "
     "share of steps that read the whole cache; its inverse is the effective stride."
+)
+LINK = (
+    " Over the link: of what was measured, the keys and values that came from the "
+    "host's memory. Found: share of the pages listed there, or values, that the device "
+    "had already."
 )
 WHEN = {
     "seen": "Questions end the prompt: a method sees them before it chooses.",
@@ -194,6 +202,15 @@ WHEN = {
         "after: they come once it has."
     ),
 }
+
+
+def attention_caption(results: Mapping[str, Any]) -> str:
+    """Says how layers were fed, and what the columns of the third table are."""
+    return LAYERS + (LINK if _is_offloaded(results) else "")
+
+
+def _is_offloaded(results: Mapping[str, Any]) -> bool:
+    return any(row.get("bytes_in_host") for row in results["rows"])
 
 
 def predicted_caption(results: Mapping[str, Any]) -> str:
@@ -214,6 +231,8 @@ def predicted_caption(results: Mapping[str, Any]) -> str:
             f"Same tokens: of {settings['new_tokens']} chosen greedily, those before "
             "the first that differs from the first row's."
         )
+    if _is_offloaded(results):
+        caption += " In host: held in the host's memory; held: in the device's."
     return caption
 
 
@@ -354,7 +373,7 @@ def _print_tasks(about: str, document: Mapping[str, Any]) -> None:
     terminal.say(f"mean of {len(tasks)} tasks {100 * document['average']:.1f}%")
 
 
-LAYER_HEADINGS = ("layer", *(column.heading for column in ATTENTION[2:]))
+LAYER_HEADINGS = ("layer", *(column.heading for column in ATTENTION[4:]))
 
 
 def _layer(layer: Mapping[str, Any]) -> list[str]:

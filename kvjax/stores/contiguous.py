@@ -8,8 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial
 from kvjax.interface import CacheSpec
-from kvjax.stores import buffers
-from pallas_kernels.decode_attention import decode_attention
+from kvjax.stores import buffers, hosted, offloaded
 from pallas_kernels.entmax import entmax_attention
 from pallas_kernels.shared.quantized import Rows, rewound
 
@@ -19,7 +18,7 @@ class Contiguous(NamedTuple):
 
     spec: CacheSpec
     k: Float[Rows, "B Hkv S D"]  # rotated at absolute positions
-    v: Float[Rows, "B Hkv S D"]
+    v: Float[Rows, "B Hkv S D"]  # a `Hosted` or `Offloaded` beyond the device
     length: Int[Array, "B"]
 
     ROWS = buffers.KEYS_AND_VALUES
@@ -46,8 +45,8 @@ def extend(
     length = store.length + count
     k = store.spec.rope(k, positions, length)
     return store._replace(
-        k=buffers.write_run(store.k, k, store.length, count),
-        v=buffers.write_run(store.v, v, store.length, count),
+        k=offloaded.write_run(store.k, k, store.length, count),
+        v=offloaded.write_run(store.v, v, store.length, count),
         length=length,
     )
 
@@ -117,7 +116,7 @@ def attend(
     :class:`kvjax.interface.Diagnostics`, and the result cannot be merged.
     """
     spec = store.spec
-    normaliser = decode_attention
+    normaliser = hosted.attend
     if spec.alpha != 1:
         normaliser = functools.partial(entmax_attention, alpha=spec.alpha)
     return Partial(*normaliser(q, store.k, store.v, positions, sm_scale=spec.sm_scale))

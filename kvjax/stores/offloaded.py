@@ -1,11 +1,12 @@
-"""Pages in host memory, and those of them that a device keeps to read.
+"""Rows in host memory, and those of them that a device keeps to read.
 
 A step moves the listed pages that the device lacks, one by one, and nothing else: slots
 are given to them by who was read longest ago. The page of the newest tokens lies on the
-device until it is full.
+device until it is full. Of rows in slots a page is the tokens that a machine moves
+together, one or a few (:func:`kvjax.stores.hosted.page_size_of`).
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,28 +15,9 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
-from kvjax.stores import buffers
+from kvjax.stores import buffers, hosted
+from kvjax.stores.hosted import Hosted, put_pages, take_pages
 from pallas_kernels.shared.quantized import Rows
-
-Memory = Literal["pinned_host", "device"]
-
-SPACES = {
-    "pinned_host": jax.memory.Space.Host,
-    "device": jax.memory.Space.Device,
-}
-
-
-class Hosted(NamedTuple):
-    """Rows of pages beyond the device's memory: they are only sliced and overwritten.
-
-    What moves them follows the memory that they are in; :func:`place` chose it.
-    """
-
-    rows: Float[Rows, "B Hkv NP P D2"]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.rows.shape
 
 
 class Offloaded(NamedTuple):
@@ -48,7 +30,7 @@ class Offloaded(NamedTuple):
     """
 
     host: Hosted
-    slots: Float[Rows, "B Hkv C P D2"]
+    slots: Float[Rows, "B Hkv *C D2"]
     held: Int[Array, "B Hkv C_1"]  # the page in each slot but the last, -1 = none
     used: Int[Array, "B Hkv C_1"]  # the length of the text when it was last listed
     asked: Int[Array, "B"]  # pages listed so far, of all KV heads; no newest ones
@@ -67,64 +49,84 @@ class Offloaded(NamedTuple):
     def dtype(self) -> np.dtype:
         return self.slots.dtype
 
+    @property
+    def page_size(self) -> int:
+        """The tokens that move together."""
+        return hosted.page_size_of(self.host)
 
-# --- memories
+    @property
+    def num_pages(self) -> int:
+        return hosted.num_pages_of(self.host)
 
-
-def place(rows: Float[Rows, "B Hkv NP P D2"], memory: Memory) -> Hosted:
-    """Puts rows into a memory of the machine."""
-    return Hosted(jax.tree.map(lambda x: jax.device_put(x, SPACES[memory]), rows))
-
-
-def memory_of(hosted: Hosted) -> Memory:
-    """Returns the memory that rows are in."""
-    is_host = any(map(buffers.in_host, jax.tree.leaves(hosted)))
-    return "pinned_host" if is_host else "device"
-
-
-def on_device(hosted: Hosted) -> Float[Rows, "B Hkv NP P D2"]:
-    """Returns all rows in the device's memory."""
-    return jax.tree.map(_to_device, hosted.rows)
+    @property
+    def unit(self) -> int:
+        """The bytes of a page of one KV head, which move together."""
+        batch, heads = self.shape[:2]
+        return buffers.num_bytes(self.host) // (batch * heads * self.num_pages)
 
 
-def _to_device(x: Array) -> Array:
-    return jax.device_put(x, jax.memory.Space.Device)
+class Streamed(NamedTuple):
+    """Rows in host memory that a step reads all of, in blocks, or does not read."""
+
+    host: Hosted
+    newest: Float[Rows, "B Hkv P D"]  # the page of the newest token, there too
+    asked: Int[Array, "B"]  # tokens read so far, of all KV heads
+    moved: Int[Array, "B"]  # the same: all of them came over the link
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.host.shape
+
+    @property
+    def ndim(self) -> int:
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        return self.host.dtype
+
+    @property
+    def page_size(self) -> int:
+        """The tokens that move together, where not all do."""
+        return hosted.page_size_of(self.host)
+
+    @property
+    def unit(self) -> int:
+        """The bytes of a token of all KV heads."""
+        return buffers.num_bytes(self.host) // (self.shape[0] * self.shape[2])
 
 
-def _as(x: Array, other: Array) -> Array:
-    """Returns the array in the memory of the other."""
-    return jax.device_put(x, jax.typeof(other).memory_space)
+AnyRows = hosted.AnyRows | Offloaded | Streamed  # a buffer of rows, wherever it is
+
+
+class Crossed(NamedTuple):
+    """Bytes that steps of each row listed, and of them those that were moved."""
+
+    asked: Float[np.ndarray, "B"]
+    moved: Float[np.ndarray, "B"]
+
+
+def crossed(state: Any) -> Crossed | None:
+    """Counts what was listed and moved since a prompt ended; None if nothing can be."""
+
+    def is_counted(leaf: Any) -> bool:
+        return isinstance(leaf, Offloaded | Streamed | Crossed)
+
+    def counted(leaf: Offloaded | Streamed | Crossed) -> Crossed:
+        if isinstance(leaf, Crossed):
+            return leaf
+        counts = (np.asarray(x, np.float64) for x in (leaf.asked, leaf.moved))
+        return Crossed(*(leaf.unit * x for x in counts))
+
+    leaves = filter(is_counted, jax.tree.leaves(state, is_leaf=is_counted))
+    counts = list(map(counted, leaves))
+    if not counts:
+        return None
+    asked, moved = (np.sum(x, axis=0) for x in zip(*counts, strict=True))
+    return Crossed(asked, moved)
 
 
 # --- making and writing
-
-
-def write_chunk(
-    hosted: Hosted,
-    pages: Float[Rows, "B Hkv NP P D2"],
-    length: Int[Array, "B"],
-    size: int,
-) -> Hosted:
-    """Writes the pages that at most `size` tokens behind `length` lie in.
-
-    Args:
-        pages: all of them, on the device, as they are to be.
-    """
-    batch, _, num_pages, page_size = pages.shape[:4]
-    most = min((size + page_size - 2) // page_size + 1, num_pages)
-    # A slice that would pass the end is moved back; what it has more is as it was.
-    first = jnp.minimum(length // page_size, num_pages - most)
-
-    def one(host: Array, pages: Array) -> Array:
-        def one_row(b: Int[Array, ""], host: Array) -> Array:
-            where = _at(b, 0, first[b], pages.ndim)
-            shape = (1, pages.shape[1], most, *pages.shape[3:])
-            fresh = lax.dynamic_slice(pages, where, shape)
-            return lax.dynamic_update_slice(host, _as(fresh, host), where)
-
-        return lax.fori_loop(jnp.int32(0), jnp.int32(batch), one_row, host)
-
-    return Hosted(jax.tree.map(one, hosted.rows, pages))
 
 
 def offloaded(host: Hosted, length: Int[Array, "B"], slots: int) -> Offloaded:
@@ -135,36 +137,50 @@ def offloaded(host: Hosted, length: Int[Array, "B"], slots: int) -> Offloaded:
         length: tokens in each row.
         slots: of other pages that the device has room for.
     """
-    batch, heads, num_pages, page_size = host.shape[:4]
-    newest = jnp.minimum(length // page_size, num_pages - 1)
-
-    def with_newest(host: Array) -> Array:
-        empty = (batch, heads, slots + 1, *host.shape[3:])
-
-        def one_row(b: Int[Array, ""], kept: Array) -> Array:
-            shape = (1, heads, 1, *host.shape[3:])
-            page = lax.dynamic_slice(host, _at(b, 0, newest[b], host.ndim), shape)
-            where = _at(b, 0, slots, host.ndim)
-            return lax.dynamic_update_slice(kept, _to_device(page), where)
-
-        kept = buffers.allocate(empty, host.dtype)
-        return lax.fori_loop(jnp.int32(0), jnp.int32(batch), one_row, kept)
-
-    shape = (batch, heads, slots)
+    shape = (*host.shape[:2], slots)
     return Offloaded(
         host,
-        jax.tree.map(with_newest, host.rows),
+        _with_newest(host, length, slots),
         buffers.allocate(shape, jnp.int32, fill=-1.0),
         buffers.allocate(shape, jnp.int32, fill=-1.0),
-        jnp.zeros((batch,), jnp.int32),
-        jnp.zeros((batch,), jnp.int32),
+        jnp.zeros_like(length),
+        jnp.zeros_like(length),
     )
+
+
+def streamed(host: Hosted, length: Int[Array, "B"]) -> Streamed:
+    """Makes rows that are read in blocks, none of them yet.
+
+    Args:
+        host: all rows.
+        length: tokens in each row.
+    """
+    none = jnp.zeros_like(length)
+    return Streamed(host, _with_newest(host, length, 0), none, jnp.zeros_like(none))
+
+
+def _with_newest(host: Hosted, length: Int[Array, "B"], slots: int) -> Any:
+    """Makes empty slots on the device, and one behind them of the newest page."""
+    batch, heads = host.shape[:2]
+    num_pages, page_size = hosted.num_pages_of(host), hosted.page_size_of(host)
+    newest = jnp.minimum(length // page_size, num_pages - 1)
+
+    def one(host: Array) -> Array:
+        def one_row(b: Int[Array, ""], kept: Array) -> Array:
+            page = take_pages(host, b, 0, newest[b], page_size, heads=heads)
+            return put_pages(kept, page, b, 0, slots, page_size)
+
+        here = (slots + 1) * (page_size if host.ndim == 4 else 1)
+        kept = buffers.allocate((batch, heads, here, *host.shape[3:]), host.dtype)
+        return lax.fori_loop(jnp.int32(0), jnp.int32(batch), one_row, kept)
+
+    return jax.tree.map(one, host.rows)
 
 
 def newest_slot(pages: Offloaded, length: Int[Array, "B"]) -> Int[Array, "B"]:
     """Returns the position in all slots of the token at position `length`."""
-    page_size = pages.shape[3]
-    return (pages.slots.shape[2] - 1) * page_size + length % page_size
+    page_size = pages.page_size
+    return pages.held.shape[-1] * page_size + length % page_size
 
 
 def keep_full(pages: Offloaded, length: Int[Array, "B"]) -> Offloaded:
@@ -173,20 +189,18 @@ def keep_full(pages: Offloaded, length: Int[Array, "B"]) -> Offloaded:
     Args:
         length: tokens in each row, the newest just written.
     """
-    heads, num_pages, page_size = pages.shape[1:4]
+    heads, num_pages, page_size = pages.shape[1], pages.num_pages, pages.page_size
     page = length // page_size - 1
     # A row that is past its end has dropped its newest tokens.
     is_full = (length % page_size == 0) & (page >= 0) & (page < num_pages)
-    rows, count = _which(is_full)
-    last = pages.slots.shape[2] - 1
+    rows, count = hosted.which(is_full)
+    last = pages.held.shape[-1]
 
     def one(host: Array, slots: Array) -> Array:
         def one_row(i: Int[Array, ""], host: Array) -> Array:
             b = rows[i]
-            shape = (1, heads, 1, *slots.shape[3:])
-            full = lax.dynamic_slice(slots, _at(b, 0, last, slots.ndim), shape)
-            where = _at(b, 0, page[b], host.ndim)
-            return lax.dynamic_update_slice(host, _as(full, host), where)
+            full = take_pages(slots, b, 0, last, page_size, heads=heads)
+            return put_pages(host, full, b, 0, page[b], page_size)
 
         return lax.fori_loop(jnp.int32(0), count, one_row, host)
 
@@ -199,7 +213,86 @@ def newest_page(pages: Offloaded) -> Float[Rows, "B Hkv 1 P D2"]:
     return jax.tree.map(lambda x: x[:, :, -1:], pages.slots)
 
 
+def write_run(
+    rows: AnyRows,
+    new: Float[Rows, "B Hkv T D"],
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+) -> Any:
+    """Writes as :func:`kvjax.stores.buffers.write_run`, wherever the buffer is.
+
+    Raises:
+        ValueError: for more than one token of a buffer that decodes from a host.
+    """
+    if isinstance(rows, Hosted):
+        return hosted.write(rows, new, start, count)
+    if not isinstance(rows, Offloaded | Streamed):
+        return buffers.write_run(rows, new, start, count)
+    check_one(new)
+    if isinstance(rows, Streamed):
+        return _write_through(rows, new, start, count)
+    slot = newest_slot(rows, start)
+    written = rows._replace(slots=buffers.write_run(rows.slots, new, slot, count))
+    return keep_full(written, start + count)
+
+
+def _write_through(
+    rows: Streamed,
+    new: Float[Rows, "B Hkv 1 D"],
+    start: Int[Array, "B"],
+    count: Int[Array, "B"],
+) -> Streamed:
+    """Writes a token to the newest page, and all of that to the host."""
+    num_pages, page_size = hosted.num_pages_of(rows.host), rows.page_size
+    newest = buffers.write_run(rows.newest, new, start % page_size, count)
+    page = start // page_size
+    places, number = hosted.which((count > 0) & (page < num_pages))
+
+    def one(host: Array, newest: Array) -> Array:
+        def one_row(i: Int[Array, ""], host: Array) -> Array:
+            b = places[i]
+            fresh = lax.dynamic_slice_in_dim(newest, b, 1, 0)
+            return put_pages(host, fresh, b, 0, page[b], page_size)
+
+        return lax.fori_loop(jnp.int32(0), number, one_row, host)
+
+    host = Hosted(jax.tree.map(one, rows.host.rows, newest))
+    return rows._replace(host=host, newest=newest)
+
+
+def check_one(rows: Float[Rows, "B Hkv T D"]) -> None:
+    """Raises ValueError unless there is one token to write."""
+    if rows.shape[2] != 1:
+        raise ValueError(
+            f"{rows.shape[2]} tokens cannot be written at once to offloaded rows: "
+            "append them one by one."
+        )
+
+
 # --- reading
+
+
+def gather(
+    rows: Rows | Offloaded, slots: Int[Array, "B H N"], length: Int[Array, "B"]
+) -> tuple[Any, Float[Array, "B Hkv N D"]]:
+    """Reads tokens as :func:`kvjax.stores.buffers.gather`, brought where they are not.
+
+    Args:
+        slots: positions of tokens; of one KV head not more than the device has room
+            for beside the newest.
+        length: tokens in each row.
+
+    Returns:
+        The buffer, and what was read.
+    """
+    if not isinstance(rows, Offloaded):
+        return rows, buffers.gather(rows, slots)
+    slots = jnp.broadcast_to(slots, (*rows.shape[:2], slots.shape[2]))
+    size = rows.page_size
+    pages = jnp.where(slots < 0, -1, slots // size)
+    rows, places = bring(rows, pages, length)
+    places = jnp.where(slots < 0, -1, places * size + slots % size)
+    return rows, buffers.gather(rows.slots, places)
 
 
 def bring(
@@ -215,8 +308,8 @@ def bring(
     Returns:
         The pages, and the slots of those listed, -1 = none.
     """
-    batch, heads, num_pages, page_size = pages.shape[:4]
-    newest = ((length - 1) // page_size)[:, None, None]
+    batch, heads, num_pages = *pages.shape[:2], pages.num_pages
+    newest = ((length - 1) // pages.page_size)[:, None, None]
     by_head = page_ids.reshape(batch, heads, -1)
     listed = jnp.where(by_head == newest, -1, by_head)
     slot_of = _slots_of(pages.held, num_pages)
@@ -239,7 +332,7 @@ def bring(
     held = buffers.write(pages.held, ordered, slot, is_missing)
     used = buffers.write(used, jnp.broadcast_to(now, slot.shape), slot, is_missing)
     slots = _move(pages, ordered, slot, is_missing)
-    last = pages.slots.shape[2] - 1
+    last = pages.held.shape[-1]
     places = _taken(_slots_of(held, num_pages), by_head)
     places = jnp.where(by_head == newest, last, jnp.where(by_head < 0, -1, places))
     brought = pages._replace(
@@ -257,21 +350,19 @@ def _move(
     page: Int[Array, "B Hkv M"],
     slot: Int[Array, "B Hkv M"],
     is_missing: Bool[Array, "B Hkv M"],
-) -> Float[Rows, "B Hkv C P D2"]:
+) -> Float[Rows, "B Hkv *C D2"]:
     """Copies pages into slots, those that are missing and no others."""
-    which, count = _which(is_missing.reshape(-1))
+    places, count = hosted.which(is_missing.reshape(-1))
     heads, listed = page.shape[1:]
-    page, slot = page.reshape(-1), slot.reshape(-1)
+    page, slot, page_size = page.reshape(-1), slot.reshape(-1), pages.page_size
 
     def one(i: Int[Array, ""], slots: Rows) -> Rows:
-        entry = which[i]
+        entry = places[i]
         b, h = entry // (heads * listed), entry // listed % heads
 
         def move(slots: Array, host: Array) -> Array:
-            shape = (1, 1, 1, *host.shape[3:])
-            rows = lax.dynamic_slice(host, _at(b, h, page[entry], host.ndim), shape)
-            where = _at(b, h, slot[entry], host.ndim)
-            return lax.dynamic_update_slice(slots, _to_device(rows), where)
+            rows = take_pages(host, b, h, page[entry], page_size, heads=1)
+            return put_pages(slots, rows, b, h, slot[entry], page_size)
 
         return jax.tree.map(move, slots, pages.host.rows)
 
@@ -287,20 +378,3 @@ def _slots_of(held: Int[Array, "B Hkv C_1"], num_pages: int) -> Int[Array, "B Hk
 
 def _taken(x: Array, index: Int[Array, "B Hkv M"]) -> Array:
     return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=-1)
-
-
-def _which(flags: Array) -> tuple[Int[Array, "N"], Int[Array, ""]]:
-    """Returns where flags are True, those places first, and how many they are."""
-    (places,) = jnp.nonzero(flags, size=flags.size, fill_value=0)
-    return places.astype(jnp.int32), flags.sum(dtype=jnp.int32)
-
-
-def _at(
-    row: Int[Array, ""],
-    head: int | Int[Array, ""],
-    page: int | Int[Array, ""],
-    ndim: int,
-) -> tuple[Int[Array, ""], ...]:
-    """The place of a page, as slices name it: of one type also where 64 bits are on."""
-    places = (row, head, page, *[0] * (ndim - 3))
-    return tuple(jnp.asarray(place, jnp.int32) for place in places)

@@ -10,9 +10,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention.partials import Partial
 from kvjax.interface import CacheSpec
-from kvjax.stores import buffers, contiguous, offloaded
+from kvjax.stores import buffers, contiguous, hosted, offloaded
+from kvjax.stores.hosted import Hosted
 from kvjax.stores.offloaded import Offloaded
 from kvjax.stores.page_statistics import page_statistics
+from pallas_kernels.decode_attention import streamed_attention
 from pallas_kernels.shared import quantized
 from pallas_kernels.shared.quantized import Rows, WithNewest, every_token, stored
 
@@ -21,7 +23,8 @@ class Paged(NamedTuple):
     """Every token of a row, in pages in order of position."""
 
     spec: CacheSpec
-    # Rotated keys, then values: D2 = 2 D. While decoding, some are an `Offloaded`.
+    # Rotated keys, then values: D2 = 2 D. Beyond the device they are a `Hosted`, and
+    # while decoding an `Offloaded`.
     pages: Float[Rows, "B Hkv NP P D2"]
     page_min: Float[Array, "B Hkv NP D"]  # +inf while the page is empty
     page_max: Float[Array, "B Hkv NP D"]  # -inf while the page is empty
@@ -105,6 +108,9 @@ def _write(
     page = jnp.where(valid, positions // page_size, num_pages)
     if isinstance(store.pages, Offloaded):
         pages, rows = _write_newest(store.pages, fused, store.length, count)
+    elif isinstance(store.pages, Hosted):
+        rows = stored(store.pages.rows, fused)
+        pages = hosted.write(store.pages, rows, store.length, count)
     else:
         rows = stored(store.pages, fused)
         pages = _write_rows(every_token(store.pages), rows, positions, valid)
@@ -125,10 +131,7 @@ def _write_newest(
 
     A page that it fills goes to the host.
     """
-    if fused.shape[2] != 1:
-        raise ValueError(
-            f"{fused.shape[2]} tokens cannot be written at once to offloaded pages."
-        )
+    offloaded.check_one(fused)
     rows = stored(pages.slots, fused)
     slot = offloaded.newest_slot(pages, length)[:, None]
     slots = _write_rows(pages.slots, rows, slot, (count > 0)[:, None])
@@ -218,8 +221,27 @@ def attend_all(
 
     By the model's own normaliser, as :func:`kvjax.stores.contiguous.attend`.
     """
+    if isinstance(store.pages, Hosted) and store.spec.alpha == 1:
+        return _attend_hosted(store.spec, store.pages, q, positions)
     whole = contiguous.Contiguous(store.spec, *views(store), store.length)
     return contiguous.attend(whole, q, positions)
+
+
+def _attend_hosted(
+    spec: CacheSpec,
+    pages: Hosted,
+    q: Float[Array, "B Hq T D"],
+    positions: Int[Array, "B T"],
+) -> Partial:
+    """Attends to pages that come to the device in blocks."""
+
+    def take(start: Any, size: int) -> tuple[Rows, Rows]:
+        return quantized.split(hosted.block(pages, start, size))
+
+    slots = hosted.num_slots(pages)
+    return Partial(
+        *streamed_attention(q, take, slots, positions, sm_scale=spec.sm_scale)
+    )
 
 
 class Moments(NamedTuple):

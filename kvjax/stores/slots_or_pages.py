@@ -9,7 +9,7 @@ from typing import TypeVar
 from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial
-from kvjax.stores import buffers, contiguous, paged
+from kvjax.stores import buffers, contiguous, offloaded, paged
 from pallas_kernels.shared.quantized import Rows
 
 Store = contiguous.Contiguous | paged.Paged
@@ -40,12 +40,20 @@ def views(store: Store) -> tuple[Float[Rows, "B Hkv S D"], Float[Rows, "B Hkv S 
     return store.k, store.v
 
 
+def keys(store: Store) -> Float[Rows, "B Hkv S D"]:
+    """Returns the keys, every token's in the slot of its position."""
+    return paged.views(store)[0] if isinstance(store, paged.Paged) else store.k
+
+
 def fetch(
-    store: Store, positions: Int[Array, "B H N"]
-) -> tuple[Float[Array, "B H N D"], Float[Array, "B H N D"]]:
+    store: AnyStore, positions: Int[Array, "B H N"]
+) -> tuple[AnyStore, Float[Array, "B H N D"], Float[Array, "B H N D"]]:
     """Reads keys and values at `positions`, -1 = anything; H is Hkv, or Hq lists.
 
-    Each is read once, whatever is made of it.
+    Each is read once, whatever is made of it. Values may lie in the host's memory.
+
+    Returns:
+        The store, with the values that were brought; keys and values.
     """
     heads = store.spec.num_kv_heads
     batch, lists, size = positions.shape
@@ -53,9 +61,11 @@ def fetch(
     if isinstance(store, paged.Paged):
         both = buffers.gather(paged.flat(store), merged)
         both = both.reshape(batch, lists, size, -1)
-        return both[..., : store.spec.head_dim], both[..., store.spec.head_dim :]
-    k, v = buffers.gather(store.k, merged), buffers.gather(store.v, merged)
-    return k.reshape(batch, lists, size, -1), v.reshape(batch, lists, size, -1)
+        return store, both[..., : store.spec.head_dim], both[..., store.spec.head_dim :]
+    k = buffers.gather(store.k, merged)
+    values, v = offloaded.gather(store.v, merged, store.length)
+    k, v = (x.reshape(batch, lists, size, -1) for x in (k, v))
+    return store._replace(v=values), k, v
 
 
 def _pick(store: Store, slots: Callable, pages: Callable) -> Callable:

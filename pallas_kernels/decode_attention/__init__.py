@@ -1,6 +1,7 @@
 """Attention of a few query rows against a contiguous cache, with its log-sum-exp."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from jaxtyping import Array, Float, Int
@@ -104,6 +105,34 @@ def decode_logits(
         )
     return reference.decode_logits(
         q, k, query_positions, key_positions, sm_scale=sm_scale
+    )
+
+
+def streamed_attention(
+    q: Float[Array, "B Hq T D"],
+    take: Callable[[Any, int], tuple[Rows, Rows]],
+    slots: int,
+    query_positions: Int[Array, "B T"],
+    *,
+    sm_scale: float,
+) -> tuple[Float[Array, "B Hq T D"], Float[Array, "B Hq T"]]:
+    """Attends causally to keys and values that come in blocks, each of them once.
+
+    As :func:`decode_attention` through XLA, to the last bit where that goes by blocks
+    too: of more than 64 rows a KV head, or quantised ones, or where one block has all.
+    No temporary grows with the cache.
+
+    Args:
+        q, query_positions, sm_scale: as there.
+        take: `take(start, size)` of keys and values in slots `[start, start + size)`,
+            each `(B, Hkv, size, D)`; the start may be traced.
+        slots: slot s holds position s.
+
+    Returns:
+        `(out, lse)`, `(B, Hq, T, D)` and `(B, Hq, T)` in float32.
+    """
+    return reference.streamed_attention(
+        q, take, slots, query_positions, sm_scale=sm_scale
     )
 
 

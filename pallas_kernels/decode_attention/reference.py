@@ -6,6 +6,7 @@ as many as the tile's last row needs, so that no temporary grows with the cache 
 of a causal chunk is not computed. Both accumulate in float32, and what is float64 in
 float64. Quantised rows are read by blocks however few the query rows: their numbers are
 there for one block at a time, and few rows meet its codes, which are scaled after.
+Blocks may also come from elsewhere, one by one.
 """
 
 import jax
@@ -283,3 +284,54 @@ def _blocked(grouped, k, v, row_positions, held, reach, scores):
     if reach is not None:
         needed = jnp.clip(reach // BLOCK + 1, 0, slots // BLOCK)
     return _finish(*over_blocks(slots, block, carry, needed))
+
+
+def streamed_attention(q, take, slots, query_positions, *, sm_scale):
+    """See :func:`pallas_kernels.decode_attention.streamed_attention`.
+
+    Each block comes once, and all tiles of rows meet it. The sums of a tile are those
+    of `_blocked`, to the last bit.
+    """
+    if slots <= BLOCK:
+        k, v = take(0, slots)
+        out, lse, *_ = decode_attention(
+            q, k, v, query_positions, None, sm_scale=sm_scale
+        )
+        return out, lse
+    scores = {"sm_scale": sm_scale, "window": None, "soft_cap": None}
+    k, v = jax.eval_shape(lambda: take(0, BLOCK))
+    batch, heads, rows, head_dim = q.shape
+    size = min(TILE, rows)
+    tiles = -(-rows // size)
+    padding = tiles * size - rows
+    # A padded row sees no key.
+    some = jnp.pad(turned(k, q), ((0, 0), (0, 0), (0, padding), (0, 0)))
+    where = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
+    some = jnp.moveaxis(some.reshape(batch, heads, tiles, size, head_dim), 2, 0)
+    where = jnp.moveaxis(where.reshape(batch, tiles, size), 1, 0)
+    in_group = heads // k.shape[1] * size
+
+    def block(start, length, carries):
+        keys, values = take(start, length)
+        if in_group > DENSE_ROWS:
+            keys, values = numbers(keys), numbers(values)
+        held = start + jnp.arange(length, dtype=jnp.int32)
+
+        def tile(inputs):
+            q, positions, carry = inputs
+            grouped, row_positions = _group(q, keys, positions)
+            logits = _logits(
+                grouped, keys, row_positions, held[None, None, None], **scores
+            )
+            return _accumulate(carry, logits, lambda w: weighted_values(w, values))
+
+        return lax.map(tile, (some, where, carries))
+
+    carries = _nothing((tiles, batch, k.shape[1], in_group, head_dim), _wide(v))
+    needed = jnp.clip(query_positions.max() // BLOCK + 1, 0, slots // BLOCK)
+    out, lse = _finish(*over_blocks(slots, block, carries, needed))
+    out = jnp.moveaxis(out.reshape(tiles, batch, heads, size, head_dim), 0, 2)
+    lse = jnp.moveaxis(lse.reshape(tiles, batch, heads, size), 0, 2)
+    out = out.reshape(batch, heads, tiles * size, head_dim)
+    lse = lse.reshape(batch, heads, tiles * size)
+    return turned(v, out[:, :, :rows]), lse[:, :, :rows]

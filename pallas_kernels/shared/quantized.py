@@ -214,7 +214,9 @@ def numbers(rows: Rows) -> Float[Array, "*B D"]:
     return _joined([narrowed(_decode(part), rows.dtype) for part in _parts(rows)])
 
 
-def turned(like: Rows | np.ndarray, x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+def turned(
+    like: Rows | np.ndarray | jax.ShapeDtypeStruct, x: Float[Array, "*B D"]
+) -> Float[Array, "*B D"]:
     """Turns x as rows in `like` are turned, or back, which is the same.
 
     q . k is that of both turned, and a sum of turned values is the turned sum: a query

@@ -35,7 +35,10 @@ def said(*texts):
     ]
 
 
-@pytest.mark.parametrize("spec", ["quest", "snapkv"])
+@pytest.mark.parametrize(
+    "spec",
+    ["quest", "snapkv", "offload:cache=8+quest", "offload:cache=8+token_select"],
+)
 def test_three_turns_are_one_conversation(spec):
     """What comes after them is what comes after the whole, read at once."""
     model, method = model_with(TURNS), registry.parse(spec, **SMALL)

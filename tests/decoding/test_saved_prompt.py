@@ -24,6 +24,7 @@ ONE_LAYER = tiny_model(num_layers=1)
 # A transform over pages; what a prompt's end makes smaller; arrays of the host. States
 # are plain arrays to all that is tested here: one of a kind will do.
 SPECS = ["dense_layers:first=1+quest", "snapkv", "offload:cache=8+quest"]
+SPECS += ["offload:cache=8+token_select"]
 SAMPLED = Sampling(temperature=1.3, top_k=40, repetition_penalty=1.2)
 
 

@@ -186,6 +186,27 @@ def test_what_attention_loses_is_measured(rows):
     assert forgetful.output_error.mean > 0.01
 
 
+def test_what_comes_from_the_host_is_counted(inputs):
+    """With room for every page each comes once, for the first of 15 steps."""
+    spec = "offload:cache=0+quest:budget=512"
+    methods = {"full": METHODS["full"], spec: kvjax.parse(spec)}
+    results = compare.compare(MODEL, methods, inputs, SETTINGS)
+    full, away = results.rows
+    layer = MODEL.decoder.cache_spec(1, 352)
+    page = 16 * 2 * 4 * layer.num_kv_heads * layer.head_dim  # bytes, float32
+    full_pages = 336 // 16
+    assert away.bytes_moved == pytest.approx(full_pages * page / 15, rel=1e-6)
+    assert away.pages_found.mean == pytest.approx(1 - 1 / 15, rel=1e-6)
+    assert away.bytes_in_host == 352 // 16 * page
+    held = accounting.bytes_held(methods[spec], MODEL.decoder, 352, 16)
+    assert away.bytes_held == held - away.bytes_in_host
+    assert away.kl.mean < 1e-9
+    assert full.bytes_in_host is full.bytes_moved is full.pages_found is None
+    columns = results.columns()
+    assert columns["bytes_in_host"] == [None, away.bytes_in_host]
+    assert columns["pages_found"] == [None, away.pages_found.mean]
+
+
 def test_depths_add_up(rows):
     for row in rows:
         assert [cell[0] for cell in row.passkey_by_depth] == [0.0, 1.0]

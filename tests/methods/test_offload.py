@@ -8,16 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from aot import tpu
-from jax.sharding import SingleDeviceSharding
+from aot import layer, tpu
+from moved import Cache, kinds
 from tiny import TEXT, tiny_model
 
 import kvjax
 from kvjax import accounting, registry
-from kvjax.interface import CacheSpec
 from kvjax.methods.offload import offload
 from kvjax.methods.quest import quest
-from kvjax.rope import Rope
 from kvjax.stores import buffers
 from kvjax.testing import subject
 
@@ -31,14 +29,6 @@ PAGE_BYTES = PAGE * 2 * 8 * 4
 
 def parsed(spec):
     return registry.parse(spec, **subject.SMALL)
-
-
-def kinds(state):
-    """The memory of every array of a state, and its bytes."""
-    found = {"pinned_host": 0, "device": 0}
-    for leaf in jax.tree.leaves(state):
-        found[leaf.sharding.memory_kind] += leaf.nbytes
-    return found
 
 
 @pytest.mark.parametrize(
@@ -76,26 +66,6 @@ def test_is_the_method_bit_for_bit(spec, alpha):
 # --- what moves, by a cache in plain Python
 
 
-class Cache:
-    """The slots of one KV head: what is listed longest ago goes first."""
-
-    def __init__(self):
-        self.held, self.used = [-1] * SLOTS, [-1] * SLOTS
-        self.asked = self.moved = 0
-
-    def ask(self, pages, now):
-        pages = sorted(set(pages))
-        for page in pages:
-            if page in self.held:
-                self.used[self.held.index(page)] = now
-        for page in pages:
-            self.asked += 1
-            if page not in self.held:
-                oldest = min(range(SLOTS), key=lambda s: (self.used[s], s))
-                self.held[oldest], self.used[oldest] = page, now
-                self.moved += 1
-
-
 @functools.cache
 def stepped():
     """The state behind every step, and the pages that each listed."""
@@ -116,7 +86,7 @@ def test_the_pages_that_move_are_those_of_a_cache_in_python():
     """Slot by slot, each row and head at every step; the newest page is free."""
     states, listed = stepped()
     for b, prompt in enumerate(STREAM.prompts):
-        caches = [Cache() for _ in range(2)]
+        caches = [Cache(SLOTS) for _ in range(2)]
         for step, state in enumerate(states[1:]):
             length = prompt + step + 1
             newest = (length - 1) // PAGE
@@ -205,54 +175,17 @@ def test_bytes_over_the_link_are_at_most_those_read():
         assert moved * PAGE_BYTES <= traffic.link
 
 
-def compiled_for_tpu(context):
-    """The memory of a layer's step with the heads of an 8B model, on a v5e."""
-    sharding = SingleDeviceSharding(tpu.topology("v5e").devices[0])
-    spec = CacheSpec(1, 32, 8, 128, context, "bfloat16", Rope(128), 1024, layer=7)
-    method = offload(quest(budget=2048), cache=2048)
-    hosted = []
-
-    def made():
-        state = method.finish(method.init(spec))
-        hosted.extend(map(buffers.in_host, jax.tree.leaves(state)))
-        return state
-
-    def placed(leaf, is_hosted=False):
-        kind = "pinned_host" if is_hosted else "device"
-        where = sharding.with_memory_kind(kind)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
-
-    leaves, structure = jax.tree.flatten(jax.eval_shape(made))
-    q, kv = (jax.ShapeDtypeStruct((1, h, 1, 128), "bfloat16") for h in (32, 8))
-
-    def step(leaves, inputs):
-        # Shapes that are given for compilation do not say it.
-        space = jax.memory.Space.Host
-        leaves = [
-            jax.device_put(x, space) if is_hosted else x
-            for x, is_hosted in zip(leaves, hosted, strict=True)
-        ]
-        state, (out, _) = drive.step(
-            method, jax.tree.unflatten(structure, leaves), inputs
-        )
-        return jax.tree.leaves(state), out
-
-    given = list(map(placed, leaves, hosted)), tuple(map(placed, (q, kv, kv)))
-    compiled = jax.jit(step, donate_argnums=0).lower(*given).compile()
-    return compiled.memory_analysis(), spec, method
-
-
 def test_a_tpu_holds_no_more_for_a_longer_text():
     """By its compiler's counts at 32K and 1M: two vectors a page, and nothing else."""
     pytest.importorskip("libtpu", reason=tpu.REASON)
-    found = {}
+    method, found = offload(quest(budget=2048), cache=2048), {}
     for context in (1 << 15, 1 << 20):
-        memory, spec, method = compiled_for_tpu(context)
+        memory = layer.memory_of_step(method, context)
         pages = 2 * 8 * context * 128 * 2
         assert memory.host_argument_size_in_bytes == pages
         assert memory.host_alias_size_in_bytes == pages
         assert memory.host_temp_size_in_bytes == 0
-        assert accounting.held(method, [spec])[0][1].host == pages
+        assert accounting.held(method, [layer.spec(context)])[0][1].host == pages
         summaries = 2 * 8 * context // 16 * 128 * 2
         found[context] = (
             memory.argument_size_in_bytes - summaries,
@@ -288,9 +221,7 @@ def test_what_cannot_be_offloaded_is_refused(unchecked_shapes):
     for spec in (
         "full",
         "h2o",
-        "token_select",
-        "refreshkv",
-        "topk_completion",
+        "topk_completion:selector=pages",
         "retro+quest",
         "entmaxkv:certified=true",
         "offload+quest",

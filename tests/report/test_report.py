@@ -173,6 +173,31 @@ def test_the_tables_numbers(results):
     assert len(attention.headings) == len(attention.rows[1]) == 8
 
 
+def test_the_host_has_columns_where_a_row_has_something_there(results):
+    away = make_row(
+        "offload+quest",
+        read=2**14,
+        hits=2,
+        bytes_in_host=2**20,
+        bytes_moved=1536.0,
+        pages_found=Interval(0.9, 0.85, 0.95, 3),
+    )
+    made = documents.results([*ROWS, away], results["manifest"])
+    predicted, _, attention = report_table.sheets(made)
+    found = dict(zip(predicted.headings, predicted.rows[2], strict=True))
+    assert (found["held"], found["in host"]) == ("32.0 KiB", "1.00 MiB")
+    assert predicted.headings[2:4] == ("held", "in host")
+    assert "In host: held in the host's memory" in predicted.caption
+    found = dict(zip(attention.headings, attention.rows[2], strict=True))
+    assert (found["over the link"], found["found"]) == ("1.50 KiB", "90% [85, 95]")
+    assert "Over the link: of what was measured" in attention.caption
+    quest = dict(zip(attention.headings, attention.rows[1], strict=True))
+    assert (quest["over the link"], quest["found"]) == ("-", "-")
+    for sheet in report_table.sheets(results):
+        assert not {"in host", "over the link", "found"} & set(sheet.headings)
+        assert "host" not in sheet.caption
+
+
 def test_figures_are_svg_that_parses_and_shows_every_method(results):
     layouts = compare.BROAD, compare.NARROW, compare.COLUMN
     scatters = [compare.scatter(results, layout=layout) for layout in layouts]

@@ -13,8 +13,9 @@ from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
-from kvjax.methods.refreshkv import policy
-from kvjax.stores import buffers, contiguous, kept_slots, step
+from kvjax.methods.refreshkv import policy, streamed
+from kvjax.stores import buffers, contiguous, hosted, kept_slots, step
+from kvjax.stores.offloaded import Streamed
 from pallas_kernels.decode_attention import decode_attention, decode_logits
 from pallas_kernels.shared.quantized import Rows
 
@@ -174,6 +175,7 @@ def refreshkv(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
+        streamed=functools.partial(streamed_bytes, options),
     )
 
 
@@ -233,9 +235,12 @@ def append(
     # The rows that the step will see in the small cache, as the full one has them.
     itself = (store.length - 1)[:, None, None]
     count = jnp.ones_like(state.since)
+    if isinstance(store.k, Streamed):
+        rows = store.spec.rope(k, itself[:, 0], store.length), v
+    else:
+        rows = buffers.take(store.k, itself), buffers.take(store.v, itself)
     fresh = (
-        buffers.take(store.k, itself),
-        buffers.take(store.v, itself),
+        *rows,
         jnp.broadcast_to(itself, (*k.shape[:2], 1)),
     )
     ring = (state.k, state.v, state.positions)
@@ -258,11 +263,25 @@ def inspect_step(
     full = is_full(options, state, query)
     # Caches go into the branches and only small arrays come out: a cache that came
     # out of one would be copied.
-    out, lse, chosen = lax.cond(
-        full.any(),
-        lambda: full_step(options, state, rotated, positions, full),
-        lambda: small_step(state, rotated, positions),
-    )
+    is_streamed = isinstance(store.k, Streamed)
+    if is_streamed:
+        state, (out, lse, chosen) = streamed.step(
+            state,
+            rotated,
+            positions,
+            full,
+            select=functools.partial(select, options, store)
+            if options.refresh
+            else None,
+            small_step=small_step,
+            full_attend=options.full_attend,
+        )
+    else:
+        out, lse, chosen = lax.cond(
+            full.any(),
+            lambda: full_step(options, state, rotated, positions, full),
+            lambda: small_step(state, rotated, positions),
+        )
     place = jnp.arange(max(spec.capacity, options.budget), dtype=jnp.int32)
     whole = jnp.where(place < store.length[:, None, None], place, -1)
     padding = ((0, 0), (0, 0), (0, len(place) - options.budget))
@@ -270,7 +289,7 @@ def inspect_step(
     is_whole = (full & options.full_attend)[:, None, None]
     attended = jnp.where(is_whole, whole, listed)
     diagnostics = step.diagnose(attended, lse, store.length)._replace(refreshed=full)
-    if options.refresh:
+    if options.refresh and not is_streamed:
         state = refill(state, full, chosen)
     state = state._replace(
         reference=jnp.where(full[:, None], query, state.reference),
@@ -292,6 +311,16 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
         return Traffic((whole + (stride - 1) * small) // stride, metadata)
     keys = buffers.row_bytes(spec, length, "keys")
     return Traffic(small, metadata + keys // stride)
+
+
+def streamed_bytes(options: Options, spec: CacheSpec, length: int) -> int:
+    """Counts the bytes that a step reads of the full cache: full ones' share."""
+    if options.schedule == "never" or length <= 1:
+        return 0
+    read = buffers.row_bytes(spec, length, "both" if options.full_attend else "keys")
+    if options.refresh:
+        read += buffers.kv_bytes(spec, options.budget * hosted.tokens_together(spec))
+    return read // options.stride
 
 
 # --- both kinds of step

@@ -148,7 +148,7 @@ def read_pages(
     num_sinks: int,
     middle_end: Int[Array, "B"],
     num_left: Int[Array, "B Hkv R"],
-) -> tuple[Partial, Partial | None]:
+) -> tuple[slots_or_pages.Store, Partial, Partial | None]:
     """Reads the retrieved pages in one pass that starts from the tokens always read.
 
     Args:
@@ -159,11 +159,11 @@ def read_pages(
         num_sinks, middle_end: where the middle begins and ends.
 
     Returns:
-        Attention over what is read, and over the rest of the middle; None without an
-        estimator.
+        The store; attention over what is read, and over the rest of the middle, which
+        is None without an estimator.
     """
     spec = store.spec
-    k, v = slots_or_pages.fetch(store, always)
+    _, k, v = slots_or_pages.fetch(store, always)
     out, lse = decode_attention(q, k, v, positions, always, sm_scale=spec.sm_scale)
     grouped = (spec.batch, spec.num_kv_heads, spec.group)
     feature_map = None if estimator is None else estimator.feature_map
@@ -187,11 +187,11 @@ def read_pages(
         first_position=num_sinks,
     )
     if whole is None:
-        return Partial(out, lse), None
+        return store, Partial(out, lse), None
     values, mass = sums
     values = values.reshape(*grouped, spec.head_dim)
     part = linear_attention.subtract(whole, mass.reshape(grouped), values, num_left)
-    return Partial(out, lse), part
+    return store, Partial(out, lse), part
 
 
 def _surrogate_of(
@@ -221,15 +221,15 @@ def read_tokens(
     listed: Int[Array, "B H N"],
     num_retrieved: int,
     num_left: Int[Array, "B Hkv R"],
-) -> tuple[Partial, Partial | None]:
+) -> tuple[slots_or_pages.Store, Partial, Partial | None]:
     """Gathers any listed tokens, the retrieved first; else as :func:`read_pages`."""
     spec = store.spec
-    k, v = slots_or_pages.fetch(store, listed)
+    store, k, v = slots_or_pages.fetch(store, listed)
     exact = Partial(
         *decode_attention(q, k, v, positions, listed, sm_scale=spec.sm_scale)
     )
     if estimator is None:
-        return exact, None
+        return store, exact, None
     heads = spec.batch, spec.num_kv_heads
     lists = listed.shape[1] // spec.num_kv_heads
 
@@ -247,7 +247,7 @@ def read_tokens(
         num_left,
         spec.sm_scale,
     )
-    return exact, part
+    return store, exact, part
 
 
 # --- keys that a map overestimates

@@ -147,6 +147,7 @@ def topk_completion(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
+        listed=functools.partial(listed, options) if options.lists_tokens else None,
     )
 
 
@@ -229,13 +230,22 @@ def append(
         return state
     heads = store.spec.num_kv_heads
     where = jnp.broadcast_to(end[:, None, None], (end.shape[0], heads, 1))
-    k, v = slots_or_pages.fetch(store, where)
     valid = jnp.broadcast_to(is_due[:, None, None], where.shape)
+    store, k, v = slots_or_pages.fetch(store, jnp.where(valid, where, -1))
     if not options.is_learned:  # a map that was fitted to no token stands for none
         valid &= estimator.stands_for(state.summary)[..., None]
     return state._replace(
-        summary=estimator.fold(state.params, state.summary, k, v, valid)
+        store=store,
+        summary=estimator.fold(state.params, state.summary, k, v, valid),
     )
+
+
+def listed(options: Options, spec: CacheSpec) -> int:
+    """Counts the tokens whose values the lists of a KV head hold at most."""
+    sizes = allot(options, spec)
+    lists = spec.group if options.per == "query" else 1
+    retrieved = lists * min(sizes.retrieved, spec.capacity)
+    return retrieved + options.num_sinks + sizes.newest + sizes.outliers
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:

@@ -87,7 +87,7 @@ def calibration(
     x = queries.astype(jnp.float32) * spec.sm_scale
     x = x.reshape(spec.batch, spec.num_kv_heads, spec.group * size, spec.head_dim)
     is_query = jnp.tile(is_query, (1, spec.group))
-    keys = floats(slots_or_pages.views(store)[0])
+    keys = floats(slots_or_pages.keys(store))
     return feature_maps.Prompt(keys, inside, x, is_query)
 
 
@@ -110,7 +110,7 @@ def _outliers(
         q,
         positions >= 0,
         slots_or_pages.attend_all(store, q, positions).lse,
-        floats(slots_or_pages.views(store)[0]),
+        floats(slots_or_pages.keys(store)),
         inside,
         num,
         spec.sm_scale,

@@ -61,7 +61,7 @@ def inspect_step(
         and state.outliers is None
         and estimators.takes_pages(estimator)
     ):
-        exact, rest = estimators.read_pages(
+        store, exact, rest = estimators.read_pages(
             *estimate,
             store,
             rotated,
@@ -74,13 +74,14 @@ def inspect_step(
         )
     else:
         size = retrieved.positions.shape[2]
-        exact, rest = estimators.read_tokens(
+        store, exact, rest = estimators.read_tokens(
             *estimate, store, rotated, positions, listed, size, num_left
         )
     out = exact.out
     if rest is not None:
         out = complete(options, state, exact, rest, retrieved.bound, num_left).out
     diagnostics = shared_step.diagnose(listed, exact.lse, store.length)
+    state = state._replace(store=store)
     return state, out.astype(q.dtype), diagnostics
 
 
@@ -105,7 +106,7 @@ def retrieve(
         bound = jnp.full((spec.batch, lists), jnp.inf, jnp.float32)
         return Retrieved(none, bound, None)
     is_held = prompt_summary.is_middle(
-        slots_or_pages.views(store)[0],
+        slots_or_pages.keys(store),
         options.num_sinks,
         state.middle_end,
         state.outliers,
