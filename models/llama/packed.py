@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Float32, Int8, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, Int8, Shaped, UInt8
 
 from kvjax.interface import Params
 from models.family import Packing
@@ -204,16 +204,20 @@ def _whole(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
 def _by_groups(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
     groups, outputs = matrix.scales.shape
     parts = _parts(x.astype(jnp.float32), matrix)
+    sums = x.reshape(x.shape[0], groups, GROUP).sum(2, dtype=jnp.float32)
+    scales, lowest = _bits(matrix.scales), matrix.lowest
+    lowest = None if lowest is None else _bits(lowest)
     # Chunks are alike; a matrix that none divides is one.
     chunk = next((n for n in range(_CHUNK, 255, -1) if outputs % n == 0), outputs)
 
     def of_chunk(start):
         def add(group, out):
-            def row(array):
-                return lax.dynamic_slice(array, (group, start), (1, chunk))
+            def row(bits):
+                found = lax.dynamic_slice(bits, (group, start), (1, chunk))
+                found = lax.bitcast_convert_type(found, matrix.scales.dtype)
+                return found.astype(jnp.float32)
 
             product = jnp.zeros_like(out)
-            total = jnp.zeros((x.shape[0], 1), jnp.float32)
             for rows, integers in parts:
                 size = rows.shape[1] // groups
                 some = lax.dynamic_slice_in_dim(rows, group * size, size, 1)
@@ -221,10 +225,10 @@ def _by_groups(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
                     matrix.values, (group * size, start), (size, chunk)
                 )
                 product += jnp.matmul(some, integers(values))
-                total += some.sum(1, keepdims=True)
-            out += product * row(matrix.scales).astype(jnp.float32)
-            if matrix.lowest is not None:
-                out += total * row(matrix.lowest).astype(jnp.float32)
+            out += product * row(scales)
+            if lowest is not None:
+                total = lax.dynamic_slice_in_dim(sums, group, 1, 1)
+                out += total * row(lowest)
             return out
 
         empty = jnp.zeros((x.shape[0], chunk), jnp.float32)
@@ -236,13 +240,20 @@ def _by_groups(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
     return chunks.swapaxes(0, 1).reshape(x.shape[0], outputs)
 
 
+def _bits(scales: Float[Array, "N O"]) -> Shaped[Array, "N O"]:
+    """Returns the bits of scales, as XLA's CPU backend makes floats of all to slice."""
+    width = 8 * scales.dtype.itemsize
+    return lax.bitcast_convert_type(scales, f"uint{width}")
+
+
 def _parts(x: Float[Array, "B I"], matrix: Packed) -> list[tuple[Array, Callable]]:
     """Lists inputs with the function from `values` to the integers that they meet."""
     # Codes of 4 bits are stored as they are counted, from 0 or from -8.
     least = 0.0 if matrix.bits == 8 or matrix.lowest is not None else -8.0
 
     def floats(values: Any) -> Array:
-        return values.astype(jnp.float32) + least
+        wide = values.astype(jnp.float32)
+        return wide + least if least else wide
 
     if matrix.bits == 8:
         return [(x, floats)]

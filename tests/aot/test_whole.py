@@ -11,6 +11,9 @@ ROOM = 15.75e9  # bytes; the compiler refuses what is above 15.75 * 2**30
 # Beside logits, and of `full` those of a layer's attention: 17 MB. A layer's codes are
 # 134 MB or more, all weights of a layer 136, its scales laid out otherwise 67.
 TEMPORARIES = 20e6
+# Nine scales a row are laid out as sixteen before the loop. Those of one layer or two
+# are in the memory on chip, which does not count.
+LAID_OUT = {whole.CASES[4]: 8 * whole.CONTEXT * 16 * 2}
 
 
 @pytest.fixture(autouse=True)
@@ -37,4 +40,5 @@ def test_nothing_is_copied_and_all_layers_fit(spec):
     # If each further layer brought temporaries of its own, as the first.
     layer = (held - own) / (LAYERS - 1)
     assert layer == pytest.approx(whole.held(spec, 2) - own, rel=1e-3)
-    assert memory.total + (LAYERS - 1) * (layer + TEMPORARIES) < ROOM
+    each = layer + TEMPORARIES + LAID_OUT.get(spec, 0)
+    assert memory.total + (LAYERS - 1) * each < ROOM
