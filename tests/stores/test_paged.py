@@ -86,3 +86,22 @@ def test_rows_in_whole_tiles_are_written_alone(dtype, tile):
 def test_tiles_of_a_tpu(dtype, page, width, tile):
     """32 rows of bytes, 128 where rows lie as columns; pages that are whole tiles."""
     assert buffers.tile_of(page, width, dtype) == tile
+
+
+@pytest.mark.parametrize("start", [[127, 128], [0, 255], [5, 256]])
+@pytest.mark.parametrize("count", [[1, 1], [0, 1]])
+def test_scales_in_slots_are_written_in_tiles_as_one_by_one(start, count, monkeypatch):
+    """On a TPU as here; what lies past the end, or is none, is written nowhere."""
+    rng = np.random.default_rng(0)
+    slots, rows = (
+        jnp.asarray(rng.integers(0, 1 << 16, (2, 3, size, 1)), buffers.SCALES)
+        for size in (256, 1)
+    )
+    where = jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)
+    expected = buffers.write_run(slots, rows, *where)
+    assert (expected != slots).any()
+    monkeypatch.setattr(
+        lax, "platform_dependent", lambda *given, cpu, default, tpu: tpu(*given)
+    )
+    found = buffers.write_run(slots, rows, *where)
+    np.testing.assert_array_equal(found, expected)
