@@ -25,6 +25,8 @@ import models
 from kvjax import registry
 from kvjax.decoding.reader import prefill
 from kvjax.stores import buffers
+from models import gguf, published
+from models.family import Packing
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.shared import quantized
@@ -144,10 +146,11 @@ def attention(args):
 def weights(args):
     cases, held = {}, {}
     method = registry.parse("full")
-    for name in ("float32", "int8", "int4"):
-        model = models.load(
-            args.model, dtype="float32", weights=None if name == "float32" else name
-        )
+    names: dict[str, Packing] = {"float32": None, "int8": "int8", "int4": "int4"}
+    if args.model in published.MODELS or gguf.is_gguf(args.model):
+        names["stored"] = "stored"
+    for name, packing in names.items():
+        model = models.load(args.model, dtype="float32", weights=packing)
         prompt = [model.tokenizer.encode("The benchmark decodes what comes now.")]
         read = prefill(model, method, prompt, max_new_tokens=args.steps + 1)
         cases[name] = functools.partial(
@@ -156,7 +159,8 @@ def weights(args):
         held[name] = sum(x.nbytes for x in jax.tree.leaves(model.params))
     told = compared(in_turns(cases, args.rounds), "float32")
     for name, entry in told.items():
-        entry["tokens/s"] = args.steps / entry["seconds"]
+        for what, of in (("seconds", ""), ("processor seconds", " of processor time")):
+            entry[f"tokens/s{of}"] = args.steps / entry[what]
         entry["bytes of weights"] = held[name]
     yield {
         "part": "weights",

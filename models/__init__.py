@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from kvjax import files
-from kvjax.interface import DecoderLM, LanguageModel
+from kvjax.interface import DecoderLM, LanguageModel, Params
 from models import embedded, gguf, llama, published
 from models.family import Family, Footprint, Packing, check_packing
 from models.llama.tokenizer import read_json
@@ -44,7 +44,9 @@ def load(
             structure of the decoder's `param_shapes()`, or None for JAX's default.
         weights: "int8" or "int4" keeps the matrices of the layers, and an output that
             is not the embedding, as integers with scales, made one at a time while
-            they are read. They can be neither saved nor trained. None keeps floats.
+            they are read. "stored" keeps those that a GGUF file has, and rounds
+            nothing (:func:`models.gguf.load` says of which types). They can be neither
+            saved nor trained. None keeps floats.
 
     Returns:
         A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
@@ -55,12 +57,14 @@ def load(
         FileNotFoundError: if the directory, or a file in it, is missing, or a published
             model was not fetched (:func:`models.published.fetch`).
         ValueError: if a file is damaged, the model is not supported, weights and
-            `config.json` disagree, there is no such embedded model or `weights`, or
-            groups of "int4" do not divide a matrix.
+            `config.json` disagree, there is no such embedded model or `weights`,
+            groups of "int4" do not divide a matrix, or nothing is "stored".
         ImportError: if a hub id is given and `huggingface_hub` is not installed, or a
             GGUF file and `gguf` is not.
     """
     check_packing(weights)
+    if weights == "stored":
+        _check_stored(name)
     directory = _resolve(name)
     if gguf.is_gguf(directory):
         model = gguf.load(directory, dtype=dtype, device=device, weights=weights)
@@ -169,23 +173,37 @@ def save_tokenizer(model: LanguageModel, directory: str | Path) -> None:
     _family_with(model.decoder).save_tokenizer(model.tokenizer, Path(directory))
 
 
-def footprint(decoder: DecoderLM, weights: Packing = None) -> Footprint:
+def footprint(
+    decoder: DecoderLM, weights: Packing = None, name: str | Path | None = None
+) -> Footprint:
     """Returns the bytes of a model's weights, as :func:`load` would keep them.
 
+    Args:
+        name: of the model, as for :func:`load`: "stored" asks the header of its file.
+
     Raises:
-        ValueError: if the decoder is of no family, or there is no such `weights`.
+        ValueError: if the decoder is of no family, there is no such `weights`, or
+            nothing is "stored".
     """
     check_packing(weights)
-    return _family_with(decoder).footprint(decoder, weights)
+    family = _family_with(decoder)
+    if weights != "stored":
+        return family.footprint(decoder, weights)
+    _check_stored(name)
+    dtype = decoder.cache_spec(1, 1).dtype
+    return gguf.footprint(_resolve(str(name)), dtype=dtype)
 
 
-def notes(decoder: DecoderLM) -> tuple[str, ...]:
-    """Returns what a user must know of a loaded model, one line each; mostly none.
+def notes(decoder: DecoderLM, params: Params | None = None) -> tuple[str, ...]:
+    """Returns what a user must know of a model, one line each; mostly none.
+
+    Args:
+        params: its weights, if they were loaded.
 
     Raises:
         ValueError: if the decoder is of no family.
     """
-    return _family_with(decoder).notes(decoder)
+    return _family_with(decoder).notes(decoder, params)
 
 
 def check_new(directory: str | Path) -> None:
@@ -216,6 +234,19 @@ def _family_with(decoder: DecoderLM) -> Family:
         if isinstance(decoder, family.decoder):
             return family
     raise ValueError(f"no family of models has decoders {type(decoder).__name__}.")
+
+
+def _check_stored(name: str | Path | None) -> None:
+    """Raises ValueError unless a name is that of a GGUF file: others store no codes."""
+    given = str(name)
+    if gguf.is_gguf(given) or (
+        given in published.MODELS and not Path(given).expanduser().is_dir()
+    ):
+        return
+    raise ValueError(
+        f"weights='stored' keeps the integers of a GGUF file, and {name=} is none: "
+        "give 'int8' or 'int4', or None for floats."
+    )
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

@@ -13,7 +13,9 @@ from kvjax.interface import DecoderLM, Params, Tokenizer
 
 Config = Mapping[str, Any]  # a decoded config.json
 Dtype = jax.typing.DTypeLike | None  # None keeps the checkpoint's
-Packing = Literal["int8", "int4"] | None  # None keeps floats
+# "stored" keeps what a file has in integers; None keeps floats.
+Packing = Literal["int8", "int4", "stored"] | None
+PACKINGS = ("int8", "int4", "stored")
 
 
 class Footprint(NamedTuple):
@@ -32,13 +34,15 @@ class Family(NamedTuple):
         decoder: the class of its decoders, a :class:`kvjax.interface.DecoderLM`.
         load_decoder: `load_decoder(config, dtype) -> decoder`, without any weights.
         load: `load(directory, config, dtype, device, weights) -> (decoder, params)`;
-            `weights` of "int8" or "int4" asks for matrices as integers.
+            `weights` of "int8" or "int4" asks for matrices as integers; never "stored",
+            which GGUF files alone have.
         save: `save(params, decoder, directory, max_shard_bytes) -> config` writes the
             weights, and returns what `config.json` is to hold.
         load_tokenizer: `load_tokenizer(directory) -> tokenizer`.
         save_tokenizer: `save_tokenizer(tokenizer, directory)`.
         footprint: `footprint(decoder, weights) -> Footprint`.
-        notes: `notes(decoder) -> lines` that a user must know of a loaded model.
+        notes: `notes(decoder, params) -> lines` that a user must know of a model;
+            `params` are None where no weights were loaded.
     """
 
     model_types: tuple[str, ...]
@@ -49,10 +53,12 @@ class Family(NamedTuple):
     load_tokenizer: Callable[[Path], Tokenizer]
     save_tokenizer: Callable[[Any, Path], None]
     footprint: Callable[[Any, Packing], Footprint]
-    notes: Callable[[Any], tuple[str, ...]]
+    notes: Callable[[Any, Params | None], tuple[str, ...]]
 
 
 def check_packing(weights: str | None) -> None:
     """Raises ValueError if there is no such format of weights."""
-    if weights is not None and weights not in ("int8", "int4"):
-        raise ValueError(f"{weights=} must be 'int8', 'int4', or None for floats.")
+    if weights is not None and weights not in PACKINGS:
+        raise ValueError(
+            f"{weights=} must be 'int8', 'int4', 'stored', or None for floats."
+        )

@@ -30,6 +30,7 @@ from kvjax.cli.options import (
     given_text,
     load,
     load_decoder,
+    model_name,
     packing,
     positive,
     questions_of,
@@ -242,7 +243,7 @@ def _part(call: _Call, name: str | None, before: Mapping[str, Any] | None) -> _P
     decoder = load_decoder(name, call.dtype)
     specs = call.methods or _every(decoder.alpha)
     methods = _methods(specs, call.settings.context, call.budgets)
-    fixed, room = _fitted(decoder, methods, call.settings, call.batch, before)
+    fixed, room = _fitted(decoder, name, methods, call.settings, call.batch, before)
     language_model = load(name, call.dtype)
     about = documents.manifest(
         version=kvjax.__version__,
@@ -301,7 +302,12 @@ def _run(report: _Report, save_answers: pathlib.Path | None) -> None:
 
 
 def _fitted(
-    decoder, methods, settings, batch: int | None, before: Mapping[str, Any] | None
+    decoder,
+    name: str | None,
+    methods,
+    settings,
+    batch: int | None,
+    before: Mapping[str, Any] | None,
 ) -> tuple["Settings", int]:
     """The settings with a batch that memory has room for, and the room for states.
 
@@ -323,7 +329,7 @@ def _fitted(
     wanted = batch or had
     if wanted is None:
         wanted = comparison.batch_that_fits(decoder, methods, settings, room)
-    footprint = models.footprint(decoder, packing.get())
+    footprint = models.footprint(decoder, packing.get(), model_name(name))
     free = memory.free_bytes()
     fit = memory.fit(
         decoder,

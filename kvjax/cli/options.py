@@ -45,7 +45,8 @@ WeightsOption = Annotated[
     typer.Option(
         "--weights",
         help="int8 or int4: keep the matrices of the layers, and of an output that is "
-        "not the embedding, as integers with scales; floats if left out.",
+        "not the embedding, as integers with scales; stored: as a GGUF file has them; "
+        "floats if left out.",
     ),
 ]
 DtypeOption = Annotated[
@@ -151,10 +152,10 @@ def with_model_options(command: Callable) -> Callable:
     def run(**arguments):
         for name, (_, _, variable) in added.items():
             variable.set(arguments.pop(name))
-        if packing.get() not in (None, "int8", "int4"):
+        if packing.get() not in (None, "int8", "int4", "stored"):
             raise ValueError(
-                f"--weights {packing.get()} must be int8 or int4; leave it out for "
-                "floats."
+                f"--weights {packing.get()} must be int8, int4 or stored; leave it out "
+                "for floats."
             )
         return command(**arguments)
 
@@ -270,7 +271,7 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
     loaded = models.load(
         model_name(model), dtype=checked_dtype(dtype), weights=packing.get()
     )
-    print_notes(loaded.decoder)
+    print_notes(loaded.decoder, loaded.params)
     return loaded
 
 
@@ -298,11 +299,11 @@ def checked_dtype(dtype: str | None) -> str | None:
     return dtype
 
 
-def print_notes(decoder) -> None:
+def print_notes(decoder, params=None) -> None:
     """Prints what a user must know of a model to stderr: results go to stdout."""
     import models
 
-    for note in models.notes(decoder):
+    for note in models.notes(decoder, params):
         print(f"kvjax: note: {note}", file=sys.stderr)
 
 

@@ -111,7 +111,7 @@ def plan(
     name = model_name(model)
     decoder = models.load_decoder(name, dtype=dtype)
     print_notes(decoder)
-    held, read, mlp_width = models.footprint(decoder, packing.get())
+    held, read, mlp_width = models.footprint(decoder, packing.get(), name)
     weights = planning.Weights(held, read)
     given = method or registry.names(decoder.alpha)
     specs = [with_budget(spec, b) for spec in given for b in budgets]

@@ -175,7 +175,7 @@ def _check_same(folder, saved, model, method, dtype) -> None:
         raise ValueError(refusal("dtype", saved, "", dtype))
     # Folders of earlier versions do not say how the weights were kept.
     if (kept := saved.get("stored_as")) is not None:
-        packed = next((dtype for dtype in ("int8", "int4") if dtype in kept), None)
+        packed = _packing_of(kept)
         if packing.get() not in (None, packed):
             raise ValueError(
                 f"{folder} was saved with {packed or 'float'} weights and cannot go on "
@@ -186,6 +186,13 @@ def _check_same(folder, saved, model, method, dtype) -> None:
         decoder = load_decoder(model, saved["dtype"])
         if repr(decoder) != saved["decoder"]:
             raise ValueError(refusal("decoder", saved, model, ""))
+
+
+def _packing_of(kept: list[str]) -> str | None:
+    """Returns the `--weights` under which a model has matrices of these formats."""
+    if any(name.startswith("stored ") for name in kept):
+        return "stored"  # some of which may be rounded anew
+    return next((name for name in ("int8", "int4") if name in kept), None)
 
 
 def resumed(

@@ -108,7 +108,7 @@ def identity(model: LanguageModel, method_name: str) -> dict[str, Any]:
 
 
 def stored_as(params: Any) -> list[str]:
-    """Returns the dtypes of weights, int8 or int4 where matrices are packed."""
+    """Returns the dtypes of weights, the names of formats where they are packed."""
     nodes = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "dtype"))
     return sorted({str(node.dtype) for node in nodes})
 

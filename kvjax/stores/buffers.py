@@ -7,7 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from kvjax.interface import CacheSpec
 from pallas_kernels.shared.quantized import (
@@ -37,7 +37,7 @@ KEYS_AND_VALUES: Mapping[str, Holds] = types.MappingProxyType(
 HUGE = float(0x7149)  # the bits of 1e30 in bfloat16
 
 MOST_SCATTERS = 16  # of one token each; a longer chunk is one scatter
-TILE = 32  # rows of bytes that a TPU has together
+TILE, LANES = 32, 128  # rows of bytes that a TPU has together, and numbers side by side
 
 Update = Literal["set", "min", "max"]
 
@@ -143,9 +143,20 @@ def write_run(
         return keep_newest(buffer, written, rows, slots, valid)
 
     def one(buffer: Array, rows: Array) -> Array:
+        on_tpu, size = {}, buffer.shape[2]
+        tile = tile_of(size, rows.shape[-1], buffer.dtype)
+        if buffer.dtype == SCALES and tile and len(run) == 1 and update == "set":
+
+            def as_page() -> Array:
+                page = jnp.where(valid & (slots < size), 0, 1)
+                pages = buffer[:, :, None]
+                return write_in_tiles(pages, rows, page, slots, tile)[:, :, 0]
+
+            on_tpu = {"tpu": as_page}
         return lax.platform_dependent(
             cpu=lambda: _write_slices(buffer, rows, start, count, update),
             default=lambda: _scatters(buffer, rows, slots, valid, update),
+            **on_tpu,
         )
 
     return jax.tree.map(one, buffer, stored(buffer, rows))
@@ -272,41 +283,46 @@ def _write_slices(
     return lax.fori_loop(zero, jnp.int32(batch), one_row, buffer)
 
 
-def fills_tiles(pages: Array) -> bool:
-    """Says whether a page is whole tiles, of bytes that are several tiles wide.
+def tile_of(page_size: int, width: int, dtype: jax.typing.DTypeLike) -> int | None:
+    """Returns how many rows are written at once on a TPU; None if one alone can be.
 
-    A TPU has bytes in tiles of 32 rows and 128 lanes. XLA writes a row of several tiles
-    into a copy of all pages, which it lays out in smaller ones for that.
+    A TPU has bytes in tiles of 32 rows and 128 lanes, and rows of another width, as of
+    scales, as columns: 128 tokens side by side. For one row to be written, XLA lays out
+    all pages anew, in smaller tiles or with heads or pages side by side; in a loop of
+    steps before the loop, and for those who read them once more in every step.
     """
-    page_size, width = pages.shape[3:]
-    return pages.dtype == jnp.uint8 and not page_size % TILE and width > 128
+    if dtype not in (jnp.uint8, SCALES):
+        return None
+    tile = LANES if width % LANES else TILE
+    return None if page_size % tile else tile
 
 
 def write_in_tiles(
-    pages: UInt8[Array, "B H NP P W"],
-    rows: UInt8[Array, "B H T W"],
+    pages: Shaped[Array, "B H NP P W"],
+    rows: Shaped[Array, "B H T W"],
     page: Int[Array, "B T"],
     slot: Int[Array, "B T"],
-) -> UInt8[Array, "B H NP P W"]:
+    size: int,
+) -> Shaped[Array, "B H NP P W"]:
     """Writes rows at `slot` of a `page`, token by token; none where there is no page.
 
-    The tile around a row is read, and written as a whole: in place.
+    The tile of `size` rows around each is read, and written as a whole: in place.
     """
     batch, heads, num_pages, page_size, width = pages.shape
-    row = jnp.arange(TILE, dtype=jnp.int32)[:, None]
+    row = jnp.arange(size, dtype=jnp.int32)[:, None]
     zero = jnp.int32(0)
 
     def write(i: Int[Array, ""], tiles: Array) -> Array:
         # Outside of jit the loop counts in 64 bits.
         b, t = (jnp.asarray(x, jnp.int32) for x in jnp.divmod(i, rows.shape[2]))
-        where = b, zero, page[b, t], slot[b, t] // TILE, zero, zero
-        old = lax.dynamic_slice(tiles, where, (1, heads, 1, 1, TILE, width))
+        where = b, zero, page[b, t], slot[b, t] // size, zero, zero
+        old = lax.dynamic_slice(tiles, where, (1, heads, 1, 1, size, width))
         new = lax.dynamic_slice(rows, (b, zero, t, zero), (1, heads, 1, width))
-        is_new = (row == slot[b, t] % TILE) & (page[b, t] < num_pages)
+        is_new = (row == slot[b, t] % size) & (page[b, t] < num_pages)
         blended = jnp.where(is_new, new[:, :, None, None], old)
         return lax.dynamic_update_slice(tiles, blended, where)
 
-    tiles = pages.reshape(*pages.shape[:3], page_size // TILE, TILE, width)
+    tiles = pages.reshape(*pages.shape[:3], page_size // size, size, width)
     number = jnp.int32(batch * rows.shape[2])
     return lax.fori_loop(zero, number, write, tiles).reshape(pages.shape)
 

@@ -162,17 +162,19 @@ def _write_rows(
             )
         return pages
 
-    def by_tile(pages: Array, rows: Array) -> Array:
-        return buffers.write_in_tiles(pages, rows, page, positions % page_size)
-
     def by_token(pages: Array, rows: Array) -> Array:
         flat = pages.reshape(*pages.shape[:2], -1, pages.shape[-1])
         written = buffers.write_run(flat, rows, positions[:, 0], count)
         return written.reshape(pages.shape)
 
     def write(pages: Array, rows: Array) -> Array:
-        on_tpu = {}
-        if buffers.fills_tiles(pages) and rows.shape[2] <= buffers.MOST_SCATTERS:
+        on_tpu, tile = {}, buffers.tile_of(page_size, pages.shape[-1], pages.dtype)
+        if tile is not None and rows.shape[2] <= buffers.MOST_SCATTERS:
+
+            def by_tile(pages: Array, rows: Array) -> Array:
+                slot = positions % page_size
+                return buffers.write_in_tiles(pages, rows, page, slot, tile)
+
             on_tpu = {"tpu": by_tile}
         return lax.platform_dependent(
             pages, rows, cpu=by_token, default=by_page, **on_tpu

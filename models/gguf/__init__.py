@@ -10,10 +10,10 @@ import jax
 
 from kvjax.interface import LanguageModel
 from models import llama
-from models.family import Packing
+from models.family import Footprint, Packing
 from models.gguf import config, header, tensors, tokenizer
 
-__all__ = ["is_gguf", "load", "load_decoder"]
+__all__ = ["footprint", "is_gguf", "load", "load_decoder"]
 
 
 def is_gguf(name: str | Path) -> bool:
@@ -32,8 +32,12 @@ def load(
     """The model of a GGUF file; see :func:`models.load`.
 
     Quantized weights become floats, one tensor at a time: `dtype` of None is float16 or
-    bfloat16 where all matrices are, else float32. With `weights`, matrices are rounded
-    anew from these floats, whatever they were in the file.
+    bfloat16 where all matrices are, else float32. With `weights` of "int8" or "int4",
+    matrices are rounded anew from these floats, whatever they were in the file.
+
+    With "stored" the codes and scales of Q4_0, Q4_1, Q4_K, Q5_0, Q5_1, Q5_K and Q8_0
+    are kept as they are: their products are those of the floats. Codes of 5 bits take
+    8. Matrices of other types are rounded anew to "int8", those in floats stay so.
 
     Raises:
         FileNotFoundError: if there is no such file.
@@ -58,6 +62,22 @@ def load_decoder(
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
     """
     return _decoder(header.read(Path(path).expanduser()), dtype)
+
+
+def footprint(
+    path: str | Path, *, dtype: jax.typing.DTypeLike | None = None
+) -> Footprint:
+    """Returns the bytes of a file's weights, kept as they are stored there.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as :func:`load`.
+    """
+    opened = header.read(Path(path).expanduser())
+    model = _decoder(opened, dtype).config
+    found = tensors.from_gguf(opened, model)
+    llama.weights.check_stored(found)
+    shapes = llama.weights.packed_shapes(model, "stored", found.stored)
+    return llama.measure(shapes, model)
 
 
 def _decoder(opened: header.Header, dtype) -> llama.LlamaDecoder:

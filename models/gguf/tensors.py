@@ -1,16 +1,18 @@
 """The weights of a GGUF file, by their names in the Hugging Face layout.
 
-Each becomes float32 when it is read, one at a time.
+Each becomes float32 when it is read, or stays codes and scales, one at a time.
 """
 
 import re
 
 import numpy as np
 
+from models.gguf import blocks
 from models.gguf.config import ROPE_FACTORS
 from models.gguf.header import Header
 from models.llama.config import LlamaConfig
-from models.llama.tensors import Tensors, few
+from models.llama.packed import Blocks
+from models.llama.tensors import Stored, Tensors, few
 from models.llama.weights import layout
 
 _TOP = {
@@ -35,7 +37,7 @@ _IN_LAYER = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 
 
 def from_gguf(header: Header, config: LlamaConfig) -> Tensors:
-    """The tensors of a file, each read and dequantized when it is asked for.
+    """The tensors of a file, each read when it is asked for, as floats or as stored.
 
     Raises:
         ValueError: if there are tensors that no model of these families has, or their
@@ -53,28 +55,40 @@ def from_gguf(header: Header, config: LlamaConfig) -> Tensors:
             f"{header.path}: tensors of another architecture than "
             f"{header.architecture}: {few(unknown)}."
         )
+    kinds = {}
     for entry in layout(config):
         if entry.name not in names:
             continue
-        stored = header.tensors[names[entry.name]].shape  # the columns come first
-        shape = tuple(int(size) for size in reversed(stored))
+        tensor = header.tensors[names[entry.name]]
+        shape = tuple(int(size) for size in reversed(tensor.shape))  # columns first
         if shape != entry.shape:
             raise ValueError(
                 f"{header.path}: tensor {names[entry.name]} has shape {shape}, the "
                 f"metadata ask for {entry.shape}; one of the two is wrong."
             )
+        if entry.is_kernel:
+            kinds[entry.name] = blocks.format_of(tensor.tensor_type.name)
+
+    def data_of(name: str) -> np.ndarray:
+        data = np.asarray(header.tensors[names[name]].data)
+        if header.architecture == "llama":
+            data = _halves(data, _rotated_heads(name, config))
+        return data
 
     def read(name: str) -> np.ndarray:
         import gguf
 
-        tensor = header.tensors[names[name]]
-        data = np.asarray(tensor.data)
-        if header.architecture == "llama":
-            data = _halves(data, _rotated_heads(name, config))
+        kind = header.tensors[names[name]].tensor_type
         with np.errstate(all="ignore"):  # what is not finite is refused by name, later
-            return gguf.dequantize(data, tensor.tensor_type)
+            return gguf.dequantize(data_of(name), kind)
 
-    return Tensors(header.path, dict.fromkeys(names, header.path), read)
+    def read_blocks(name: str) -> Blocks:
+        kind = header.tensors[names[name]].tensor_type.name
+        with np.errstate(all="ignore"):
+            return blocks.read(data_of(name), kind)
+
+    files = dict.fromkeys(names, header.path)
+    return Tensors(header.path, files, read, Stored(kinds, read_blocks))
 
 
 def _hf_name(name: str) -> str | None:

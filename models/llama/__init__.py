@@ -8,7 +8,7 @@ import jax
 
 from kvjax.interface import Params
 from models.family import Config, Family, Footprint, Packing
-from models.llama import families, tensors, tokenizer, weights
+from models.llama import families, packed, tensors, tokenizer, weights
 from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, notes, to_hf
 from models.llama.model import LlamaDecoder
 
@@ -19,6 +19,7 @@ __all__ = [
     "LlamaDecoder",
     "from_hf",
     "load",
+    "measure",
     "notes",
     "tensors",
     "to_hf",
@@ -66,11 +67,17 @@ def footprint(decoder: LlamaDecoder, packing: Packing = None) -> Footprint:
     )
     shapes = weights.packed_shapes(one.config, packing)
     layer = _num_bytes(weights.packed_shapes(two.config, packing)) - _num_bytes(shapes)
-    held = _num_bytes(shapes) + (decoder.num_layers - 1) * layer
+    found = measure(shapes, decoder.config)
+    more = (decoder.num_layers - 1) * layer
+    return found._replace(held=found.held + more, read=found.read + more)
+
+
+def measure(shapes: Params, config: LlamaConfig) -> Footprint:
+    """Returns bytes of weights whose `jax.ShapeDtypeStruct`s are given."""
+    held = _num_bytes(shapes)
     # Of an embedding that is not the output matrix too, a step reads a line a row.
-    is_tied = decoder.config.tied_embeddings
-    unread = 0 if is_tied else _num_bytes(shapes["embedding"])
-    return Footprint(held, held - unread, decoder.config.mlp_width)
+    unread = 0 if config.tied_embeddings else _num_bytes(shapes["embedding"])
+    return Footprint(held, held - unread, config.mlp_width)
 
 
 def _num_bytes(shapes: Params) -> int:
@@ -86,5 +93,5 @@ FAMILY = Family(
     load_tokenizer=tokenizer.load,
     save_tokenizer=tokenizer.save,
     footprint=footprint,
-    notes=lambda decoder: notes(decoder.config),
+    notes=lambda decoder, params: (*notes(decoder.config), *packed.notes(params)),
 )

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, BFloat16, Float, Float32, UInt8
+from jaxtyping import Array, BFloat16, Float, Float32, Int8, Shaped, UInt8
 
 from kvjax.interface import Params
 from models.family import Packing
@@ -22,16 +22,47 @@ _FEW_ROWS = 32
 _CHUNK = 2048
 
 
+class Format(NamedTuple):
+    """The way in which a file stores a matrix in integers."""
+
+    bits: Literal[8, 4]  # of a code, as it is kept
+    scales: str  # dtype of scales
+    has_lowest: bool
+
+    @property
+    def codes(self) -> str:
+        """The dtype of `values`."""
+        return "int8" if self.bits == 8 and not self.has_lowest else "uint8"
+
+
+Kind = Format | Literal["int8", "int4"] | None  # what a matrix is kept as
+
+
+class Blocks(NamedTuple):
+    """A matrix as a file stores it, on the host, outputs first: see :class:`Packed`."""
+
+    values: Any  # (O, I * bits / 8)
+    scales: Any  # (O, I / GROUP)
+    lowest: Any  # (O, I / GROUP), or None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The sizes of the matrix: outputs, inputs."""
+        return self.scales.shape[0], GROUP * self.scales.shape[1]
+
+
 class Packed(NamedTuple):
     """A matrix whose groups are `lowest + scale * n`, n in 0 .. 255 or 0 .. 15.
 
     In 4 bits a byte holds two inputs of one group, half a group apart: the first in its
-    low bits. Scales are bfloat16, which overflows where float32 does.
+    low bits. Without `lowest` n is from -128 or from -8 on; what a byte holds of the
+    latter is n + 8. Scales made here are bfloat16, which overflows where float32 does;
+    those that a file had are float16 or float32.
     """
 
-    values: UInt8[Array, "I*bits/8 O"]
-    scales: BFloat16[Array, "I/GROUP O"]
-    lowest: BFloat16[Array, "I/GROUP O"]
+    values: UInt8[Array, "I*bits/8 O"] | Int8[Array, "I O"]
+    scales: Float[Array, "I/GROUP O"]
+    lowest: Float[Array, "I/GROUP O"] | None
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -44,28 +75,62 @@ class Packed(NamedTuple):
         return self.shape[0] * self.shape[1]
 
     @property
+    def bits(self) -> int:
+        """The bits that a code takes."""
+        return 8 if self.values.shape[0] == self.shape[0] else 4
+
+    @property
+    def is_stored(self) -> bool:
+        """Says if codes and scales are those of a file."""
+        return self.scales.dtype != jnp.bfloat16
+
+    @property
     def dtype(self) -> str:
         """The name of the format."""
-        return "int8" if self.values.shape[0] == self.shape[0] else "int4"
+        return f"{'stored ' * self.is_stored}int{self.bits}"
 
 
 def refuse(params: Params, purpose: str) -> None:
     """Raises ValueError if any matrix is packed: `purpose` needs floats."""
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Packed))
-    found = next((node.dtype for node in nodes if isinstance(node, Packed)), None)
-    if found is not None:
+    found = _packed(params)
+    if found:
+        weights = "stored" if found[0].is_stored else found[0].dtype
         raise ValueError(
-            f"weights={found!r} cannot be {purpose}: load the model with weights=None."
+            f"{weights=} cannot be {purpose}: load the model with weights=None."
         )
 
 
-def check_inputs(inputs: int, weights: Packing, name: str) -> None:
+def notes(params: Params) -> tuple[str, ...]:
+    """Says which matrices are not as the file stores them, if others are."""
+    found = _packed(params)
+    stored = sum(matrix.is_stored for matrix in found)
+    anew = len(found) - stored
+    if not stored or not anew:
+        return ()
+    return (
+        f"{anew} of {len(found)} matrices in integers are rounded anew to int8: their "
+        "types in the file are more than codes with scales of 32 inputs.",
+    )
+
+
+def _packed(params: Params) -> list[Packed]:
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Packed))
+    return [node for node in nodes if isinstance(node, Packed)]
+
+
+def check_inputs(inputs: int, weights: Packing | Format, name: str) -> None:
     """Raises ValueError unless groups divide the inputs of a matrix."""
     if weights is not None and inputs % GROUP:
         raise ValueError(
             f"{name} has {inputs} inputs, which groups of {GROUP} do not divide: "
-            f"leave weights={weights!r} out."
+            f"leave {weights=} out."
         )
+
+
+def keep(blocks: Blocks) -> Packed:
+    """Returns the matrix that a file stores so, inputs first; nothing is rounded."""
+    lowest = None if blocks.lowest is None else blocks.lowest.T
+    return Packed(blocks.values.T, blocks.scales.T, lowest)
 
 
 def pack(matrix: Float[Array, "I O"], weights: Literal["int8", "int4"]) -> Packed:
@@ -97,9 +162,20 @@ def _inverse(scales: BFloat16[Array, "N O"]) -> Float32[Array, "N O"]:
     return jnp.where(wide > tiny, 1 / jnp.maximum(wide, tiny), 0)
 
 
-def shapes(target: jax.ShapeDtypeStruct, weights: Literal["int8", "int4"]) -> Packed:
+def shapes(
+    target: jax.ShapeDtypeStruct, kind: Literal["int8", "int4"] | Format
+) -> Packed:
     """Returns `jax.ShapeDtypeStruct`s of a packed matrix."""
-    return jax.eval_shape(lambda x: pack(x, weights), target)
+    if not isinstance(kind, Format):
+        return jax.eval_shape(lambda x: pack(x, kind), target)
+    inputs, outputs = target.shape
+
+    def kept():
+        scales = jnp.zeros((inputs // GROUP, outputs), kind.scales)
+        values = jnp.zeros((inputs * kind.bits // 8, outputs), kind.codes)
+        return Packed(values, scales, scales if kind.has_lowest else None)
+
+    return jax.eval_shape(kept)
 
 
 def times(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
@@ -114,9 +190,10 @@ def times(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
 def _whole(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
     groups, outputs = matrix.scales.shape
     scales = matrix.scales.astype(jnp.float32)[:, None]
-    # x . (lowest + scale * n): the first product has a row a group.
-    sums = x.reshape(x.shape[0], groups, GROUP).sum(2, dtype=jnp.float32)
-    out = jnp.matmul(sums, matrix.lowest.astype(jnp.float32))
+    out = jnp.zeros((x.shape[0], outputs), jnp.float32)
+    if matrix.lowest is not None:  # x . (lowest + scale * n): a row a group
+        sums = x.reshape(x.shape[0], groups, GROUP).sum(2, dtype=jnp.float32)
+        out = jnp.matmul(sums, matrix.lowest.astype(jnp.float32))
     for rows, integers in _parts(x, matrix):
         floats = integers(matrix.values).reshape(groups, -1, outputs) * scales
         flat = floats.astype(x.dtype).reshape(-1, outputs)
@@ -127,16 +204,20 @@ def _whole(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
 def _by_groups(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
     groups, outputs = matrix.scales.shape
     parts = _parts(x.astype(jnp.float32), matrix)
+    sums = x.reshape(x.shape[0], groups, GROUP).sum(2, dtype=jnp.float32)
+    scales, lowest = _bits(matrix.scales), matrix.lowest
+    lowest = None if lowest is None else _bits(lowest)
     # Chunks are alike; a matrix that none divides is one.
     chunk = next((n for n in range(_CHUNK, 255, -1) if outputs % n == 0), outputs)
 
     def of_chunk(start):
         def add(group, out):
-            def row(array):
-                return lax.dynamic_slice(array, (group, start), (1, chunk))
+            def row(bits):
+                found = lax.dynamic_slice(bits, (group, start), (1, chunk))
+                found = lax.bitcast_convert_type(found, matrix.scales.dtype)
+                return found.astype(jnp.float32)
 
             product = jnp.zeros_like(out)
-            total = jnp.zeros((x.shape[0], 1), jnp.float32)
             for rows, integers in parts:
                 size = rows.shape[1] // groups
                 some = lax.dynamic_slice_in_dim(rows, group * size, size, 1)
@@ -144,12 +225,11 @@ def _by_groups(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
                     matrix.values, (group * size, start), (size, chunk)
                 )
                 product += jnp.matmul(some, integers(values))
-                total += some.sum(1, keepdims=True)
-            scale, lowest = (
-                row(array).astype(jnp.float32)
-                for array in (matrix.scales, matrix.lowest)
-            )
-            return out + product * scale + total * lowest
+            out += product * row(scales)
+            if lowest is not None:
+                total = lax.dynamic_slice_in_dim(sums, group, 1, 1)
+                out += total * row(lowest)
+            return out
 
         empty = jnp.zeros((x.shape[0], chunk), jnp.float32)
         return lax.fori_loop(0, groups, add, empty)
@@ -160,13 +240,22 @@ def _by_groups(x: Float[Array, "B I"], matrix: Packed) -> Float32[Array, "B O"]:
     return chunks.swapaxes(0, 1).reshape(x.shape[0], outputs)
 
 
+def _bits(scales: Float[Array, "N O"]) -> Shaped[Array, "N O"]:
+    """Returns the bits of scales, as XLA's CPU backend makes floats of all to slice."""
+    width = 8 * scales.dtype.itemsize
+    return lax.bitcast_convert_type(scales, f"uint{width}")
+
+
 def _parts(x: Float[Array, "B I"], matrix: Packed) -> list[tuple[Array, Callable]]:
     """Lists inputs with the function from `values` to the integers that they meet."""
+    # Codes of 4 bits are stored as they are counted, from 0 or from -8.
+    least = 0.0 if matrix.bits == 8 or matrix.lowest is not None else -8.0
 
     def floats(values: Any) -> Array:
-        return values.astype(jnp.float32)
+        wide = values.astype(jnp.float32)
+        return wide + least if least else wide
 
-    if matrix.dtype == "int8":
+    if matrix.bits == 8:
         return [(x, floats)]
     # x is split as the bytes are, so that no integers are moved.
     halves = x.reshape(x.shape[0], -1, 2, GROUP // 2)

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvjax.files import read_text
 from models.llama import git_lfs
+from models.llama.packed import Blocks, Kind
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -27,12 +28,21 @@ _QUANTIZED = {
 }
 
 
+class Stored(NamedTuple):
+    """The matrices that a checkpoint has in integers."""
+
+    # What each matrix is kept as: "int8" if it is rounded anew, None as floats.
+    kinds: Mapping[str, Kind]
+    read: Callable[[str], Blocks]  # of a matrix whose kind is a `Format`
+
+
 class Tensors(NamedTuple):
     """The tensors of a checkpoint, by their names in the Hugging Face layout."""
 
     source: Path  # the checkpoint, for messages
     files: Mapping[str, Path]  # the file of each tensor; what is missing here is absent
     read: Callable[[str], np.ndarray]  # floats, matrices as (out, in)
+    stored: Stored | None = None
 
 
 def from_safetensors(directory: Path) -> Tensors:

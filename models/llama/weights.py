@@ -19,7 +19,8 @@ from models.family import Packing
 from models.llama import packed
 from models.llama.config import LlamaConfig
 from models.llama.model import LlamaDecoder
-from models.llama.tensors import INDEX, SINGLE, Tensors, few, quantization
+from models.llama.packed import Blocks, Kind
+from models.llama.tensors import INDEX, SINGLE, Stored, Tensors, few, quantization
 
 
 class Entry(NamedTuple):
@@ -55,20 +56,51 @@ def layout(config: LlamaConfig) -> list[Entry]:
     return sorted(entries, key=lambda entry: _order(entry.path))
 
 
-def packed_shapes(config: LlamaConfig, packing: Packing) -> Params:
+def packed_shapes(
+    config: LlamaConfig,
+    packing: Packing,
+    stored: Stored | None = None,
+) -> Params:
     """Returns `jax.ShapeDtypeStruct`s of what :func:`load` would return.
+
+    Args:
+        stored: of the checkpoint's :class:`Tensors`; "stored" needs it.
 
     Raises:
         ValueError: if groups do not divide a matrix.
     """
     params: dict = {}
     for entry in layout(config):
-        target = entry.target
-        if packing is not None and entry.is_kernel:
-            packed.check_inputs(target.shape[0], packing, entry.name)
-            target = packed.shapes(target, packing)
+        target, kind = entry.target, _kind(entry, packing, stored)
+        if kind is not None:
+            packed.check_inputs(target.shape[0], kind, entry.name)
+            target = packed.shapes(target, kind)
         _put(params, entry.path, target)
     return params
+
+
+def _kind(entry: Entry, packing: Packing, stored: Stored | None) -> Kind:
+    if not entry.is_kernel:
+        return None
+    if packing != "stored":
+        return packing
+    return None if stored is None else stored.kinds.get(entry.name)
+
+
+def check_stored(tensors: Tensors) -> None:
+    """Raises ValueError if a checkpoint has no matrix that "stored" would keep."""
+    kinds = () if tensors.stored is None else tensors.stored.kinds.values()
+    if not any(isinstance(kind, packed.Format) for kind in kinds):
+        raise ValueError(
+            f"{tensors.source}: weights='stored' keeps codes with scales of 32 inputs, "
+            "and there are none: give 'int8' or 'int4', or None for floats."
+        )
+
+
+def _raw(entry: Entry, kind: Kind, tensors: Tensors) -> np.ndarray | Blocks:
+    if tensors.stored is not None and isinstance(kind, packed.Format):
+        return tensors.stored.read(entry.name)
+    return tensors.read(entry.name)
 
 
 def _put(params: dict, path: tuple[str | int, ...], value: Any) -> None:
@@ -112,9 +144,11 @@ def load(
             `param_shapes`, or None for the default device.
 
     Raises:
-        ValueError: if tensors are missing, unknown or of the wrong shape, or a weight
-            is not finite.
+        ValueError: if tensors are missing, unknown or of the wrong shape, a weight is
+            not finite, or there is nothing to keep as it is stored.
     """
+    if packing == "stored":
+        check_stored(tensors)
     entries = layout(config)
     where = tensors.files
     tied = config.tied_embeddings and "lm_head.weight" in where
@@ -125,13 +159,13 @@ def load(
     # A file after the other, in the order of the layers.
     order = {file: place for place, file in enumerate(dict.fromkeys(where.values()))}
     for entry in sorted(entries, key=lambda entry: order[where[entry.name]]):
-        raw = tensors.read(entry.name)
+        kind = _kind(entry, packing, tensors.stored)
+        raw = _raw(entry, kind, tensors)
         if raw.shape != entry.shape:
             raise ValueError(
                 f"{where[entry.name].name}: tensor {entry.name} has shape {raw.shape}, "
                 f"config.json asks for {entry.shape}; one of the two is wrong."
             )
-        kind = packing if entry.is_kernel else None
         packed.check_inputs(entry.shape[-1], kind, entry.name)
         convert = _converter(placement(entry.path), entry.is_kernel, kind)
         value, finite = convert(raw, entry.target.dtype)
@@ -265,15 +299,19 @@ def _placement(device: Any, config: LlamaConfig):
 
 
 @functools.cache
-def _converter(
-    sharding: jax.sharding.Sharding | None, transposed: bool, packing: Packing
-):
+def _converter(sharding: jax.sharding.Sharding | None, transposed: bool, kind: Kind):
     """Checkpoint layout to ours, on the device: one compilation per shape."""
 
     def convert(raw, dtype):
+        if isinstance(raw, Blocks):
+            kept = packed.keep(raw)
+            scales = [jnp.isfinite(x).all() for x in kept[1:] if x is not None]
+            return kept, jnp.stack(scales).all()
         value = (raw.T if transposed else raw).astype(dtype)
         finite = jnp.isfinite(value).all()
-        return value if packing is None else packed.pack(value, packing), finite
+        if kind is None or isinstance(kind, packed.Format):
+            return value, finite
+        return packed.pack(value, kind), finite
 
     placed: dict[str, Any] = {}
     if sharding is not None:
@@ -281,8 +319,8 @@ def _converter(
         placed["out_shardings"] = (sharding, None)
     jitted = jax.jit(convert, static_argnums=1, **placed)
 
-    def on_device(raw: np.ndarray, dtype: Any):
-        if raw.dtype == np.float64:  # wider than JAX's default
+    def on_device(raw: np.ndarray | Blocks, dtype: Any):
+        if not isinstance(raw, Blocks) and raw.dtype == np.float64:  # wider than JAX
             raw = raw.astype(np.float32)
         value, finite = jitted(raw, dtype)
         # Waits for the device, so that no second tensor is read meanwhile.

@@ -79,7 +79,7 @@ def broken(checkpoint, tmp_path):
         ("bench decode --method=", "unknown method ''"),
         ("eval --task=", "unknown task=''"),
         ("generate --prompt x --model=", "--model is empty: name a model, or leave"),
-        ("generate --prompt x --weights int2", "--weights int2 must be int8 or int4; "),
+        ("generate --prompt x --weights int2", "--weights int2 must be int8, int4 or"),
         ("stream --text .", "error: . is a folder: give a UTF-8 file"),
         ("stream --text nowhere", "nowhere does not exist: give a UTF-8 file"),
         ("score --text nowhere", "nowhere does not exist: give a UTF-8 file"),

@@ -2,6 +2,11 @@
 
 import json
 
+import checkpoints
+import gguf
+import gguf_files
+import jax
+import numpy as np
 import pytest
 from tiny import byte_tokenizer, tiny_model
 
@@ -44,16 +49,57 @@ def test_a_prompt_on_disk_goes_on_with_the_weights_that_read_it(run, fail, tmp_p
     assert "saved with int8 weights and cannot go on with --weights int4: leave" in line
 
 
+CONFIG = checkpoints.CONFIGS["gqa"] | {"intermediate_size": 64}
+
+
+def test_a_file_as_it_is_stored(run, fail, tmp_path):
+    """Generated, planned, read and gone on with: as the floats that it stands for."""
+    file = gguf_files.write(tmp_path / "tiny.gguf", CONFIG, "Q4_0")
+    prompt = ["--model", file, "--prompt", "hehehe"]
+    stored = ["--weights", "stored"]
+    ask = ["generate", *prompt, "--max-new-tokens", "4", "--json"]
+    tokens = json.loads(run(*ask, *stored))["tokens"]
+    assert tokens == json.loads(run(*ask))["tokens"]
+    plan = ["plan", "--model", file, "--method", "full", "--context", "64"]
+    plan += ["--new-tokens", "8", *stored]
+    document = json.loads(run(*plan, "--json"))
+    model = models.load(file, weights="stored")
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves(model.params))
+    assert document["weights"] == held
+    assert "(stored, the rest float32)" in run(*plan)
+    folder = tmp_path / "read"
+    run("prefill", *prompt, "--save", folder, "--room", "4", *stored)
+    resume = ["generate", "--resume", folder]
+    assert json.loads(run(*resume, "--json"))["tokens"] == tokens
+    line = fail(*resume, "--weights", "int4")
+    assert "saved with stored weights and cannot go on with --weights int4: le" in line
+
+
+def test_what_is_not_as_stored_is_said(run, tmp_path, capsys):
+    made = np.random.default_rng(0).integers(0, 256, (256, 210), np.uint8)
+    made[:, -2:] = np.array([1e-4], np.float16).view(np.uint8)
+    config = CONFIG | {"hidden_size": 256, "head_dim": 64}
+    arrays = {"blk.0.attn_output.weight": (made, gguf.GGMLQuantizationType.Q6_K)}
+    file = gguf_files.write(tmp_path / "tiny.gguf", config, "Q8_0", arrays=arrays)
+    command = ["generate", "--model", str(file), "--prompt", "he", "--weights"]
+    assert cli.run([*command, "stored", "--max-new-tokens", "2"]) == 0
+    assert "note: 1 of 15 matrices in integers are rounded" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [
         (
+            ["generate", "--prompt", "x", "--weights", "stored"],
+            "keeps the integers of a GGUF file, and name='embedded-softmax' is none",
+        ),
+        (
             ["generate", "--prompt", "x", "--weights", "int2"],
-            "--weights int2 must be int8 or int4; leave it out for floats",
+            "--weights int2 must be int8, int4 or stored; leave it out for floats",
         ),
         (
             ["plan", "--weights", "int2"],
-            "--weights int2 must be int8 or int4; leave it out for floats",
+            "--weights int2 must be int8, int4 or stored; leave it out for floats",
         ),
         (
             ["plan", "--train", "toy", "--weights", "int8"],

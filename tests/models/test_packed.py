@@ -273,7 +273,7 @@ def test_inputs_that_groups_do_not_divide(tmp_path, weights):
 
 
 def test_other_formats_are_refused(checkpoint):
-    message = "weights='int2' must be 'int8', 'int4', or None for floats"
+    message = "weights='int2' must be 'int8', 'int4', 'stored', or None"
     with pytest.raises(ValueError, match=message):
         models.load(checkpoint, weights="int2")  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match=message):

@@ -155,5 +155,5 @@ FAMILY = Family(
     load_tokenizer=load_tokenizer,
     save_tokenizer=save_tokenizer,
     footprint=footprint,
-    notes=lambda decoder: (f"a toy of {decoder.num_layers} layers.",),
+    notes=lambda decoder, params: (f"a toy of {decoder.num_layers} layers.",),
 )

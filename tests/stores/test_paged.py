@@ -4,6 +4,7 @@ import drive
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import lax
 
 from kvjax.stores import buffers, paged
@@ -46,21 +47,64 @@ def test_writing_by_page_is_writing_by_token(monkeypatch):
         np.testing.assert_array_equal(keys[b, :, : end - past - 1], before)
 
 
-def test_rows_in_whole_tiles_are_written_alone():
+@pytest.mark.parametrize(("dtype", "tile"), [(np.uint8, 32), (np.uint16, 128)])
+def test_rows_in_whole_tiles_are_written_alone(dtype, tile):
     """Over the end of a tile and of a page; what has no page, and the rest, stays."""
     rng = np.random.default_rng(0)
-    pages = rng.integers(0, 256, (2, 2, 3, 64, 5), np.uint8)
-    rows = rng.integers(0, 256, (2, 2, 3, 5), np.uint8)
-    positions = np.array([[31, 32, 33], [127, 128, 129]])
-    page = np.where([[True] * 3, [True, True, False]], positions // 64, 3)
+    size = 2 * tile  # of a page
+    pages = rng.integers(0, 256, (2, 2, 3, size, 5)).astype(dtype)
+    rows = rng.integers(0, 256, (2, 2, 3, 5)).astype(dtype)
+    positions = np.array([[tile], [2 * size]]) + np.arange(-1, 2)
+    page = np.where([[True] * 3, [True, True, False]], positions // size, 3)
     expected = pages.copy()
     for b, t in np.ndindex(page.shape):
         if page[b, t] < 3:
-            expected[b, :, page[b, t], positions[b, t] % 64] = rows[b, :, t]
+            expected[b, :, page[b, t], positions[b, t] % size] = rows[b, :, t]
     written = buffers.write_in_tiles(
         jnp.asarray(pages),
         jnp.asarray(rows),
         jnp.asarray(page, jnp.int32),
-        jnp.asarray(positions % 64, jnp.int32),
+        jnp.asarray(positions % size, jnp.int32),
+        tile,
     )
     np.testing.assert_array_equal(written, expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "page", "width", "tile"),
+    [
+        (jnp.uint8, 64, 256, 32),
+        (jnp.uint8, 32, 128, 32),
+        (jnp.uint8, 16, 256, None),
+        (jnp.uint8, 128, 192, 128),
+        (jnp.uint8, 64, 192, None),
+        (jnp.uint16, 256, 2, 128),
+        (jnp.uint16, 64, 2, None),
+        (jnp.bfloat16, 128, 256, None),
+    ],
+)
+def test_tiles_of_a_tpu(dtype, page, width, tile):
+    """32 rows of bytes, 128 where rows lie as columns; pages that are whole tiles."""
+    assert buffers.tile_of(page, width, dtype) == tile
+
+
+@pytest.mark.parametrize("start", [[127, 128], [0, 255], [5, 256]])
+@pytest.mark.parametrize("count", [[1, 1], [0, 1]])
+def test_scales_in_slots_are_written_in_tiles_as_one_by_one(start, count, monkeypatch):
+    """On a TPU as here; what lies past the end, or is none, is written nowhere."""
+    rng = np.random.default_rng(0)
+    slots, rows = (
+        jnp.asarray(rng.integers(0, 1 << 16, (2, 3, size, 1)), buffers.SCALES)
+        for size in (256, 1)
+    )
+    where = jnp.asarray(start, jnp.int32), jnp.asarray(count, jnp.int32)
+    expected = buffers.write_run(slots, rows, *where)
+    is_written = np.asarray(expected != slots).any((1, 2, 3))
+    assert is_written.tolist() == [
+        c and s < 256 for c, s in zip(count, start, strict=True)
+    ]
+    monkeypatch.setattr(
+        lax, "platform_dependent", lambda *given, cpu, default, tpu: tpu(*given)
+    )
+    found = buffers.write_run(slots, rows, *where)
+    np.testing.assert_array_equal(found, expected)
