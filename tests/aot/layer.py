@@ -1,5 +1,7 @@
 """One layer with the heads of an 8B model, compiled for a TPU, in two memories."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from aot import tpu
@@ -55,7 +57,8 @@ def memory_of(run, made, tokens):
     inputs = [placed(jax.ShapeDtypeStruct(x, "bfloat16")) for x in shapes]
     given = list(map(placed, leaves, hosted))
     compiled = jax.jit(call, donate_argnums=0).lower(given, *inputs).compile()
-    return compiled.memory_analysis()
+    counts: Any = compiled.memory_analysis()
+    return counts
 
 
 def memory_of_step(method, context):
