@@ -457,7 +457,7 @@ def chunks(
 ) -> Iterator[Chunk]:
     """Cuts prompts into chunks whose size suits the longest of them."""
     longest = max(longest, *map(len, prompts))
-    return cut(prompts, _chunk(decoder, longest, chunk_size))
+    return cut(prompts, chunk_tokens(decoder, longest, chunk_size))
 
 
 def cut(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
@@ -470,7 +470,8 @@ def cut(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
         yield tokens, np.array([len(piece) for piece in pieces], np.int32)
 
 
-def _chunk(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
+def chunk_tokens(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
+    """Returns the tokens of each chunk that prompts up to `longest` are cut into."""
     padded = bucket(longest)
     if longest > decoder.rope.static_until:
         # Its frequencies depend on the whole prompt's length: all keys rotate at once.

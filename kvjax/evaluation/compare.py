@@ -121,7 +121,7 @@ def compare(
             chunk_size=settings.chunk_size,
         )
         with _named(names):
-            with _beside(compile_reading, group if threads > 1 else []):
+            with _meanwhile(compile_reading, group if threads > 1 else []):
                 answered = _ask(
                     *(model, names, group, beside, inputs, settings, shapes),
                     *(threads, on_answer, report),
@@ -186,7 +186,7 @@ def _threads(decoder, group, settings, room) -> int:
 
 
 @contextlib.contextmanager
-def _beside(job: Callable[[Method], None], methods: Sequence[Method]):
+def _meanwhile(job: Callable[[Method], None], methods: Sequence[Method]):
     """Does the job with one method after the other, in one thread beside this one.
 
     It is over behind this.
@@ -270,10 +270,10 @@ def batch_that_fits(
 
     No more than there are windows: a batch is filled up with rows that do not count.
     """
-    exact = [method for method in methods.values() if method.exact_prompt]
+    exact = [method for method in methods.values() if _reads_with_others(method)]
     group = exact[:WORTH] or list(methods.values())[:1]
     row = bytes_together(decoder, group, settings)
-    room -= len(group) * PROGRAMS * decoder.num_layers
+    room -= _bytes_of_programs(decoder, len(group))
     batch = 1
     while 2 * batch <= min(most, settings.windows) and 2 * batch * row <= room:
         batch *= 2
@@ -293,11 +293,7 @@ def groups(
     one goes with the reference, whatever its size. Others are alone, and so is one that
     reads its prompt again, which would have the others wait.
     """
-    is_joined = {
-        name: method.exact_prompt and method.reread is None
-        for name, method in methods.items()
-    }
-    joined = [name for name in methods if is_joined[name]]
+    joined = [name for name, method in methods.items() if _reads_with_others(method)]
     readers = tuple(dict.fromkeys([reference, *(methods[name] for name in joined)]))
     kept = _kept(readers, decoder, settings.context, settings.new_tokens)
     kept_by = dict(zip(readers, kept, strict=True))
@@ -305,12 +301,22 @@ def groups(
     for name in joined:
         wider = [*(grouped[-1] if grouped else ()), name]
         row = _bytes_of([kept[0], *(kept_by[methods[name]] for name in wider)])
-        programs = len(wider) * PROGRAMS * decoder.num_layers
+        programs = _bytes_of_programs(decoder, len(wider))
         if grouped and settings.batch * row + programs <= room:
             grouped[-1] = wider
         else:
             grouped.append([name])
-    return grouped + [[name] for name in methods if not is_joined[name]]
+    return grouped + [[name] for name in methods if name not in joined]
+
+
+def _reads_with_others(method: Method) -> bool:
+    return method.exact_prompt and method.reread is None
+
+
+def _bytes_of_programs(decoder: DecoderLM, count: int) -> int:
+    """Returns what the programs of so many methods take where the states are."""
+    is_there = jax.default_backend() == "cpu"
+    return is_there * count * PROGRAMS * decoder.num_layers
 
 
 def bytes_together(
@@ -334,13 +340,6 @@ def _bytes_of(kept: Sequence[Mapping[Any, int]]) -> int:
 def _kept(methods, decoder, context, new_tokens) -> list[dict[Any, int]]:
     specs = layer_specs(decoder, 1, context, new_tokens)
     return together.kept(methods, specs)
-
-
-def _prompt_bytes(decoder, method, settings) -> int:
-    return _bytes_of_prompt(method, decoder, settings.context, settings.new_tokens)
-
-
-_bytes_of_prompt = functools.cache(accounting.bytes_of_prompt)
 
 
 def _bytes(model, method, settings) -> compare_rows.Bytes:

@@ -38,7 +38,7 @@ class Bytes(NamedTuple):
     device: int  # held while decoding
     host: int = 0  # held in the host's memory besides
     measured: float = 0.0  # read by a step
-    moved: float = 0.0  # of these, what came from the host's memory
+    moved: float = 0.0  # came from the host's memory, neighbours of tokens too
 
 
 class Row(NamedTuple):
@@ -73,7 +73,7 @@ class Row(NamedTuple):
     own: Interval | None = None  # the user's questions
     # Of methods that keep keys and values in the host's memory.
     bytes_in_host: int | None = None  # while decoding, per row
-    bytes_moved: float | None = None  # of `bytes_measured`, over the link
+    bytes_moved: float | None = None  # over the link: whole pages and blocks
     pages_found: Interval | None = None  # of those listed: were on the device
     passkey_by_depth: ByDepth | None = None
     multikey_by_depth: ByDepth | None = None
@@ -174,11 +174,10 @@ def _of_host(num_bytes: Bytes, layers: fidelity.LayerFidelity) -> dict[str, Any]
         return {}
     # Of layers that keep nothing there none was asked for.
     asked, moved = layers.asked.sum(0), layers.moved.sum(0)
-    return {
-        "bytes_in_host": num_bytes.host,
-        "bytes_moved": num_bytes.moved,
-        "pages_found": statistics.share_interval(1 - moved / np.maximum(asked, 1e-9)),
-    }
+    found = {"bytes_in_host": num_bytes.host, "bytes_moved": num_bytes.moved}
+    if np.all(asked > 0):
+        found["pages_found"] = statistics.share_interval(1 - moved / asked)
+    return found
 
 
 def _of_tasks(inputs: Inputs, scores: Sequence[float], suffix: str) -> dict[str, Any]:

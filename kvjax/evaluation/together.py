@@ -23,6 +23,7 @@ from kvjax.decoding.options import Options
 from kvjax.decoding.reader import (
     Prefilled,
     Reading,
+    chunk_tokens,
     finish_layers,
     read_unended,
     ready,
@@ -36,8 +37,9 @@ from kvjax.interface import (
     State,
     with_layer,
 )
+from kvjax.stores import buffers
 
-_CHUNK = 16  # tokens of the chunk by which it is found out what stays equal
+_CHUNK = 16  # tokens of a chunk, where nobody says
 
 
 @jax.tree_util.register_static
@@ -76,15 +78,19 @@ def apart(joint: Joint) -> tuple[State, ...]:
 
 
 @functools.cache
-def reader(methods: tuple[Method, ...]) -> Method:
+def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
     """A method that reads prompts for all `methods`; `finish` gives a tuple of theirs.
 
     Its output is the first one's: what the others attend to while they read, XLA drops
     unless their states need it. It decodes nothing. Its state is a :class:`Joint`.
 
+    Args:
+        chunk_size: tokens of the chunks that it will read, after which equal things
+            are equal.
+
     Raises:
         ValueError: if some of them read a prompt again, each in another way; from
-            `prefill`, if what is equal in their states does not stay so.
+            `prefill`, if a chunk of another size leaves them different.
     """
     ways = {(one.reread.chunk, one.reread.words) for one in methods if one.reread}
     if len(ways) > 1:
@@ -101,7 +107,7 @@ def reader(methods: tuple[Method, ...]) -> Method:
         structure = jax.tree.structure(with_layer(states, 0))
         key = dataclasses.replace(spec, layer=0), structure, numbers
         if key not in found:
-            found[key] = _owners(methods, spec, states, numbers)
+            found[key] = _owners(methods, spec, states, numbers, chunk_size)
         return _joined(states, found[key])
 
     def read_chunk(joint, q, k, v, lengths):
@@ -179,13 +185,14 @@ def _owners(
     spec: CacheSpec,
     states: tuple[State, ...],
     numbers: Sequence[Hashable],
+    chunk_size: int,
 ) -> Owners:
     """Finds which arrays of new states stay equal while a prompt is read.
 
     Args:
         numbers: of each array, equal where they are equal now.
     """
-    size = min(_CHUNK, spec.capacity)
+    size = min(chunk_size, spec.capacity)
 
     def rows(heads):
         shape = spec.batch, heads, size, spec.head_dim
@@ -224,6 +231,8 @@ def kept(
 ) -> list[dict[tuple[int, int], int]]:
     """Returns the bytes of all arrays that each method keeps while it reads a prompt.
 
+    On an accelerator those in the host's memory are left out.
+
     Args:
         specs: one a layer.
 
@@ -233,13 +242,18 @@ def kept(
     """
     found: list[dict[tuple[int, int], int]] = [{} for _ in methods]
     both = reader(tuple(methods))
-    for layer, spec in enumerate(specs):
-        joint = jax.eval_shape(functools.partial(both.init, spec))
-        owners = iter(joint.owners.places)
-        for own, state in zip(found, apart(joint), strict=True):
-            for leaf, owner in zip(_flat(state)[0], owners, strict=False):
-                if leaf is not None:
-                    own[layer, owner] = leaf.size * leaf.dtype.itemsize
+    is_cpu = jax.default_backend() == "cpu"
+
+    def count() -> None:  # traced: types tell memories only there
+        for layer, spec in enumerate(specs):
+            joint = both.init(spec)
+            owners = iter(joint.owners.places)
+            for own, state in zip(found, apart(joint), strict=True):
+                for leaf, owner in zip(_flat(state)[0], owners, strict=False):
+                    if leaf is not None and (is_cpu or not buffers.in_host(leaf)):
+                        own[layer, owner] = leaf.size * leaf.dtype.itemsize
+
+    jax.eval_shape(count)
     return found
 
 
@@ -301,8 +315,9 @@ def read_checked(
     options: Options,
 ) -> Together:
     """Reads prompts as :func:`read` does, if others have checked that they fit."""
-    method = reader(tuple(methods))
-    reading, specs = read_unended(model, method, prompts, options)
     longest = max(options.longest, *map(len, prompts))
+    size = chunk_tokens(model.decoder, longest, options.chunk_size)
+    method = reader(tuple(methods), size)
+    reading, specs = read_unended(model, method, prompts, options)
     reading = reread(model, method, reading, prompts, longest)
     return Together(methods, reading, prompts, specs)

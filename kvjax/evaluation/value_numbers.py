@@ -62,7 +62,7 @@ class _Numbers:
             else:
                 what = eqn.primitive, _key(eqn.params), *given
                 if eqn.effects:
-                    what = *what, _Itself(eqn)
+                    what = *what, object()
                 avals = [var.aval for var in eqn.outvars]
                 made = [self.of((what, i, str(aval))) for i, aval in enumerate(avals)]
             known.update(zip(eqn.outvars, made, strict=True))
@@ -122,7 +122,7 @@ def _form(jaxpr: core.Jaxpr) -> Hashable:
             _key(eqn.params),
             forms(eqn.invars),
             forms(eqn.outvars),
-            _Itself(eqn) if eqn.effects else None,
+            object() if eqn.effects else None,
         )
         for eqn in jaxpr.eqns
     )
@@ -138,7 +138,9 @@ def _constant(value: Any) -> Hashable:
     if isinstance(value, Tracer):
         return _Itself(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        if value.nbytes > _LARGEST:
+        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+        is_here = getattr(value, "is_fully_addressable", True)
+        if is_key or not is_here or value.nbytes > _LARGEST:
             return _Itself(value)
         return "array", value.shape, str(value.dtype), np.asarray(value).tobytes()
     try:

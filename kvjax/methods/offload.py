@@ -61,11 +61,12 @@ def offload(
 
     A chunk of the prompt goes to the host as it is read, and what came before it comes
     in blocks of 512 tokens, each once a chunk. Of entmax attention, whose parts do not
-    merge, the device holds a layer's keys and values meanwhile; so it does of values
-    where ending the prompt sums them up.
+    merge, the device holds a layer's keys and values meanwhile; so it does of any
+    method while the prompt ends.
 
     Args:
-        method: any that reads pages, or values, by lists, and keeps every key.
+        method: any that reads pages, or values, by lists, keeps every key, and leaves
+            rows where and as they are when a prompt ends, unless it quantises them.
         cache: tokens for each KV head of pages read before, which the device keeps
             beside those that a step reads.
         memory: where the pages are: `pinned_host`, or `device` for comparison.
@@ -130,13 +131,22 @@ def offload(
 
 
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> State:
-    """Makes the method's state, with what moves in the host's memory."""
+    """Makes the method's state, with what moves in the host's memory.
+
+    Raises:
+        ValueError: if weights are given: slots are counted for those of the options.
+    """
+    if weights is not None:
+        raise ValueError(
+            "offload has slots for what the options list, and other weights may list "
+            "more: write them to a file and name it in the options."
+        )
 
     def host(store: Store) -> Store:
         kept = moving(options, store).items()
         return store._replace(**{n: hosted.place(x, options.memory) for n, x in kept})
 
-    return of_stores(host, options.method.init(spec, weights))
+    return of_stores(host, options.method.init(spec))
 
 
 def prefill(
@@ -162,7 +172,10 @@ def prefill(
 
 
 def finish(options: Options, state: State) -> State:
-    """Ends the prompt as the method does; none of it is on the device yet."""
+    """Ends the prompt as the method does, with all of the layer on the device.
+
+    What moves is in the host's memory afterwards, and no page of it on the device.
+    """
 
     def host(before: Store, after: Store) -> Store:
         held, kept = moving(options, before), moving(options, after)

@@ -190,9 +190,9 @@ LAYERS = (
     "share of steps that read the whole cache; its inverse is the effective stride."
 )
 LINK = (
-    " Over the link: of what was measured, the keys and values that came from the "
-    "host's memory. Found: share of the pages listed there, or values, that the device "
-    "had already."
+    " Over the link: the keys and values that came from the host's memory, in whole "
+    "pages and blocks. Found: share of the pages listed there, or values, that the "
+    "device had already."
 )
 WHEN = {
     "seen": "Questions end the prompt: a method sees them before it chooses.",

@@ -7,7 +7,7 @@ import pytest
 from tiny import SMALL, tiny_model
 
 import kvjax
-from kvjax import registry
+from kvjax import accounting, registry
 from kvjax.decoding import reader
 from kvjax.decoding.generate import continued, prefill
 from kvjax.decoding.reader import bucket
@@ -119,8 +119,9 @@ METHODS = {
 }
 
 
-def grouped(room):
-    return compare.groups(MODEL.decoder, METHODS, METHODS["full"], SETTINGS, room)
+def grouped(room, **more):
+    methods = METHODS | more
+    return compare.groups(MODEL.decoder, methods, methods["full"], SETTINGS, room)
 
 
 def test_groups_fill_the_room_and_others_are_alone():
@@ -136,7 +137,8 @@ def test_groups_fill_the_room_and_others_are_alone():
 
 
 def bytes_of(name):
-    return compare._prompt_bytes(MODEL.decoder, METHODS[name], SETTINGS)
+    sizes = SETTINGS.context, SETTINGS.new_tokens
+    return accounting.bytes_of_prompt(METHODS[name], MODEL.decoder, *sizes)
 
 
 def test_a_method_that_reads_its_prompt_again_is_alone():
@@ -148,6 +150,11 @@ def test_a_method_that_reads_its_prompt_again_is_alone():
         MODEL.decoder, methods, methods["full"], SETTINGS, room=1 << 30
     )
     assert found == [["full", "quest"], ["kvzip"]]
+    # Two of them, which read in two ways, are sized and asked one by one.
+    ways = [registry.parse("kvzip", **SMALL, chunk=chunk) for chunk in (8, 16)]
+    both = dict(zip("ab", ways, strict=True))
+    assert compare.batch_that_fits(MODEL.decoder, both, SETTINGS, 1 << 30) == 8
+    assert grouped(1 << 30, **both)[-2:] == [["a"], ["b"]]
 
 
 def test_the_batch_leaves_room_for_methods_to_read_together():
@@ -225,11 +232,45 @@ def test_other_numbers_in_equal_places_are_kept_apart(change):
     assert np.abs(values[0] - values[1]).max() > 0.1
 
 
-def test_what_parts_in_long_chunks_alone_is_refused():
-    methods = [kvjax.full(), changed(lambda v: v * 2, least=20)]
+def test_what_parts_in_long_chunks_alone_is_told_by_the_chunks_that_are_read():
+    methods = kvjax.full(), changed(lambda v: v * 2, least=20)
+    for chunk_size in (24, 16):  # the chunk that will be read tells
+        read = together.read(
+            MODEL, methods, PROMPTS, **(OPTIONS | {"chunk_size": chunk_size})
+        )
+        values = [read.take(place).states[0].v for place in (0, 1)]
+        assert (np.abs(values[0] - values[1]).max() > 0.1) == (chunk_size == 24)
+    short = together.reader(methods, 16)
+    begun = reader.begin(MODEL.decoder, short, 2, 70, 8)
+    parts = reader.cut(PROMPTS, 24)
     with pytest.raises(ValueError, match="a chunk of 24 tokens parts what is equal"):
-        together.read(MODEL, methods, PROMPTS, **OPTIONS)
-    together.read(MODEL, methods, PROMPTS, **(OPTIONS | {"chunk_size": 16}))
+        reader.read(MODEL, short, begun, parts)
+
+
+@pytest.mark.parametrize("name", ["offload+quest", "offload+token_select"])
+def test_what_lies_in_the_hosts_memory_is_taken_there(name):
+    """And it is not counted as an accelerator's."""
+    method = registry.parse(name, budget=16)
+    read = together.read(MODEL, [METHODS["full"], method], PROMPTS, **OPTIONS)
+    alone = prefill(MODEL, method, PROMPTS, **OPTIONS)
+
+    def kinds(states):
+        return [x.sharding.memory_kind for x in jax.tree.leaves(states)]
+
+    assert kinds(read.take(1).states) == kinds(alone.states)
+    assert "pinned_host" in kinds(alone.states)
+    assert text_of(method, read.take(1)) == text_of(method, alone)
+
+
+def test_an_accelerators_memory_holds_no_pages_of_the_host(monkeypatch):
+    method = registry.parse("offload+quest", budget=16)
+    specs = [MODEL.decoder.cache_spec(1, 64)]
+    (whole,) = together.kept([method], specs)
+    ((_, host),) = [prompt for prompt, _ in accounting.held(method, specs)]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (device,) = together.kept([method], specs)
+    assert host > 0
+    assert sum(whole.values()) - sum(device.values()) == host
 
 
 def test_prompts_of_several_lengths_are_read_by_one_program(traces):

@@ -1,10 +1,13 @@
 """Numbers of values: equal only where the values are, whatever a program is given."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 from kvjax.evaluation.value_numbers import value_numbers
 
@@ -107,5 +110,18 @@ def test_what_has_effects_is_equal_to_nothing():
 
         return lax.scan(step, x, X)[0]
 
+    shape = jax.ShapeDtypeStruct((), jnp.float32)
+    drawn = itertools.count()
+
+    def draw(x):
+        return io_callback(lambda _: np.float32(next(drawn)), shape, x)
+
     assert same(told, told, np.float32(1.0))
-    assert not same(looped, looped, np.float32(1.0))
+    for other in (looped, draw, jax.jit(draw), jax.jit(looped)):
+        assert not same(other, other, np.float32(1.0))
+
+
+def test_a_key_in_a_program_is_itself():
+    one, other = jax.random.key(0), jax.random.key(0)
+    assert same(lambda x: (x, one)[1], lambda x: (x, one)[1], X)
+    assert not same(lambda x: (x, one)[1], lambda x: (x, other)[1], X)

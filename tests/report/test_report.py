@@ -190,7 +190,7 @@ def test_the_host_has_columns_where_a_row_has_something_there(results):
     assert "In host: held in the host's memory" in predicted.caption
     found = dict(zip(attention.headings, attention.rows[2], strict=True))
     assert (found["over the link"], found["found"]) == ("1.50 KiB", "90% [85, 95]")
-    assert "Over the link: of what was measured" in attention.caption
+    assert "Over the link: the keys and values that came" in attention.caption
     quest = dict(zip(attention.headings, attention.rows[1], strict=True))
     assert (quest["over the link"], quest["found"]) == ("-", "-")
     for sheet in report_table.sheets(results):
