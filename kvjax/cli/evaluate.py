@@ -70,6 +70,7 @@ def evaluate(
 ) -> None:
     """One task under one method, with its interval."""
     from kvjax.evaluation import answers, one_task
+    from kvjax.evaluation.tasks import chat as as_chat
 
     if (task is None) == (tasks is None):
         raise ValueError("give either --task or --tasks, and only one of them.")
@@ -100,6 +101,8 @@ def evaluate(
     answers.check_free(save_answers)
     content, text_name = given_text(text, model)
     language_model = load(model, dtype)
+    if chat:  # no work before a refusal
+        as_chat.turn(language_model.tokenizer, "Any question?")
     keep = answers.keeper(save_answers, language_model.name)
     with show_progress() as progress:
         result = one_task.run(
