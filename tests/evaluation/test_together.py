@@ -151,7 +151,7 @@ def test_a_method_that_reads_its_prompt_again_is_alone():
     )
     assert found == [["full", "quest"], ["kvzip"]]
     # Two of them, which read in two ways, are sized and asked one by one.
-    ways = [registry.parse("kvzip", **SMALL, chunk=chunk) for chunk in (8, 16)]
+    ways = [registry.parse("kvzip", **SMALL | {"chunk": size}) for size in (8, 16)]
     both = dict(zip("ab", ways, strict=True))
     assert compare.batch_that_fits(MODEL.decoder, both, SETTINGS, 1 << 30) == 8
     assert grouped(1 << 30, **both)[-2:] == [["a"], ["b"]]
