@@ -8,6 +8,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
@@ -138,7 +139,7 @@ def _constant(value: Any) -> Hashable:
     if isinstance(value, Tracer):
         return _Itself(value)
     if isinstance(value, np.ndarray | np.generic | jax.Array):
-        is_key = jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+        is_key = jnp.issubdtype(value.dtype, jax.dtypes.extended)
         is_here = getattr(value, "is_fully_addressable", True)
         if is_key or not is_here or value.nbytes > _LARGEST:
             return _Itself(value)

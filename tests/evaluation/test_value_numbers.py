@@ -80,6 +80,10 @@ def test_the_same_operations_of_the_same_things_are_equal(function):
             lambda x: x + np.array([0, 1, 2, 4], np.float32),
         ),
         (jax.jit(lambda x: x - 1), jax.jit(lambda x: x - 2)),
+        (
+            lambda x: lax.map(lambda row: row[:1], x.reshape(2, 2)),
+            lambda x: lax.map(lambda row: row[1:], x.reshape(2, 2)),
+        ),
         (lambda x: jnp.zeros(4), lambda x: jnp.full(4, -0.0)),
         (
             lambda x: jax.pure_callback(np.sin, x, x),
