@@ -201,6 +201,11 @@ def test_what_is_taken_is_used_up_alone():
         assert text_of(methods[0], read.take(place)) == expected
     evicting = text_of(methods[1], prefill(MODEL, methods[1], PROMPTS, **OPTIONS))
     assert text_of(methods[1], read.take(1)) == evicting
+    both = read.take(0), read.take(2)  # held while they are compared
+    first, second = (
+        {x.unsafe_buffer_pointer() for x in jax.tree.leaves(one.states)} for one in both
+    )
+    assert not first & second
 
 
 def changed(change, least=0):
