@@ -11,7 +11,7 @@ same under each method that has one. That it is the same follows from the progra
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,9 +105,10 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
 
         states, numbers = _run(begun, weights, range(len(jax.tree.leaves(weights))))
         structure = jax.tree.structure(with_layer(states, 0))
-        key = dataclasses.replace(spec, layer=0), structure, numbers
+        kinds = _first_places(numbers)  # alike in layers of other constants
+        key = dataclasses.replace(spec, layer=0), structure, kinds
         if key not in found:
-            found[key] = _owners(methods, spec, states, numbers, chunk_size)
+            found[key] = _owners(methods, spec, states, kinds, chunk_size)
         return _joined(states, found[key])
 
     def read_chunk(joint, q, k, v, lengths):
@@ -162,8 +163,9 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
 def _read(methods, given):
     """Returns the states of all methods behind a chunk, and the first one's output."""
     states, (q, k, v, lengths) = given
+    # JAX remembers what it traced of a jitted function: once, in whatever group it is.
     pairs = [
-        method.prefill(own, q, k, v, lengths)
+        jax.jit(method.prefill)(own, q, k, v, lengths)
         for method, own in zip(methods, states, strict=True)
     ]
     return tuple(own for own, _ in pairs), pairs[0][1]
@@ -178,6 +180,12 @@ def _run(function, given, inputs) -> tuple[Any, tuple[int, ...]]:
     arrays = core.jaxpr_as_fun(program)(*jax.tree.leaves(given))
     numbers = value_numbers(program, list(inputs))
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays), numbers
+
+
+def _first_places(values: Iterable[Hashable]) -> tuple[int, ...]:
+    """Returns for each value how many others came before the first like it."""
+    places: dict[Hashable, int] = {}
+    return tuple(places.setdefault(value, len(places)) for value in values)
 
 
 def _owners(
@@ -200,7 +208,7 @@ def _owners(
 
     keys = rows(spec.num_kv_heads)
     lengths = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
-    given = states, (rows(spec.num_q_heads), keys, keys, lengths)
+    given = with_layer(states, 0), (rows(spec.num_q_heads), keys, keys, lengths)
     program = jax.make_jaxpr(functools.partial(_read, methods))(given)
     # A second reading writes to some states alone: nothing is taken from them.
     alone = [
@@ -216,8 +224,7 @@ def _owners(
         parted = list(zip(kinds, behind, strict=False))
         if len(set(parted)) == len(set(kinds)):
             break
-        names = {kind: number for number, kind in enumerate(dict.fromkeys(parted))}
-        kinds = [names[kind] for kind in parted]
+        kinds = list(_first_places(parted))
     arrays = iter(kinds)
     places, first = [], {}
     for place, leaf in enumerate(_flat(states)[0]):

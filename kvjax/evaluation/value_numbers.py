@@ -4,14 +4,18 @@ Value numbering, as compilers do it: what the same operations make of equal thin
 equal. Things of different numbers may still be equal; those of one number always are.
 """
 
-from collections.abc import Hashable, Iterable, Sequence
-from typing import Any
+import functools
+import weakref
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.extend import core
+
+T = TypeVar("T")
 
 _CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")  # parameters that hold what is called
 _CALLERS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call")
@@ -55,13 +59,13 @@ class _Numbers:
             is_literal = isinstance(atom, core.Literal)
             return self.of(_literal(atom)) if is_literal else known[atom]
 
-        for eqn in jaxpr.eqns:
+        for eqn, key in zip(jaxpr.eqns, _keys(jaxpr), strict=True):
             given = [read(atom) for atom in eqn.invars]
             called = _called(eqn)
             if called is not None:
                 made = self.run(called.jaxpr, called.consts, given)
             else:
-                what = eqn.primitive, _key(eqn.params), *given
+                what = eqn.primitive, key, *given
                 if eqn.effects:
                     what = *what, object()
                 avals = [var.aval for var in eqn.outvars]
@@ -76,6 +80,36 @@ def _called(eqn: Any) -> core.ClosedJaxpr | None:
         return None
     found = next(eqn.params[name] for name in _CALLS if name in eqn.params)
     return found if isinstance(found, core.ClosedJaxpr) else None
+
+
+class _Hashed:
+    """A key of many parts, whose hash is found once."""
+
+    def __init__(self, value: Hashable) -> None:
+        self.value = value
+        self._hash = hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        if self is other:
+            return True
+        is_like = isinstance(other, _Hashed) and self._hash == other._hash
+        return is_like and self.value == other.value
+
+
+def _once(function: Callable[[core.Jaxpr], T]) -> Callable[[core.Jaxpr], T]:
+    """Has the function look at a program once, while that lives."""
+    known: weakref.WeakKeyDictionary[core.Jaxpr, T] = weakref.WeakKeyDictionary()
+
+    @functools.wraps(function)
+    def look(jaxpr: core.Jaxpr) -> T:
+        if jaxpr not in known:
+            known[jaxpr] = function(jaxpr)
+        return known[jaxpr]
+
+    return look
 
 
 class _Itself:
@@ -104,6 +138,16 @@ def _key(value: Any) -> Hashable:
     return _constant(value)
 
 
+@_once
+def _keys(jaxpr: core.Jaxpr) -> list[Hashable]:
+    """Returns what determines the parameters of each of a program's operations."""
+    return [
+        None if _called(eqn) is not None else _Hashed(_key(eqn.params))
+        for eqn in jaxpr.eqns
+    ]
+
+
+@_once
 def _form(jaxpr: core.Jaxpr) -> Hashable:
     """Returns a program with its variables numbered as they come."""
     places: dict[Any, int] = {}
@@ -127,7 +171,7 @@ def _form(jaxpr: core.Jaxpr) -> Hashable:
         )
         for eqn in jaxpr.eqns
     )
-    return head, lines, forms(jaxpr.outvars)
+    return _Hashed((head, lines, forms(jaxpr.outvars)))
 
 
 def _literal(atom: core.Literal) -> Hashable:

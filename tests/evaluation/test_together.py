@@ -18,6 +18,7 @@ from kvjax.evaluation import (
     fidelity,
     together,
 )
+from kvjax.interface import layer_specs
 
 MODEL = tiny_model(num_layers=2)
 RNG = np.random.default_rng(0)
@@ -110,6 +111,38 @@ def test_layers_lose_what_a_whole_model_side_by_side_says(spec):
     for a, b in zip(found, fidelity.layers(states), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
     assert found.error.max() > 1e-3
+
+
+def test_layers_that_differ_in_numbers_alone_are_looked_through_once(monkeypatch):
+    """Of `random` each draws by another number, and what they share is the same."""
+    looked, owners = [], together._owners
+
+    def look(methods, spec, *others):
+        looked.append(spec.layer)
+        return owners(methods, spec, *others)
+
+    monkeypatch.setattr(together, "_owners", look)
+    methods = kvjax.full(), registry.parse("random:seed=7", **SMALL)
+    decoder = tiny_model(num_layers=4).decoder
+    found = together.kept(methods, layer_specs(decoder, 1, 64, 8))
+    assert looked == [0, 1]  # the first one's 0 is that of empty lengths, too
+    assert all({layer for layer, _ in own} == {0, 1, 2, 3} for own in found)
+
+
+def test_a_method_is_traced_once_whatever_it_reads_with():
+    traced, snap = [], registry.parse("snapkv", **SMALL)
+
+    def prefill(*arguments):
+        traced.append(len(arguments))
+        return snap.prefill(*arguments)
+
+    counted = snap._replace(prefill=prefill)
+    # Budgets of layers make layers of several kinds.
+    budgets = registry.parse("layer_budgets+snapkv", **SMALL)
+    specs = layer_specs(tiny_model(num_layers=4).decoder, 1, 64, 8)
+    for others in ((kvjax.full(),), (kvjax.full(), budgets), (registry.parse("knorm"),)):
+        together.kept((*others, counted), specs)
+    assert len(traced) == 1
 
 
 SETTINGS = compare_inputs.Settings(context=64, new_tokens=8, windows=8, batch=2)
