@@ -153,13 +153,19 @@ def _open(path: Path):
     size = path.stat().st_size
 
     class Reader(gguf.GGUFReader):
-        """Stops where the file ends; the package would go on with what there is."""
+        """Stops where the file ends; the package would go on with what there is.
 
-        def _get(self, offset, dtype, count=1, *args, **kwargs):
-            end = int(offset) + np.dtype(dtype).itemsize * int(count)
+        It is asked for every token of a vocabulary: one array each instead of the
+        package's four, which keeps the file's byte order in mind (see `_check_start`).
+        """
+
+        def _get(self, offset, dtype, count=1, override_order=None):
+            del override_order
+            start, count = int(offset), int(count)
+            end = start + np.dtype(dtype).itemsize * count
             if end > size:
                 raise EOFError(f"{end:,}")
-            return super()._get(offset, dtype, count, *args, **kwargs)
+            return np.ndarray(count, dtype, self.data, start)
 
     try:
         with np.errstate(over="ignore"):  # a damaged offset

@@ -16,6 +16,7 @@ from test_llama import TOLERANCE, run
 import models
 from kvjax.rope import Rope
 from models import llama
+from models.gguf import header
 
 GROWTH = 0.1 * math.log(4.0) + 1  # yarn's scale of a context four times as long
 LINEAR = {
@@ -304,3 +305,23 @@ def test_names_of_models(tmp_path, monkeypatch):
     assert models.load(path).name == str(path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert models.load("~/Tiny.GGUF").name == "~/Tiny.GGUF"
+
+
+def test_a_header_holds_what_the_packages_own_reader_finds(smollm2):
+    """Of a published file, whose vocabulary and merges are most of it."""
+    found, expected = header.read(smollm2), gguf.GGUFReader(smollm2)
+    fields = {k: v for k, v in expected.fields.items() if not k.startswith("GGUF.")}
+    assert list(found.fields) == list(fields)
+    for key, field in fields.items():
+        assert found.value(key) == field.contents()
+        assert (found.fields[key].types, found.length(key)) == (
+            field.types,
+            len(field.data),
+        )
+    assert list(found.tensors) == [tensor.name for tensor in expected.tensors]
+    for tensor in expected.tensors:
+        ours = found.tensors[tensor.name]
+        np.testing.assert_array_equal(ours.shape, tensor.shape)
+        np.testing.assert_array_equal(ours.data, tensor.data)
+        assert (ours.data.dtype, ours.n_bytes) == (tensor.data.dtype, tensor.n_bytes)
+        assert not ours.data.flags.writeable  # mapped, not read

@@ -4,7 +4,6 @@
 queries, keys and values of all its layers, which one pass over a text records.
 """
 
-import dataclasses
 import pathlib
 import sysconfig
 
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smollm2_reference as reference
+from tiny import first_layers
 
 import models
 from kvjax import registry
@@ -37,10 +37,7 @@ def model(smollm2):
 @pytest.fixture(scope="module")
 def beginning(model):
     """Its first layers: all that is real but depth, which is most of the compiling."""
-    config = dataclasses.replace(model.decoder.config, num_layers=LAYERS)
-    layers = {layer: model.params["layers"][layer] for layer in range(LAYERS)}
-    params = model.params | {"layers": layers}
-    return model._replace(decoder=type(model.decoder)(config), params=params)
+    return first_layers(model, LAYERS)
 
 
 @pytest.fixture(scope="module")
