@@ -140,7 +140,8 @@ def test_a_method_is_traced_once_whatever_it_reads_with():
     # Budgets of layers make layers of several kinds.
     budgets = registry.parse("layer_budgets+snapkv", **SMALL)
     specs = layer_specs(tiny_model(num_layers=4).decoder, 1, 64, 8)
-    for others in ((kvjax.full(),), (kvjax.full(), budgets), (registry.parse("knorm"),)):
+    full, norm = kvjax.full(), registry.parse("knorm", **SMALL)
+    for others in ((full,), (full, budgets), (norm,)):
         together.kept((*others, counted), specs)
     assert len(traced) == 1
 
