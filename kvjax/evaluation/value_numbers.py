@@ -95,8 +95,9 @@ class _Hashed:
     def __eq__(self, other: object) -> bool:
         if self is other:
             return True
-        is_like = isinstance(other, _Hashed) and self._hash == other._hash
-        return is_like and self.value == other.value
+        if not isinstance(other, _Hashed) or self._hash != other._hash:
+            return False
+        return self.value == other.value
 
 
 def _once(function: Callable[[core.Jaxpr], T]) -> Callable[[core.Jaxpr], T]:
