@@ -11,7 +11,7 @@ same under each method that has one. That it is the same follows from the progra
 
 import dataclasses
 import functools
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -105,10 +105,9 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
 
         states, numbers = _run(begun, weights, range(len(jax.tree.leaves(weights))))
         structure = jax.tree.structure(with_layer(states, 0))
-        kinds = _first_places(numbers)  # alike in layers of other constants
-        key = dataclasses.replace(spec, layer=0), structure, kinds
+        key = dataclasses.replace(spec, layer=0), structure, numbers
         if key not in found:
-            found[key] = _owners(methods, spec, states, kinds, chunk_size)
+            found[key] = _owners(methods, spec, states, numbers, chunk_size)
         return _joined(states, found[key])
 
     def read_chunk(joint, q, k, v, lengths):
@@ -182,12 +181,6 @@ def _run(function, given, inputs) -> tuple[Any, tuple[int, ...]]:
     return jax.tree.unflatten(jax.tree.structure(shapes), arrays), numbers
 
 
-def _first_places(values: Iterable[Hashable]) -> tuple[int, ...]:
-    """Returns for each value how many others came before the first like it."""
-    places: dict[Hashable, int] = {}
-    return tuple(places.setdefault(value, len(places)) for value in values)
-
-
 def _owners(
     methods: tuple[Method, ...],
     spec: CacheSpec,
@@ -224,7 +217,8 @@ def _owners(
         parted = list(zip(kinds, behind, strict=False))
         if len(set(parted)) == len(set(kinds)):
             break
-        kinds = list(_first_places(parted))
+        names = {kind: number for number, kind in enumerate(dict.fromkeys(parted))}
+        kinds = [names[kind] for kind in parted]
     arrays = iter(kinds)
     places, first = [], {}
     for place, leaf in enumerate(_flat(states)[0]):

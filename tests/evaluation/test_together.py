@@ -113,22 +113,6 @@ def test_layers_lose_what_a_whole_model_side_by_side_says(spec):
     assert found.error.max() > 1e-3
 
 
-def test_layers_that_differ_in_numbers_alone_are_looked_through_once(monkeypatch):
-    """Of `random` each draws by another number, and what they share is the same."""
-    looked, owners = [], together._owners
-
-    def look(methods, spec, *others):
-        looked.append(spec.layer)
-        return owners(methods, spec, *others)
-
-    monkeypatch.setattr(together, "_owners", look)
-    methods = kvjax.full(), registry.parse("random:seed=7", **SMALL)
-    decoder = tiny_model(num_layers=4).decoder
-    found = together.kept(methods, layer_specs(decoder, 1, 64, 8))
-    assert looked == [0, 1]  # the first one's 0 is that of empty lengths, too
-    assert all({layer for layer, _ in own} == {0, 1, 2, 3} for own in found)
-
-
 def test_a_method_is_traced_once_whatever_it_reads_with():
     traced, snap = [], registry.parse("snapkv", **SMALL)
 
