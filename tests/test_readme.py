@@ -93,8 +93,11 @@ COMPARISONS = {
     "embedded": "2026-11-29-compare-embedded.json",
     "smollm2": "2026-11-30-compare-smollm2-2k.json",
     "smollm2-4k": "2026-11-30-compare-smollm2-4k.json",
+    "smollm2-quantised": "2026-12-01-compare-smollm2-1k-quantised.json",
 }
-FIGURE = ROOT / "docs" / "images" / "compare-smollm2.png"
+IMAGES = ROOT / "docs" / "images"
+FIGURE = IMAGES / "compare-smollm2.png"
+FRONTIER = IMAGES / "kl-by-bytes-smollm2.png"
 # Of the tables in a terminal the columns that tell most; those that a file lacks go.
 HEADINGS = ("read / token", "held", "KL", "KL p99", "same tokens", "perplexity")
 HEADINGS += ("passkey", "multi-key", "chain")
@@ -113,11 +116,17 @@ def comparison_table(name: str) -> str:
     return "\n\n".join([*parts, left_out] if left_out else parts)
 
 
+def is_asked(results: dict) -> bool:
+    """Whether answers say something: those of one example do not."""
+    return results["manifest"]["settings"]["examples"] > 1
+
+
 def one_table(results: dict) -> str:
     """The columns of the terminal's tables that tell most, and how it was measured."""
     assert results["complete"]
-    columns = {c.heading: c for c in (*table.PREDICTED, *table.ANSWERED)}
-    chosen = [columns[heading] for heading in HEADINGS]
+    answered = table.ANSWERED if is_asked(results) else ()
+    columns = {c.heading: c for c in (*table.PREDICTED, *answered)}
+    chosen = [columns[heading] for heading in HEADINGS if heading in columns]
     headings, cells = table.table_rows(results, chosen)
     rows = [
         "| " + " | ".join(headings) + " |",
@@ -125,13 +134,10 @@ def one_table(results: dict) -> str:
     ]
     rows += [f"| `{name}` | {' | '.join(numbers)} |" for name, *numbers in cells]
     # Speeds are of a machine that did other work too.
-    caption = " ".join(
-        [
-            table.predicted_caption(results),
-            table.answered_caption(results, speed=False),
-            labels.of_results(results).shared,
-        ]
-    )
+    said = [table.predicted_caption(results)]
+    if is_asked(results):
+        said.append(table.answered_caption(results, speed=False))
+    caption = " ".join([*said, labels.of_results(results).shared])
     return "\n".join([*rows, "", textwrap.fill(caption, 88)])
 
 
@@ -254,3 +260,6 @@ if __name__ == "__main__":
         start, end = between(text, name).span(1)
         page.write_text(text[:start] + generate() + "\n" + text[end:], "utf-8")
     compare.scatter(comparison("smollm2")).savefig(FIGURE, dpi=110)
+    wide = compare.BROAD._replace(width=16.0)  # beside a key of many long names
+    lost = compare.scatter(comparison("smollm2-quantised"), ["kl"], layout=wide)
+    lost.savefig(FRONTIER, dpi=110)
