@@ -3,7 +3,6 @@
 Weights are scaled up so that a greedy choice is decisive and depends on the context.
 """
 
-import dataclasses
 import json
 import pathlib
 import re
@@ -125,11 +124,3 @@ def byte_tokenizer() -> HFTokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     return HFTokenizer(backend, {}, {"default": TEMPLATE})
-
-
-def first_layers(model: LanguageModel, count: int) -> LanguageModel:
-    """A model of the first layers of another: most of compiling one is its depth."""
-    config = dataclasses.replace(model.decoder.config, num_layers=count)
-    layers = {layer: model.params["layers"][layer] for layer in range(count)}
-    params = model.params | {"layers": layers}
-    return model._replace(decoder=type(model.decoder)(config), params=params)

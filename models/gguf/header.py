@@ -155,8 +155,8 @@ def _open(path: Path):
     class Reader(gguf.GGUFReader):
         """Stops where the file ends; the package would go on with what there is.
 
-        It is asked for every token of a vocabulary: one array each instead of the
-        package's four, which keeps the file's byte order in mind (see `_check_start`).
+        Every token of a vocabulary is asked for, and is one array here. The package
+        makes four, to allow for the other byte order, which `_check_start` refuses.
         """
 
         def _get(self, offset, dtype, count=1, override_order=None):

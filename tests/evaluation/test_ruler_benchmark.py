@@ -58,9 +58,7 @@ def test_methods_read_a_task_together_and_none_is_left_out():
     ruler = benchmark()
     args = types.SimpleNamespace(context=1024, n=4, batch=2, room=1.0)
     decoder = tiny_model(num_layers=1, context=4096).decoder
-    few = {"full", "snapkv", "streaming_llm", "keydiff", "kvzip"}
-    planned = ruler.planned(1.0, args)
-    rows = [row for row in planned if row.method.split(":")[0] in few]
+    rows = ruler.planned(1.0, args)
     other = dataclasses.replace(rows[0], method="entmaxkv:budget=64")
     fit, said = ruler.answerable(decoder, [*rows, other])
     (row,) = said
@@ -74,7 +72,7 @@ def test_methods_read_a_task_together_and_none_is_left_out():
     for part in groups:
         assert len({(row.context, row.question, row.task, row.n) for row in part}) == 1
     sizes = [len(part) for part in groups]
-    assert max(sizes) == 2  # SnapKV and KeyDiff: others lead, or read again
+    assert max(sizes) > 5  # as many as the room holds
     # The tasks of the same methods follow each other: what is compiled serves all.
     names = [tuple(row.method for row in part) for part in groups]
     runs = [

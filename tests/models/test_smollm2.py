@@ -4,6 +4,7 @@
 queries, keys and values of all its layers, which one pass over a text records.
 """
 
+import dataclasses
 import pathlib
 import sysconfig
 
@@ -13,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import smollm2_reference as reference
-from tiny import first_layers
 
 import models
 from kvjax import registry
@@ -37,7 +37,10 @@ def model(smollm2):
 @pytest.fixture(scope="module")
 def beginning(model):
     """Its first layers: all that is real but depth, which is most of the compiling."""
-    return first_layers(model, LAYERS)
+    config = dataclasses.replace(model.decoder.config, num_layers=LAYERS)
+    layers = {layer: model.params["layers"][layer] for layer in range(LAYERS)}
+    params = model.params | {"layers": layers}
+    return model._replace(decoder=type(model.decoder)(config), params=params)
 
 
 @pytest.fixture(scope="module")
