@@ -184,7 +184,8 @@ def test_every_method_has_a_source():
 
 
 def test_the_readme_is_short():
-    assert len(README.read_text("utf-8").splitlines()) <= LONGEST
+    # With room for a method more: its three files change no other page by hand.
+    assert len(README.read_text("utf-8").splitlines()) < LONGEST
 
 
 def test_files_that_the_readme_links_to_exist():
