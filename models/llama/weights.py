@@ -176,6 +176,7 @@ def load(
                 "its numbers need a wider dtype."
             )
         _put(params, entry.path, value)
+        del raw  # not while the next tensor is read
     if tied:
         _check_tied(params["embedding"], tensors)
     return params
