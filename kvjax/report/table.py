@@ -204,6 +204,10 @@ WHEN = {
 }
 
 
+def _of(count: int, noun: str) -> str:
+    return f"{count} {noun}" + ("s" if count != 1 else "")
+
+
 def attention_caption(results: Mapping[str, Any]) -> str:
     """Says how layers were fed, and what the columns of the third table are."""
     return LAYERS + (LINK if _is_offloaded(results) else "")
@@ -220,10 +224,10 @@ def predicted_caption(results: Mapping[str, Any]) -> str:
     text = about.get("text", "held-out text")
     caption = (
         f"{about['model']}, context {settings['context']:,} tokens, the last "
-        f"{settings['new_tokens']} of them decoded; {settings['windows']} windows of "
-        f"{text}; 95% intervals. Bytes are of cache: read for one token of one row, "
-        "held for one row. KL, top-1 and nats: against the first row, per token that "
-        "decode steps predict."
+        f"{settings['new_tokens']} of them decoded; "
+        f"{_of(settings['windows'], 'window')} of {text}; 95% intervals. Bytes are of "
+        "cache: read for one token of one row, held for one row. KL, top-1 and nats: "
+        "against the first row, per token that decode steps predict."
     )
     if any(row.get("kl_p99") for row in results["rows"]):
         caption += (
@@ -241,7 +245,7 @@ def answered_caption(results: Mapping[str, Any], *, speed: bool = True) -> str:
     about = results["manifest"]
     settings = about["settings"]
     caption = (
-        f"{settings['examples']} examples a retrieval task. "
+        f"{_of(settings['examples'], 'example')} a retrieval task. "
         f"{WHEN[settings.get('question', 'seen')]} Chain: links of "
         f"{results['rows'][0]['chain_links']} before the first mistake."
     )
@@ -250,10 +254,10 @@ def answered_caption(results: Mapping[str, Any], *, speed: bool = True) -> str:
     if "tasks" in settings:
         row = results["rows"][0]
         asked = row.get("own") or row["own_after"]
-        caption += f" Own: {asked['n']} questions of {settings['tasks']}."
+        caption += f" Own: {_of(asked['n'], 'question')} of {settings['tasks']}."
     if speed:
         caption += (
-            f" Speed: {settings['batch']} rows together on {about['device']} "
+            f" Speed: {_of(settings['batch'], 'row')} together on {about['device']} "
             f"({about['backend']}), median of batches; prefill: one row's prompt, read "
             "alone."
         )
@@ -348,12 +352,13 @@ def print_task(document: Mapping[str, Any]) -> None:
         terminal.say(
             f"{about}: perplexity {_value(document['perplexity'])}, "
             f"{_value(document['bits_per_byte'])} bits per byte, "
-            f"n={document['n']} windows{text}"
+            f"n={_of(document['n'], 'window')}{text}"
         )
     else:
         terminal.say(
             f"{about}: top-1 agreement {format_share(document['top1_agreement'])}, "
-            f"KL {document['kl']['mean']:.4f} nats, n={document['n']} windows{text}"
+            f"KL {document['kl']['mean']:.4f} nats, "
+            f"n={_of(document['n'], 'window')}{text}"
         )
         print()
         terminal.show(LAYER_HEADINGS, [_layer(layer) for layer in document["layers"]])

@@ -272,6 +272,16 @@ def test_a_comparison_of_an_earlier_format_has_the_columns_it_can(results):
     assert html_page.html(results | {"rows": rows})
 
 
+def test_one_of_a_kind_is_named_so(results):
+    about = results["manifest"]
+    few = {"windows": 1, "examples": 1, "batch": 1}
+    about = about | {"settings": about["settings"] | few}
+    sheets = report_table.sheets(results | {"manifest": about})
+    captions = " ".join(sheet.caption for sheet in sheets)
+    for said in ("1 window of", "1 example a", "1 row together"):
+        assert said in captions
+
+
 def test_both_times_of_asking_have_columns_and_panels(results):
     rows = [
         make_row(name, read=2**14, hits=2, chain_after=wilson(1, 4))
