@@ -388,7 +388,7 @@ def a_prompt_that_ended_is_kept_as_arrays(subject: Subject) -> None:
         lambda: subject.method.finish(subject.method.init(subject.spec))
     )
     _equal(jax.tree.structure(ended), jax.tree.structure(like), "what finish returns")
-    leaves = [jnp.asarray(np.array(leaf)) for leaf in jax.tree.leaves(ended)]
+    leaves = [jax.device_put(np.array(leaf)) for leaf in jax.tree.leaves(ended)]
     restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
     _, (out, _) = subject.decode(restored)
     what = "outputs behind a prompt that was put away"
@@ -431,7 +431,7 @@ def sharded_over_two_devices_is_the_same(subject: Subject) -> None:
     state, _ = subject.prefill()
     state = jax.tree.map(split, subject.jitted_finish(state))
     before = jax.tree.map(lambda leaf: leaf.sharding, state)
-    q, k, v = (split(x[0]) for x in subject.step_inputs())
+    q, k, v = (split(np.asarray(x[0])) for x in subject.step_inputs())
     step = jax.jit(functools.partial(streams.step, subject.method))
     state, (out, diagnostics) = step(state, (q, k, v))
     _same(out[:, :, -1], subject.baseline.out[0], "outputs")

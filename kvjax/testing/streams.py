@@ -139,8 +139,8 @@ def chunk(
         padded = np.full((*x.shape[:2], size, x.shape[3]), padding, np.float32)
         for b, (begin, count) in enumerate(zip(start, lengths, strict=True)):
             padded[b, :, :count] = x[b, :, begin : begin + count]
-        arrays.append(jnp.asarray(padded.astype(jnp.dtype(dtype))))
-    return (*arrays, jnp.asarray(lengths, jnp.int32))
+        arrays.append(jax.device_put(padded.astype(jnp.dtype(dtype))))
+    return (*arrays, jax.device_put(np.asarray(lengths, np.int32)))
 
 
 def prefill(method: Method, spec: CacheSpec, stream: Stream, chunks=None):
@@ -242,7 +242,7 @@ def step_inputs(stream: Stream, dtype: jax.typing.DTypeLike = "float32", rows: i
             for i in range(stream.steps):
                 count = min(rows, i + 1)
                 steps[i, b, :, rows - count :] = x[b, :, n + i + 1 - count : n + i + 1]
-        arrays.append(jnp.asarray(steps.astype(jnp.dtype(dtype))))
+        arrays.append(jax.device_put(steps.astype(jnp.dtype(dtype))))
     return tuple(arrays)
 
 

@@ -125,6 +125,7 @@ class Subject:
         for lengths in [stream.prompts] if chunks is None else chunks:
             inputs = streams.chunk(stream, start, lengths, size=max(PROMPTS))
             state, out = self.jitted_prefill(state, *inputs)
+            out = np.asarray(out)
             outs.append([out[b, :, :n] for b, n in enumerate(lengths)])
             start += np.asarray(lengths)
         rows = [np.concatenate(row, axis=1) for row in zip(*outs, strict=True)]
