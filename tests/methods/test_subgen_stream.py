@@ -60,15 +60,21 @@ def spec_of(batch, capacity=64, dtype="float32", sm_scale=1.0):
     )
 
 
-def tokens(size=END + WINDOW, seed=0):
-    """Heads of one row, and the mean of its values far from 0."""
-    rng = np.random.default_rng(seed)
-    shape = (1, HEADS, size, DIM)
+def tokens(alike=False):
+    """Heads of one row, the mean of whose values is far from 0.
+
+    Keys that are `alike` lie near five points, in an order of each head.
+    """
+    rng = np.random.default_rng(0)
+    shape = (1, HEADS, END + WINDOW, DIM)
     q = rng.standard_normal((1, GROUP * HEADS, 1, DIM))
     q *= 0.8 / np.linalg.norm(q, axis=-1, keepdims=True)
-    lengths = rng.uniform(0.3, 2, (1, HEADS, size, 1))
+    lengths = rng.uniform(0.3, 2, (*shape[:3], 1))
     v = lengths * (0.5 + rng.standard_normal(shape))
-    return tuple(x.astype(np.float32) for x in (q, rng.standard_normal(shape), v))
+    k = rng.standard_normal(shape)
+    if alike:
+        k = 0.1 * k + 4 * np.eye(DIM)[rng.integers(0, 5, shape[:3])]
+    return tuple(x.astype(np.float32) for x in (q, k, v))
 
 
 def keys_of(rows):
@@ -102,27 +108,21 @@ def appended(options, state, k, v):
     return jax.lax.scan(one, state, ahead)[0]
 
 
+@jax.jit
+def run(keys, q, k, v):
+    half, spec = END - FOLDED // 2, spec_of(len(keys))
+    state = prompt_state(OPTIONS, spec, k[:, :, :half], v[:, :, :half], keys)
+    state = appended(OPTIONS, state, k[:, :, half:], v[:, :, half:])
+    rows = jnp.broadcast_to(q, (len(keys), *q.shape[1:]))
+    mean, log_z = stream.numerator(state.folded, rows, 1.0)
+    tau = jnp.exp(stream.log_tau(state.folded, rows, 1.0))
+    return state, tau[..., 0], (jnp.exp(log_z)[..., None] * mean)[:, :, 0]
+
+
 @functools.cache
-def many():
-    """States of 2,000 seeds, half of whose tokens were appended, and what they are of.
-
-    With log tau, the vector and factor of z, and the true sums in float64.
-    """
-    q, k, v = tokens()
-    keys = keys_of(SEEDS)
-    half = FOLDED // 2
-
-    @jax.jit
-    def run(keys):
-        spec = spec_of(SEEDS)
-        state = prompt_state(OPTIONS, spec, k[:, :, :half], v[:, :, :half], keys)
-        state = appended(OPTIONS, state, k[:, :, half:], v[:, :, half:])
-        rows = jnp.broadcast_to(q, (SEEDS, *q.shape[1:]))
-        mean, log_z = stream.numerator(state.folded, rows, 1.0)
-        tau = jnp.exp(stream.log_tau(state.folded, rows, 1.0))
-        return state, tau[..., 0], (jnp.exp(log_z)[..., None] * mean)[:, :, 0]
-
-    state, tau, z = run(keys)
+def many(alike=False):
+    """States of 2,000 seeds, half of whose tokens were appended; tau and z of each."""
+    state, tau, z = run(keys_of(SEEDS), *tokens(alike=alike))
     return state, np.asarray(tau, float), np.asarray(z, float)
 
 
@@ -178,10 +178,11 @@ def test_variances_are_those_of_independent_draws():
     np.testing.assert_allclose(tau.var(0), expected, rtol=0.1)
 
 
-def test_the_normaliser_is_within_its_bound_for_every_seed():
+@pytest.mark.parametrize("alike", [False, True])
+def test_the_normaliser_is_within_its_bound_for_every_seed(alike):
     """The widest cluster's diameter times |x|; twice a radius is no less."""
-    _, tau, _ = many()
-    q, k, v = tokens()
+    _, tau, _ = many(alike)
+    q, k, v = tokens(alike)
     found, labels = labels_of(k)
     keys = k[0, :, OPTIONS.num_sinks : END].astype(float)
     apart = np.linalg.norm(keys[:, :, None] - keys[:, None], axis=-1)
