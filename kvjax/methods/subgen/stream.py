@@ -197,9 +197,9 @@ def append(
         return state
     leaves = length - sizes.window
     place = in_ring(sizes, leaves)[:, None, None]
-    old = (buffers.gather(rows, place) for rows in (state.k, state.v))
+    old_k, old_v = (buffers.gather(rows, place) for rows in (state.k, state.v))
     is_due = leaves >= sizes.sinks
-    folded = fold(options, sizes, state.folded, *old, leaves, is_due)
+    folded = fold(options, sizes, state.folded, old_k, old_v, leaves, is_due)
     return state._replace(folded=folded)
 
 
