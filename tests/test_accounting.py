@@ -29,6 +29,15 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("snapkv:budget=64", 30, 30 * TOKEN, 2 * 4 * 30 * 4),
         ("kvzip:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         ("random:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
+        ("subgen:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
+        # A window of 32, 16 samples and 32 keys; 32 centres, counts, a number a slot.
+        (
+            "subgen:mode=stream,budget=64",
+            1000,
+            (32 + 16 + 16) * TOKEN,
+            16 * TOKEN + 2 * 4 * (32 + 32 + 16) * 4,
+        ),
+        ("subgen:mode=stream,budget=64", 20, 20 * TOKEN, 0),
         # 4 sinks, 4 rings of 14, the current token; their scores, a row a ring to move.
         ("cascade:budget=64", 1000, 61 * TOKEN, 2 * 4 * 56 * 4 + 4 * TOKEN),
         ("cascade:budget=64", 50, 50 * TOKEN, 2 * 4 * 45 * 4 + 4 * TOKEN),
@@ -125,6 +134,11 @@ CLOCK = 2 * 4  # one int32 a row
             63 * 17 * TOKEN + 2 * 8 * 3 * 17 * 4 + 2 * 4 * 63 * 4 + 2 * CLOCK,
         ),
         ("oracle_topk:budget=64", 1000 * TOKEN + CLOCK),
+        # One slot more, for who leaves the window; a sum, a length, a count; the key.
+        (
+            "subgen:mode=stream,budget=64",
+            (33 + 16 + 16 + 16) * TOKEN + 2 * 4 * (80 + 3) * 4 + 2 * 8 + CLOCK,
+        ),
         ("head_budgets+snapkv:budget=64", 74 * TOKEN + 2 * 4 * 74 * 8 + CLOCK),
         ("layer_budgets:beta=4+tova:budget=64", 16 * TOKEN + 2 * 16 * 8 + CLOCK),
         # The window's queries, and a token that waits for the step to read it.
@@ -232,6 +246,22 @@ def test_the_compiler_counts_what_traffic_says(name):
     assert temporary < 0.05 * traffic.total, "a copy of the cache"
 
 
+def test_the_compiler_counts_what_a_stream_of_subgen_says():
+    """What a step reads; and to fold a token no cache is copied: the rows that it may
+    become are made, once for every slot."""
+    method = registry.parse("subgen:mode=stream,num_sinks=4,budget=512")
+    accessed, temporary, spec = _compiled_read(method, 1024)
+    traffic, numbers = method.traffic(spec, 1024), 4 * 8 * (254 + 127)
+    assert 1.0 <= accessed / (traffic.kv + numbers) <= 1.08
+    assert temporary < 0.05 * traffic.kv
+    state = jax.eval_shape(lambda: method.finish(method.init(spec)))
+    kv = jax.ShapeDtypeStruct((2, 4, 1, 128), "float32")
+    compiled = jax.jit(method.append, donate_argnums=0).lower(state, kv, kv).compile()
+    analysis = compiled.memory_analysis()
+    assert analysis.alias_size_in_bytes == accounting.state_bytes(method, spec)
+    assert analysis.temp_size_in_bytes < 1.1 * kv_bytes(spec, 127)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in registry.names() if not reads_in_place(name)]
 )
@@ -306,6 +336,20 @@ def test_what_grows_with_the_text(name):
     assert accounting.grows_with_generated(method, decoder) == (name not in CONSTANT)
     assert method.renumbers == (name in CONSTANT)
     assert accounting.is_endless(method, decoder) == (name in CONSTANT)
+
+
+def test_a_stream_of_subgen_is_as_long_as_its_prompts_are_held():
+    """What it decodes with is constant; the whole prompt is held while it is read, at
+    positions that are those of the text."""
+    method = registry.parse("subgen:mode=stream")
+    decoder = tiny_model(num_layers=1).decoder
+    assert accounting.grows_with_prompt(method, decoder)
+    assert not accounting.is_endless(method, decoder)
+    short, long = (
+        accounting.bytes_held(method, decoder, capacity, capacity // 2)
+        for capacity in (1 << 12, 1 << 20)
+    )
+    assert short == long
 
 
 def test_one_dense_layer_is_enough_to_grow():

@@ -121,6 +121,10 @@ PAPERS = {
             *("Mingu Lee", "Chris Lott"),
         ),
     ),
+    "2402.06082": Paper(
+        "SubGen: Token Generation in Sublinear Time and Memory",
+        ("Amir Zandieh", "Insu Han", "Vahab Mirrokni", "Amin Karbasi"),
+    ),
     "2402.02750": Paper(
         "KIVI: A Tuning-Free Asymmetric 2bit Quantization for KV Cache",
         (

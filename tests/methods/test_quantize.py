@@ -45,6 +45,8 @@ METHODS = (
     "keydiff",
     "expected_attention",
     "random",
+    "subgen",
+    "subgen:mode=stream",
     "quest",
     "token_select",
     "oracle_topk",
