@@ -426,8 +426,8 @@ VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
 # Transforms of methods for softmax that are worth one too.
 TRANSFORMED = ("retro+quest",)
 # What has a row when it is named: each adds to the minutes of all others. Baselines,
-# and KVzip, which reads prompts twice.
-BY_NAME = ("expected_attention", "keydiff", "knorm", "kvzip", "random")
+# KVzip, which reads prompts twice, and the systems that RefreshKV is beside.
+BY_NAME = ("expected_attention", "keydiff", "knorm", "kvzip", "random", "subgen")
 # What `full` is, on a model for entmax.
 SAME = "entmax_full"
 
