@@ -30,7 +30,11 @@ def draw(
     ids = np.asarray(ids, np.int32)
     positions = np.asarray(positions, np.int32).reshape(batch, rows)
     rounded = [jnp.asarray(x, dtype) for x in (q, rng.standard_normal(shape))]
-    return *rounded, jnp.asarray(ids), jnp.asarray(positions)
+    return (
+        *rounded,
+        jnp.asarray(ids, ids.dtype),
+        jnp.asarray(positions, positions.dtype),
+    )
 
 
 def poisoned(pages, ids, positions):
