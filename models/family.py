@@ -43,6 +43,8 @@ class Family(NamedTuple):
         footprint: `footprint(decoder, weights) -> Footprint`.
         notes: `notes(decoder, params) -> lines` that a user must know of a model;
             `params` are None where no weights were loaded.
+        load_adapted: as `load`, with a :class:`models.llama.adapters.Adapter` at the
+            end, which is merged into the weights; None if the family takes none.
     """
 
     model_types: tuple[str, ...]
@@ -54,6 +56,10 @@ class Family(NamedTuple):
     save_tokenizer: Callable[[Any, Path], None]
     footprint: Callable[[Any, Packing], Footprint]
     notes: Callable[[Any, Params | None], tuple[str, ...]]
+    load_adapted: (
+        Callable[[Path, Config, Dtype, Any, Packing, Any], tuple[DecoderLM, Params]]
+        | None
+    ) = None
 
 
 def check_packing(weights: str | None) -> None:

@@ -12,6 +12,7 @@ from kvjax.interface import LanguageModel
 from models import llama
 from models.family import Footprint, Packing
 from models.gguf import config, header, tensors, tokenizer
+from models.llama.adapters import Adapter
 
 __all__ = ["footprint", "is_gguf", "load", "load_decoder"]
 
@@ -28,6 +29,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
     weights: Packing = None,
+    adapter: Adapter | None = None,
 ) -> LanguageModel:
     """The model of a GGUF file; see :func:`models.load`.
 
@@ -49,6 +51,8 @@ def load(
     language = tokenizer.load(opened)
     eos_ids = tokenizer.eos_ids(opened)
     found = tensors.from_gguf(opened, decoder.config)
+    if adapter is not None:
+        found = llama.merged.merge(found, adapter)
     params = llama.weights.load(found, decoder.config, device, weights)
     return LanguageModel(decoder, params, language, eos_ids, str(path), {})
 
