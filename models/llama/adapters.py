@@ -347,7 +347,7 @@ def write(
         "base_model_name_or_path": made_for,
         "inference_mode": True,
         "r": options.rank,
-        "lora_alpha": options.alpha,
+        "lora_alpha": _plain(options.alpha),
         "use_rslora": options.use_rslora,
         "target_modules": modules or targets.target_modules,
         "modules_to_save": list(targets.modules_to_save) or None,
@@ -363,3 +363,8 @@ def write(
     if attention_alpha is not None:
         own = json.dumps({"attention_alpha": attention_alpha}, indent=2)
         files.write_text(folder / OWN, own + "\n")
+
+
+def _plain(number: float) -> float:
+    """Returns a whole number as an integer, as PEFT has it."""
+    return int(number) if float(number).is_integer() else number
