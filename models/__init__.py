@@ -100,7 +100,7 @@ def _load_adapted(name, folder, dtype, device, weights: Packing) -> LanguageMode
 
 def check_adaptable(name: str | Path) -> None:
     """Raises ValueError if adapters of a model have no names in its checkpoint."""
-    directory = _resolve(name, ["config.json"])
+    directory = _resolve(split_name(name)[0], ["config.json"])
     if gguf.is_gguf(directory):
         return
     config = read_json(directory / "config.json")
