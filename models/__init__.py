@@ -51,7 +51,8 @@ def load(
             nothing (:func:`models.gguf.load` says of which types). They can be neither
             saved nor trained. None keeps floats.
         adapter: folder of a LoRA adapter in PEFT's layout, which is merged into the
-            weights while they are read, before they are cast or packed.
+            weights while they are read, before they are cast or packed; after those
+            that the name has.
 
     Returns:
         A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
@@ -69,38 +70,36 @@ def load(
             GGUF file and `gguf` is not.
     """
     check_packing(weights)
-    if adapter is None:
-        name, adapter = split_name(name)
-    if adapter is not None:
-        return _load_adapted(name, adapter, dtype, device, weights)
-    if weights == "stored":
-        _check_stored(name)
-    return _load(name, dtype, device, weights, None)
-
-
-def _load_adapted(name, folder, dtype, device, weights: Packing) -> LanguageModel:
-    """Loads a model with the adapter of a folder merged into it."""
-    if already := split_name(name)[1]:
-        raise ValueError(
-            f"{name} has an adapter already, {already}, and {folder} would be a "
-            "second: leave one out."
-        )
-    if weights == "stored":
+    name, folders = _with_adapters(name, adapter)
+    if weights == "stored" and folders:
         raise ValueError(
             f"weights='stored' keeps the integers of {name}, which the adapter "
-            f"{folder} changes: give 'int8' or 'int4', or None for floats."
+            f"{folders[0]} changes: give 'int8' or 'int4', or None for floats."
         )
-    adapter = adapters.read(folder)
-    model = _load(name, dtype, device, weights, adapter)
-    return model._replace(
-        decoder=_attending(model.decoder, adapter.attention_alpha),
-        name=f"{model.name}+{str(folder).rstrip('/')}",
-    )
+    if weights == "stored":
+        _check_stored(name)
+    merged = tuple(map(adapters.read, folders))
+    model = _load(name, dtype, device, weights, merged)
+    for one in merged:
+        decoder = _attending(model.decoder, one.attention_alpha)
+        named = f"{model.name}+{str(one.folder).rstrip('/')}"
+        model = model._replace(decoder=decoder, name=named)
+    return model
+
+
+def split_name(name: str | Path) -> tuple[str | Path, str | None]:
+    """Returns model and adapter of a name MODEL+ADAPTER; any other has no adapter."""
+    text = str(name)
+    for at, sign in enumerate(text):
+        behind = text[at + 1 :]
+        if sign == "+" and adapters.is_adapter(behind) and not Path(text).is_dir():
+            return text[:at], behind
+    return name, None
 
 
 def check_adaptable(name: str | Path) -> None:
     """Raises ValueError if adapters of a model have no names in its checkpoint."""
-    directory = _resolve(split_name(name)[0], ["config.json"])
+    directory = _resolve(_with_adapters(name, None)[0], ["config.json"])
     if gguf.is_gguf(directory):
         return
     config = read_json(directory / "config.json")
@@ -112,18 +111,14 @@ def check_adaptable(name: str | Path) -> None:
         )
 
 
-def split_name(name: str | Path) -> tuple[str | Path, str | None]:
-    """Returns model and adapter of a name MODEL+ADAPTER; any other has no adapter."""
-    text = str(name)
-    plus = next(
-        (at for at, sign in enumerate(text) if sign == "+" and _is_behind(text, at)),
-        None,
-    )
-    return (name, None) if plus is None else (text[:plus], text[plus + 1 :])
-
-
-def _is_behind(name: str, plus: int) -> bool:
-    return adapters.is_adapter(name[plus + 1 :]) and not Path(name).is_dir()
+def _with_adapters(name, adapter) -> tuple[str | Path, list[str | Path]]:
+    """Returns a model's own name, and folders of adapters in their order."""
+    folders = [] if adapter is None else [adapter]
+    while True:
+        name, inner = split_name(name)
+        if inner is None:
+            return name, folders
+        folders.insert(0, inner)
 
 
 def _attending(decoder: Any, alpha: float | None) -> Any:
@@ -134,11 +129,12 @@ def _attending(decoder: Any, alpha: float | None) -> Any:
     return type(decoder)(config)
 
 
-def _load(name, dtype, device, weights: Packing, adapter) -> LanguageModel:
+def _load(name, dtype, device, weights: Packing, merged) -> LanguageModel:
+    """Loads a model with adapters merged into it."""
     directory = _resolve(name)
     if gguf.is_gguf(directory):
         options: Any = {"dtype": dtype, "device": device, "weights": weights}
-        model = gguf.load(directory, adapter=adapter, **options)
+        model = gguf.load(directory, adapters=merged, **options)
         return model._replace(name=str(name))
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
@@ -161,15 +157,15 @@ def _load(name, dtype, device, weights: Packing, adapter) -> LanguageModel:
             f"{directory}: eos_token_id={eos!r} must be a token id or a list of them."
         )
     given = directory, config, dtype, device, weights
-    if adapter is None:
+    if not merged:
         decoder, params = family.load(*given)
     elif family.load_adapted is None:
         raise ValueError(
-            f"{adapter.folder}: models of model_type={config['model_type']!r}, such as "
-            f"{name}, take no adapter: leave it out."
+            f"{name} takes no adapter, as no model_type={config['model_type']!r} does: "
+            f"leave {merged[0].folder} out."
         )
     else:
-        decoder, params = family.load_adapted(*given, adapter)
+        decoder, params = family.load_adapted(*given, merged)
     return LanguageModel(
         decoder=decoder,
         params=params,
@@ -196,14 +192,13 @@ def load_decoder(
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
     """
-    if adapter is None:
-        name, adapter = split_name(name)
+    name, folders = _with_adapters(name, adapter)
     decoder = _load_decoder(name, dtype)
-    if adapter is None:
-        return decoder
-    folder = Path(adapter).expanduser()
-    adapters.read_config(folder)
-    return _attending(decoder, adapters.attention_alpha(folder))
+    for folder in map(Path, folders):
+        adapters.read_config(folder.expanduser())
+        alpha = adapters.attention_alpha(folder.expanduser())
+        decoder = _attending(decoder, alpha)
+    return decoder
 
 
 def _load_decoder(name: str | Path, dtype) -> DecoderLM:

@@ -204,6 +204,11 @@ class _Run:
         shapes = steps.frozen_shapes(self.decoder, self.config, self.mesh)
         if not shapes:
             return ()
+        if frozen is None:
+            raise ValueError(
+                f"{type(self.decoder).__name__} trains beside frozen weights, and "
+                "frozen is None: give a function that returns them."
+            )
         placed = sharding.of_state(shapes[0], self.mesh)
         weights = jax.tree.map(
             lambda leaf, like: leaf.astype(like.dtype), frozen(placed), shapes[0]

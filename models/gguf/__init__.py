@@ -3,6 +3,7 @@
 All of it is translated into the Hugging Face layout and goes the same way from there.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
     weights: Packing = None,
-    adapter: Adapter | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> LanguageModel:
     """The model of a GGUF file; see :func:`models.load`.
 
@@ -51,7 +52,7 @@ def load(
     language = tokenizer.load(opened)
     eos_ids = tokenizer.eos_ids(opened)
     found = tensors.from_gguf(opened, decoder.config)
-    if adapter is not None:
+    for adapter in adapters:
         found = llama.merged.merge(found, adapter)
     params = llama.weights.load(found, decoder.config, device, weights)
     return LanguageModel(decoder, params, language, eos_ids, str(path), {})

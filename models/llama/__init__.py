@@ -1,6 +1,7 @@
 """Llama and the families that are run as one: see `MODEL_TYPES`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,12 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
     packing: Packing = None,
-    adapter: Adapter | None = None,
+    adapters: Sequence[Adapter] = (),
 ) -> tuple[LlamaDecoder, Params]:
     """Returns decoder and weights of a checkpoint folder; see :func:`models.load`."""
     decoder = load_decoder(config, dtype)
     opened = tensors.from_safetensors(directory)
-    if adapter is not None:
+    for adapter in adapters:
         opened = merged.merge(opened, adapter)
     opened = families.fold(opened, config)
     return decoder, weights.load(opened, decoder.config, device, packing)

@@ -156,4 +156,5 @@ def test_a_run_goes_on_from_an_adapter(run, recipe, checkpoint, adapter, tmp_pat
     assert config["base_model_name_or_path"] == f"{checkpoint}+{adapter}"
     shutil.rmtree(out / "adapter")
     run("train", "--resume", "--out", out)
-    assert (out / "adapter").is_dir()
+    name = f"{checkpoint}+{adapter}+{out / 'adapter'}"
+    assert generated(run, "--model", name)["model"] == name

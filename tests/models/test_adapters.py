@@ -98,7 +98,7 @@ def test_peft_logits(base):
         sums = merged_tensors(base, adapter)
         exact = oracles.llama.logits(sums, CONFIG, TOKENS)
         np.testing.assert_allclose(exact, logits, atol=1e-5, rtol=0, err_msg=case)
-        _, params = llama.load(base, CONFIG, adapter=adapter)
+        _, params = llama.load(base, CONFIG, adapters=(adapter,))
         np.testing.assert_allclose(
             forward(params), logits, atol=TOLERANCE, rtol=0, err_msg=case
         )
@@ -117,7 +117,7 @@ def test_merged_is_beside_in_float64(base, params, saved):
     joined = decoder.join(params, trained(decoder, params))
     assert len(adapter.factors) == 14
     for logits in (
-        forward(llama.load(base, CONFIG, adapter=adapter)[1]),
+        forward(llama.load(base, CONFIG, adapters=(adapter,))[1]),
         forward(joined),
     ):
         np.testing.assert_allclose(logits, apart, atol=TOLERANCE, rtol=0)
@@ -132,7 +132,7 @@ def test_before_training_it_is_the_model_bit_for_bit(base, params, tmp_path):
     assert 0.8 < min(edges) <= max(edges) <= 1
     assert len({x.tobytes() for x in downs}) == len(downs) == 14
     decoder.save(first, tmp_path / "zero", made_for="tiny-llama")
-    _, same = llama.load(base, CONFIG, adapter=adapters.read(tmp_path / "zero"))
+    _, same = llama.load(base, CONFIG, adapters=(adapters.read(tmp_path / "zero"),))
     jax.tree.map(np.testing.assert_array_equal, same, params)
 
 
@@ -270,7 +270,7 @@ def test_an_adapter_of_another_model_is_one_line_with_both(saved, tmp_path):
     for name, (config, message) in others.items():
         folder = checkpoints.write(tmp_path / name, config)
         with pytest.raises(ValueError, match=message):
-            llama.load(folder, config, adapter=adapter)
+            llama.load(folder, config, adapters=(adapter,))
 
 
 def test_merged_before_it_is_packed(tmp_path):
@@ -281,8 +281,8 @@ def test_merged_before_it_is_packed(tmp_path):
     lora = llama.AdaptedDecoder(decoder, adapters.Options(2, 3.0))
     lora.save(trained(lora, params), tmp_path / "a", made_for="tiny")
     adapter = adapters.read(tmp_path / "a")
-    _, floats = llama.load(folder, config, adapter=adapter)
-    _, integers = llama.load(folder, config, packing="int4", adapter=adapter)
+    _, floats = llama.load(folder, config, adapters=(adapter,))
+    _, integers = llama.load(folder, config, packing="int4", adapters=(adapter,))
     pack = jax.jit(packed.pack, static_argnums=1)
     for name in "qk":
         kernel = floats["layers"][0]["attention"][name]["kernel"]
@@ -301,8 +301,15 @@ def test_merged_before_it_is_packed(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, named.params, floats)
     with pytest.raises(ValueError, match=r"'stored' keeps the integers of .*a changes"):
         models.load(path, weights="stored", adapter=tmp_path / "a")
-    with pytest.raises(ValueError, match=r"has an adapter already, .*a, and .*a would"):
-        models.load(model.name, adapter=tmp_path / "a")
+    # A second one is merged after the first.
+    twice = models.load(model.name, adapter=tmp_path / "a")
+    assert twice.name == f"{model.name}+{tmp_path / 'a'}" == files.located(twice.name)
+    for name in "qk":
+        three, two, one = (
+            tree["layers"][0]["attention"][name]["kernel"]
+            for tree in (twice.params, floats, params)
+        )
+        np.testing.assert_allclose(three - two, two - one, atol=1e-6)
 
 
 def test_fused_matrices_are_merged_as_they_lie_there(tmp_path):
@@ -323,7 +330,9 @@ def test_fused_matrices_are_merged_as_they_lie_there(tmp_path):
         arrays[f"{module}.lora_B.weight"] = up.reshape(outputs, 2)
     options = adapters.Options(2, 3.0, targets=adapters.Targets(("qkv_proj",)))
     adapters.write(tmp_path / "a", arrays, options, made_for="phi3")
-    _, params = llama.load(folder, twin.config, adapter=adapters.read(tmp_path / "a"))
+    _, params = llama.load(
+        folder, twin.config, adapters=(adapters.read(tmp_path / "a"),)
+    )
     first = modules[0].removesuffix(".weight")
     whole = stored[modules[0]] + 1.5 * (
         arrays[f"{first}.lora_B.weight"] @ arrays[f"{first}.lora_A.weight"]
@@ -358,6 +367,8 @@ def test_targets_that_mean_nothing_are_refused():
     known = "down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
     with pytest.raises(ValueError, match=f"target_modules=qproj is no matrix.*{known}"):
         beside(target_modules=("q_proj", "qproj"))
+    with pytest.raises(ValueError, match="target_modules=proj is no matrix of the mod"):
+        beside(target_modules=("proj",))  # parts of a name are whole
     with pytest.raises(ValueError, match="target_modules=q_proj is no matrix of the"):
         beside(target_modules="q_proj")  # an expression of whole names
     with pytest.raises(ValueError, match="modules_to_save=last_norm is no norm of the"):
