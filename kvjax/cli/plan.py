@@ -15,6 +15,7 @@ from kvjax.cli.options import (
     ChunkOption,
     DtypeOption,
     JsonOption,
+    merged,
     model_name,
     packing,
     positive,
@@ -88,6 +89,8 @@ def plan(
         _refuse(of_decoding, "--train")
         if packing.get() is not None:
             raise ValueError("--weights has no meaning beside --train: leave it out.")
+        if merged.get() is not None:
+            raise ValueError("--adapter has no meaning beside --train: leave it out.")
         if model is not None:
             changes = [f"model.checkpoint={model_name(model)}", *(changes or ())]
         devices = planning.devices(device or planning.DEVICES)
@@ -109,7 +112,7 @@ def plan(
     for one in devices.values():
         planning.room(one, margin)  # mistakes first
     name = model_name(model)
-    decoder = models.load_decoder(name, dtype=dtype)
+    decoder = models.load_decoder(name, dtype=dtype, adapter=merged.get())
     print_notes(decoder)
     held, read, mlp_width = models.footprint(decoder, packing.get(), name)
     weights = planning.Weights(held, read)

@@ -30,7 +30,7 @@ def plan_training(
     memory = train.require("memory")
     settings = config_files.load(source, changes)
     decoder = train.decoder_of(settings)
-    print_notes(decoder)
+    print_notes(getattr(decoder, "decoder", decoder))  # without adapters beside it
     shapes = memory.step_memory(decoder, settings)
     document = _document(source, settings, shapes, devices, margin)
     if as_json:
@@ -66,15 +66,21 @@ def _document(source, settings, shapes, devices, margin) -> dict[str, Any]:
     }
 
 
+def _held(document: Mapping[str, Any]) -> tuple[str, ...]:
+    """Returns what is there before a step."""
+    is_beside = any(row["frozen"] for row in document["rows"])
+    return ("state", "frozen", "batch") if is_beside else ("state", "batch")
+
+
 def _print(document: Mapping[str, Any]) -> None:
-    headings = ["rows x targets", *(f"{part}\nGB" for part in ("state", "batch"))]
+    headings = ["rows x targets", *(f"{part}\nGB" for part in _held(document))]
     headings += ["temp.\nGB", "peak\nGB"]
     for name, device in document["devices"].items():
         headings.append(f"{name}\n{device['memory'] / 1e9:.1f}")
     cells = [
         [
             f"{row['rows']} x {row['length']:,}{' packed' if row['packed'] else ''}",
-            *(planning.gigabytes(row[part]) for part in ("state", "batch")),
+            *(planning.gigabytes(row[part]) for part in _held(document)),
             *(planning.gigabytes(row[part]) for part in ("temporaries", "peak")),
             *("yes" if fits else "-" for fits in row["fits"].values()),
         ]
@@ -83,13 +89,14 @@ def _print(document: Mapping[str, Any]) -> None:
     terminal.show(headings, cells)
     print()
     mesh = document["mesh"]
+    frozen = "frozen: those beside them. " * ("frozen" in _held(document))
     terminal.say(
         f"A step of {document['train']} on one of {mesh['data'] * mesh['fsdp']} "
         f"device(s), {document['compute']}, remat {str(document['remat']).lower()}, in "
         f"{document['accumulate']} part(s), as XLA allots it for "
         f"{document['compiled_for']} ({document['backend']}); GB are 1e9 bytes. state: "
-        "weights, their average and the optimizer's. temp.: gradients and what the "
-        "backward pass keeps. Devices: - where the peak does not leave "
+        f"weights, their average and the optimizer's. {frozen}temp.: gradients and "
+        "what the backward pass keeps. Devices: - where the peak does not leave "
         f"{100 * document['margin']:g}% of the memory free."
     )
     if document["backend"] == "cpu":

@@ -24,6 +24,7 @@ from kvjax.cli.options import (
     first_messages,
     load,
     load_decoder,
+    merged,
     packing,
     positive,
     read_prompt,
@@ -241,9 +242,13 @@ def _asked(model, name, method, found, question, options) -> Turn:
 
 
 def _model_of(folder, saved, dtype) -> kvjax.LanguageModel:
+    import models
+
     name = saved["model"]
+    # An adapter that is given takes the place of the one it was read with.
+    given = name if merged.get() is None else str(models.split_name(name)[0])
     try:
-        return load(name, dtype)
+        return load(given, dtype)
     except FileNotFoundError as error:
         if pathlib.Path(name).exists():
             raise  # it lacks something

@@ -48,7 +48,11 @@ def train(
         typer.Option("--resume", help="Go on from the newest checkpoint in --out."),
     ] = False,
 ) -> int:
-    """Trains a model, resumable at any moment; the result is the folder OUT/model."""
+    """Trains a model, resumable at any moment; the result is the folder OUT/model.
+
+    With --set lora.rank=8 its weights stay as they are, low-rank matrices beside them
+    are trained, and the result is OUT/adapter, for --adapter and for PEFT.
+    """
     config_files, loop, run_folder = map(
         require, ("config_files", "loop", "run_folder")
     )
@@ -70,6 +74,7 @@ def train(
         settings,
         out,
         init=model.init,
+        frozen=model.frozen,
         sources=sources,
         held_out=held_out,
         save=model.save,
@@ -77,7 +82,7 @@ def train(
         data_id=data_id,
     )
     if result.finished:
-        print(out / run_folder.MODEL)
+        print(out / (run_folder.ADAPTER if settings.lora else run_folder.MODEL))
     return 0 if result.finished else 1
 
 
@@ -108,6 +113,7 @@ class _Model(NamedTuple):
     tokenizer: Any
     init: Any  # of loop.train
     save: Any
+    frozen: Any = None
 
 
 def decoder_of(settings: "Config") -> Any:
@@ -120,10 +126,22 @@ def decoder_of(settings: "Config") -> Any:
         return llama.LlamaDecoder(llama.from_hf(section.config or {}, dtype="float32"))
     name = model_name(section.checkpoint)
     decoder: Any = models.load_decoder(name, dtype="float32")
-    if section.alpha is None:
-        return decoder
-    config = dataclasses.replace(decoder.config, attention_alpha=section.alpha)
-    return llama.LlamaDecoder(config)
+    if section.alpha is not None:
+        config = dataclasses.replace(decoder.config, attention_alpha=section.alpha)
+        decoder = llama.LlamaDecoder(config)
+    return decoder if settings.lora is None else _beside(decoder, name, settings.lora)
+
+
+def _beside(decoder: Any, name: str, section: Any) -> Any:
+    """Returns the decoder whose adapters a section `lora` trains."""
+    import models
+    from models import llama
+    from models.llama import adapters
+
+    models.check_adaptable(name)
+    targets = adapters.Targets(section.target_modules, section.modules_to_save)
+    options = adapters.Options(section.rank, section.alpha, section.use_rslora, targets)
+    return llama.AdaptedDecoder(decoder, options)
 
 
 def _model(
@@ -136,6 +154,8 @@ def _model(
     from models import llama
 
     section = settings.model
+    if settings.lora is not None:
+        return _adapter(settings)
     if section.checkpoint is not None:
         name = model_name(section.checkpoint)
         own_decoder: Any = models.load_decoder(name)
@@ -166,6 +186,33 @@ def _model(
         models.save_pretrained(written, folder)
 
     return _Model(loaded.decoder, loaded.tokenizer, init, save)
+
+
+def _adapter(settings: "Config") -> _Model:
+    """Returns what trains an adapter: weights that are given away once, and its own."""
+    import jax
+
+    import models
+
+    decoder, section = decoder_of(settings), settings.model
+    loaded = models.load(model_name(section.checkpoint), dtype="float32")
+    print_notes(loaded.decoder)
+    first = decoder.init(settings.seed, loaded.params)
+    weights = [loaded.params]  # which nobody else keeps
+    is_own_alpha = decoder.alpha == loaded.decoder.alpha
+    save = functools.partial(
+        decoder.save,
+        made_for=str(section.checkpoint),
+        dtype=section.dtype or "float32",
+        attention_alpha=None if is_own_alpha else decoder.alpha,
+    )
+    return _Model(
+        decoder,
+        loaded.tokenizer,
+        functools.partial(jax.device_put, first),
+        save,
+        lambda shardings: jax.device_put(weights.pop(), shardings),
+    )
 
 
 def _drawn_weights(decoder: Any, seed: int, shardings: Any) -> Any:

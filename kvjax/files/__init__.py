@@ -63,10 +63,15 @@ def check_file(path: pathlib.Path) -> None:
 
 
 def located(name: str) -> str:
-    """The absolute path of a folder or GGUF file; any other name as it is."""
+    """The absolute path of a folder or GGUF file; any other name as it is.
+
+    Of a model with an adapter, MODEL+ADAPTER, both are located.
+    """
     path = pathlib.Path(name).expanduser()
-    is_path = path.is_dir() or (path.suffix == ".gguf" and path.is_file())
-    return os.path.abspath(path) if name and is_path else name
+    if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
+        return os.path.abspath(path)
+    model, plus, adapter = name.partition("+")
+    return f"{located(model)}+{located(adapter)}" if plus else name
 
 
 # Folders that are being written: of an interrupt that cannot wait for them.

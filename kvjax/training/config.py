@@ -38,6 +38,9 @@ Texts = Annotated[
 ]
 
 
+Names = Annotated[tuple[str, ...], Field(strict=False)]
+
+
 class Section(pydantic.BaseModel):
     """Settings that know all their keys and do not change."""
 
@@ -233,6 +236,41 @@ class RefreshKV(Section):
             )
 
 
+class Lora(Section):
+    """Low-rank matrices B A that are trained beside frozen weights, as PEFT has them.
+
+    The result is `adapter`, in PEFT's layout; it is all that optimizer and checkpoints
+    hold. The first B is 0, and the first A uniform in +-1/sqrt(inputs).
+
+    Attributes:
+        rank: of every B A.
+        alpha: B A counts alpha / rank.
+        use_rslora: it counts alpha / sqrt(rank).
+        target_modules: names of modules, such as [q_proj, v_proj]; or a regular
+            expression of whole names; or "all-linear": all matrices but the output.
+        modules_to_save: ends of names of norms, such as [norm], that are trained too.
+        bias: "none": biases stay as they are.
+    """
+
+    rank: Count = 8
+    alpha: Positive = 8.0
+    use_rslora: bool = False
+    target_modules: Annotated[str, Field(min_length=1)] | Names = "all-linear"
+    modules_to_save: Names = ()
+    bias: Literal["none"] = "none"
+
+    @pydantic.field_validator("modules_to_save")
+    @classmethod
+    def _norms(cls, names):
+        for name in names:
+            if not name.endswith("norm"):
+                raise ValueError(
+                    f"{name!r} is no norm: matrices are trained by target_modules, and "
+                    "of the rest norms alone, such as input_layernorm"
+                )
+        return names
+
+
 class Mesh(Section):
     """Devices: batches are split over data x fsdp, weights over fsdp."""
 
@@ -297,7 +335,8 @@ class Log(Section):
 class Config(Section):
     """A whole run. `seed` is of the first weights, `data.seed` of what is read.
 
-    `refreshkv` trains for decoding with that method; None is full attention.
+    `refreshkv` trains for decoding with that method; None is full attention. `lora`
+    trains low-rank matrices beside the model's weights; None trains the weights.
     """
 
     model: Model
@@ -307,6 +346,7 @@ class Config(Section):
     precision: Precision = Precision()
     remat: bool = False
     refreshkv: RefreshKV | None = None
+    lora: Lora | None = None
     mesh: Mesh = Mesh()
     evaluate: Evaluate = Evaluate()
     checkpoint: Checkpoint = Checkpoint()
@@ -356,6 +396,11 @@ class Config(Section):
             raise ValueError(
                 f"optimizer.decay_steps={self.optimizer.decay_steps} exceeds the "
                 f"{self.steps} steps of all stages"
+            )
+        if self.lora is not None and self.model.checkpoint is None:
+            raise ValueError(
+                "lora is trained beside the weights of a model, and model.checkpoint "
+                "is not given: name one"
             )
         parts = self.optimizer.accumulate * self.mesh.size
         for index, stage in enumerate(self.stages):

@@ -259,7 +259,8 @@ def _unknown(place: Place) -> str:
     siblings = {
         str(known[-1]): known for known in _PLACES if known[:-1] == pattern[:-1]
     } or {str(known[0]): known for known in _PLACES if len(known) == 1}
-    for candidates, cutoff in ((siblings, 0.6), (names, 0.8), (siblings, 0.0)):
+    tried = ((names, 1.0), (siblings, 0.6), (names, 0.8), (siblings, 0.0))
+    for candidates, cutoff in tried:
         nearest = difflib.get_close_matches(name, sorted(candidates), 1, cutoff)
         if nearest and nearest != ["*"]:
             guess = candidates[nearest[0]]

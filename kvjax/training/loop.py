@@ -1,7 +1,7 @@
 """The training loop: steps, logs, checks, checkpoints, and resuming bit for bit.
 
 A folder holds a run: `config.yaml`, `metrics.jsonl`, `tensorboard/`, `checkpoints/` and
-`model/`, the weights in whatever form the caller's `save` writes.
+`model/` or, of frozen weights, `adapter/`, in whatever form the caller's `save` writes.
 """
 
 import ast
@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from kvjax import files
+from kvjax.files import arrays
 from kvjax.interface import Params
 from kvjax.training import (
     checkpoint,
@@ -81,6 +82,7 @@ def train(
     *,
     init: Callable[[Any], Params],
     sources: Mapping[str, Source],
+    frozen: Callable[[Any], Params] | None = None,
     held_out: Mapping[str, Source] | None = None,
     save: Save | None = None,
     resume: bool = False,
@@ -92,6 +94,8 @@ def train(
         init: `init(shardings) -> params`, the first weights, in the structure of
             `decoder.param_shapes()`; not called by a run that goes on.
         sources: by name, of training samples.
+        frozen: `frozen(shardings) -> weights` of a :class:`steps.AdaptedLM`, in the
+            structure of its `frozen_shapes()`; called by every run.
         held_out: by name, of the checks; None is `sources`, with seeds of their own.
         save: `save(weights, folder)` writes `folder`, which does not exist yet.
         resume: go on from the newest checkpoint in `out`; the rest is then bit for bit
@@ -121,7 +125,7 @@ def train(
         stack.enter_context(run_folder.locked(out))
         run = _Run(decoder, config, out, mesh, save, data_id)
         stack.callback(run.checkpoints.close)
-        position = run.begin(init, resume)
+        position = run.begin(init, frozen, resume)
         run.prepare(
             batches, position, pipeline.check_batches(config, held_out or sources)
         )
@@ -169,11 +173,13 @@ class _Run:
         self.checkpoints = checkpoint.open_folder(
             out, keep=config.checkpoint.keep, best_mode=self.best_mode
         )
+        self.frozen_id: str | None = None
         self.step, self.window = 0, Window({}, 0.0, 0, 0, None)
         self.pending: list[tuple[int, dict[str, jax.Array]]] = []
 
-    def begin(self, init, resume: bool) -> dict[str, Any] | None:
+    def begin(self, init, frozen, resume: bool) -> dict[str, Any] | None:
         """Makes or restores the state; returns the position in the data."""
+        self.frozen = self._placed(frozen)
         shapes = steps.state_shapes(self.decoder, self.tx, self.config, self.mesh)
         restored = (
             checkpoint.newest(self.checkpoints, shapes, _notice) if resume else None
@@ -193,6 +199,23 @@ class _Run:
         _notice(f"resuming at step {self.step} of {self.config.steps}.")
         return restored.about["data"]
 
+    def _placed(self, frozen) -> tuple[Params, ...]:
+        """Returns the frozen weights on their devices, if there are any."""
+        shapes = steps.frozen_shapes(self.decoder, self.config, self.mesh)
+        if not shapes:
+            return ()
+        if frozen is None:
+            raise ValueError(
+                f"{type(self.decoder).__name__} trains beside frozen weights, and "
+                "frozen is None: give a function that returns them."
+            )
+        placed = sharding.of_state(shapes[0], self.mesh)
+        weights = jax.tree.map(
+            lambda leaf, like: leaf.astype(like.dtype), frozen(placed), shapes[0]
+        )
+        self.frozen_id = arrays.digest(weights)
+        return (jax.device_put(weights, placed),)
+
     def _check_resume(self, about: Mapping[str, Any], step: int) -> None:
         old = config_files.parse(about["config"], "the saved config")
         done = np.arange(step)
@@ -211,6 +234,12 @@ class _Run:
                     f"the model is not that of this run: {', '.join(changed)}; restore "
                     "model.checkpoint, or start a new --out."
                 )
+        if about.get("frozen") != self.frozen_id:
+            raise ValueError(
+                "the weights beside which this run trains are not those it began with "
+                f"({about.get('frozen')} then, {self.frozen_id} now): restore "
+                "model.checkpoint, or start a new --out."
+            )
         if about["data_id"] != self.data_id:
             raise ValueError(
                 f"the data are not those this run began with (data_id "
@@ -250,7 +279,7 @@ class _Run:
     def advance(self) -> None:
         """One step; the host does not wait for it, only for the one before."""
         batch = sharding.place(next(self.batches), self.mesh)
-        self.state, metrics = self.train_step(self.state, batch)
+        self.state, metrics = self.train_step(self.state, batch, *self.frozen)
         self.step += 1
         self.pending.append((self.step, metrics))
         self.settle(1)
@@ -300,9 +329,10 @@ class _Run:
     def _check(self) -> dict[str, float]:
         record = {}
         for name, batches in self.checks.items():
+            placed = (sharding.place(batch, self.mesh) for batch in batches)
             sums = [
-                self.check_step(self.state.weights, sharding.place(batch, self.mesh))
-                for batch in batches
+                self.check_step(self.state.weights, batch, *self.frozen)
+                for batch in placed
             ]
             total = jax.tree.map(
                 lambda *parts: np.sum(parts, axis=0, dtype=np.float64),
@@ -339,12 +369,19 @@ class _Run:
             "data": self.batches.get_state(),
             "data_id": self.data_id,
             "window": self.window.to_json(),
+            "frozen": self.frozen_id,
         }
         self.checkpoints.save(self.step, self.state, about, value)
 
     def _export(self) -> None:
         if self.save_model is not None:
-            run_folder.replace_model(self.out, self.state.weights, self.save_model)
+            run_folder.replace_model(
+                self.out, self.state.weights, self.save_model, self._result
+            )
+
+    @property
+    def _result(self) -> str:
+        return run_folder.ADAPTER if self.frozen else run_folder.MODEL
 
     def finish(self) -> None:
         """Everything on disk, and the model exported if the run is complete."""
@@ -352,7 +389,7 @@ class _Run:
         self.checkpoints.wait()
         if self.step < self.config.steps:
             _notice(run_folder.stopped(self.step, self.config.steps, self.out))
-        elif self.window.best is None or not (self.out / run_folder.MODEL).exists():
+        elif self.window.best is None or not (self.out / self._result).exists():
             self._export()
 
 

@@ -23,13 +23,14 @@ class StepMemory(NamedTuple):
     rows: int  # of the batch, on all devices
     packed: bool  # several sequences a row
     state: int  # weights, their average, the optimizer's: held between steps
+    frozen: int  # weights beside which others are trained
     batch: int
     temporaries: int  # gradients, activations, the output's buffers that are not reused
 
     @property
     def peak(self) -> int:
         """All of it at once."""
-        return self.state + self.batch + self.temporaries
+        return self.state + self.frozen + self.batch + self.temporaries
 
 
 def step_memory(decoder: steps.TrainableLM, config: Config) -> list[StepMemory]:
@@ -50,6 +51,7 @@ def step_memory(decoder: steps.TrainableLM, config: Config) -> list[StepMemory]:
     mesh = sharding.make_mesh(config.mesh)
     tx = optim.optimizer(config, decoder.vocab_size)
     state = steps.state_shapes(decoder, tx, config, mesh)
+    frozen = steps.frozen_shapes(decoder, config, mesh)
     step: Any = steps.make_train_step(decoder, tx, config, mesh)
     shapes = {
         (length, stage.rows(length), stage.shortest is not None)
@@ -59,8 +61,8 @@ def step_memory(decoder: steps.TrainableLM, config: Config) -> list[StepMemory]:
     found = []
     for length, rows, packed in shapes:
         batch = _batch(rows, length, packed, mesh)
-        memory = step.lower(state, batch).compile().memory_analysis()
-        held = _bytes_of_one(state)
+        memory = step.lower(state, batch, *frozen).compile().memory_analysis()
+        held, still = _bytes_of_one(state), _bytes_of_one(frozen)
         # The new state takes the place of the old one: it is donated.
         total = (
             memory.argument_size_in_bytes
@@ -69,9 +71,8 @@ def step_memory(decoder: steps.TrainableLM, config: Config) -> list[StepMemory]:
             + memory.temp_size_in_bytes
         )
         eaten = _bytes_of_one(batch)
-        found.append(
-            StepMemory(length, rows, packed, held, eaten, total - held - eaten)
-        )
+        rest = total - held - still - eaten
+        found.append(StepMemory(length, rows, packed, held, still, eaten, rest))
     return sorted(found, key=lambda one: one.peak, reverse=True)
 
 

@@ -18,8 +18,9 @@ from typing import Any
 from kvjax import files
 from kvjax.interface import Params
 
-CONFIG, METRICS, EVENTS, MODEL = "config.yaml", "metrics.jsonl", "tensorboard", "model"
-_LOCK, _NEW, _OLD = ".lock", ".model.new", ".model.old"
+CONFIG, METRICS, EVENTS = "config.yaml", "metrics.jsonl", "tensorboard"
+MODEL, ADAPTER = "model", "adapter"  # a run ends with one of them
+_LOCK, _NEW, _OLD = ".lock", ".{}.new", ".{}.old"
 
 
 def check(out: pathlib.Path, *, resume: bool) -> None:
@@ -70,15 +71,20 @@ def locked(out: pathlib.Path) -> Iterator[None]:
 
 def _recover(out: pathlib.Path) -> None:
     files.remove_partial(out)
-    if (out / _OLD).is_dir() and not (out / MODEL).exists():
-        (out / _OLD).rename(out / MODEL)  # it was to be replaced, and was not
+    for name in (MODEL, ADAPTER):
+        old = out / _OLD.format(name)
+        if old.is_dir() and not (out / name).exists():
+            old.rename(out / name)  # it was to be replaced, and was not
 
 
 def replace_model(
-    out: pathlib.Path, params: Params, save: Callable[[Params, pathlib.Path], None]
+    out: pathlib.Path,
+    params: Params,
+    save: Callable[[Params, pathlib.Path], None],
+    name: str = MODEL,
 ) -> None:
-    """Has `save` write the folder `model`, replacing the one that is there."""
-    new, old = out / _NEW, out / _OLD
+    """Has `save` write the folder of this name, replacing the one that is there."""
+    new, old = (out / pattern.format(name) for pattern in (_NEW, _OLD))
     for leftover in (new, old):
         shutil.rmtree(leftover, ignore_errors=True)
     try:
@@ -86,9 +92,9 @@ def replace_model(
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
         raise
-    if (out / MODEL).exists():
-        (out / MODEL).rename(old)
-    new.rename(out / MODEL)
+    if (out / name).exists():
+        (out / name).rename(old)
+    new.rename(out / name)
     shutil.rmtree(old, ignore_errors=True)
 
 

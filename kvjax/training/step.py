@@ -54,6 +54,17 @@ class TrainableLM(Protocol):
     ) -> Float[Array, "*B V"]: ...
 
 
+@runtime_checkable
+class AdaptedLM(TrainableLM, Protocol):
+    """A model of frozen weights, beside which `params` are trained."""
+
+    def frozen_shapes(self) -> Params: ...
+
+    def join(self, frozen: Params, params: Params) -> Params:
+        """Returns what `hidden` and `logits` take, from both."""
+        ...
+
+
 class TrainState(NamedTuple):
     """Everything that steps change; all weights float32.
 
@@ -117,6 +128,31 @@ def state_shapes(
         shapes,
         sharding.of_state(shapes, mesh),
     )
+
+
+def frozen_shapes(
+    decoder: TrainableLM, config: Config, mesh: jax.sharding.Mesh
+) -> tuple[Params, ...]:
+    """`jax.ShapeDtypeStruct`s of the frozen weights, with shardings; () without any.
+
+    They have the dtype that is computed in, as nothing is added to them.
+    """
+    if not isinstance(decoder, AdaptedLM):
+        return ()
+    shapes, dtype = decoder.frozen_shapes(), jnp.dtype(config.precision.compute)
+    return (
+        jax.tree.map(
+            lambda leaf, placed: jax.ShapeDtypeStruct(
+                leaf.shape, dtype, sharding=placed
+            ),
+            shapes,
+            sharding.of_state(shapes, mesh),
+        ),
+    )
+
+
+def _joined(decoder: Any, params: Params, frozen: tuple[Params, ...]) -> Params:
+    return decoder.join(*frozen, params) if frozen else params
 
 
 @jax.custom_vjp
@@ -258,10 +294,11 @@ def make_train_step(
     mesh: jax.sharding.Mesh,
     *,
     max_logits: int = MAX_LOGITS,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]:
+) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """`step(state, batch) -> (state, metrics)`, compiled once per shape of batch.
 
-    The state is donated. Metrics are :func:`sums` over the sources of the config, and
+    Frozen weights, where there are any, follow the batch: they have no gradient. The
+    state is donated. Metrics are :func:`sums` over the sources of the config, and
     `grad_norm` before clipping and `finite`, scalars. A step with a loss or gradient
     that is not finite changes nothing but the state's `finite`. Weights that overflow
     in an update are found by :func:`has_finite_weights`: if each step looked at them,
@@ -272,10 +309,10 @@ def make_train_step(
     compute = jnp.dtype(config.precision.compute)
     keep = config.optimizer.average
 
-    def weighted_sum(params, part):
+    def weighted_sum(params, part, frozen):
         nats, right = token_losses(
             decoder,
-            params,
+            _joined(decoder, params, frozen),
             part,
             compute=compute,
             remat=config.remat,
@@ -287,24 +324,26 @@ def make_train_step(
 
     gradient = jax.grad(weighted_sum, has_aux=True)
 
-    def accumulated(params, batch):
+    def accumulated(params, batch, frozen):
         if num_parts == 1:
-            return gradient(params, batch)
+            return gradient(params, batch, frozen)
 
         def parts(x):
             # Part a has rows a, a + parts, ...: every device keeps its own rows.
             return x.reshape(-1, num_parts, *x.shape[1:]).swapaxes(0, 1)
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradient(params, part)), None
+            more = gradient(params, part, frozen)
+            return jax.tree.map(jnp.add, total, more), None
 
         split = jax.tree.map(parts, batch)
-        shapes = jax.eval_shape(gradient, params, jax.tree.map(lambda x: x[0], split))
+        first = jax.tree.map(lambda x: x[0], split)
+        shapes = jax.eval_shape(gradient, params, first, frozen)
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         return jax.lax.scan(add, zeros, split)[0]
 
-    def step(state: TrainState, batch: Batch):
-        grads, metrics = accumulated(state.params, batch)
+    def step(state: TrainState, batch: Batch, *frozen: Params):
+        grads, metrics = accumulated(state.params, batch, frozen)
         weight = jnp.sum(batch.weights)
         grads = jax.tree.map(lambda g: g / jnp.where(weight > 0, weight, 1.0), grads)
         norm = optax.tree.norm(grads)
@@ -325,9 +364,10 @@ def make_train_step(
         return state, metrics | {"grad_norm": norm, "finite": finite}
 
     placed = sharding.of_state(state_shapes(decoder, tx, config, mesh), mesh)
+    beside = sharding.of_state(frozen_shapes(decoder, config, mesh), mesh)
     return jax.jit(
         step,
-        in_shardings=(placed, sharding.of_batch(mesh)),
+        in_shardings=(placed, sharding.of_batch(mesh), *beside),
         out_shardings=(placed, sharding.replicated(mesh)),
         donate_argnums=0,
     )
@@ -342,14 +382,17 @@ def has_finite_weights(state: TrainState) -> Bool[Array, ""]:
 
 def make_check(
     decoder: TrainableLM, config: Config, mesh: jax.sharding.Mesh
-) -> Callable[[Params, Batch], dict[str, Array]]:
-    """`check(weights, batch) -> sums`, as of one source, without a gradient."""
+) -> Callable[..., dict[str, Array]]:
+    """`check(weights, batch) -> sums`, as of one source, without a gradient.
+
+    Frozen weights follow the batch.
+    """
     compute = jnp.dtype(config.precision.compute)
 
-    def check(weights, batch):
+    def check(weights, batch, *frozen):
         nats, right = token_losses(
             decoder,
-            weights,
+            _joined(decoder, weights, frozen),
             batch,
             compute=compute,
             max_logits=MAX_LOGITS * mesh.size,
@@ -359,9 +402,10 @@ def make_check(
         return sums(batch, nats, right, 1)
 
     placed = sharding.of_state(decoder.param_shapes(), mesh)
+    beside = sharding.of_state(frozen_shapes(decoder, config, mesh), mesh)
     return jax.jit(
         check,
-        in_shardings=(placed, sharding.of_batch(mesh)),
+        in_shardings=(placed, sharding.of_batch(mesh), *beside),
         out_shardings=sharding.replicated(mesh),
     )
 

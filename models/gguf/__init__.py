@@ -3,6 +3,7 @@
 All of it is translated into the Hugging Face layout and goes the same way from there.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from kvjax.interface import LanguageModel
 from models import llama
 from models.family import Footprint, Packing
 from models.gguf import config, header, tensors, tokenizer
+from models.llama.adapters import Adapter
 
 __all__ = ["footprint", "is_gguf", "load", "load_decoder"]
 
@@ -28,6 +30,7 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
     weights: Packing = None,
+    adapters: Sequence[Adapter] = (),
 ) -> LanguageModel:
     """The model of a GGUF file; see :func:`models.load`.
 
@@ -49,6 +52,8 @@ def load(
     language = tokenizer.load(opened)
     eos_ids = tokenizer.eos_ids(opened)
     found = tensors.from_gguf(opened, decoder.config)
+    for adapter in adapters:
+        found = llama.merged.merge(found, adapter)
     params = llama.weights.load(found, decoder.config, device, weights)
     return LanguageModel(decoder, params, language, eos_ids, str(path), {})
 

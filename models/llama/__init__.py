@@ -1,6 +1,7 @@
 """Llama and the families that are run as one: see `MODEL_TYPES`."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +9,16 @@ import jax
 
 from kvjax.interface import Params
 from models.family import Config, Family, Footprint, Packing
-from models.llama import families, packed, tensors, tokenizer, weights
+from models.llama import families, merged, packed, tensors, tokenizer, weights
+from models.llama.adapters import Adapter
 from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, notes, to_hf
+from models.llama.lora import AdaptedDecoder
 from models.llama.model import LlamaDecoder
 
 __all__ = [
     "FAMILY",
     "MODEL_TYPES",
+    "AdaptedDecoder",
     "LlamaConfig",
     "LlamaDecoder",
     "from_hf",
@@ -41,10 +45,14 @@ def load(
     dtype: jax.typing.DTypeLike | None = None,
     device: Any = None,
     packing: Packing = None,
+    adapters: Sequence[Adapter] = (),
 ) -> tuple[LlamaDecoder, Params]:
     """Returns decoder and weights of a checkpoint folder; see :func:`models.load`."""
     decoder = load_decoder(config, dtype)
-    opened = families.fold(tensors.from_safetensors(directory), config)
+    opened = tensors.from_safetensors(directory)
+    for adapter in adapters:
+        opened = merged.merge(opened, adapter)
+    opened = families.fold(opened, config)
     return decoder, weights.load(opened, decoder.config, device, packing)
 
 
@@ -89,6 +97,7 @@ FAMILY = Family(
     decoder=LlamaDecoder,
     load_decoder=load_decoder,
     load=load,
+    load_adapted=load,
     save=save,
     load_tokenizer=tokenizer.load,
     save_tokenizer=tokenizer.save,

@@ -51,6 +51,12 @@ def fold(tensors: Tensors, config: Config) -> Tensors:
     return tensors if family is None else family.fold(tensors, config)
 
 
+def is_folded(config: Config) -> bool:
+    """Says if a checkpoint's tensors are not those of the model that reads them."""
+    family = FAMILIES.get(str(config.get("model_type")))
+    return family is not None and family.fold is not _as_they_are
+
+
 # --- tensors: each function gives one view of them, reading nothing
 
 

@@ -20,8 +20,9 @@ from jaxtyping import Array, Float, Int
 
 from kvjax.interface import CacheSpec, Method, Params, State
 from kvjax.rope import Rope
-from models.llama import packed
+from models.llama import low_rank, packed
 from models.llama.config import LlamaConfig
+from models.llama.low_rank import Beside
 from models.llama.packed import Packed
 
 # attention(layer, q, k, v) -> out, all head-major, q and k not yet rotated
@@ -64,11 +65,15 @@ class Linear(nnx.Module):
         return out if self.bias is None else out + self.bias[...]
 
 
-def _times(x: Float[Array, "*B I"], matrix: Float[Array, "I O"] | Packed) -> Array:
+def _times(
+    x: Float[Array, "*B I"], matrix: Float[Array, "I O"] | Packed | Beside
+) -> Array:
     # Two-dimensional, accumulated in float32, returned in x's dtype.
     rows = x.reshape(-1, x.shape[-1])
     if isinstance(matrix, Packed):
         out = packed.times(rows, matrix)
+    elif isinstance(matrix, Beside):
+        out = low_rank.times(rows, matrix)
     else:
         out = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
     return out.astype(x.dtype).reshape(*x.shape[:-1], matrix.shape[1])

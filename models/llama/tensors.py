@@ -55,7 +55,7 @@ def from_safetensors(directory: Path) -> Tensors:
     files = _locate(_find_files(directory))
 
     def read(name: str) -> np.ndarray:
-        with _open(files[name]) as tensors:
+        with open_file(files[name]) as tensors:
             stored = tensors.get_slice(name).get_dtype()
             if stored not in _FLOATS:
                 raise ValueError(
@@ -117,7 +117,12 @@ def _find_files(directory: Path) -> Mapping[Path, set[str] | None]:
     return files
 
 
-def _open(file: Path):
+def open_file(file: Path):
+    """Opens a safetensors file; its tensors are read one at a time.
+
+    Raises:
+        ValueError: if it is damaged.
+    """
     from safetensors import SafetensorError, safe_open
 
     git_lfs.check_content(file)
@@ -133,7 +138,7 @@ def _open(file: Path):
 def _locate(files: Mapping[Path, set[str] | None]) -> dict[str, Path]:
     where = {}
     for file, expected in files.items():
-        with _open(file) as tensors:
+        with open_file(file) as tensors:
             names = set(tensors.keys())
         absent = (expected or set()) - names
         if absent:
