@@ -43,8 +43,33 @@ def check_prompts(
                 f"{named}={max_new_tokens} that exceeds the model's context of "
                 f"{decoder.context}: shorten either."
             )
+        if is_long:
+            check_reach(method, decoder, max_new_tokens, named=named)
     check_vocabulary(decoder, prompts)
     check_reread(model, method, map(len, prompts) if ends is None else ends)
+
+
+def check_reach(
+    method: Method,
+    decoder: DecoderLM,
+    max_new_tokens: int,
+    *,
+    named: str = "max_new_tokens",
+) -> None:
+    """Raises ValueError unless a text of any length has its places in the context.
+
+    Of a method that re-numbers positions, but goes on counting what is generated.
+    """
+    asked = method.hooks.asked
+    if asked is None or not method.renumbers:
+        return
+    needed = asked.reach + max_new_tokens
+    if needed > decoder.context:
+        raise ValueError(
+            f"{method!r} takes {asked.reach} positions for a long text; with "
+            f"{named}={max_new_tokens} that is {needed}, which exceeds the model's "
+            f"context of {decoder.context}: lower the budget, or {named}."
+        )
 
 
 def check_reread(model: LanguageModel, method: Method, lengths: Iterable[int]) -> None:
