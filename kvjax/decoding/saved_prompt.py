@@ -80,7 +80,7 @@ def read(
     chunk_size: int = 512,
 ) -> Prefix:
     """Reads prompts, as :func:`kvjax.decoding.generate.generate` does before its first
-    token.
+    token; under a method that selects by a question, `citrus`, without knowing one.
 
     Args:
         prompts: texts, or token ids; of any lengths.
@@ -139,7 +139,8 @@ def extend(
 ) -> Prefix:
     """Reads more of each prompt, for example a question about a text read before.
 
-    As if the prompts had been longer; `prefix` is used up.
+    As if the prompts had been longer; `prefix` is used up. No method is told that it is
+    a question: what selects by one, `citrus`, reads it as context.
 
     Args:
         more: of every row a text, or token ids; of any lengths, a row may have none.
