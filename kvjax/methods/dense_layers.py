@@ -11,6 +11,7 @@ from kvjax.interface import (
     CacheSpec,
     Diagnostics,
     FinishFn,
+    Hooks,
     Method,
     PrefillFn,
     RewindFn,
@@ -114,12 +115,6 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         rewinds = functools.partial(rewind, dense.rewind, method.rewind)
     if again := method.reread:
         again = again._replace(prefill=functools.partial(read_again, again.prefill))
-    if asked := method.hooks.asked:
-        asked = asked._replace(
-            probe=functools.partial(probe, dense, asked.probe),
-            close=functools.partial(unless_dense, asked.close),
-            settle=functools.partial(unless_dense, asked.settle),
-        )
     return Method(
         init=init,
         prefill=prefill,
@@ -132,7 +127,7 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         exact_prompt=method.exact_prompt and dense.exact_prompt,
         renumbers=method.renumbers and (dense.renumbers or first == 0),
         reread=again,
-        hooks=method.hooks._replace(asked=asked),
+        hooks=hooks_of(method, dense),
     )
 
 
@@ -174,6 +169,19 @@ def read_again(
         return state, step.read_again(state.state, q, k, v, lengths).out
     inner, out = of_sparse(state.state, q, k, v, lengths)
     return state._replace(state=inner), out
+
+
+def hooks_of(method: Method, dense: Method) -> Hooks:
+    """Returns what the method wants while a prompt is read, of its own layers."""
+    asked = method.hooks.asked
+    if asked is None:
+        return method.hooks
+    asked = asked._replace(
+        probe=functools.partial(probe, dense, asked.probe),
+        close=functools.partial(unless_dense, asked.close),
+        settle=functools.partial(unless_dense, asked.settle),
+    )
+    return method.hooks._replace(asked=asked)
 
 
 def probe(
