@@ -55,8 +55,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help=METHOD_HELP + " May be repeated. If left out: every method that suits "
-            "the model, but for kvzip and baselines such as random, and Quest under "
-            f"Retro; without --model also EntmaxKV, on {ENTMAX}."
+            "the model, but for citrus, kvzip and baselines such as random, and Quest "
+            f"under Retro; without --model also EntmaxKV, on {ENTMAX}."
         ),
     ] = None,
     context: ContextOption = 512,
@@ -426,8 +426,8 @@ VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
 # Transforms of methods for softmax that are worth one too.
 TRANSFORMED = ("retro+quest",)
 # What has a row when it is named: each adds to the minutes of all others. Baselines,
-# and KVzip, which reads prompts twice.
-BY_NAME = ("expected_attention", "keydiff", "knorm", "kvzip", "random")
+# KVzip, which reads prompts twice, and CItruS, which runs the question at every chunk.
+BY_NAME = ("citrus", "expected_attention", "keydiff", "knorm", "kvzip", "random")
 # What `full` is, on a model for entmax.
 SAME = "entmax_full"
 

@@ -51,6 +51,9 @@ def score(
 ) -> Scores:
     """Says how likely each token is after the first `prefill` of every row, a prompt.
 
+    A method that selects by an instruction, such as `citrus`, takes as many of the
+    prompt's last tokens for it as it does by itself.
+
     Args:
         tokens: one list or array of token ids a row, each longer than `prefill`.
         prefill: tokens in the prompt.

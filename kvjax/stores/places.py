@@ -161,7 +161,7 @@ def attend(
 
 
 def received(spec: CacheSpec, places: Places, behind: Behind) -> Float[Array, "B 1 N"]:
-    """Returns the weights of each place, of every real query, meant over all heads."""
+    """Returns the weights of each place, of every real query, averaged over heads."""
     weights = received_attention(
         behind.rotated,
         behind.keys,

@@ -11,7 +11,7 @@ import kvjax
 from kvjax import accounting, registry
 from kvjax.attention.typed import typed
 from kvjax.decoding import asking, endless, instructions, reader, saved_prompt
-from kvjax.evaluation import asked_after, compare_runs, together
+from kvjax.evaluation import asked_after, compare_runs, one_task, together
 from kvjax.evaluation.tasks import haystack
 from kvjax.interface import Hooks, Method
 
@@ -209,6 +209,20 @@ def test_a_text_without_end_and_a_prefix_are_read_plainly():
         jax.tree.leaves(prefix.states), jax.tree.leaves(whole.states), strict=True
     ):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_eval_takes_more_than_the_context_where_the_method_does():
+    """Windows of a text ask nothing: they are read plainly."""
+    text = "".join(f"{i * 7919 % 1000} is a number.\n" for i in range(30))
+    full = registry.parse("full")
+    sizes = {"context": 200, "n": 1, "new_tokens": 4, "batch": 1}
+    found = one_task.run("perplexity", MODEL, METHOD, full, text, **sizes)
+    assert found["tokens_per_window"] == 3
+    assert found["perplexity"]["mean"] > 1
+    message = "context=200 exceeds the 64 tokens the model was made for"
+    for task, method in (("fidelity", METHOD), ("perplexity", full)):
+        with pytest.raises(ValueError, match=message):
+            one_task.run(task, MODEL, method, full, text, **sizes)
 
 
 # --- transforms
