@@ -6,6 +6,7 @@ is :class:`kvjax.hooks.Asked`'s, here as a list of acts for the reader.
 
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 from kvjax.decoding.cutting import Chunk, bucket, cut
 from kvjax.hooks import Asked
@@ -25,8 +26,9 @@ def given(
     """
     if instruction is None:
         return None
-    is_list = hasattr(instruction, "__iter__") and not isinstance(instruction, str)
-    parts = list(instruction) if is_list else [instruction]
+    value: Any = instruction  # of any type, from a user
+    is_list = hasattr(value, "__iter__") and not isinstance(value, str)
+    parts = list(value) if is_list else [value]
     counts = []
     for part in parts:
         try:

@@ -114,9 +114,8 @@ def citrus(
         What is appended is kept, on top of the budget. While the prompt runs: budget +
         stride tokens, and votes, float32; of "individual" 2*budget + stride.
     Reads per step and layer: 2*(budget + generated)*D*Hkv elements of KV, per row.
-    Exact when: the context before the instruction has at most budget - stride tokens,
-        or where no question is known nothing was cut; under `dynamic` RoPE up to the
-        original context.
+    Exact when: nothing was cut, as of a context of budget - stride tokens; under
+        `dynamic` RoPE up to the original context.
 
     Raises:
         ValueError: if an option is out of its range.

@@ -13,7 +13,9 @@ def streamed(monkeypatch):
     noted = []
 
     def stream(model, method, prompts, **options):
-        noted.append((bytes(prompts[0]).decode(), options["instruction"]))
+        del method
+        text = model.tokenizer.decode(prompts[0])
+        noted.append((text, options["instruction"]))
         yield 0, "so"
         return [Generation([1], "so", "length")]
 
