@@ -28,7 +28,7 @@ def given(
         return None
     value: Any = instruction  # of any type, from a user
     is_list = hasattr(value, "__iter__") and not isinstance(value, str)
-    parts = list(value) if is_list else [value]
+    parts: list[Any] = list(value) if is_list else [value]
     counts = []
     for part in parts:
         try:

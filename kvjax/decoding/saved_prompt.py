@@ -25,6 +25,7 @@ from kvjax.decoding.checks import (
     check_counts,
     check_model,
     check_prompts,
+    check_reach,
     check_reread,
     check_text,
     check_vocabulary,
@@ -182,6 +183,7 @@ def extend(
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     longer = 0 if accounting.reads_any_length(method, model.decoder) else after - before
     check_room(model, method, prefix, longer + 1)
+    check_reach(method, model.decoder, after, prefix.room, named="room")
     begun = Reading(prefix.states, prefix.hidden)
     states, hidden = _read(model, method, begun, more, options)
     return prefix._replace(states=states, hidden=hidden, prompts=prompts)

@@ -88,9 +88,8 @@ def score(
             f"a row has {longest} tokens, more than the model's context of "
             f"{decoder.context}: shorten it."
         )
-    if is_long:
-        new_tokens = longest - prefill
-        check_reach(method, decoder, new_tokens, named="tokens behind the prompt")
+    behind = longest - prefill
+    check_reach(method, decoder, prefill, behind, named="tokens behind the prompt")
     check_vocabulary(decoder, tokens)
     check_reread(model, method, [prefill] * len(tokens))
     options = Options(max_new_tokens=longest - prefill, chunk_size=chunk_size)

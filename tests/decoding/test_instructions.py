@@ -1,19 +1,23 @@
 """Instructions: how many tokens, in which order read, and who is told of them."""
 
+import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_only import Decoder, NoText, draw_weights
 from tiny import tiny_model
 
 import kvjax
-from kvjax import accounting, registry
+from kvjax import accounting, interface, registry
 from kvjax.attention.typed import typed
 from kvjax.decoding import asking, endless, instructions, reader, saved_prompt
 from kvjax.evaluation import asked_after, compare_runs, one_task, together
 from kvjax.evaluation.tasks import haystack
-from kvjax.interface import Hooks, Method
+from kvjax.interface import Hooks, LanguageModel, Method
+from kvjax.rope import Rope
 
 MODEL = tiny_model(num_layers=1, context=64)
 RNG = np.random.default_rng(0)
@@ -204,6 +208,9 @@ def test_a_text_without_end_and_a_prefix_are_read_plainly():
         ended(endless.read(MODEL, METHOD, [text], room=49))
     prefix = saved_prompt.read(MODEL, METHOD, [text[:40]], room=8)
     prefix = saved_prompt.extend(MODEL, METHOD, prefix, ["Why?"])
+    near = prefix._replace(room=49)
+    with pytest.raises(ValueError, match=message):
+        saved_prompt.extend(MODEL, METHOD, near, [text[:40]])
     whole = saved_prompt.read(MODEL, METHOD, [text[:40] + "Why?"], room=8)
     for a, b in zip(
         jax.tree.leaves(prefix.states), jax.tree.leaves(whole.states), strict=True
@@ -223,6 +230,65 @@ def test_eval_takes_more_than_the_context_where_the_method_does():
     for task, method in (("fidelity", METHOD), ("perplexity", full)):
         with pytest.raises(ValueError, match=message):
             one_task.run(task, MODEL, method, full, text, **sizes)
+
+
+# --- beyond the model's context
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounded:
+    """A rotation that knows the highest position it was asked for."""
+
+    inner: Rope
+    most: int
+
+    static_until = float("inf")
+
+    def __call__(self, x, positions, length=None):
+        turned = self.inner(x, positions, length)
+        beyond = (positions >= self.most)[:, None, :, None]
+        return jnp.where(beyond, jnp.nan, turned)
+
+
+@dataclasses.dataclass(frozen=True)
+class Short(Decoder):
+    """One layer, a short context, and NaN for what is beyond it."""
+
+    num_layers: int = 1
+    context: int = 24
+
+    @property
+    def rope(self):
+        return Bounded(Rope(6), self.context)
+
+
+SHORT = LanguageModel(Short(), draw_weights(Short()), NoText(), (), "short")
+
+
+def test_a_text_longer_than_the_context_is_read():
+    """Eight times as long: no position reaches the context, and memory is constant."""
+    method = kvjax.citrus(budget=14, stride=4, instruction=4)
+    decoder = SHORT.decoder
+    assert accounting.reads_any_length(method, decoder)
+    assert not accounting.is_endless(method, decoder)
+    prompt = np.random.default_rng(0).integers(0, 40, 8 * decoder.context).tolist()
+    (answer,) = kvjax.generate(SHORT, method, [prompt], max_new_tokens=6)
+    assert len(answer.tokens) == 6
+    for tokens in (64, 4096):
+        spec = interface.layer_specs(decoder, 1, tokens, 6)[0]
+        assert accounting.prompt_bytes(method, spec) == 1849
+        assert accounting.state_bytes(method, spec) == 2008
+    message = r"takes 18 positions for a long text; with max_new_tokens=7 that is 25, "
+    with pytest.raises(ValueError, match=message + r"which exceeds .* of 24: lower"):
+        kvjax.generate(SHORT, method, [prompt], max_new_tokens=7)
+    with pytest.raises(ValueError, match="tokens behind the prompt=7 that is 25"):
+        kvjax.score(SHORT, method, [prompt], prefill=len(prompt) - 7)
+    # Where positions are absolute, constant bytes are not enough.
+    absolute = method._replace(renumbers=False)
+    with pytest.raises(ValueError, match=r"exceeds the model's context of 24: short"):
+        kvjax.generate(SHORT, absolute, [prompt], max_new_tokens=6)
+    # A prompt that fits has no higher places than tokens.
+    kvjax.generate(SHORT, method, [prompt[:16]], max_new_tokens=8)
 
 
 # --- transforms

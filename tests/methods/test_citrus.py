@@ -1,6 +1,5 @@
 """CItruS: the order of the official code, in float64, and each step of it alone."""
 
-import dataclasses
 import functools
 import types
 
@@ -10,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import oracles.citrus as oracle
 import pytest
+from attention_only import Decoder, NoText, draw_weights
 
 import kvjax
-from kvjax import accounting, interface
 from kvjax.decoding import reader
-from kvjax.interface import CacheSpec, LanguageModel
+from kvjax.interface import LanguageModel
 from kvjax.methods.citrus import citrus
 from kvjax.rope import Rope
 from kvjax.stores.places import Settled
@@ -32,85 +31,7 @@ def method_of(variant, kept=5):
 # --- a model of three layers, which its oracle has in float64
 
 
-@dataclasses.dataclass(frozen=True)
-class Plain:
-    """Attention and a sum, layer by layer."""
-
-    num_layers: int = 3
-    width: int = 10
-    vocab_size: int = 40
-    context: int = 4096
-    alpha: float = 1.0
-
-    @property
-    def rope(self):
-        return Rope(6)
-
-    def cache_spec(self, batch, capacity, max_new_tokens=0, layer=0):
-        sizes = (batch, 4, 2, 6, capacity, "float32", self.rope)
-        return CacheSpec(*sizes, max_new_tokens=max_new_tokens, layer=layer)
-
-    def embed(self, params, tokens):
-        return params["embedding"][tokens]
-
-    def layer_params(self, params):
-        return params["layers"]
-
-    def run_layer(self, layer, x, attend):
-        q, k, v = (jnp.einsum("bte,ehd->bhtd", x, layer[name]) for name in "qkv")
-        return x + jnp.einsum("bhtd,hde->bte", attend(q, k, v), layer["o"])
-
-    def normalise(self, params, x):
-        del params
-        return x
-
-    def logits(self, params, hidden):
-        return hidden @ params["embedding"].T
-
-    def decode_step(self, params, states, tokens, method):
-        states, x = list(states), self.embed(params, tokens)
-        for index, layer in enumerate(params["layers"]):
-
-            def attend(q, k, v, index=index):
-                appended = method.append(states[index], k, v)
-                states[index], out = method.decode_step(appended, q)
-                return out
-
-            x = self.run_layer(layer, x, attend)
-        return tuple(states), x
-
-    def prefill(self, params, states, tokens, lengths, method):
-        raise NotImplementedError("read layer by layer.")
-
-
-class NoText:
-    def encode(self, text):
-        return [len(text)]
-
-    def decode(self, tokens):
-        return "x" * len(tokens)
-
-
-def draw_weights(decoder, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def one(*shape, scale):
-        return (scale * rng.standard_normal(shape)).astype(np.float32)
-
-    def layer():
-        heads = {"q": 4, "k": 2, "v": 2}
-        drawn = {
-            name: one(decoder.width, count, 6, scale=0.6 if name == "q" else 0.4)
-            for name, count in heads.items()
-        }
-        return drawn | {"o": one(4, 6, decoder.width, scale=0.15)}
-
-    layers = tuple(layer() for _ in range(decoder.num_layers))
-    embedding = one(decoder.vocab_size, decoder.width, scale=1.0)
-    return {"embedding": embedding, "layers": layers}
-
-
-DECODER = Plain()
+DECODER = Decoder()
 PARAMS = draw_weights(DECODER)
 MODEL = LanguageModel(DECODER, PARAMS, NoText(), (), "plain")
 WIDE = [
@@ -504,65 +425,6 @@ def test_a_key_that_moved_often_is_the_key_that_came():
     raw = given[1][:, :, kept]
     turned = jax.jit(rope)(raw, jnp.arange(9, dtype=jnp.int32)[None])
     np.testing.assert_array_equal(settled.k[:, :, :9], turned)
-
-
-# --- beyond the model's context
-
-
-@dataclasses.dataclass(frozen=True)
-class Bounded:
-    """A rotation that knows the highest position it was asked for."""
-
-    inner: Rope
-    most: int
-
-    static_until = float("inf")
-
-    def __call__(self, x, positions, length=None):
-        turned = self.inner(x, positions, length)
-        beyond = (positions >= self.most)[:, None, :, None]
-        return jnp.where(beyond, jnp.nan, turned)
-
-
-@dataclasses.dataclass(frozen=True)
-class Short(Plain):
-    """As `Plain`, with a short context, and NaN for what is beyond it."""
-
-    num_layers: int = 1
-    context: int = 24
-
-    @property
-    def rope(self):
-        return Bounded(Rope(6), self.context)
-
-
-SHORT = MODEL._replace(decoder=Short(), params=draw_weights(Short()))
-
-
-def test_a_text_longer_than_the_context_is_read():
-    """Eight times as long: no position reaches the context, and memory is constant."""
-    method = citrus(budget=14, stride=STRIDE, instruction=4)
-    decoder = SHORT.decoder
-    assert accounting.reads_any_length(method, decoder)
-    assert not accounting.is_endless(method, decoder)
-    prompt = np.random.default_rng(0).integers(0, 40, 8 * decoder.context).tolist()
-    (answer,) = kvjax.generate(SHORT, method, [prompt], max_new_tokens=6)
-    assert len(answer.tokens) == 6
-    for tokens in (64, 4096):
-        spec = interface.layer_specs(decoder, 1, tokens, 6)[0]
-        assert accounting.prompt_bytes(method, spec) == 1849
-        assert accounting.state_bytes(method, spec) == 2008
-    message = r"takes 18 positions for a long text; with max_new_tokens=7 that is 25, "
-    with pytest.raises(ValueError, match=message + r"which exceeds .* of 24: lower"):
-        kvjax.generate(SHORT, method, [prompt], max_new_tokens=7)
-    with pytest.raises(ValueError, match="tokens behind the prompt=7 that is 25"):
-        kvjax.score(SHORT, method, [prompt], prefill=len(prompt) - 7)
-    # Where positions are absolute, constant bytes are not enough.
-    absolute = method._replace(renumbers=False)
-    with pytest.raises(ValueError, match=r"exceeds the model's context of 24: short"):
-        kvjax.generate(SHORT, absolute, [prompt], max_new_tokens=6)
-    # A prompt that fits has no higher places than tokens.
-    kvjax.generate(SHORT, method, [prompt[:16]], max_new_tokens=8)
 
 
 # --- options
