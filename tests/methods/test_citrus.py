@@ -75,7 +75,7 @@ def kept_positions(state, row):
     ("variant", "kept"),
     [
         *(("shared", kept) for kept in (1, 5, 9, 40)),
-        *(("individual", kept) for kept in (1, 5)),
+        ("individual", 5),
         ("chunk", 3),
     ],
 )
