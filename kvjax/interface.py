@@ -20,6 +20,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import naming
+from kvjax.hooks import Hooks as Hooks
 
 State = Any  # a pytree of arrays: one layer's NamedTuple
 Params = Any  # a pytree of arrays: a model's weights
@@ -286,6 +287,7 @@ class Method(NamedTuple):
         lossy: keys and values are kept as other numbers than came: no step is exact.
         listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
+        hooks: what else the method wants while a prompt is read.
     """
 
     init: InitFn
@@ -304,6 +306,7 @@ class Method(NamedTuple):
     lossy: bool = False
     listed: Callable[[CacheSpec], int] | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None
+    hooks: Hooks = Hooks()
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""
@@ -486,14 +489,4 @@ class LanguageModel(NamedTuple):
 
     def __repr__(self) -> str:
         """One line: its weights have millions of numbers."""
-        # A matrix in 4 bits is several arrays, and says itself how many weights.
-        nodes = jax.tree.leaves(self.params, is_leaf=lambda x: hasattr(x, "size"))
-        leaves = [node for node in nodes if hasattr(node, "size")]
-        count = sum(leaf.size for leaf in leaves)
-        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-        sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
-        return (
-            f"LanguageModel({self.name!r}, {type(self.decoder).__name__}, {sizes}, "
-            f"{self.decoder.num_layers} layers, context {self.decoder.context:,}, "
-            f"vocabulary {self.decoder.vocab_size:,})"
-        )
+        return naming.of_model(self)

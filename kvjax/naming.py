@@ -1,10 +1,12 @@
-"""The name of a method that no spec string made: its factory, and its options."""
+"""Names to print: of a method that no spec string made, and of a model."""
 
 import dataclasses
 import functools
 import inspect
 import numbers
 from typing import Any
+
+import jax
 
 
 def spec_of(method: Any) -> str:
@@ -42,3 +44,19 @@ def _with_options(name: str, bound: functools.partial, method: type) -> str:
 def _module_name(function: Any) -> str:
     *_, folder, name = ["", *getattr(function, "__module__", "").split(".")]
     return folder if name == "method" else name
+
+
+def of_model(model: Any) -> str:
+    """Returns a line on a :class:`kvjax.interface.LanguageModel`, without weights."""
+    # A matrix in 4 bits is several arrays, and says itself how many weights.
+    nodes = jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "size"))
+    leaves = [node for node in nodes if hasattr(node, "size")]
+    count = sum(leaf.size for leaf in leaves)
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+    sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
+    decoder = model.decoder
+    return (
+        f"LanguageModel({model.name!r}, {type(decoder).__name__}, {sizes}, "
+        f"{decoder.num_layers} layers, context {decoder.context:,}, "
+        f"vocabulary {decoder.vocab_size:,})"
+    )

@@ -42,6 +42,9 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("cascade:budget=64", 1000, 61 * TOKEN, 2 * 4 * 56 * 4 + 4 * TOKEN),
         ("cascade:budget=64", 50, 50 * TOKEN, 2 * 4 * 45 * 4 + 4 * TOKEN),
         ("cascade:budget=64,num_cascades=1", 1000, 64 * TOKEN, 0),
+        # The budget and every generated token; places need no positions.
+        ("citrus:budget=64", 1000, (64 + 10) * TOKEN, 0),
+        ("citrus:budget=64,variant=individual", 50, 50 * TOKEN, 0),
         ("h2o:budget=64", 1000, 64 * TOKEN, 2 * 4 * 64 * FLOAT_AND_INT),
         ("h2o:budget=64", 50, 50 * TOKEN, 2 * 4 * 50 * FLOAT_AND_INT),
         ("tova:budget=64", 1000, 64 * TOKEN, 2 * 64 * FLOAT_AND_INT),
@@ -126,6 +129,7 @@ CLOCK = 2 * 4  # one int32 a row
         ("streaming_llm:budget=64", 64 * TOKEN + CLOCK),
         # A position per slot and KV head; the budget and every generated token.
         ("snapkv:budget=64", 74 * TOKEN + 2 * 4 * 74 * 4 + CLOCK),
+        ("citrus:budget=64", 74 * TOKEN + 2 * 74 * 4 + 2 * CLOCK),
         ("h2o:budget=64", 64 * TOKEN + 2 * 4 * 64 * FLOAT_AND_INT + CLOCK),
         ("tova:budget=64", 64 * TOKEN + 2 * 64 * FLOAT_AND_INT + CLOCK),
         ("quest:budget=64", 63 * 16 * TOKEN + 63 * TOKEN + CLOCK),
@@ -323,18 +327,20 @@ def test_every_methods_lists_can_be_counted(spec):
     accounting.check_diagnostics(registry.parse(spec), decoder)
 
 
-# Of the methods for softmax: what holds no more for a longer prompt, or for more tokens
-# to generate.
-CONSTANT = {"cascade", "streaming_llm"}
+# Of the methods for softmax: what holds no more for a longer prompt; and of these what
+# holds no more for more tokens to generate either.
+READ_IN_CONSTANT = {"cascade", "citrus", "streaming_llm"}
+CONSTANT = READ_IN_CONSTANT - {"citrus"}
 
 
 @pytest.mark.parametrize("name", registry.names())
 def test_what_grows_with_the_text(name):
     method = registry.parse(name)
     decoder = tiny_model(num_layers=1, attention_alpha=alpha_of(name)).decoder
-    assert accounting.grows_with_prompt(method, decoder) == (name not in CONSTANT)
+    reads = name in READ_IN_CONSTANT
+    assert accounting.grows_with_prompt(method, decoder) != reads
     assert accounting.grows_with_generated(method, decoder) == (name not in CONSTANT)
-    assert method.renumbers == (name in CONSTANT)
+    assert method.renumbers == reads
     assert accounting.is_endless(method, decoder) == (name in CONSTANT)
 
 

@@ -21,6 +21,7 @@ NAMES = (*registry.names(), *registry.transforms())
 # Options under which a method is another one, as far as its promises go.
 SPELLED = {"subgen:mode=stream": {"mode": "stream"}}
 REREADING = "a_second_reading_changes_only_what_it_learns"
+TOLD = "an_instruction_votes_and_is_forgotten"
 EXACT = "is_full_attention_when_the_budget_covers_the_context"
 
 
@@ -38,6 +39,7 @@ def test_every_method_keeps_the_contract(check, name):
     """None is left out here but those of what few have, or a lossy one lacks."""
     given = subject_of(name)
     is_idle = check == REREADING and given.method.reread is None
+    is_idle |= check == TOLD and given.method.hooks.asked is None
     is_idle |= check == EXACT and given.method.lossy
     assert contract.keeps(given, check) != is_idle
 
@@ -159,6 +161,41 @@ def learns_from_all_rows(state, lengths):
     return state._replace(scores=jnp.broadcast_to(drawn, state.scores.shape))
 
 
+def told(name, change):
+    """A factory of CItruS with one of its hooks changed."""
+
+    def factory(*, budget: int = 8, stride: int = 4, instruction: int = 2) -> Method:
+        right = registry.get("citrus")
+        method = right(budget=budget, stride=stride, instruction=instruction)
+        asked = method.hooks.asked
+        new = functools.partial(change, getattr(asked, name))
+        asked = asked._replace(**{name: new})
+        return method._replace(hooks=method.hooks._replace(asked=asked))
+
+    factory.__name__ = change.__name__
+    return factory
+
+
+def remembers(right, state, q, k, v, lengths):
+    state, out = right(state, q, k, v, lengths)
+    return state._replace(length=state.length + lengths), out
+
+
+def votes_of_all(right, state, q, k, v, lengths):
+    state, out = right(state, q, k, v, lengths)
+    return state._replace(votes=state.votes + lengths.sum().astype(jnp.float32)), out
+
+
+def cuts_again(right, state):
+    state = right(state)
+    return state._replace(votes=state.votes + 1)
+
+
+def keeps_its_shape(right, state):
+    del right
+    return state
+
+
 def lies_about_prompts(*, budget: int = 8, page_size: int = 4) -> Method:
     return quest(budget, page_size)._replace(exact_prompt=False)
 
@@ -222,6 +259,10 @@ def idle(*, how_many: int = 4096) -> Method:
         (forgets_the_prompt, REREADING, "the prompt's keys and values: changed"),
         (learns_from_nothing, REREADING, "row 0, which has no tokens: changed"),
         (learns_from_all_rows, "rows_do_not_see_each_other", "a row that stayed"),
+        (told("probe", remembers), TOLD, "what was shown once: changed"),
+        (told("probe", votes_of_all), TOLD, "row 1, which has none: changed"),
+        (told("close", cuts_again), TOLD, "a context that was closed: changed"),
+        (told("settle", keeps_its_shape), TOLD, "settle leaves another state"),
         (looks_aside, "rows_do_not_see_each_other", "a row that stayed"),
         (counts_all, "a_prompt_that_ended_serves_many_questions", "outputs"),
         (forgets_its_shapes, "a_prompt_that_ended_is_kept_as_arrays", "what finish"),

@@ -55,8 +55,8 @@ def compare(
         list[str] | None,
         typer.Option(
             help=METHOD_HELP + " May be repeated. If left out: every method that suits "
-            "the model, but for kvzip and baselines such as random, and Quest under "
-            f"Retro; without --model also EntmaxKV, on {ENTMAX}."
+            "the model, but for citrus, kvzip and baselines such as random, and Quest "
+            f"under Retro; without --model also EntmaxKV, on {ENTMAX}."
         ),
     ] = None,
     context: ContextOption = 512,
@@ -427,7 +427,8 @@ VARIANTS = {"entmaxkv": ("selector=gaussian", "certified=true")}
 TRANSFORMED = ("retro+quest",)
 # What has a row when it is named: each adds to the minutes of all others. Baselines,
 # KVzip, which reads prompts twice, and the systems that RefreshKV is beside.
-BY_NAME = ("expected_attention", "keydiff", "knorm", "kvzip", "random", "subgen")
+BY_NAME = ("expected_attention", "keydiff", "knorm", "kvzip", "random")
+BY_NAME += ("citrus", "hip", "squeezed", "subgen")
 # What `full` is, on a model for entmax.
 SAME = "entmax_full"
 

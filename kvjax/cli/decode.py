@@ -28,6 +28,7 @@ from kvjax.cli.options import (
     tokenize,
 )
 from kvjax.cli.prefix import Turn, resumed
+from kvjax.text import encoding
 
 NEW_TOKENS = 128
 ONLY_SAMPLED = ("top_k", "top_p", "min_p")  # options that greedy decoding has no use of
@@ -42,6 +43,13 @@ def generate(
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: Annotated[
         pathlib.Path | None, typer.Option(help="UTF-8 file with the text; - is stdin.")
+    ] = None,
+    instruction: Annotated[
+        str | None,
+        typer.Option(
+            help="Text behind the prompt that says what is wanted of it, for methods "
+            "that select by it, as citrus does."
+        ),
     ] = None,
     max_new_tokens: Annotated[
         int | None,
@@ -120,6 +128,7 @@ def generate(
     counts = {"max_new_tokens": max_new_tokens, "chunk_size": chunk_size, "room": room}
     positive(**{name: value for name, value in counts.items() if value is not None})
     _check_conversation(chat, resume, save, room, system)
+    _check_instruction(instruction, resume, save)
     has_text = prompt is not None or prompt_file is not None
     text = read_prompt(prompt, prompt_file) if has_text or resume is None else None
     start = time.perf_counter()
@@ -143,7 +152,7 @@ def generate(
         "options": options,
     }
     with timing.timed() as clock:
-        turn = _turn(resume, save, chat, system, room, wanted)
+        turn = _turn(resume, save, chat, system, room, instruction, wanted)
         generation = _written(turn.events, quietly=as_json)
         seconds = time.perf_counter() - start
     if not as_json:
@@ -156,7 +165,7 @@ def generate(
         _print_document(turn, generation, seed, seconds, timing.document(clock, start))
 
 
-def _turn(resume, save, chat, system, room, wanted) -> Turn:
+def _turn(resume, save, chat, system, room, instruction, wanted) -> Turn:
     """A turn by what it goes on from and what is kept of it."""
     if resume is not None and chat:
         return conversation.gone_on(resume, save, room=room, **wanted)
@@ -164,7 +173,7 @@ def _turn(resume, save, chat, system, room, wanted) -> Turn:
         return resumed(resume, **wanted)
     if save is not None:
         return conversation.begun(save, system=system, room=room, **wanted)
-    return _alone(first_messages(wanted["text"], chat, system), **wanted)
+    return _alone(chat, system, instruction, **wanted)
 
 
 def _asked(*, chat: bool, **options: Any) -> dict[str, Any]:
@@ -200,18 +209,41 @@ def _print_document(turn: Turn, generation, seed, seconds, timings) -> None:
     print(json.dumps(document, indent=2))
 
 
-def _alone(messages, *, model, method, dtype, text, chunk_size, options) -> Turn:
+def _alone(
+    chat, system, instruction, *, model, method, dtype, text, chunk_size, options
+) -> Turn:
     """A prompt of which nothing is kept."""
     from kvjax.decoding.generate import stream
 
     method = "full" if method is None else method
     parsed = answering(method)
+    whole = text + (instruction or "")
+    messages = first_messages(whole, chat, system)
     loaded = load(model, dtype)
-    tokens = tokenize(loaded, text, messages)
+    tokens, told = tokenize(loaded, whole, messages), None
+    if instruction is not None:
+        context = tokenize(loaded, text, first_messages(text, chat, system))
+        told = len(tokens) - encoding.shared(context, tokens)
     chosen = options(loaded)
     chosen["max_new_tokens"] = chosen["max_new_tokens"] or NEW_TOKENS
-    events = stream(loaded, parsed, [tokens], chunk_size=chunk_size, **chosen)
+    events = stream(
+        loaded, parsed, [tokens], chunk_size=chunk_size, instruction=told, **chosen
+    )
     return Turn(loaded, method, len(tokens), events, chosen)
+
+
+def _check_instruction(instruction, resume, save) -> None:
+    """Raises ValueError for an instruction that nobody would be told of in time."""
+    if instruction is None:
+        return
+    if not instruction:
+        raise ValueError("--instruction is empty: give some text, or leave it out.")
+    if resume is not None or save is not None:
+        option = "--resume" if resume is not None else "--save"
+        raise ValueError(
+            f"--instruction is told before a prompt is read, and one of {option} is "
+            "read for any question: leave either out."
+        )
 
 
 def _check_conversation(chat, resume, save, room, system) -> None:

@@ -43,8 +43,38 @@ def check_prompts(
                 f"{named}={max_new_tokens} that exceeds the model's context of "
                 f"{decoder.context}: shorten either."
             )
+        check_reach(method, decoder, len(prompt), max_new_tokens, named=named)
     check_vocabulary(decoder, prompts)
     check_reread(model, method, map(len, prompts) if ends is None else ends)
+
+
+def check_reach(
+    method: Method,
+    decoder: DecoderLM,
+    length: int,
+    new_tokens: int,
+    *,
+    named: str = "max_new_tokens",
+) -> None:
+    """Raises ValueError unless a long text has its places in the model's context.
+
+    Under a method that re-numbers positions, but goes on counting what is generated.
+
+    Args:
+        length: tokens of the text; where they fit with the new ones, so do places.
+        new_tokens: most that follow it.
+        named: what these are called where they were given.
+    """
+    asked, needed = method.hooks.asked, length + new_tokens
+    if asked is None or not method.renumbers or needed <= decoder.context:
+        return
+    needed = asked.reach + new_tokens
+    if needed > decoder.context:
+        raise ValueError(
+            f"{method!r} takes {asked.reach} positions for a long text; with "
+            f"{named}={new_tokens} that is {needed}, which exceeds the model's "
+            f"context of {decoder.context}: lower the budget, or {named}."
+        )
 
 
 def check_reread(model: LanguageModel, method: Method, lengths: Iterable[int]) -> None:

@@ -19,6 +19,7 @@ from kvjax.decoding import finite, reader
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
+    check_reach,
     check_text,
     check_vocabulary,
 )
@@ -185,6 +186,7 @@ def read(
     check_counts(room=room)
     if not accounting.grows_with_generated(method, model.decoder):
         room = 1  # for whatever room, the same programs
+    check_reach(method, model.decoder, _LAST_POSITION, room, named="room")
     if isinstance(texts, str | bytes):
         raise ValueError(f"texts={shown(texts)} is one text: put it in a list.")
     return _read(model, method, texts, options.chunk_size, room)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
-from kvjax.decoding import loop, reader, timing
+from kvjax.decoding import instructions, loop, reader, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.detokenize import TextRow
 from kvjax.decoding.finite import is_finite, not_finite
@@ -44,6 +44,7 @@ def generate(
     seed: int = 0,
     chunk_size: int = 512,
     stream_every: int = 16,
+    instruction: int | Sequence[int] | None = None,
     on_text: Callable[[int, str], None] | None = None,
 ) -> list[Generation]:
     """Continues each prompt under a KV-cache method.
@@ -64,6 +65,9 @@ def generate(
         chunk_size: most prompt tokens processed at once; a second reading takes the
             method's own `chunk`.
         stream_every: decode steps between two looks of the host.
+        instruction: tokens at the end of every prompt, or a list with a number for
+            each, that say what is wanted of the rest: for methods that select by them,
+            such as `citrus`. None is as many as the method takes by itself.
         on_text: called with `(row, new text)` while generating.
 
     Returns:
@@ -86,6 +90,7 @@ def generate(
         seed=seed,
         chunk_size=chunk_size,
         stream_every=stream_every,
+        instruction=instruction,
     )
     events = _start(model, method, prompts, options)
     while True:
@@ -109,6 +114,7 @@ def stream(
     seed: int = 0,
     chunk_size: int = 512,
     stream_every: int = 16,
+    instruction: int | Sequence[int] | None = None,
 ) -> Iterator[tuple[int, str]]:
     """Yields `(row, new text)` while it continues the prompts as :func:`generate` does.
 
@@ -123,6 +129,7 @@ def stream(
         seed=seed,
         chunk_size=chunk_size,
         stream_every=stream_every,
+        instruction=instruction,
     )
     return _start(model, method, prompts, options)
 
@@ -133,6 +140,7 @@ def _start(model, method, prompts, options: Options):
     check_model(model)
     prompts = token_rows(prompts, model.tokenizer)
     check_prompts(model, method, prompts, options.max_new_tokens)
+    instructions.counts(method, prompts, options.instruction)
     return _events(model, method, prompts, options)
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Collection, Sequence
 
+from kvjax.decoding import instructions
 from kvjax.decoding.checks import check_counts, check_eos_ids, check_seed, check_stop
 from kvjax.decoding.sampling import Sampling, validate
 from kvjax.interface import LanguageModel
@@ -26,6 +27,8 @@ class Options:
         stream_every: decode steps between two looks of the host.
         longest: tokens of a prompt to make room for, where none is so long: prompts up
             to there share their compiled code.
+        instruction: tokens at the end of every prompt, or of each, by which a method
+            selects that is told of them; None is as many as it takes by itself.
 
     Raises:
         ValueError: if one is of another type or out of its range.
@@ -39,6 +42,7 @@ class Options:
     chunk_size: int = 512
     stream_every: int = 16
     longest: int = 0
+    instruction: int | Sequence[int] | None = None
 
     def __post_init__(self):
         validate(self.sampling)
@@ -50,6 +54,7 @@ class Options:
         for name in (*counts, "seed"):  # NumPy's are integers too
             object.__setattr__(self, name, int(getattr(self, name)))
         object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "instruction", instructions.given(self.instruction))
 
     def ends(self, model: LanguageModel) -> frozenset[int]:
         """Returns the tokens that end a row."""

@@ -14,8 +14,11 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import interface
-from kvjax.decoding import loop, timing
+from kvjax.decoding import instructions, loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
+from kvjax.decoding.cutting import PAD as PAD
+from kvjax.decoding.cutting import Chunk, bucket, chunks, cut, recent
+from kvjax.decoding.cutting import chunk_tokens as chunk_tokens
 from kvjax.decoding.options import Options
 from kvjax.interface import (
     CacheSpec,
@@ -32,14 +35,11 @@ from kvjax.stores import buffers
 from kvjax.text import encoding
 from kvjax.text.stream import CONTEXT
 
-PAD = 0  # what a finished row feeds and emits; any valid token does
 NO_TOKEN = -1  # where a row has none
 POSITIONS = 64  # positions whose logits exist at once
 
 # Of logits `(B, V)` and tokens `(B,)`: arrays of the tokens' shape.
 Judge = Callable[[Array, Array], Any]
-# Right-padded tokens `(B, T)`, and the real ones of each row.
-Chunk = tuple[np.ndarray, np.ndarray]
 
 
 class Reading(NamedTuple):
@@ -69,10 +69,12 @@ def prefill(
     max_new_tokens: int,
     chunk_size: int = 512,
     longest: int = 0,
+    instruction: int | Sequence[int] | None = None,
 ) -> Prefilled:
     """Runs the prompts through the model, leaving room for `max_new_tokens` each.
 
     Prompts of up to `longest` tokens then share their compiled code, even in buckets.
+    `instruction` is that of :func:`kvjax.decoding.generate.generate`.
 
     Raises:
         ValueError: as :func:`kvjax.decoding.generate.generate`.
@@ -81,9 +83,13 @@ def prefill(
     check_model(model)
     prompts = token_rows(prompts)
     options = Options(
-        max_new_tokens=max_new_tokens, chunk_size=chunk_size, longest=longest
+        max_new_tokens=max_new_tokens,
+        chunk_size=chunk_size,
+        longest=longest,
+        instruction=instruction,
     )
     check_prompts(model, method, prompts, options.max_new_tokens)
+    instructions.counts(method, prompts, options.instruction)
     return read_whole(model, method, prompts, options)
 
 
@@ -111,8 +117,43 @@ def read_unended(
     decoder, longest = model.decoder, max(options.longest, *map(len, prompts))
     sizes = len(prompts), longest, options.max_new_tokens
     reading = begin(decoder, method, *sizes)
-    parts = chunks(decoder, prompts, options.chunk_size, longest)
-    return read(model, method, reading, parts), layer_specs(decoder, *sizes)
+    for now, _ in read_prompts(model, method, reading, prompts, options):
+        reading = now
+    return reading, layer_specs(decoder, *sizes)
+
+
+def read_prompts(
+    model: LanguageModel,
+    method: Method,
+    reading: Reading,
+    prompts: Sequence[Sequence[int]],
+    options: Options,
+    judge: Judge | None = None,
+) -> Iterator[tuple[Reading, Any]]:
+    """Reads whole prompts as :func:`read_and_judge` does, chunk by chunk.
+
+    With the calls between two chunks that `method.hooks.asked` wants.
+    """
+    asked, longest = method.hooks.asked, max(options.longest, *map(len, prompts))
+    if asked is None:
+        parts = chunks(model.decoder, prompts, options.chunk_size, longest)
+        yield from read_and_judge(model, method, reading, parts, judge)
+        return
+    size = chunk_tokens(model.decoder, longest, options.chunk_size)
+    told = instructions.counts(method, prompts, options.instruction)
+    probing = method._replace(prefill=asked.probe)
+    for act, part in instructions.acts(asked, prompts, told, size):
+        if part is None:
+            ending = method._replace(finish=getattr(asked, act))
+            states = finish_layers(ending, reading.states)
+            reading = reading._replace(states=states)
+        elif act == "probe":
+            probed = read(model, probing, reading, [part])
+            reading = probed._replace(hidden=reading.hidden)
+        else:
+            for now, judged in read_and_judge(model, method, reading, [part], judge):
+                reading = now
+                yield now, judged
 
 
 def begin(
@@ -437,53 +478,3 @@ def programs(judge: Judge | None = None) -> tuple[Any, ...]:
 def drop_programs(judge: Judge | None = None) -> None:
     """Frees the programs of a judge, of every method."""
     loop.free(*programs(judge))
-
-
-def bucket(tokens: int) -> int:
-    """Returns the capacity to allocate: at most 1/8 above, eight steps an octave.
-
-    Prompts of nearby lengths share their shapes, and so their compiled code.
-    """
-    tokens = int(tokens)
-    step = 1 << max(0, tokens.bit_length() - 4)
-    return -(-tokens // step) * step
-
-
-def chunks(
-    decoder: DecoderLM,
-    prompts: Sequence[Sequence[int]],
-    chunk_size: int,
-    longest: int = 0,
-) -> Iterator[Chunk]:
-    """Cuts prompts into chunks whose size suits the longest of them."""
-    longest = max(longest, *map(len, prompts))
-    return cut(prompts, chunk_tokens(decoder, longest, chunk_size))
-
-
-def cut(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
-    """Cuts prompts into right-padded chunks `(B, size)`."""
-    for start in range(0, max(map(len, prompts)), size):
-        pieces = [prompt[start : start + size] for prompt in prompts]
-        tokens = np.full((len(prompts), size), PAD, np.int32)
-        for row, piece in enumerate(pieces):
-            tokens[row, : len(piece)] = piece
-        yield tokens, np.array([len(piece) for piece in pieces], np.int32)
-
-
-def chunk_tokens(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
-    """Returns the tokens of each chunk that prompts up to `longest` are cut into."""
-    padded = bucket(longest)
-    if longest > decoder.rope.static_until:
-        # Its frequencies depend on the whole prompt's length: all keys rotate at once.
-        return padded
-    # Chunks of one size, so that the last one is not mostly padding.
-    return min(chunk_size, bucket(-(-padded // -(-padded // chunk_size))))
-
-
-def recent(prompts: Sequence[Sequence[int]], rows: int, fill: int = PAD) -> np.ndarray:
-    """Returns the last `rows` tokens of each prompt, with `fill` before them."""
-    out = np.full((len(prompts), rows), fill, np.int32)
-    for row, prompt in enumerate(prompts):
-        newest = prompt[-rows:]
-        out[row, rows - len(newest) :] = newest
-    return out

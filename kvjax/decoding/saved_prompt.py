@@ -25,6 +25,7 @@ from kvjax.decoding.checks import (
     check_counts,
     check_model,
     check_prompts,
+    check_reach,
     check_reread,
     check_text,
     check_vocabulary,
@@ -80,7 +81,7 @@ def read(
     chunk_size: int = 512,
 ) -> Prefix:
     """Reads prompts, as :func:`kvjax.decoding.generate.generate` does before its first
-    token.
+    token; under a method that selects by a question, `citrus`, without knowing one.
 
     Args:
         prompts: texts, or token ids; of any lengths.
@@ -139,7 +140,8 @@ def extend(
 ) -> Prefix:
     """Reads more of each prompt, for example a question about a text read before.
 
-    As if the prompts had been longer; `prefix` is used up.
+    As if the prompts had been longer; `prefix` is used up. No method is told that it is
+    a question: what selects by one, `citrus`, reads it as context.
 
     Args:
         more: of every row a text, or token ids; of any lengths, a row may have none.
@@ -181,6 +183,7 @@ def extend(
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     longer = 0 if accounting.reads_any_length(method, model.decoder) else after - before
     check_room(model, method, prefix, longer + 1)
+    check_reach(method, model.decoder, after, prefix.room, named="room")
     begun = Reading(prefix.states, prefix.hidden)
     states, hidden = _read(model, method, begun, more, options)
     return prefix._replace(states=states, hidden=hidden, prompts=prompts)

@@ -16,6 +16,7 @@ from kvjax.decoding import finite, loop, reader
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
+    check_reach,
     check_reread,
     check_vocabulary,
     token_rows,
@@ -49,6 +50,9 @@ def score(
     return_logits: bool = False,
 ) -> Scores:
     """Says how likely each token is after the first `prefill` of every row, a prompt.
+
+    A method that selects by an instruction, such as `citrus`, takes as many of the
+    prompt's last tokens for it as it does by itself.
 
     Args:
         tokens: one list or array of token ids a row, each longer than `prefill`.
@@ -84,6 +88,8 @@ def score(
             f"a row has {longest} tokens, more than the model's context of "
             f"{decoder.context}: shorten it."
         )
+    behind = longest - prefill
+    check_reach(method, decoder, prefill, behind, named="tokens behind the prompt")
     check_vocabulary(decoder, tokens)
     check_reread(model, method, [prefill] * len(tokens))
     options = Options(max_new_tokens=longest - prefill, chunk_size=chunk_size)
@@ -112,10 +118,9 @@ def _read_and_score(model, method, prompts, options, log_probs):
     """
     decoder, (batch, length) = model.decoder, log_probs.shape
     reading = reader.begin(decoder, method, batch, length, options.max_new_tokens)
-    parts = reader.chunks(decoder, prompts, options.chunk_size)
     start, where = 0, ""
-    for now, likely in reader.read_and_judge(
-        model, method, reading, parts, finite.log_prob
+    for now, likely in reader.read_prompts(
+        model, method, reading, prompts, options, finite.log_prob
     ):
         reading = now
         end = start + likely.shape[1]

@@ -181,4 +181,4 @@ def _check(
             )
     prompts = [example.prompt for example in examples]
     ends = [example.asked_at for example in examples]
-    check_prompts(model, together.reader(tuple(methods)), prompts, new_tokens, ends)
+    check_prompts(model, together.as_one(methods), prompts, new_tokens, ends)

@@ -4,6 +4,7 @@ Methods of exact prompts read every prompt together (`together`), then each deco
 what it kept. Batches have equal sizes, so that compiled code serves all of them.
 """
 
+import dataclasses
 import gc
 import time
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from kvjax.attention.choices import check_choice
-from kvjax.decoding import feeding, finite, generate, reader
+from kvjax.decoding import feeding, finite, generate, instructions, reader
 from kvjax.decoding.checks import check_prompts
 from kvjax.decoding.options import Options
 from kvjax.evaluation import asked_after, batches, fidelity, together
@@ -59,8 +60,9 @@ def retrieve(
         longest: tokens of a prompt to make room for, where none is so long; see
             :func:`kvjax.decoding.reader.prefill`.
         room: tokens to make room for behind a prompt, if more than these take.
-        question: `seen` reads it as the end of the prompt; `after` reads the context
-            alone, and once it has ended decodes the questions about it, as
+        question: `seen` reads it as the end of the prompt, and tells methods that
+            select by it where it begins; `after` reads the context alone, and once it
+            has ended decodes the questions about it, as
             :func:`kvjax.evaluation.asked_after.answers` does.
         keep_logits: decode by the program of :mod:`kvjax.evaluation.continuations`,
             which keeps them: with as much room it is compiled once for both.
@@ -94,7 +96,7 @@ def retrieve(
         )
         return [_scored(examples, said) for said in after]
     prompts = [example.prompt for example in examples]
-    check_prompts(model, together.reader(tuple(methods)), prompts, new_tokens)
+    check_prompts(model, together.as_one(methods), prompts, new_tokens)
     room = max(room, new_tokens)
     options = Options(max_new_tokens=room, chunk_size=chunk_size, longest=longest)
     answers: list[list[str]] = [[] for _ in methods]
@@ -102,7 +104,8 @@ def retrieve(
     for index, group in enumerate(groups):
         batches.release()
         prompts = [example.prompt for example in group]
-        read = together.read_checked(model, [*beside, *methods], prompts, options)
+        told = dataclasses.replace(options, instruction=_instructions(methods, group))
+        read = together.read_checked(model, [*beside, *methods], prompts, told)
         batches.release()
         # A few tokens more than the answer's: text may begin with a blank.
         answer = max(example.answer_tokens for example in group) + 2
@@ -134,6 +137,18 @@ def retrieve(
     return [_scored(examples, said) for said in answers]
 
 
+def _instructions(
+    methods: Sequence[Method], examples: Sequence[Prompted]
+) -> tuple[int, ...] | None:
+    """Returns the tokens of each question, for a method that wants to be told."""
+    asked = methods[0].hooks.asked
+    if asked is None:
+        return None
+    prompts = [example.prompt for example in examples]
+    starts = [example.asked_at for example in examples]
+    return instructions.of_questions(asked, prompts, starts)
+
+
 def _scored(examples: Sequence[Prompted], said: Sequence[str]) -> Retrieval:
     """Scores the answers; those that only fill a batch up do not count."""
     said = list(said[: len(examples)])
@@ -151,6 +166,11 @@ def compile_reading(
 ) -> None:
     """Compiles what :func:`seconds_to_read` times, by reading a chunk of the prompt."""
     decoder = model.decoder
+    if asked := method.hooks.asked:  # two chunks, and all that is done between them
+        few = tokens[-(2 * asked.stride + asked.tokens) :]
+        options = {"new_tokens": new_tokens, "chunk_size": chunk_size}
+        seconds_to_read(model, method, few, longest=len(tokens), **options)
+        return
     begun = reader.begin(decoder, method, 1, len(tokens), new_tokens)
     first = next(reader.chunks(decoder, [tokens], chunk_size))
     read = reader.read(model, method, begun, [first])
@@ -164,14 +184,21 @@ def seconds_to_read(
     *,
     new_tokens: int,
     chunk_size: int = 512,
+    longest: int = 0,
 ) -> float:
     """Returns the seconds that one row's prompt takes the method alone.
 
-    Those of compiling are among them, unless :func:`compile_reading` came before.
+    Those of compiling are among them, unless :func:`compile_reading` came before, or
+    another prompt of the same `longest`.
     """
     start = time.perf_counter()
     read = reader.prefill(
-        model, method, [tokens], max_new_tokens=new_tokens, chunk_size=chunk_size
+        model,
+        method,
+        [tokens],
+        max_new_tokens=new_tokens,
+        chunk_size=chunk_size,
+        longest=longest,
     )
     jax.block_until_ready(read)
     return time.perf_counter() - start

@@ -32,6 +32,7 @@ from kvjax.decoding.reader import (
 from kvjax.evaluation.value_numbers import value_numbers
 from kvjax.interface import (
     CacheSpec,
+    Hooks,
     LanguageModel,
     Method,
     State,
@@ -78,7 +79,9 @@ def apart(joint: Joint) -> tuple[State, ...]:
 
 
 @functools.cache
-def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
+def reader(
+    methods: tuple[Method, ...], chunk_size: int = _CHUNK, is_told: bool = False
+) -> Method:
     """A method that reads prompts for all `methods`; `finish` gives a tuple of theirs.
 
     Its output is the first one's: what the others attend to while they read, XLA drops
@@ -87,6 +90,8 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
     Args:
         chunk_size: tokens of the chunks that it will read, after which equal things
             are equal.
+        is_told: the reader knows where questions begin, and so will a method that wants
+            it, if it reads alone; else they are read as any text.
 
     Raises:
         ValueError: if some of them read a prompt again, each in another way; from
@@ -156,7 +161,30 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
         exact_prompt=methods[0].exact_prompt,
         renumbers=all(method.renumbers for method in methods),
         reread=again and again._replace(prefill=read_again),
+        hooks=_hooks(methods[0]) if is_told and len(methods) == 1 else Hooks(),
     )
+
+
+def _hooks(method: Method) -> Hooks:
+    """The calls that a method wants while it reads alone, on a :class:`Joint` of it."""
+    asked = method.hooks.asked
+    if asked is None:
+        return Hooks()
+
+    def joined(state: State) -> Joint:
+        return _joined((state,), Owners(tuple(range(len(_flat((state,))[0])))))
+
+    def probe(joint, q, k, v, lengths):
+        state, out = asked.probe(*apart(joint), q, k, v, lengths)
+        return joined(state), out
+
+    def close(joint):
+        return joined(asked.close(*apart(joint)))
+
+    def settle(joint):
+        return joined(asked.settle(*apart(joint)))
+
+    return Hooks(asked=asked._replace(probe=probe, close=close, settle=settle))
 
 
 def _read(methods, given):
@@ -203,9 +231,10 @@ def _owners(
     lengths = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
     given = with_layer(states, 0), (rows(spec.num_q_heads), keys, keys, lengths)
     program = jax.make_jaxpr(functools.partial(_read, methods))(given)
-    # A second reading writes to some states alone: nothing is taken from them.
+    # A second reading writes to some states alone, and so does who is told a question:
+    # nothing is taken from them.
     alone = [
-        method.reread is not None
+        method.reread is not None or method.hooks.asked is not None
         for method, own in zip(methods, states, strict=True)
         for _ in jax.tree.leaves(own)
     ]
@@ -304,9 +333,13 @@ def read(
     """
     check_model(model)
     prompts, chosen = token_rows(prompts), Options(**options)
-    method = reader(tuple(methods))
-    check_prompts(model, method, prompts, chosen.max_new_tokens)
+    check_prompts(model, as_one(methods), prompts, chosen.max_new_tokens)
     return read_checked(model, methods, prompts, chosen)
+
+
+def as_one(methods: Sequence[Method]) -> Method:
+    """Returns a method that takes the prompts that all of these take."""
+    return methods[0] if len(methods) == 1 else reader(tuple(methods))
 
 
 def read_checked(
@@ -318,7 +351,7 @@ def read_checked(
     """Reads prompts as :func:`read` does, if others have checked that they fit."""
     longest = max(options.longest, *map(len, prompts))
     size = chunk_tokens(model.decoder, longest, options.chunk_size)
-    method = reader(tuple(methods), size)
+    method = reader(tuple(methods), size, options.instruction is not None)
     reading, specs = read_unended(model, method, prompts, options)
     reading = reread(model, method, reading, prompts, longest)
     return Together(methods, reading, prompts, specs)

@@ -18,6 +18,7 @@ from kvjax.decoding import generate, reader, scoring
 from kvjax.decoding.checks import (
     check_counts,
     check_model,
+    check_reach,
     check_seed,
     check_vocabulary,
 )
@@ -260,6 +261,8 @@ def _check(model, method, place: int, context: Sequence[int], following: int) ->
             f"follows it, more than the model's context of {decoder.context}: shorten "
             "either."
         )
+    behind = "tokens behind the context"
+    check_reach(method, decoder, len(context), following, named=behind)
 
 
 def newest(context: Sequence[int], following: int, most: int) -> Tokens:

@@ -10,6 +10,8 @@ from kvjax.attention.typed import typed
 from kvjax.interface import (
     CacheSpec,
     Diagnostics,
+    FinishFn,
+    Hooks,
     Method,
     PrefillFn,
     RewindFn,
@@ -125,6 +127,7 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         exact_prompt=method.exact_prompt and dense.exact_prompt,
         renumbers=method.renumbers and (dense.renumbers or first == 0),
         reread=again,
+        hooks=hooks_of(method, dense),
     )
 
 
@@ -166,6 +169,42 @@ def read_again(
         return state, step.read_again(state.state, q, k, v, lengths).out
     inner, out = of_sparse(state.state, q, k, v, lengths)
     return state._replace(state=inner), out
+
+
+def hooks_of(method: Method, dense: Method) -> Hooks:
+    """Returns what the method wants while a prompt is read, of its own layers."""
+    asked = method.hooks.asked
+    if asked is None:
+        return method.hooks
+    asked = asked._replace(
+        probe=functools.partial(probe, dense, asked.probe),
+        close=functools.partial(unless_dense, asked.close),
+        settle=functools.partial(unless_dense, asked.settle),
+    )
+    return method.hooks._replace(asked=asked)
+
+
+def probe(
+    dense: Method,
+    of_sparse: PrefillFn,
+    state: Layer,
+    q: Float[Array, "B Hq T D"],
+    k: Float[Array, "B Hkv T D"],
+    v: Float[Array, "B Hkv T D"],
+    lengths: Int[Array, "B"],
+) -> tuple[Layer, Float[Array, "B Hq T D"]]:
+    """Shows an instruction to a layer before it is read; a dense one forgets it."""
+    if isinstance(state, Dense):
+        return state, dense.prefill(state.state, q, k, v, lengths)[1]
+    inner, out = of_sparse(state.state, q, k, v, lengths)
+    return state._replace(state=inner), out
+
+
+def unless_dense(of_sparse: FinishFn, state: Layer) -> Layer:
+    """Does what the method wants of its layers; a dense one stays as it is."""
+    if isinstance(state, Dense):
+        return state
+    return state._replace(state=of_sparse(state.state))
 
 
 def rewind(

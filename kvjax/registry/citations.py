@@ -81,6 +81,13 @@ PAPERS = {
         "A Simple and Effective L2 Norm-Based Strategy for KV Cache Compression",
         ("Alessio Devoto", "Yu Zhao", "Simone Scardapane", "Pasquale Minervini"),
     ),
+    "2406.12018": Paper(
+        "CItruS: Chunked Instruction-aware State Eviction for Long Sequence Modeling",
+        (
+            *("Yu Bai", "Xiyuan Zou", "Heyan Huang", "Sanxing Chen"),
+            *("Marc-Antoine Rondeau", "Yang Gao", "Jackie Chi Kit Cheung"),
+        ),
+    ),
     "2406.17808": Paper(
         "Training-Free Exponential Context Extension via Cascading KV Cache",
         (

@@ -23,6 +23,7 @@ from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
+from kvjax.testing.instruction import an_instruction_votes_and_is_forgotten
 from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
 from kvjax.testing.streams import (
     Chunks,
@@ -468,6 +469,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         is_not_exact_where_it_rotates_keys_as_full_attention_does_not,
         a_prompt_is_exact_where_the_method_says_so,
         a_second_reading_changes_only_what_it_learns,
+        an_instruction_votes_and_is_forgotten,
         is_for_another_attention_or_refuses_it,
     )
 }

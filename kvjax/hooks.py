@@ -1,0 +1,45 @@
+"""The wants of a method while a prompt is read: functions that its reader calls.
+
+Those of :class:`kvjax.interface.Method` stay as they are; what is here is optional, and
+a method without it is read chunk by chunk.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Asked(NamedTuple):
+    """An instruction at a prompt's end that votes on what is kept of its context.
+
+    The reader knows where the instruction begins. It reads the context `stride` tokens
+    at a time, with a `probe` before each but the first; then it calls `close`, probes
+    once more, calls `settle`, reads the instruction by the method's own `prefill`, and
+    ends with `finish`. A method that is read without any of this goes by what it reads.
+
+    Fields:
+        stride: context tokens between two probes, and most tokens of an instruction.
+        tokens: those of an instruction where nobody says how many.
+        probe: a :class:`kvjax.interface.PrefillFn` of the instruction: attends to what
+            is kept and to itself, votes, and leaves no key behind.
+        close: a :class:`kvjax.interface.FinishFn` of the context's end: what was read
+            and waits is kept too.
+        settle: a :class:`kvjax.interface.FinishFn`: keeps what the last probe voted
+            for, in the final shape; `prefill` goes on from it without eviction.
+        reach: positions that a prompt takes, however long; with those generated they
+            must be in the model's context.
+        votes_once: the probe before `settle` is the only one.
+    """
+
+    stride: int
+    tokens: int
+    probe: Callable[..., Any]
+    close: Callable[[Any], Any]
+    settle: Callable[[Any], Any]
+    reach: int
+    votes_once: bool = False
+
+
+class Hooks(NamedTuple):
+    """The functions that a method wants called while a prompt is read: mostly none."""
+
+    asked: Asked | None = None
