@@ -13,13 +13,15 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import naming
+from kvjax.naming import RECIPES as RECIPES
+from kvjax.naming import Recipe as Recipe
 
 State = Any  # a pytree of arrays: one layer's NamedTuple
 Params = Any  # a pytree of arrays: a model's weights
@@ -261,6 +263,21 @@ class Rereading(NamedTuple):
     words: str  # the text before every chunk
 
 
+class Hooks(NamedTuple):
+    """The wishes of a method to the driver, beyond one layer's functions; None: none.
+
+    Fields:
+        settle: `settle(states) -> states`, once behind `finish`, of all layers: what is
+            decided over the whole model. Structure, shapes and dtypes stay.
+        seal: `seal(state) -> state`, of a layer's prompt that is to be saved: what can
+            be made of it once for all that comes behind. `prefill` and `finish` take
+            the outcome, too; not more comes behind than `max_new_tokens`.
+    """
+
+    settle: Callable[[tuple[State, ...]], tuple[State, ...]] | None = None
+    seal: Callable[[State], State] | None = None
+
+
 class Method(NamedTuple):
     """A KV-cache method: pure functions over one layer's state.
 
@@ -286,6 +303,7 @@ class Method(NamedTuple):
         lossy: keys and values are kept as other numbers than came: no step is exact.
         listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
+        hooks: what it needs of the driver while a prompt ends or is saved.
     """
 
     init: InitFn
@@ -304,6 +322,7 @@ class Method(NamedTuple):
     lossy: bool = False
     listed: Callable[[CacheSpec], int] | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None
+    hooks: Hooks = Hooks()
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""
@@ -320,17 +339,6 @@ class Method(NamedTuple):
         """Attends for the tokens just appended: the transform of this library."""
         state, out, _ = self.inspect_step(state, q)
         return state, out
-
-
-class Recipe(NamedTuple):
-    """The spec that a method was made of, for transforms that make more of its kind."""
-
-    spec: str
-    options: Mapping[str, Any]  # of the innermost factory, with its defaults
-    remake: Callable[..., Method]  # takes some of these options, with other values
-
-
-RECIPES: dict[Method, Recipe] = {}  # of every method that was made of a spec
 
 
 @runtime_checkable
@@ -486,14 +494,4 @@ class LanguageModel(NamedTuple):
 
     def __repr__(self) -> str:
         """One line: its weights have millions of numbers."""
-        # A matrix in 4 bits is several arrays, and says itself how many weights.
-        nodes = jax.tree.leaves(self.params, is_leaf=lambda x: hasattr(x, "size"))
-        leaves = [node for node in nodes if hasattr(node, "size")]
-        count = sum(leaf.size for leaf in leaves)
-        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-        sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
-        return (
-            f"LanguageModel({self.name!r}, {type(self.decoder).__name__}, {sizes}, "
-            f"{self.decoder.num_layers} layers, context {self.decoder.context:,}, "
-            f"vocabulary {self.decoder.vocab_size:,})"
-        )
+        return naming.of_model(self)

@@ -1,10 +1,13 @@
-"""The name of a method that no spec string made: its factory, and its options."""
+"""Names of methods that no spec string made, the specs of others, and of a model."""
 
 import dataclasses
 import functools
 import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
 
 
 def spec_of(method: Any) -> str:
@@ -42,3 +45,34 @@ def _with_options(name: str, bound: functools.partial, method: type) -> str:
 def _module_name(function: Any) -> str:
     *_, folder, name = ["", *getattr(function, "__module__", "").split(".")]
     return folder if name == "method" else name
+
+
+class Recipe(NamedTuple):
+    """The spec that a method was made of, for transforms that make more of its kind."""
+
+    spec: str
+    options: Mapping[str, Any]  # of the innermost factory, with its defaults
+    remake: Callable[..., Any]  # takes some of these options, with other values
+
+
+RECIPES: dict[Any, Recipe] = {}  # of every method that was made of a spec
+
+
+def of_model(model: Any) -> str:
+    """Returns a :class:`kvjax.LanguageModel` in a line: it has millions of numbers."""
+
+    # A matrix in 4 bits is several arrays, and says itself how many weights.
+    def has_size(node: Any) -> bool:
+        return hasattr(node, "size")
+
+    nodes = filter(has_size, jax.tree.leaves(model.params, is_leaf=has_size))
+    weights = [(node.size, str(node.dtype)) for node in nodes]
+    dtypes = sorted({dtype for _, dtype in weights})
+    count = sum(size for size, _ in weights)
+    sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
+    decoder = model.decoder
+    return (
+        f"LanguageModel({model.name!r}, {type(decoder).__name__}, {sizes}, "
+        f"{decoder.num_layers} layers, context {decoder.context:,}, "
+        f"vocabulary {decoder.vocab_size:,})"
+    )

@@ -1,6 +1,7 @@
 """A transform: the first layers attend in full, the others by another method."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
@@ -10,9 +11,11 @@ from kvjax.attention.typed import typed
 from kvjax.interface import (
     CacheSpec,
     Diagnostics,
+    Hooks,
     Method,
     PrefillFn,
     RewindFn,
+    State,
     Traffic,
 )
 from kvjax.stores import contiguous, step
@@ -125,13 +128,44 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         exact_prompt=method.exact_prompt and dense.exact_prompt,
         renumbers=method.renumbers and (dense.renumbers or first == 0),
         reread=again,
+        hooks=forwarded(method),
     )
+
+
+def forwarded(method: Method) -> Hooks:
+    """Returns the hooks of the method, for the layers that it is in charge of."""
+    settle, seal = method.hooks.settle, method.hooks.seal
+    return Hooks(
+        settle=settle and functools.partial(settle_sparse, settle),
+        seal=seal and functools.partial(seal_sparse, seal),
+    )
+
+
+def settle_sparse(
+    of_method: Callable[..., tuple[State, ...]], states: tuple[Layer, ...]
+) -> tuple[Layer, ...]:
+    """Lets the method decide over its layers: the dense ones have no part in it."""
+    sparse = [state.state for state in states if isinstance(state, Sparse)]
+    settled = iter(of_method(tuple(sparse)) if sparse else ())
+    return tuple(
+        Sparse(next(settled)) if isinstance(state, Sparse) else state
+        for state in states
+    )
+
+
+def seal_sparse(of_method: Callable[[State], State], state: Layer) -> Layer:
+    """Seals a layer that the method is in charge of."""
+    return Sparse(of_method(state.state)) if isinstance(state, Sparse) else state
 
 
 def check_options(method: Method, dense: Method, first: int) -> None:
     """Raises ValueError unless layers can be dense so beside the method."""
     if first < 0:
         raise ValueError(f"{first=} must be at least 0 layers.")
+    if dense.hooks.settle is not None:
+        raise ValueError(
+            f"{dense} decides over all layers, and is of the first {first}: use full."
+        )
     if dense.reread is not None:
         raise ValueError(
             f"{dense} reads its prompt twice, and dense layers beside {method} read it "
