@@ -28,9 +28,10 @@ def keys():
     return drawn.astype(np.float32)
 
 
-def cluster(keys, rounds):
-    run = jax.jit(clustering.kmeans, static_argnums=(3, 4))
-    found = run(keys, as_ints(COUNT), as_ints(NUM), MOST, rounds)
+def cluster(keys, rounds, count=COUNT, num=NUM):
+    # Not of one function for all: the size of a block is no argument.
+    run = jax.jit(lambda *given: clustering.kmeans(*given, MOST, rounds))
+    found = run(keys, as_ints(count), as_ints(num))
     return jax.tree.map(np.asarray, found)
 
 
@@ -85,11 +86,15 @@ def test_lengths_of_keys_do_not_matter(keys, found):
 def test_the_centre_of_no_key_stays(keys):
     """More clusters than directions: the lower one gets all, the other none."""
     same = np.broadcast_to(keys[0, 0, 0], (1, 1, 20, 6))
-    found = clustering.kmeans(
-        jnp.asarray(same), as_ints([[20]]), as_ints([[3]]), MOST, 4
-    )
+    found = cluster(jnp.asarray(same), 4, [[20]], [[3]])
     assert found.size[0, 0].tolist() == [20] + [0] * 6
     assert not found.means[0, 0, 1:].any()
+    # Both begin at the first key, and the lower one gets all. It moves to half of that
+    # key, to which the other, which did not, is then nearer.
+    a, b = np.eye(6)[:2]
+    four = np.stack([a, b, a, -b])[None, None]
+    found = cluster(jnp.asarray(four, jnp.float32), 1, [[4]], [[2]])
+    assert found.labels[0, 0].tolist() == [1, 0, 1, 0]
 
 
 def test_quantised_keys_are_clustered_by_what_they_stand_for(keys):
@@ -97,9 +102,7 @@ def test_quantised_keys_are_clustered_by_what_they_stand_for(keys):
     part = quantized.Format(6, 8, 6, False)
     layout = quantized.Layout((part,), "float32")
     stored = quantized.encode(layout, jnp.asarray(small))
-    given = [as_ints(COUNT), as_ints(NUM), MOST, 3]
-    codes = clustering.kmeans(stored, *given)
-    floats = clustering.kmeans(quantized.floats(stored), *given)
+    codes, floats = (cluster(x, 3) for x in (stored, quantized.floats(stored)))
     np.testing.assert_array_equal(codes.labels, floats.labels)
     np.testing.assert_allclose(codes.means, floats.means, rtol=1e-6)
 

@@ -48,6 +48,7 @@ METHODS = (
     "quest",
     "token_select",
     "oracle_topk",
+    "squeezed",
     "refreshkv",
     "topk_completion:charge=none",
     "topk_completion:charge=none,selector=pages",
