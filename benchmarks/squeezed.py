@@ -36,7 +36,7 @@ from models import embedded
 
 METHODS = (
     "full",
-    "squeezed:sparsity=0.7,budget={0.35},tail=32",
+    "squeezed:sparsity=0.7,budget={0.25},tail=32",
     "squeezed:sparsity=0.9,budget={0.15},tail=32",
     "squeezed:sparsity=0.9,coarse=0.01,budget={0.15},tail=32",
     "quest:budget={0.3}",
