@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from kvjax.interface import CacheSpec as CacheSpec
     from kvjax.interface import DecoderLM as DecoderLM
     from kvjax.interface import Diagnostics as Diagnostics
+    from kvjax.interface import Hooks as Hooks
     from kvjax.interface import LanguageModel as LanguageModel
     from kvjax.interface import Method as Method
     from kvjax.interface import Rereading as Rereading
@@ -34,6 +35,7 @@ _HOMES = {
     "CacheSpec": "kvjax.interface",
     "DecoderLM": "kvjax.interface",
     "Diagnostics": "kvjax.interface",
+    "Hooks": "kvjax.interface",
     "LanguageModel": "kvjax.interface",
     "Method": "kvjax.interface",
     "Rereading": "kvjax.interface",

@@ -1,4 +1,4 @@
-"""The wants of a method while a prompt is read: functions that its reader calls.
+"""The wishes of a method while a prompt is read, ends or is saved: hooks of the driver.
 
 Those of :class:`kvjax.interface.Method` stay as they are; what is here is optional, and
 a method without it is read chunk by chunk.
@@ -40,6 +40,17 @@ class Asked(NamedTuple):
 
 
 class Hooks(NamedTuple):
-    """The functions that a method wants called while a prompt is read: mostly none."""
+    """The wishes of a method to the driver, beyond one layer's functions; None: none.
+
+    Fields:
+        asked: what an instruction at the prompt's end does while the rest is read.
+        settle: `settle(states) -> states`, once behind `finish`, of all layers: what is
+            decided over the whole model. Structure, shapes and dtypes stay.
+        seal: `seal(state) -> state`, of a layer's prompt that is to be saved: what can
+            be made of it once for all that comes behind. `prefill` and `finish` take
+            the outcome, too; not more comes behind than `max_new_tokens`.
+    """
 
     asked: Asked | None = None
+    settle: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
+    seal: Callable[[Any], Any] | None = None

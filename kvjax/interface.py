@@ -13,7 +13,7 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 
 import dataclasses
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import naming
 from kvjax.hooks import Hooks as Hooks
+from kvjax.naming import RECIPES as RECIPES
+from kvjax.naming import Recipe as Recipe
 
 State = Any  # a pytree of arrays: one layer's NamedTuple
 Params = Any  # a pytree of arrays: a model's weights
@@ -287,7 +289,7 @@ class Method(NamedTuple):
         lossy: keys and values are kept as other numbers than came: no step is exact.
         listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
-        hooks: what else the method wants while a prompt is read.
+        hooks: what it wants of the driver while a prompt is read, ends or is saved.
     """
 
     init: InitFn
@@ -323,17 +325,6 @@ class Method(NamedTuple):
         """Attends for the tokens just appended: the transform of this library."""
         state, out, _ = self.inspect_step(state, q)
         return state, out
-
-
-class Recipe(NamedTuple):
-    """The spec that a method was made of, for transforms that make more of its kind."""
-
-    spec: str
-    options: Mapping[str, Any]  # of the innermost factory, with its defaults
-    remake: Callable[..., Method]  # takes some of these options, with other values
-
-
-RECIPES: dict[Method, Recipe] = {}  # of every method that was made of a spec
 
 
 @runtime_checkable

@@ -1,10 +1,11 @@
-"""Names to print: of a method that no spec string made, and of a model."""
+"""Names of methods that no spec string made, the specs of others, and of a model."""
 
 import dataclasses
 import functools
 import inspect
 import numbers
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
@@ -46,13 +47,28 @@ def _module_name(function: Any) -> str:
     return folder if name == "method" else name
 
 
+class Recipe(NamedTuple):
+    """The spec that a method was made of, for transforms that make more of its kind."""
+
+    spec: str
+    options: Mapping[str, Any]  # of the innermost factory, with its defaults
+    remake: Callable[..., Any]  # takes some of these options, with other values
+
+
+RECIPES: dict[Any, Recipe] = {}  # of every method that was made of a spec
+
+
 def of_model(model: Any) -> str:
-    """Returns a line on a :class:`kvjax.interface.LanguageModel`, without weights."""
+    """Returns a :class:`kvjax.LanguageModel` in a line: it has millions of numbers."""
+
     # A matrix in 4 bits is several arrays, and says itself how many weights.
-    nodes = jax.tree.leaves(model.params, is_leaf=lambda x: hasattr(x, "size"))
-    leaves = [node for node in nodes if hasattr(node, "size")]
-    count = sum(leaf.size for leaf in leaves)
-    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+    def has_size(node: Any) -> bool:
+        return hasattr(node, "size")
+
+    nodes = filter(has_size, jax.tree.leaves(model.params, is_leaf=has_size))
+    weights = [(node.size, str(node.dtype)) for node in nodes]
+    dtypes = sorted({dtype for _, dtype in weights})
+    count = sum(size for size, _ in weights)
     sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
     decoder = model.decoder
     return (

@@ -66,6 +66,21 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         # All keys to choose, once there is something to choose.
         ("token_select:budget=64", 1000, 64 * TOKEN, 1000 * TOKEN // 2),
         ("token_select:budget=64", 64, 64 * TOKEN, 0),
+        # 890 fixed tokens: 44 centroids and two integers each; lists with positions.
+        (
+            "squeezed:budget=64",
+            1000,
+            (64 + 110) * TOKEN,
+            44 * TOKEN // 2 + 2 * 4 * (44 * 8 + 64 * 4),
+        ),
+        (
+            "squeezed:budget=64,per=query,coarse=0.01",
+            1000,
+            2 * (64 + 110) * TOKEN,
+            # 8 coarse ones, and three quarters of the others, listed twice.
+            (8 + 2 * 33) * TOKEN // 2 + 2 * 4 * (8 * 12 + 2 * 33 * 8 + 2 * 64 * 4),
+        ),
+        ("squeezed:budget=64", 100, 100 * TOKEN, 44 * TOKEN // 2 + 2 * 4 * 44 * 8),
         ("entmax_full", 1000, 1000 * TOKEN, 0),
         # At most the budget, and two vectors a page; the Gaussian's are float32.
         ("entmaxkv:budget=64", 1000, 64 * TOKEN, 63 * TOKEN),
@@ -150,6 +165,8 @@ CLOCK = 2 * 4  # one int32 a row
             "decode_eviction:every=32+snapkv:budget=64",
             97 * TOKEN + 2 * 4 * 96 * 4 + 2 * 8 * 32 * 16 * 2 + 2 * CLOCK,
         ),
+        # Positions, 44 centroids and two integers each; fixed tokens, a threshold.
+        ("squeezed:budget=64", 1000 * TOKEN + 2 * 4 * 4000 + 2 * 4 * 44 * 40 + 3 * 8),
         ("quantize:bits=4+full", 2 * 4 * 1000 * (12 + 12) + CLOCK),
         # Which of the four heads are whose, in both rows.
         (

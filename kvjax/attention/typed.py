@@ -29,8 +29,8 @@ def typed(factory: Factory) -> Factory:
         The factory, which raises `ValueError` for a number or a text in the place of
         another type. Words of a `Literal` and structures are left to the factory. A
         transform raises `TypeError` for what is no method in the place of one, and
-        `ValueError` for a method whose `reread` or `hooks` it does not pass on. What is
-        made of a lossy method is lossy.
+        `ValueError` for a method whose `reread`, or `asked` or `settle` of its `hooks`,
+        it does not pass on. What is made of a lossy method is lossy.
     """
 
     @functools.wraps(factory)
@@ -75,8 +75,8 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
         made: by it.
 
     Raises:
-        ValueError: if it drops the second reading of what it wraps, or that it wants
-            to be told where a question begins.
+        ValueError: if it drops the second reading of what it wraps, that it wants to
+            be told where a question begins, or what it decides over all layers.
     """
     wrapped = list(_methods(given))
     for method in wrapped:
@@ -89,6 +89,12 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
             raise ValueError(
                 f"{name} cannot wrap {method}, which is told where a prompt's question "
                 "begins: wrap one that is not, or have the transform pass `hooks` on."
+            )
+        if method.hooks.settle is not None and made.hooks.settle is None:
+            raise ValueError(
+                f"{name} cannot wrap {method}, which decides over all layers: wrap one "
+                "that decides layer by layer (squeezed with scope=layer), or have the "
+                "transform pass `hooks` on."
             )
     is_lossy = any(method.lossy for method in wrapped)
     return lossy(made) if is_lossy and not made.lossy else made

@@ -87,6 +87,7 @@ def prefill(
         tokens = tokenize(language_model, text)
         options = {"room": ROOM if room is None else room, "chunk_size": chunk_size}
         read = prefix.read(language_model, parsed, [tokens], **options)
+        read = read if finish else prefix.seal(parsed, read)
     else:
         from kvjax.decoding import conversation
 

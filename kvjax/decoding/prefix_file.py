@@ -18,6 +18,7 @@ from kvjax.interface import LanguageModel
 
 # Of a folder, by whether the prompt has ended; a change that breaks readers adds one.
 FORMATS = {False: 2, True: 3}
+SEALED = 4  # that of a prompt which was sealed
 ABOUT = "prefix.json"
 _LAYOUT = ("prompt_tokens", "longest", "room", "leaves")
 _KEYS = {
@@ -41,7 +42,7 @@ def about(folder: str | pathlib.Path) -> dict[str, Any]:
         raise FileNotFoundError(f"{folder} {why}: make a prefix with prefill --save.")
     try:
         found = json.loads(files.read_text(path))
-        found_format, expected = found["format"], FORMATS[is_finished(found)]
+        found_format, expected = found["format"], format_of(found)
     except (ValueError, KeyError, TypeError) as error:
         raise file_arrays.DamagedError(f"{path} is damaged: {error}.") from error
     if found_format != expected:
@@ -73,10 +74,58 @@ def is_finished(about: Mapping[str, Any]) -> bool:
     return about.get("finished") is True
 
 
+def document(
+    model: LanguageModel,
+    prefix: Any,
+    arrays: Mapping[str, Any],
+    method_name: str,
+    messages: Any,
+) -> dict[str, Any]:
+    """Returns what a folder says of a :class:`kvjax.decoding.saved_prompt.Prefix`."""
+    about = {"finished": True} if prefix.is_finished else {}
+    about |= {"sealed": prefix.sealed} if prefix.sealed else {}
+    about = {
+        "format": format_of(about),
+        **about,
+        **identity(model, method_name),
+        # Found from any folder; a name that `models.load` knows stays one.
+        "model": files.located(model.name),
+        "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
+        "longest": prefix.longest,
+        "room": prefix.room,
+        "leaves": file_arrays.describe(arrays),
+        "stored_as": stored_as(model.params),
+        "fingerprints": [int(f) for f in file_arrays.fingerprints(arrays)],
+        "messages": messages,
+    }
+    about["layout"] = digest(about)
+    return about | {"said": sha256(messages)}
+
+
+def format_of(about: Mapping[str, Any]) -> int:
+    """Returns the format of a folder, by what was made of the prompt."""
+    return SEALED if "sealed" in about else FORMATS[is_finished(about)]
+
+
+def sealed(about: Mapping[str, Any]) -> tuple[int, ...]:
+    """Returns the tokens of each prompt when it was sealed, if it was."""
+    return tuple(about.get("sealed", ()))
+
+
 def digest(about: Mapping[str, Any]) -> str:
     """Hashes what the arrays are cut by; who may read them is compared, not trusted."""
     layout = [about[key] for key in _LAYOUT]
+    if "sealed" in about:
+        layout.append(list(sealed(about)))
     return sha256([*layout, True] if is_finished(about) else layout)
+
+
+def check_new(folder: str | pathlib.Path) -> None:
+    """Raises OSError unless a prefix may be written there, and can be."""
+    folder = pathlib.Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} exists; remove it or choose another folder.")
+    files.check_place(folder)
 
 
 def sha256(value: Any) -> str:

@@ -14,11 +14,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from kvjax import interface
-from kvjax.decoding import instructions, loop, timing
+from kvjax.decoding import ending, instructions, loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.cutting import PAD as PAD
 from kvjax.decoding.cutting import Chunk, bucket, chunks, cut, recent
 from kvjax.decoding.cutting import chunk_tokens as chunk_tokens
+from kvjax.decoding.ending import finish_layers as finish_layers
+from kvjax.decoding.ending import seal_layers as seal_layers
 from kvjax.decoding.options import Options
 from kvjax.interface import (
     CacheSpec,
@@ -192,15 +194,17 @@ def shapes_held(
     longest: int,
     max_new_tokens: int,
     is_finished: bool,
+    is_sealed: bool = False,
 ) -> tuple[State, ...]:
     """Returns shapes of every layer's state, each in its memory of the default device.
 
-    Of :func:`empty_states`, or behind `finish`.
+    Of :func:`empty_states`, or sealed, or behind `finish`.
     """
     in_host = []
 
     def held() -> tuple[State, ...]:
         states = empty_states(decoder, method, batch, longest, max_new_tokens)
+        states = seal_layers(method, states) if is_sealed else states
         states = finish_layers(method, states) if is_finished else states
         in_host.extend(map(buffers.in_host, jax.tree.leaves(states)))
         return states
@@ -445,34 +449,15 @@ def finish(
     return reading._replace(states=finish_layers(method, reading.states))
 
 
-def finish_layers(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
-    """Ends prompts that were read as often as the method asks for.
-
-    Layer by layer: at most one layer is held in both shapes.
-    """
-    finished = list(states)
-    for layer in range(len(finished)):
-        # Without the layer's number one program serves all. Not donated: shapes may
-        # change, and a buffer passed through is not copied.
-        state = _finish(method, with_layer(finished[layer], 0))
-        finished[layer] = with_layer(state, layer)
-    return tuple(finished)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _init(method, specs):
     return tuple(map(method.init, specs))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _finish(method, state):
-    return method.finish(state)
-
-
 def programs(judge: Judge | None = None) -> tuple[Any, ...]:
     """Returns what is compiled to read prompts and judge them so, of every method."""
     ends = _normalised(judge), _as_it_is(judge)
-    return (_init, _embed, _layer, _whole, *ends, _finish)
+    return (_init, _embed, _layer, _whole, *ends, *ending.programs())
 
 
 def drop_programs(judge: Judge | None = None) -> None:

@@ -37,15 +37,14 @@ from kvjax.decoding.finite import not_finite
 from kvjax.decoding.generate import Generation, go_on
 from kvjax.decoding.options import Options
 from kvjax.decoding.prefix_file import ABOUT as ABOUT
+from kvjax.decoding.prefix_file import about as about
+from kvjax.decoding.prefix_file import check_new as check_new
 from kvjax.decoding.prefix_file import (
-    FORMATS,
-    digest,
+    document,
     identity,
     is_conversation,
-    sha256,
-    stored_as,
+    sealed,
 )
-from kvjax.decoding.prefix_file import about as about
 from kvjax.decoding.prefix_file import is_finished as says_finished
 from kvjax.decoding.prefix_file import refusal as refusal
 from kvjax.decoding.reader import Reading
@@ -70,6 +69,7 @@ class Prefix(NamedTuple):
     longest: int  # tokens of the longest prompt when the buffers were made
     room: int  # tokens that the buffers have room for beside it
     is_finished: bool = False  # `finish` was applied: no more of the prompts is read
+    sealed: tuple[int, ...] = ()  # tokens of each prompt when :func:`seal` was applied
 
 
 def read(
@@ -130,6 +130,19 @@ def finish(model: LanguageModel, method: Method | str, prefix: Prefix) -> Prefix
     return prefix._replace(states=finished.states, is_finished=True)
 
 
+def seal(method: Method | str, prefix: Prefix) -> Prefix:
+    """Makes once, for all that follows, what the method can make of these prompts.
+
+    Of `squeezed` the clusters: what :func:`extend` reads, and what is generated, then
+    stays outside of them. `prefix` is used up, unless there is nothing to make.
+    """
+    method = as_method(method)
+    if prefix.is_finished or prefix.sealed or method.hooks.seal is None:
+        return prefix
+    states = reader.seal_layers(method, prefix.states)
+    return prefix._replace(states=states, sealed=tuple(map(len, prefix.prompts)))
+
+
 def extend(
     model: LanguageModel,
     method: Method | str,
@@ -182,6 +195,8 @@ def extend(
     check_reread(model, method, map(len, prompts))
     before, after = (max(map(len, rows)) for rows in (prefix.prompts, prompts))
     longer = 0 if accounting.reads_any_length(method, model.decoder) else after - before
+    if prefix.sealed:  # each row has room of its own
+        longer = max(map(len, more))
     check_room(model, method, prefix, longer + 1)
     check_reach(method, model.decoder, after, prefix.room, named="room")
     begun = Reading(prefix.states, prefix.hidden)
@@ -205,7 +220,9 @@ def tokens_left(
         return None  # what does not grow has room for everything
     if accounting.reads_any_length(method, decoder):
         return prefix.room  # taken by what is generated, whatever was read
-    return prefix.longest + prefix.room - max(map(len, prefix.prompts))
+    left = prefix.longest + prefix.room - max(map(len, prefix.prompts))
+    pairs = zip(prefix.prompts, prefix.sealed, strict=False)
+    return min([left, *(prefix.room - (len(row) - old) for row, old in pairs)])
 
 
 def check_room(
@@ -379,22 +396,7 @@ def save(
     if not replace:
         check_new(folder)
     arrays = file_arrays.dense(_named(prefix))
-    about = {
-        "format": FORMATS[prefix.is_finished],
-        **({"finished": True} if prefix.is_finished else {}),
-        **identity(model, method_name),
-        # Found from any folder; a name that `models.load` knows stays one.
-        "model": files.located(model.name),
-        "prompt_tokens": [len(prompt) for prompt in prefix.prompts],
-        "longest": prefix.longest,
-        "room": prefix.room,
-        "leaves": file_arrays.describe(arrays),
-        "stored_as": stored_as(model.params),
-        "fingerprints": [int(f) for f in file_arrays.fingerprints(arrays)],
-        "messages": messages,
-    }
-    about["layout"] = digest(about)
-    about["said"] = sha256(messages)
+    about = document(model, prefix, arrays, method_name, messages)
     file_arrays.quiet_orbax()
     try:
         with files.replacing(folder, full=replace) as partial:
@@ -407,14 +409,6 @@ def save(
             f"the prefix could not be written to {folder} ({files.reason(error)}), and "
             "nothing is left of it: make room, or give another folder."
         ) from error
-
-
-def check_new(folder: str | pathlib.Path) -> None:
-    """Raises OSError unless :func:`save` may write there, and can."""
-    folder = pathlib.Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists; remove it or choose another folder.")
-    files.check_place(folder)
 
 
 def restore(
@@ -438,10 +432,12 @@ def restore(
     for key, value in identity(model, method_name).items():
         if key != "model" and found[key] != value:
             raise ValueError(refusal(folder, key, found, model.name, value))
-    is_finished = says_finished(found)
+    is_finished, was_sealed = says_finished(found), sealed(found)
 
     sizes = len(lengths), longest, room
-    shapes = reader.shapes_held(model.decoder, method, *sizes, is_finished)
+    shapes = reader.shapes_held(
+        model.decoder, method, *sizes, is_finished, bool(was_sealed)
+    )
     tokens = jax.ShapeDtypeStruct((sum(lengths),), jnp.int32)
     hidden = jax.eval_shape(lambda: reader.no_hidden(model.decoder, len(lengths)))
     like = _flat(shapes, hidden, tokens)
@@ -482,6 +478,7 @@ def restore(
         longest,
         room,
         is_finished,
+        was_sealed,
     )
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from kvjax import accounting, dense
 from kvjax.attention.selection import is_listed
 from kvjax.decoding import loop
-from kvjax.interface import DecoderLM, Method, Params, State
+from kvjax.interface import DecoderLM, Hooks, Method, Params, State
 from kvjax.stores import contiguous, offloaded
 
 
@@ -163,6 +163,17 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
             candidate=candidate.finish(state.candidate),
         )
 
+    over_all = candidate.hooks.settle
+
+    def settle(states):
+        if over_all is None:
+            return states
+        settled = over_all(tuple(state.candidate for state in states))
+        return tuple(
+            state._replace(candidate=own)
+            for state, own in zip(states, settled, strict=True)
+        )
+
     def append(state, k, v, lengths=None):
         return state._replace(
             reference=reference.append(state.reference, k, v),
@@ -206,6 +217,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         traffic=candidate.traffic,
         rows=candidate.rows,
         reread=again and again._replace(prefill=read_again),
+        hooks=Hooks(settle=over_all and settle),
     )
 
 

@@ -19,12 +19,12 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
+from kvjax.decoding.ending import finish_layer, settled
 from kvjax.decoding.options import Options
 from kvjax.decoding.reader import (
     Prefilled,
     Reading,
     chunk_tokens,
-    finish_layers,
     read_unended,
     ready,
     reread,
@@ -308,9 +308,8 @@ class Together:
         method, states = self._methods[place], []
         for layer, joint in enumerate(self._read.states):
             own = jax.tree.map(jnp.copy, apart(joint)[place])
-            (ended,) = finish_layers(method, (own,))
-            states.append(with_layer(ended, layer))
-        finished = self._read._replace(states=tuple(states))
+            states.append(finish_layer(method, own, layer))
+        finished = self._read._replace(states=settled(method, tuple(states)))
         return ready(method, finished, self._prompts, self._specs)
 
     def drop(self) -> None:

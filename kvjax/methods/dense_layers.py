@@ -1,6 +1,7 @@
 """A transform: the first layers attend in full, the others by another method."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from jaxtyping import Array, Float, Int
@@ -15,6 +16,7 @@ from kvjax.interface import (
     Method,
     PrefillFn,
     RewindFn,
+    State,
     Traffic,
 )
 from kvjax.stores import contiguous, step
@@ -127,7 +129,35 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
         exact_prompt=method.exact_prompt and dense.exact_prompt,
         renumbers=method.renumbers and (dense.renumbers or first == 0),
         reread=again,
-        hooks=hooks_of(method, dense),
+        hooks=forwarded(method, dense),
+    )
+
+
+def forwarded(method: Method, dense: Method) -> Hooks:
+    """Returns the hooks of the method, for the layers that it is in charge of."""
+    asked, settle, seal = method.hooks
+    if asked is not None:
+        asked = asked._replace(
+            probe=functools.partial(probe, dense, asked.probe),
+            close=functools.partial(unless_dense, asked.close),
+            settle=functools.partial(unless_dense, asked.settle),
+        )
+    return Hooks(
+        asked=asked,
+        settle=settle and functools.partial(settle_sparse, settle),
+        seal=seal and functools.partial(unless_dense, seal),
+    )
+
+
+def settle_sparse(
+    of_method: Callable[..., tuple[State, ...]], states: tuple[Layer, ...]
+) -> tuple[Layer, ...]:
+    """Lets the method decide over its layers: the dense ones have no part in it."""
+    sparse = [state.state for state in states if isinstance(state, Sparse)]
+    settled = iter(of_method(tuple(sparse)) if sparse else ())
+    return tuple(
+        Sparse(next(settled)) if isinstance(state, Sparse) else state
+        for state in states
     )
 
 
@@ -135,6 +165,10 @@ def check_options(method: Method, dense: Method, first: int) -> None:
     """Raises ValueError unless layers can be dense so beside the method."""
     if first < 0:
         raise ValueError(f"{first=} must be at least 0 layers.")
+    if dense.hooks.settle is not None:
+        raise ValueError(
+            f"{dense} decides over all layers, and is of the first {first}: use full."
+        )
     if dense.reread is not None:
         raise ValueError(
             f"{dense} reads its prompt twice, and dense layers beside {method} read it "
@@ -169,19 +203,6 @@ def read_again(
         return state, step.read_again(state.state, q, k, v, lengths).out
     inner, out = of_sparse(state.state, q, k, v, lengths)
     return state._replace(state=inner), out
-
-
-def hooks_of(method: Method, dense: Method) -> Hooks:
-    """Returns what the method wants while a prompt is read, of its own layers."""
-    asked = method.hooks.asked
-    if asked is None:
-        return method.hooks
-    asked = asked._replace(
-        probe=functools.partial(probe, dense, asked.probe),
-        close=functools.partial(unless_dense, asked.close),
-        settle=functools.partial(unless_dense, asked.settle),
-    )
-    return method.hooks._replace(asked=asked)
 
 
 def probe(

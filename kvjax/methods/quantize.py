@@ -165,6 +165,7 @@ def quantize(
             finish=functools.partial(finish, options),
             exact_prompt=method.exact_prompt,
             importance=None,  # of rows that are not quantised yet
+            hooks=method.hooks._replace(seal=None),  # which is of other numbers
         )
     if residual:
         made = made._replace(

@@ -24,6 +24,7 @@ from kvjax.methods.refreshkv.method import refreshkv as refreshkv
 from kvjax.methods.refreshkv.refresh import refresh as refresh
 from kvjax.methods.retro.method import retro as retro
 from kvjax.methods.snapkv import snapkv as snapkv
+from kvjax.methods.squeezed.method import squeezed as squeezed
 from kvjax.methods.streaming_llm import streaming_llm as streaming_llm
 from kvjax.methods.subgen.method import subgen as subgen
 from kvjax.methods.token_select import token_select as token_select

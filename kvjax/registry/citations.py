@@ -120,6 +120,14 @@ PAPERS = {
         "RefreshKV: Updating Small KV Cache During Long-form Generation",
         ("Fangyuan Xu", "Tanya Goyal", "Eunsol Choi"),
     ),
+    "2411.09688": Paper(
+        "Squeezed Attention: Accelerating Long Context Length LLM Inference",
+        (
+            *("Coleman Hooper", "Sehoon Kim", "Hiva Mohammadzadeh"),
+            *("Monishwaran Maheswaran", "Sebastian Zhao", "June Paik"),
+            *("Michael W. Mahoney", "Kurt Keutzer", "Amir Gholami"),
+        ),
+    ),
     "2504.15364": Paper(
         "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM "
         "Inference in Resource-Constrained Environments",

@@ -236,3 +236,16 @@ def test_a_finished_prompt_is_asked_again_and_again(run, fail, checkpoint, tmp_p
         (["--max-new-tokens", 25, "--prompt", "Where?"], "31 are wanted"),
     ]:
         assert message in fail(*resumed, *more)
+
+
+def test_a_saved_prompt_is_sealed_unless_it_has_ended(run, checkpoint, tmp_path):
+    """Its clusters are in the folder, and what comes behind goes on from them."""
+    method = "squeezed:budget=8,tail=4,rounds=1"
+    options = ["--model", checkpoint, "--method", method, "--prompt", TEXT[:60]]
+    for name, more, expected in (("open", [], (4, [60])), ("over", ["--finish"], (3,))):
+        run("prefill", *options, *more, "--room", "12", "--save", tmp_path / name)
+        about = saved_prompt.about(tmp_path / name)
+        assert (about["format"], *([about["sealed"]] if not more else [])) == expected
+    resume = ["--resume", tmp_path / "open", "--prompt", TEXT[60:66], "--json"]
+    found = json.loads(run("generate", *resume, "--max-new-tokens", "5"))
+    assert (found["prompt_tokens"], len(found["tokens"])) == (66, 5)

@@ -13,7 +13,7 @@ from tiny import tiny_model
 import kvjax
 from kvjax import accounting, interface, registry
 from kvjax.attention.typed import typed
-from kvjax.decoding import asking, endless, instructions, reader, saved_prompt
+from kvjax.decoding import asking, ending, endless, instructions, reader, saved_prompt
 from kvjax.evaluation import asked_after, compare_runs, one_task, together
 from kvjax.evaluation.tasks import haystack
 from kvjax.interface import Hooks, LanguageModel, Method
@@ -173,7 +173,7 @@ def test_what_is_compiled_ahead_is_what_is_timed():
     """Of a prompt with an instruction, all programs."""
     prompt = PROMPTS[1]
     compare_runs.compile_reading(MODEL, METHOD, prompt, new_tokens=NEW)
-    programs = (reader._layer, reader._finish, reader._init)
+    programs = (reader._layer, ending._finish, reader._init)
     sizes = [program._cache_size() for program in programs]
     compare_runs.seconds_to_read(MODEL, METHOD, prompt, new_tokens=NEW)
     assert [program._cache_size() for program in programs] == sizes

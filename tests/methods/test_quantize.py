@@ -50,6 +50,7 @@ METHODS = (
     "quest",
     "token_select",
     "oracle_topk",
+    "squeezed",
     "refreshkv",
     "topk_completion:charge=none",
     "topk_completion:charge=none,selector=pages",

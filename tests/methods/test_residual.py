@@ -233,6 +233,7 @@ def test_retro_notes_the_pages_of_its_lists_alone():
     [
         ("streaming_llm", "StreamingState"),
         ("refreshkv", "RefreshKVState"),
+        ("squeezed", "SqueezedState"),
         ("topk_completion:charge=none,selector=pages", "CompletionState"),
         ("head_budgets+snapkv", "SharedSlots"),
         ("decode_eviction+snapkv", "Evicting"),

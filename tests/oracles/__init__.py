@@ -13,5 +13,8 @@ from oracles.chosen_once import *  # noqa: F403
 from oracles.completion import topk_completion as topk_completion
 from oracles.operations import *  # noqa: F403
 from oracles.papers import *  # noqa: F403
+from oracles.squeezed import Squeezed as Squeezed
+from oracles.squeezed import kmeans as kmeans
+from oracles.squeezed import squeezed as squeezed
 from oracles.subgen import subgen_centres as subgen_centres
 from oracles.subgen import subgen_stream as subgen_stream

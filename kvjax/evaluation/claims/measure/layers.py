@@ -183,6 +183,11 @@ def _begun(method, spec, given):
             f"{method} reads its prompt twice, and one reading was recorded: "
             "measure it by kvjax compare."
         )
+    if method.hooks.settle is not None:
+        raise ValueError(
+            f"{method} decides over all layers, and one was recorded: measure it by "
+            "kvjax compare."
+        )
     before = given.k.shape[2] - spec.max_new_tokens
     prompt = [x[:, :, :before] for x in given]
     lengths = jnp.full((spec.batch,), before, jnp.int32)
