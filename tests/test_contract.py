@@ -20,11 +20,13 @@ from kvjax.testing import ContractError, check_method, contract, subject
 NAMES = (*registry.names(), *registry.transforms())
 REREADING = "a_second_reading_changes_only_what_it_learns"
 EXACT = "is_full_attention_when_the_budget_covers_the_context"
+# Those that need larger small options: sinks, a window, and pages to search for.
+OWN = {"hip": {"budget": 16}}
 
 
 @functools.cache
 def subject_of(name: str) -> subject.Subject:
-    return subject.Subject(registry.get(name))
+    return subject.Subject(registry.get(name), **OWN.get(name, {}))
 
 
 # All checks of a method follow each other: they share its programs.
