@@ -329,21 +329,30 @@ def keys_from(
     pages, head_dim = every_token(store.pages), store.spec.head_dim
     batch, heads, _, page_size = pages.shape[:4]
     by_head = positions.reshape(batch, heads, -1)
-    is_plain = not isinstance(pages, quantized.Quantized)
 
-    def read(rows: Array) -> Array:
-        # Of numbers the half that is keys; codes and scales are short.
-        shape = 1, run, head_dim if is_plain else rows.shape[-1]
-
+    def read(rows: Array, by_head: Int[Array, "B Hkv N"], width: int) -> Array:
         def one(rows: Array, position: Int[Array, ""]) -> Array:
             where = position // page_size, position % page_size, jnp.int32(0)
-            return lax.dynamic_slice(rows, where, shape)[0]
+            return lax.dynamic_slice(rows, where, (1, run, width))[0]
 
         of_head = jax.vmap(one, in_axes=(None, 0))
         return jax.vmap(jax.vmap(of_head))(rows, by_head)
 
-    found = jax.tree.map(read, pages)
-    keys = found if is_plain else quantized.floats(quantized.split(found)[0])
+    def whole(rows: Array, by_head: Int[Array, "B Hkv N"]) -> Array:
+        return read(rows, by_head, rows.shape[-1])
+
+    if isinstance(pages, quantized.Quantized):
+        rows = jax.tree.map(lambda x: whole(x, by_head), pages)
+        keys = quantized.floats(quantized.split(rows)[0])
+    else:
+        # The half of a row that is keys. For half of whole pages a TPU would lay out
+        # all of them anew: elsewhere their values come along.
+        keys = lax.platform_dependent(
+            pages,
+            by_head,
+            cpu=lambda *given: read(*given, width=head_dim),
+            default=lambda *given: whole(*given)[..., :head_dim],
+        )
     return keys.reshape(batch, positions.shape[1], -1, run, head_dim)
 
 
