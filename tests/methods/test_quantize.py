@@ -46,6 +46,7 @@ METHODS = (
     "expected_attention",
     "random",
     "quest",
+    "hip:budget=16,prefill=sparse",
     "token_select",
     "oracle_topk",
     "refreshkv",
