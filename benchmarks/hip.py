@@ -5,7 +5,8 @@ r"""How HiP grows with the context: one small layer, by what is counted and the 
 
 Lengths are 8K to 512K. Each call adds to the file an entry for every length and method,
 and one for every method with slopes: those of the least squares line of the logarithm
-over that of the length. Of n it would be 1, and of n log2 n as much as the entry says.
+over that of the length. Of n it would be 1; an entry says how much of n log2 n, and of
+n log2(n / k) for k tokens that a search finds.
 
 Of a decode step: what it reads (`Method.traffic`), the rounds that its search took, and
 the least time of some steps, methods in turns; of `refresh` and stages, a step that
@@ -35,7 +36,7 @@ from kvjax.stores import paged
 LENGTHS = [1 << power for power in range(13, 20)]
 HEADS = {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 32}
 DECODE = ("full", "hip", "refresh:stride=8+hip", "hip:search=stages")
-PREFILL = ("full", "hip:prefill=sparse")
+PREFILL = ("full", "hip:prefill=sparse", "hip:prefill=sparse,key_stride=4")
 ALIKE = 0.95  # correlation of a key with the one before it
 
 
@@ -56,10 +57,16 @@ def stream():
     return drawn(0, 4, longest), drawn(1, 2, longest), drawn(2, 2, longest)
 
 
+def options_of(method):
+    """The options of `hip` with a tree; None of other methods."""
+    options = getattr(method.select, "args", [None])[0]
+    return options if hasattr(options, "representative") else None
+
+
 def rounds_of(method, state, q):
     """The rounds of a search, where a step is one; None of other methods."""
-    options = getattr(method.select, "args", [None])[0]
-    if not isinstance(state, paged.Paged) or not hasattr(options, "representative"):
+    options = options_of(method)
+    if options is None:
         return None
     found = jax.jit(functools.partial(page_lists.search, options))(
         state, q, state.length - 1
@@ -149,6 +156,18 @@ def slope(lengths, values):
     return float(np.polyfit(np.log(lengths), np.log(values), 1)[0])
 
 
+def of_a_search(name, budget, lengths):
+    """The slopes of a search for k of n tokens, of a method that is one."""
+    options = options_of(registry.parse(name, budget=budget))
+    if options is None:
+        return {}
+    rounds = np.log2(lengths / (options.pages_to_search_for * options.page_size))
+    return {
+        "n log2(n / k)": slope(lengths, lengths * rounds),
+        "log2(n / k)": slope(lengths, rounds),
+    }
+
+
 def slopes(entries):
     """An entry for every method, of its entries at all lengths."""
     for name in dict.fromkeys(entry["method"] for entry in entries):
@@ -164,6 +183,7 @@ def slopes(entries):
             "lengths": [int(length) for length in lengths],
             "n log2 n": slope(lengths, lengths * np.log2(lengths)),
             "log2 n": slope(lengths, np.log2(lengths)),
+            **of_a_search(name, of_method[0]["budget"], lengths),
         } | {
             measure: slope(lengths, [entry[measure] for entry in of_method])
             for measure in measures
