@@ -11,8 +11,9 @@ import pytest
 
 import kvjax
 from kvjax import accounting
+from kvjax.methods.hip import stages
 from kvjax.methods.hip.method import hip
-from kvjax.stores import buffers
+from kvjax.stores import buffers, paged
 
 # 6 pages: one of sinks, two of the window, three to search for.
 SMALL = {"budget": 24, "page_size": 4, "num_sinks": 3, "window": 8}
@@ -312,46 +313,63 @@ STAGES |= {"chunks": "16/8", "kept": "32/24", "strides": "8/4/2"}
 
 
 @pytest.mark.parametrize(
-    ("options", "stages"),
+    ("options", "of_stages"),
     [
         ({}, [(16, 32, 8), (8, 24, 4), (4, 16, 2)]),
         ({"chunks": "12", "kept": "24", "strides": "1/1"}, [(12, 24, 1), (4, 16, 1)]),
         ({"chunks": "", "kept": "", "strides": "3"}, [(4, 16, 3)]),
     ],
 )
-def test_stages_equal_float64_loops(options, stages):
+def test_stages_equal_float64_loops(options, of_stages):
     """Lists are held by stage; of chunks that the window cuts short, what is there."""
     stream = drive.make_stream((1, 93, 96, 97, 0, 40), 11)
     method = hip(**STAGES | options)
     found = drive.run(method, drive.make_spec(stream), stream)
     sizes = {k: STAGES[k] for k in ("budget", "page_size", "num_sinks", "window")}
-    drive.assert_matches(found, stream, oracles.in_stages, stages=stages, **sizes)
+    drive.assert_matches(found, stream, oracles.in_stages, stages=of_stages, **sizes)
 
 
-def test_a_walk_ends_below_the_best_and_at_it_in_chunks_of_one():
-    """Pages of one token and one stage: an exact top-k."""
+def test_chunks_of_one_token_are_an_exact_top_k():
+    """Pages of one token and one stage: the best token of all heads."""
     stream = drive.make_stream((50, 33), 4)
     options = STAGES | {"page_size": 1, "budget": 20, "window": 4}
     options |= {"chunks": "", "kept": "", "strides": "1"}
     found = drive.run(hip(**options), drive.make_spec(stream), stream)
-    rng = np.random.default_rng(0)
     for b, prompt in enumerate(stream.prompts):
         attention = oracles.Attention(stream.row(b))
         for i in range(stream.steps):
             t = prompt + i
             scores = {}
             for j in range(4, t - 3):
-                each = [
-                    float(attention.q[h, t] @ attention.k[h // 2][j]) for h in range(4)
-                ]
-                scores[j] = max(each)
+                keys = [attention.k[h // 2][j] for h in range(4)]
+                scores[j] = max(attention.q[h, t] @ key for h, key in enumerate(keys))
             best = oracles.best(scores, 12) | {*range(4), *range(t - 3, t + 1)}
             assert tokens(found.diagnostics, i, b) == best
-    for size in range(1, 40):
-        logits = rng.standard_normal(size)
-        walked = oracles.walk(lambda j, logits=logits: logits[j], 0, size)
-        assert walked <= logits.max()
-        assert (walked == logits[0]) if size == 1 else walked >= logits[0]
+
+
+def test_a_walk_ends_below_the_best_and_turns_left_where_halves_are_equal():
+    """Few different logits, of chunks of every size; two heads look for others."""
+    logits = np.random.default_rng(0).integers(0, 3, 40).astype(np.float32)
+    spec = drive.make_spec(drive.make_stream((40,), 0, heads=(2, 1)))
+    keys = np.zeros((1, 1, 10, 4, 16), np.float32)
+    keys[..., 0] = logits.reshape(10, 4)
+    store = paged.paged(spec, 4, extremes=False)._replace(pages=jnp.asarray(keys))
+    q = np.zeros((1, 2, 1, 8), np.float32)
+    q[0, :, 0, 0] = 1, -1
+    chunks = [(c, z) for z in range(1, 17) for c in range(41 - z)]
+    starts, sizes = (
+        jnp.asarray(x, jnp.int32)[None, None] for x in np.transpose(chunks)
+    )
+    found = np.asarray(stages.chunk_scores(store, jnp.asarray(q), starts, sizes, 16))
+    for (start, size), score in zip(chunks, found[0, 0], strict=True):
+        ends = [
+            oracles.walk(lambda j, sign=sign: sign * logits[j], start, size)
+            for sign in (1, -1)
+        ]
+        assert score == max(ends)
+        part = logits[start : start + size]
+        assert score <= max(part.max(), -part.min())
+        assert size > 1 or score == max(part[0], -part[0])
 
 
 def test_stages_keep_what_they_are_told():
@@ -362,8 +380,8 @@ def test_stages_keep_what_they_are_told():
     spec = drive.make_spec(STREAM, capacity=4096)
     key = 2 * buffers.row_bytes(spec, 1, "keys")  # of both heads of a group
     traffic = method.traffic(spec, 4 + 40 + 8)
-    stages = -(-3 * 5 * key // 8) + 4 * 4 * key // 4 + -(-6 * 3 * key // 2)
-    assert traffic.metadata == stages + 4 * spec.batch * (2 + 3 + 4)
+    read = -(-3 * 5 * key // 8) + 4 * 4 * key // 4 + -(-6 * 3 * key // 2)
+    assert traffic.metadata == read + 4 * spec.batch * (2 + 3 + 4)
     assert traffic.kv == buffers.kv_bytes(spec, 28)
 
 
