@@ -349,7 +349,7 @@ def test_chunks_of_one_token_are_an_exact_top_k():
 
 def test_a_walk_ends_below_the_best_and_turns_left_where_halves_are_equal():
     """Few different logits, of chunks of every size; two heads look for others."""
-    logits = np.random.default_rng(0).integers(0, 3, 40).astype(np.float32)
+    logits = np.random.default_rng(0).integers(0, 5, 40).astype(np.float32)
     spec = drive.make_spec(drive.make_stream((40,), 0, heads=(2, 1)))
     keys = np.zeros((1, 1, 10, 4, 16), np.float32)
     keys[..., 0] = logits.reshape(10, 4)
