@@ -217,9 +217,8 @@ class TrafficFn(Protocol):
 class SelectFn(Protocol):
     """Lists the pages that a rotated query of the newest token reads, -1 = none.
 
-    Of methods whose state is a :class:`kvjax.stores.paged.Paged`, once the prompt has
-    ended, and whose step attends to listed pages. Transforms of such methods choose by
-    it.
+    Of methods whose state is a :class:`kvjax.stores.paged.Paged` and whose step attends
+    to listed pages. Transforms of such methods choose by it.
     """
 
     def __call__(
