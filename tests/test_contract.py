@@ -23,13 +23,14 @@ SPELLED = {"subgen:mode=stream": {"mode": "stream"}}
 REREADING = "a_second_reading_changes_only_what_it_learns"
 TOLD = "an_instruction_votes_and_is_forgotten"
 EXACT = "is_full_attention_when_the_budget_covers_the_context"
+# Those that need larger small options: sinks, a window, and pages to search for.
+OWN = {"hip": {"budget": 16}}
 
 
 @functools.cache
 def subject_of(name: str) -> subject.Subject:
-    return subject.Subject(
-        registry.get(name.partition(":")[0]), **SPELLED.get(name, {})
-    )
+    options = SPELLED.get(name, {}) | OWN.get(name, {})
+    return subject.Subject(registry.get(name.partition(":")[0]), **options)
 
 
 # All checks of a method follow each other: they share its programs.

@@ -111,10 +111,10 @@ def offload(
     if (method.listed is None and method.streamed is None) or method.rows != 1:
         raise ValueError(
             f"offload moves pages or values that a step lists, and {method} evicts, "
-            "reads more (as quantize does with a residual, and topk_completion with "
-            "selector=pages), or has them moved already: wrap quest, entmaxkv, "
-            "token_select, topk_completion or refreshkv itself, as in "
-            "'dense_layers+offload+quest'."
+            "reads more (as quantize does with a residual, topk_completion with "
+            "selector=pages, and hip, whose search walks over all keys), or has them "
+            "moved already: wrap quest, entmaxkv, token_select, topk_completion or "
+            "refreshkv itself, as in 'dense_layers+offload+quest'."
         )
     options = Options(method, cache, memory)
     return method._replace(

@@ -11,6 +11,7 @@ from kvjax.methods.expected_attention import expected_attention as expected_atte
 from kvjax.methods.full import full as full
 from kvjax.methods.h2o import h2o as h2o
 from kvjax.methods.head_budgets import head_budgets as head_budgets
+from kvjax.methods.hip.method import hip as hip
 from kvjax.methods.keydiff import keydiff as keydiff
 from kvjax.methods.knorm import knorm as knorm
 from kvjax.methods.kvzip import kvzip as kvzip

@@ -70,6 +70,15 @@ PAPERS = {
             "Deming Chen",
         ),
     ),
+    "2406.09827": Paper(
+        "A Training-free Sub-quadratic Cost Transformer Model Serving Framework with "
+        "Hierarchically Pruned Attention",
+        (
+            *("Heejun Lee", "Geon Park", "Youngwan Lee", "Jaduk Suh", "Jina Kim"),
+            *("Wonyoung Jeong", "Bumsik Kim", "Hyemin Lee", "Myeongjae Jeon"),
+            "Sung Ju Hwang",
+        ),
+    ),
     "2406.10774": Paper(
         "Quest: Query-Aware Sparsity for Efficient Long-Context LLM Inference",
         (
@@ -127,6 +136,11 @@ PAPERS = {
             *("Monishwaran Maheswaran", "Sebastian Zhao", "June Paik"),
             *("Michael W. Mahoney", "Kurt Keutzer", "Amir Gholami"),
         ),
+    ),
+    "2502.08910": Paper(
+        "InfiniteHiP: Extending Language Model Context Up to 3 Million Tokens on a "
+        "Single GPU",
+        ("Heejun Lee", "Geon Park", "Jaduk Suh", "Sung Ju Hwang"),
     ),
     "2504.15364": Paper(
         "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM "

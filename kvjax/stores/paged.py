@@ -26,6 +26,7 @@ class Paged(NamedTuple):
     # Rotated keys, then values: D2 = 2 D. Beyond the device they are a `Hosted`, and
     # while decoding an `Offloaded`.
     pages: Float[Rows, "B Hkv NP P D2"]
+    # None where the method has no use for extremes.
     page_min: Float[Array, "B Hkv NP D"]  # +inf while the page is empty
     page_max: Float[Array, "B Hkv NP D"]  # -inf while the page is empty
     length: Int[Array, "B"]
@@ -34,11 +35,20 @@ class Paged(NamedTuple):
     KEEPS_NEWEST = True
 
 
-def paged(spec: CacheSpec, page_size: int) -> Paged:
-    """Makes an empty store of at least `spec.capacity` tokens a row."""
+def paged(spec: CacheSpec, page_size: int, *, extremes: bool = True) -> Paged:
+    """Makes an empty store of at least `spec.capacity` tokens a row.
+
+    Args:
+        spec: of the layer.
+        page_size: tokens in a page.
+        extremes: keep those of the keys of each page.
+    """
     num_pages = -(-spec.capacity // page_size)
     heads = (spec.batch, spec.num_kv_heads, num_pages)
     pages = buffers.allocate_rows(spec, (*heads, page_size), "both")
+    none: Any = None
+    if not extremes:
+        return Paged(spec, pages, none, none, buffers.lengths(spec))
     low = buffers.allocate((*heads, spec.head_dim), spec.dtype, fill=jnp.inf)
     high = buffers.allocate((*heads, spec.head_dim), spec.dtype, fill=-jnp.inf)
     return Paged(spec, pages, low, high, buffers.lengths(spec))
@@ -52,6 +62,8 @@ def extend(
 ) -> Paged:
     """Rotates and writes the next tokens of each row; `lengths=None` means all T."""
     written, k, page, valid = _write(store, k, v, lengths)
+    if store.page_min is None:
+        return written
     return written._replace(
         page_min=buffers.write(store.page_min, k, page, valid, "min"),
         page_max=buffers.write(store.page_max, k, page, valid, "max"),
@@ -185,6 +197,8 @@ def _write_rows(
 
 def _take_extremes(store: Paged, end: Int[Array, "B"], newest: int) -> Paged:
     """Recomputes the extremes of the pages of the last `newest` tokens before `end`."""
+    if store.page_min is None:
+        return store
     num_pages, page_size = store.pages.shape[2:4]
     most = min(-(-(newest - 1) // page_size) + 1, num_pages)
     last = jnp.maximum(end - 1, 0) // page_size
@@ -300,6 +314,46 @@ def _write_moments(
         return buffers.write_run(buffer, rows, first, count)
 
     return Moments(write(held.mean, mean), write(held.variance, variance))
+
+
+def keys_from(
+    store: Paged, positions: Int[Array, "B H N"], run: int = 1
+) -> Float[Array, "B H N R D"]:
+    """Reads the keys of `run` tokens of one page from each position on.
+
+    Args:
+        store: on the device.
+        positions: of the first token of a run, which must be one that a page holds.
+        run: tokens, R; where the page ends sooner, its last so many.
+    """
+    pages, head_dim = every_token(store.pages), store.spec.head_dim
+    batch, heads, _, page_size = pages.shape[:4]
+    by_head = positions.reshape(batch, heads, -1)
+
+    def read(rows: Array, by_head: Int[Array, "B Hkv N"], width: int) -> Array:
+        def one(rows: Array, position: Int[Array, ""]) -> Array:
+            where = position // page_size, position % page_size, jnp.int32(0)
+            return lax.dynamic_slice(rows, where, (1, run, width))[0]
+
+        of_head = jax.vmap(one, in_axes=(None, 0))
+        return jax.vmap(jax.vmap(of_head))(rows, by_head)
+
+    def whole(rows: Array, by_head: Int[Array, "B Hkv N"]) -> Array:
+        return read(rows, by_head, rows.shape[-1])
+
+    if isinstance(pages, quantized.Quantized):
+        rows = jax.tree.map(lambda x: whole(x, by_head), pages)
+        keys = quantized.floats(quantized.split(rows)[0])
+    else:
+        # The half of a row that is keys. For half of whole pages a TPU would lay out
+        # all of them anew: elsewhere their values come along.
+        keys = lax.platform_dependent(
+            pages,
+            by_head,
+            cpu=lambda *given: read(*given, width=head_dim),
+            default=lambda *given: whole(*given)[..., :head_dim],
+        )
+    return keys.reshape(batch, positions.shape[1], -1, run, head_dim)
 
 
 class Listed(NamedTuple):

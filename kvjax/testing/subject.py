@@ -22,6 +22,7 @@ from kvjax.testing.streams import Chunks, Run, Stream
 SMALL = {"budget": 8, "page_size": 4, "window": 4, "kernel": 3, "num_sinks": 2}
 SMALL |= {"stride": 4, "tail": 1, "features": 2, "calibration": 6, "every": 4}
 SMALL |= {"future": 6, "chunk": 4, "instruction": 2, "clusters": 0.3, "rounds": 2}
+SMALL |= {"query_block": 3}
 # Where arrays lie is no part of the contract: all on the device.
 SMALL |= {"cache": 4, "memory": "device"}
 LARGEST_DEFAULT = 8

@@ -48,6 +48,7 @@ METHODS = (
     "subgen",
     "subgen:mode=stream",
     "quest",
+    "hip:budget=16,prefill=sparse",
     "token_select",
     "oracle_topk",
     "squeezed",

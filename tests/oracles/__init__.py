@@ -11,6 +11,11 @@ from oracles.budgets import duo as duo
 from oracles.budgets import head_budgets as head_budgets
 from oracles.chosen_once import *  # noqa: F403
 from oracles.completion import topk_completion as topk_completion
+from oracles.hip import Hip as Hip
+from oracles.hip import hip as hip
+from oracles.hip import in_stages as in_stages
+from oracles.hip import tree_search as tree_search
+from oracles.hip import walk as walk
 from oracles.operations import *  # noqa: F403
 from oracles.papers import *  # noqa: F403
 from oracles.squeezed import Squeezed as Squeezed

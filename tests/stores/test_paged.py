@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 from jax import lax
 
+from kvjax.methods import quantize
+from kvjax.methods.full import full
 from kvjax.stores import buffers, paged
+from pallas_kernels.shared import quantized
 
 
 def test_writing_by_page_is_writing_by_token(monkeypatch):
@@ -45,6 +48,58 @@ def test_writing_by_page_is_writing_by_token(monkeypatch):
         np.testing.assert_array_equal(keys[b, :, end - past - 1 : end], rows)
         before = stream.v[b, :, : end - past - 1]
         np.testing.assert_array_equal(keys[b, :, : end - past - 1], before)
+
+
+def test_a_store_without_extremes_is_the_same_but_for_them():
+    """Written, revised and taken back; and it holds less by two vectors a page."""
+    stream = drive.make_stream((6, 17), 3, head_dim=4)
+    spec = drive.make_spec(stream)
+    _, k, v = drive.step_inputs(stream, rows=3)
+    prompt = drive.chunk(stream, (0, 0), (6, 17), size=17)[1:]
+
+    def run(extremes):
+        store = paged.extend(paged.paged(spec, 4, extremes=extremes), *prompt)
+        store = paged.revise(store, k[2], v[2], jnp.array([3, 2], jnp.int32))
+        return paged.rewind(store, jnp.array([2, 0], jnp.int32), 2)
+
+    with_them, without = jax.jit(run, static_argnums=0), jax.jit(run, static_argnums=0)
+    with_them, without = with_them(True), without(False)
+    assert without.page_min is without.page_max is None
+    np.testing.assert_array_equal(with_them.pages, without.pages)
+    np.testing.assert_array_equal(with_them.length, without.length)
+    less = buffers.num_bytes(with_them) - buffers.num_bytes(without)
+    assert less == buffers.vector_bytes(spec, 2 * with_them.page_min.shape[2])
+
+
+@pytest.mark.parametrize(("run", "elsewhere"), [(1, False), (4, False), (2, True)])
+def test_keys_are_read_from_any_token_of_a_page(run, elsewhere, monkeypatch):
+    """By lists of KV heads and of query heads; of quantised pages, as they are read.
+
+    And as other devices read them.
+    """
+    if elsewhere:
+        monkeypatch.setattr(
+            lax, "platform_dependent", lambda *given, cpu, default: default(*given)
+        )
+    stream = drive.make_stream((20, 20), 1)
+    spec = drive.make_spec(stream)
+    prompt = drive.chunk(stream, (0, 0), (20, 20), size=20)[1:]
+    plain = paged.extend(paged.paged(spec, 4, extremes=False), *prompt)
+    storage = quantize.quantize(full(), bits=8).init.args[0].storage(spec.head_dim)
+    parts = storage.parts("both")
+    packed = quantized.encode(quantized.Layout(parts, spec.dtype), plain.pages)
+    rng = np.random.default_rng(run)
+    starts = 4 * rng.integers(0, 5, (2, 4, 7)) + rng.integers(0, 5 - run, (2, 4, 7))
+    for pages in (plain.pages, packed):
+        store = plain._replace(pages=pages)
+        keys = np.asarray(paged.views(store._replace(pages=quantized.floats(pages)))[0])
+        for heads in (2, 4):
+            given = jnp.asarray(starts[:, :heads], jnp.int32)
+            found = np.asarray(paged.keys_from(store, given, run))
+            for b, h, i in np.ndindex(2, heads, 7):
+                start = starts[b, h, i]
+                wanted = keys[b, h * 2 // heads, start : start + run]
+                np.testing.assert_array_equal(found[b, h, i], wanted)
 
 
 @pytest.mark.parametrize(("dtype", "tile"), [(np.uint8, 32), (np.uint16, 128)])

@@ -112,7 +112,8 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> RefreshState
     store = options.method.init(spec, weights)
     shape = (spec.batch, spec.num_q_heads, 1, spec.head_dim)
     q = jax.ShapeDtypeStruct(shape, spec.dtype)
-    chosen = jax.eval_shape(options.select, store, q)
+    ended = jax.eval_shape(options.method.finish, store)
+    chosen = jax.eval_shape(options.select, ended, q)
     return RefreshState(
         store,
         buffers.allocate(chosen.shape, chosen.dtype, fill=-1.0),

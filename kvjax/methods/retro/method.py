@@ -114,7 +114,8 @@ def choose(
 def init(options: Options, spec: CacheSpec, weights: Any = None) -> RetroState:
     """Makes the method's store, and a window that has seen nothing."""
     store = options.method.init(spec, weights)
-    lists, num_pages = shape_of_lists(options, spec, store)[1], store.pages.shape[2]
+    ended = jax.eval_shape(options.method.finish, store)
+    lists, num_pages = shape_of_lists(options, spec, ended)[1], ended.pages.shape[2]
     return RetroState(store, history.empty(spec, options.window, lists, num_pages))
 
 

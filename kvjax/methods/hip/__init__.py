@@ -1,0 +1,3 @@
+"""HiP attention (arXiv:2406.09827)."""
+
+from kvjax.methods.hip.method import hip as hip
