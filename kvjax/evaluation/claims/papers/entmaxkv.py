@@ -27,7 +27,7 @@ SPARSE = "sparse, entmax, gaussian"  # operation of `kvjax bench kernels`
 
 def _layers(session: Session) -> tuple[layers.Layers, layers.Layers]:
     """EntmaxKV on the entmax model, Quest on the softmax model: the same pages."""
-    budget = session.sizes.layer_context // 8
+    budget = session.sizes.layer_context // session.sizes.cut
     ours = layers.run(session, ENTMAX, f"entmaxkv:budget={budget}")
     theirs = layers.run(session, SOFTMAX, f"quest:budget={budget}")
     return ours, theirs
@@ -61,7 +61,7 @@ def _support(session: Session) -> Measured:
 
 
 def _sparse(session: Session) -> str:
-    return f"entmaxkv:budget={session.sizes.context // 8}"
+    return f"entmaxkv:budget={session.sizes.context // session.sizes.cut}"
 
 
 def _recorded_answers(session: Session) -> Measured:
@@ -107,7 +107,7 @@ def _adaptive(session: Session) -> Measured:
 
 def _certificate(session: Session) -> Measured:
     session.needs_thorough()
-    budget = session.sizes.layer_context // 8
+    budget = session.sizes.layer_context // session.sizes.cut
     lost = layers.run(session, ENTMAX, f"entmaxkv:budget={budget},certified=true")
     largest = float(lost.found.error.max())
     details = {
