@@ -12,7 +12,7 @@ import pytest
 import kvjax
 from kvjax import cli, registry
 from kvjax.evaluation import claims
-from kvjax.evaluation.claims import runner, session
+from kvjax.evaluation.claims import recorded, runner, session
 from kvjax.evaluation.claims.claim import (
     Claim,
     Effect,
@@ -299,12 +299,13 @@ def test_a_picture_tells_verdicts_and_missing_intervals_apart():
 # The page of the last full run.
 
 ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reproduce.md"
 TABLE = re.compile("(?<=<!-- table -->\\n).*(?=<!-- /table -->)", re.DOTALL)
 
 
 def last_run() -> tuple[str, dict]:
-    path = max((ROOT / "benchmarks" / "results").glob("*-reproduce.json"))
+    path = max(RESULTS.glob("*-reproduce.json"))
     return path.name, json.loads(path.read_text("utf-8"))
 
 
@@ -314,7 +315,12 @@ def table() -> str:
     said = f"{about['date'][:10]}, {about['cpu_count']} cores, jax {about['jax']}"
     if "note" in about:
         said = f"{said}; {about['note']}"
-    return f"`benchmarks/results/{name}`, {said}.\n\n{claims_page.markdown(document)}\n"
+    (_, *others) = recorded.runs(RESULTS)
+    for other, found in others:
+        said += f"; {found['model']}: `benchmarks/results/{other}`"
+        said += f", {found['manifest']['date'][:10]}"
+    shown = claims_page.markdown(document, [found for _, found in others])
+    return f"`benchmarks/results/{name}`, {said}.\n\n{shown}\n"
 
 
 def test_the_page_shows_the_last_full_run():

@@ -103,10 +103,8 @@ class Samples:
                 f"{path} is damaged ({type(error).__name__}: {error}): remove it, and "
                 "its samples are measured again."
             ) from error
-        self.reused = tuple(
-            before + spent[name]
-            for before, name in zip(self.reused, SPENT, strict=True)
-        )
+        pairs = zip(self.reused, SPENT, strict=True)
+        self.reused = tuple(before + spent[name] for before, name in pairs)
         return empty | {"values": values} | spent
 
     def _write(self, name: str, found: dict[str, Any]) -> None:

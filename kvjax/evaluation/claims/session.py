@@ -91,6 +91,8 @@ QUICK = Sizes(
 )
 
 
+CONTEXTS = (1024, 2048, 4096, 8192)  # that claims are made for
+CUTS = (4, 8, 16, 32)
 # Sizes that only say how many samples there are, and how many at a time: what has been
 # measured of one number is measured of another.
 COUNTS = ("layer_windows", "windows", "examples", "cascade_windows", "keys", "batch")
