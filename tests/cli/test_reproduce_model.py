@@ -73,7 +73,9 @@ def test_a_run_goes_on_where_it_ended(
     # What is there is not thrown away by mistake.
     assert "by --continue" in fail(*arguments, *ARGUMENTS, "--out", cut)
     other = [*arguments, "--cut", "4", *ARGUMENTS]
-    assert "share=" in fail(*other, "--continue", "--out", cut)
+    assert "made with cut=8 and cannot go on with 4" in fail(
+        *other, "--continue", "--out", cut
+    )
     run(*arguments, *ARGUMENTS, "--continue", "--out", cut)
     assert len(count) == 1  # of four
     assert rows_of(cut) == rows_of(whole)

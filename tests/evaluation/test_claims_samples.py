@@ -91,7 +91,7 @@ def test_sizes_fit_the_longest_input(context):
         assert sizes.share >= 1 / (4 * cut)
     # The papers' own: an eighth, and fifteen in a hundred.
     sizes = session.fitted(context, n=20)
-    shared = session.session(kvjax.parse, kvjax.parse, "", sizes=sizes)
+    shared = session.session(lambda name: MODEL, kvjax.parse, "", sizes=sizes)
     assert retro._quest(shared).endswith(f"budget_ratio={retro.SHARE}")
 
 
@@ -172,9 +172,11 @@ def test_text_is_predicted_the_same_two_windows_at_a_time(at_once, by_two):
         found, texts.log_probs(at_once, NAME, QUEST), rtol=1e-4, atol=1e-4
     )
     # The divergence is what kvjax compare says.
-    windows, sizes = texts.windows(by_two, NAME), {"new_tokens": 16, "batch": 3}
+    windows = texts.windows(by_two, NAME)
     logits = [
-        continuations.predict(MODEL, kvjax.parse(spec), windows, **sizes).logits
+        continuations.predict(
+            MODEL, kvjax.parse(spec), windows, new_tokens=16, batch=3
+        ).logits
         for spec in ("full", QUEST)
     ]
     expected = fidelity.agreement(*logits).kl.mean(1)

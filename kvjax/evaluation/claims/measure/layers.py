@@ -91,13 +91,17 @@ def inputs(session: Session, name: str) -> Inputs:
 
 def _windows(session: Session, name: str) -> list[list[int]]:
     sizes = session.sizes
-    return needles.windows(
-        session.model(name).tokenizer,
-        session.text,
-        context=sizes.layer_context,
-        n=sizes.layer_windows,
-        seed=SEED,
-    )
+
+    def cut() -> list[list[int]]:
+        return needles.windows(
+            session.model(name).tokenizer,
+            session.text,
+            context=sizes.layer_context,
+            n=sizes.layer_windows,
+            seed=SEED,
+        )
+
+    return session.remember(("layer windows", name), cut)
 
 
 def record_inputs(model: LanguageModel, tokens: np.ndarray) -> Inputs:

@@ -47,14 +47,17 @@ def _nats(session: Session, spec: str) -> np.ndarray:
     """Nats a token of each window, of the tokens behind two caches."""
     sizes, model = session.sizes, session.model(SOFTMAX)
 
-    def make(first: int, last: int) -> list[float]:
-        windows = needles.windows(
+    def cut() -> list[list[int]]:
+        return needles.windows(
             model.tokenizer,
             session.text,
             context=sizes.cascade_context,
             n=sizes.cascade_windows,
             seed=SEED,
         )
+
+    def make(first: int, last: int) -> list[float]:
+        windows = session.remember("cascade windows", cut)
         read = steps.read(
             model,
             session.method(spec),
@@ -99,15 +102,18 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
     """Share of each key's digits that greedy decoding says before its first mistake."""
     sizes, model = session.sizes, session.model(SOFTMAX)
 
-    def make(start: int, end: int) -> list[float]:
-        made = needles.passkey(
+    def examples() -> list[needles.Example]:
+        return needles.passkey(
             model.tokenizer,
             session.text,
             context=sizes.cache << doublings,
             n=sizes.keys,
             seed=SEED,
             depths=DEPTHS,
-        )[start:end]
+        )
+
+    def make(start: int, end: int) -> list[float]:
+        made = session.remember(("cascade keys", doublings), examples)[start:end]
         whole = [haystack.whole(model.tokenizer, example) for example in made]
         likeliest, shape = [], _shape(session)
         for first in range(0, len(made), shape.batch):
