@@ -77,6 +77,18 @@ def claims(folder: pathlib.Path | None = None) -> str:
     return textwrap.fill(text, 88, break_on_hyphens=False)
 
 
+def test_claims_of_every_recorded_model_are_counted(tmp_path):
+    newest = max(RESULTS.glob("*-reproduce.json"))
+    document = json.loads(newest.read_text("utf-8"))
+    (tmp_path / "2026-01-01-reproduce.json").write_text(json.dumps(document))
+    other = document | {"model": "mine", "rows": document["rows"][:3]}
+    (tmp_path / "2026-01-01-reproduce-mine.json").write_text(json.dumps(other))
+    ours, theirs = " ".join(claims(tmp_path).split()).split(". ", 1)
+    assert ours.startswith(f"Of {len(document['rows'])} claims ")
+    assert theirs.startswith("On mine, of 3 claims ")
+    assert theirs.endswith("(`benchmarks/results/2026-01-01-reproduce-mine.json`).")
+
+
 def counted_claims(name: str, document: dict) -> str:
     rows, counts = document["rows"], document["verdicts"]
     counted = [

@@ -123,7 +123,7 @@ def reproduce(
 
 
 class _Run(NamedTuple):
-    """What is to be measured, and what the document says of it."""
+    """The session that measures, and what the document says of it."""
 
     shared: Any  # a session
     manifest: dict[str, Any]

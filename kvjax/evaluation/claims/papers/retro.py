@@ -62,7 +62,7 @@ def _followed(session: Session, spec: str) -> list[dict[str, Any]]:
 
 
 def _beside(session: Session, is_ours: bool, full: Any, mine: Any, count: int) -> list:
-    """How far each window's keys are from full attention's, and pages seen by age."""
+    """Each window's distance of keys from full attention's, and pages seen by age."""
     errors = _distance(session, mine.states, full.states)[:count]
     ages = [None] * count
     if is_ours:
