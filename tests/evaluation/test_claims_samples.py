@@ -206,6 +206,8 @@ def test_cascades_are_the_same_two_rows_at_a_time(at_once, by_two):
 
 def test_the_right_answer_is_fed_behind_its_prompt(by_two):
     examples = asked.examples(by_two, NAME, "passkey")
+    # One answers with less than the others beside it.
+    examples[1] = examples[1]._replace(answer=examples[1].answer[:2], answer_tokens=2)
     found = asked.nats(by_two, NAME, "passkey", "full")
     for example, nats in zip(examples, found, strict=True):
         whole = haystack.whole(MODEL.tokenizer, example)
@@ -213,9 +215,10 @@ def test_the_right_answer_is_fed_behind_its_prompt(by_two):
         expected = -scored[0, len(example.prompt) - 1 :].mean()
         assert nats == pytest.approx(expected, rel=1e-4)
         assert len(whole) <= 80
-    # More examples begin with those of fewer, and a method that forgets does worse.
+    # More examples begin with those of fewer.
     more = asked.examples(toy(2, examples=4), NAME, "passkey")
-    assert more[:3] == examples
+    assert more[0] == examples[0]
+    assert more[2] == examples[2]
     assert len(more) == 4
 
 
@@ -286,3 +289,10 @@ def test_a_row_that_stands_is_not_measured_and_a_misfit_stops_no_other():
     assert rows[0].reason.endswith("on this model: context=64 is too short.")
     with pytest.raises(ValueError, match="too short"):
         runner.run(chosen, toy(2), earlier=stands)
+
+    def damaged(session):
+        raise samples.DamagedError("a file is damaged.")
+
+    # Nothing to do with the model: whoever runs it has to know.
+    with pytest.raises(samples.DamagedError):
+        runner.run([a_claim(measure=damaged)], toy(2), is_tolerant=True)
