@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import numpy as np
 import pytest
@@ -205,7 +206,7 @@ def test_cascades_are_the_same_two_rows_at_a_time(at_once, by_two):
 
 
 def test_the_right_answer_is_fed_behind_its_prompt(by_two):
-    examples = asked.examples(by_two, NAME, "passkey")
+    examples: list[Any] = asked.examples(by_two, NAME, "passkey")
     # One answers with less than the others beside it.
     examples[1] = examples[1]._replace(answer=examples[1].answer[:2], answer_tokens=2)
     found = asked.nats(by_two, NAME, "passkey", "full")
