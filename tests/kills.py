@@ -85,6 +85,15 @@ def compared(out: pathlib.Path) -> Any:
     return sorted(rows, key=lambda row: row["method"])
 
 
+def reproduced(out: pathlib.Path) -> Any:
+    """The rows without their clocks, once all are there."""
+    file = out / "results.json"
+    if not file.is_file() or not json.loads(file.read_text())["finished"]:
+        return None
+    rows, times = json.loads(file.read_text())["rows"], ("seconds", "cpu_seconds")
+    return [{k: v for k, v in row.items() if k not in times} for row in rows]
+
+
 def read_once(out: pathlib.Path) -> Any:
     """What the prefix says of its arrays, bit by bit."""
     file = out / "prefix.json"
@@ -92,7 +101,7 @@ def read_once(out: pathlib.Path) -> Any:
 
 
 def jobs(model: pathlib.Path, text: pathlib.Path) -> dict[str, Job]:
-    """The four commands that keep something, on a tiny model."""
+    """The five commands that keep something, on a tiny model."""
 
     def never(out):
         return False
@@ -102,6 +111,7 @@ def jobs(model: pathlib.Path, text: pathlib.Path) -> dict[str, Job]:
     given = ["--model", str(model), "--text", str(text)]
     sizes = ["--lengths", "40", "--steps", "24", "--features", "2", "--width", "3"]
     shape = ["--context", "320", "--budget", "48", "--n", "1", "--windows", "1"]
+    few = ["--context", "256", "--n", "4", "--batch", "1"]
     methods = ["--method", "streaming_llm", "--method", "tova", "--method", "h2o"]
     return {
         "train": Job(
@@ -119,6 +129,13 @@ def jobs(model: pathlib.Path, text: pathlib.Path) -> dict[str, Job]:
             "--out",
             lambda out: ["--continue"],
             compared,
+            never,
+        ),
+        "reproduce": Job(
+            ["reproduce", *given, *few, "--claim", "cascade-perplexity"],
+            "--out",
+            lambda out: ["--continue"],
+            reproduced,
             never,
         ),
         "prefill": Job(

@@ -78,6 +78,9 @@ SHORTER = {
         *("--new-tokens", "4", "--method", "quest"),
     ],
     "kvjax reproduce --claim": ["--quick"],
+    "kvjax reproduce --model mine": [
+        *("--model", "embedded-softmax", "--context", "256", "--claim", "refresh-bytes")
+    ],
     "kvjax reproduce --quick": ["--claim", "cascade-memory"],
 }
 

@@ -23,6 +23,7 @@ from test_fidelity_cards import with_cards
 from tiny import keep_layers
 
 from kvjax import registry
+from kvjax.evaluation.claims import recorded
 from kvjax.evaluation.claims.claim import FROM_SHAPES
 from kvjax.registry.describe import describe
 from kvjax.report import labels, table
@@ -68,23 +69,40 @@ def tree() -> str:
     return "\n".join([*lines, "```"])
 
 
-def claims() -> str:
-    """What came of the claims in the last full run."""
-    path = max(RESULTS.glob("*-reproduce.json"))
-    document = json.loads(path.read_text("utf-8"))
+def claims(folder: pathlib.Path | None = None) -> str:
+    """What came of the claims in the last full run, of each model a sentence."""
+    (_, embedded), *_ = runs = recorded.runs(folder or RESULTS)
+    assert embedded["finished"]
+    text = " ".join(counted_claims(*run) for run in runs)
+    return textwrap.fill(text, 88, break_on_hyphens=False)
+
+
+def test_claims_of_every_recorded_model_are_counted(tmp_path):
+    newest = max(RESULTS.glob("*-reproduce.json"))
+    document = json.loads(newest.read_text("utf-8"))
+    (tmp_path / "2026-01-01-reproduce.json").write_text(json.dumps(document))
+    other = document | {"model": "mine", "rows": document["rows"][:3]}
+    (tmp_path / "2026-01-01-reproduce-mine.json").write_text(json.dumps(other))
+    ours, theirs = " ".join(claims(tmp_path).split()).split(". ", 1)
+    assert ours.startswith(f"Of {len(document['rows'])} claims ")
+    assert theirs.startswith("On mine, of 3 claims ")
+    assert theirs.endswith("(`benchmarks/results/2026-01-01-reproduce-mine.json`).")
+
+
+def counted_claims(name: str, document: dict) -> str:
     rows, counts = document["rows"], document["verdicts"]
-    assert document["finished"]
     counted = [
         row["measured"] == FROM_SHAPES and row["verdict"] == "reproduced"
         for row in rows
     ]
-    text = (
-        f"Of {len(rows)} claims {counts['reproduced']} are reproduced ({sum(counted)} "
-        f"of them by formulas alone), {counts['direction only']} in direction only, "
-        f"{counts['not reproduced']} not, and {counts['not measured']} could not be "
-        f"measured (`benchmarks/results/{path.name}`)."
+    of = "Of" if "model" not in document else f"On {document['model']}, of"
+    return (
+        f"{of} {len(rows)} claims {counts['reproduced']} are reproduced "
+        f"({sum(counted)} of them by formulas alone), {counts['direction only']} in "
+        f"direction only, {counts['not reproduced']} not, and "
+        f"{counts['not measured']} could not be measured "
+        f"(`benchmarks/results/{name}`)."
     )
-    return textwrap.fill(text, 88, break_on_hyphens=False)
 
 
 # What `kvjax compare` wrote, under the names of the tables.

@@ -10,7 +10,8 @@ from typing import Any
 EVERY = 5.0  # seconds between two lines, in the first minutes
 OF_LONG = 60  # parts of the time so far: of an hour, lines are a minute apart
 
-Update = Callable[[str, float], None]  # (name of a part, fraction of it that is done)
+# (name of a part, fraction of it that is done; None: it is no part of the work)
+Update = Callable[[str, float | None], None]
 
 
 @contextlib.contextmanager
@@ -68,7 +69,18 @@ def _bars(total: int) -> Iterator[Update]:
     with Progress(*columns, console=Console(stderr=True)) as bar:
         whole = bar.add_task("all", total=total) if total > 1 else None
 
-        def update(name: str, fraction: float) -> None:
+        parts = total
+
+        def update(name: str, fraction: float | None) -> None:
+            nonlocal parts
+            if fraction is None:
+                parts -= 1
+                done.pop(name, None)
+                if name in bars:
+                    bar.update(bars[name], visible=False)
+                if whole is not None:
+                    bar.update(whole, total=parts, completed=sum(done.values()))
+                return
             if name not in bars:
                 bars[name] = bar.add_task(name, total=1.0)
             bar.update(bars[name], completed=fraction)
@@ -88,7 +100,11 @@ class _Lines:
         self._start = self._written = time.monotonic()
         self._lock = threading.Lock()
 
-    def update(self, name: str, fraction: float) -> None:
+    def update(self, name: str, fraction: float | None) -> None:
+        if fraction is None:
+            self._total -= 1
+            self._done.pop(name, None)
+            return
         is_news = fraction >= 1 > self._done.get(name, 0.0)
         self._done[name] = fraction
         if time.monotonic() - self._written >= 1.0 and is_news:

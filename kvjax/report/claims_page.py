@@ -16,7 +16,12 @@ HEADINGS = ("claim", "the paper", "here", "n", "measured", "verdict")
 
 
 def document(
-    rows: Sequence[Row], manifest: Mapping[str, Any], *, quick: bool, asked: int
+    rows: Sequence[Row],
+    manifest: Mapping[str, Any],
+    *,
+    quick: bool,
+    asked: int,
+    about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """JSON-ready: what was found, row by row, and how often each verdict was reached.
 
@@ -25,6 +30,8 @@ def document(
         manifest: of `documents.manifest`.
         quick: whether the sizes are the small ones.
         asked: how many rows there will be.
+        about: on another model than the embedded ones its name, the `context` of the
+            longest inputs, and `n`, the samples that are asked for.
     """
     entries = [as_dict(row) for row in rows]
     count = {verdict: 0 for verdict in VERDICTS}
@@ -35,6 +42,7 @@ def document(
         "manifest": dict(manifest),
         "quick": quick,
         "finished": len(rows) == asked,
+        **(about or {}),
         "verdicts": count,
         "rows": entries,
     }
@@ -79,6 +87,8 @@ def summary(found: Mapping[str, Any]) -> str:
     counts = found["verdicts"]
     verdicts = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS)
     sizes = "small sizes (--quick)" if found["quick"] else "full sizes"
+    if "context" in found:
+        sizes = f"{found['model']}, inputs of up to {found['context']:,} tokens"
     formulas = sum(row["measured"] == FROM_SHAPES for row in found["rows"])
     note = f" By formulas, not by a run: {formulas}." if formulas else ""
     return f"{len(found['rows'])} claims, {sizes}: {verdicts}.{note}"
@@ -139,19 +149,44 @@ def _table(rows: Sequence[Mapping[str, Any]]):
     return table
 
 
-def markdown(found: Mapping[str, Any]) -> str:
-    """The table and the reasons, for a page of the docs."""
-    lines = [
-        "| claim | the paper | here | n | measured | verdict |",
-        "|---|---|---|--:|---|---|",
-    ]
-    for row in found["rows"]:
-        text = [cell.replace("\n", "; ").replace("|", "\\|") for cell in cells(row)]
-        text[0] = f"`{row['name']}`: {text[0]}"
+def markdown(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]] = ()) -> str:
+    """The table and the reasons, for a page of the docs.
+
+    Args:
+        found: of the embedded models.
+        others: of other models, a column each.
+    """
+    by_model = {
+        other["model"]: {row["name"]: row for row in other["rows"]} for other in others
+    }
+    rows = {row["name"]: cells(row) for row in found["rows"]}
+    for other in others:
+        for row in other["rows"]:
+            rows.setdefault(row["name"], [*cells(row)[:2], "-", "-", "-", "-"])
+    heading = ["claim", "the paper", "here", "n", "measured", "verdict", *by_model]
+    lines = [f"| {' | '.join(heading)} |", "|---|---|---|--:|---|---|"]
+    lines[1] += "---|" * len(by_model)
+    for name, row_cells in rows.items():
+        row_cells = [f"`{name}`: {row_cells[0]}", *row_cells[1:]]
+        row_cells += [_in_one_cell(column.get(name)) for column in by_model.values()]
+        text = [cell.replace("\n", "; ").replace("|", "\\|") for cell in row_cells]
         lines.append("| " + " | ".join(text) + " |")
-    lines += ["", summary(found), ""]
+    lines += ["", *(summary(one) for one in (found, *others)), ""]
     lines += [f"- `{row['name']}`: {row['reason']}" for row in found["rows"]]
+    for model, column in by_model.items():
+        lines += ["", f"On {model}:", ""]
+        lines += [f"- `{name}`: {row['reason']}" for name, row in column.items()]
     return "\n".join(lines) + "\n"
+
+
+def _in_one_cell(row: Mapping[str, Any] | None) -> str:
+    """The value of another model, what it measures and what follows from it."""
+    if row is None:
+        return "-"
+    if row["value"] is None:
+        return str(row["verdict"])
+    value = f"{value_and_interval(row)}\n{row['measures']}; bar {row['bar']}"
+    return f"{value}; n {row['n']}\n**{row['verdict']}**"
 
 
 def html(found: Mapping[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from kvjax import files
@@ -70,17 +70,40 @@ def rows(
         ValueError: if the two are of different models, settings or versions; names
             the first difference.
     """
-    before, settings = comparison["manifest"], comparison["manifest"]["settings"]
-    pairs: dict[str, tuple[Any, Any]] = {"format": (comparison.get("format"), FORMAT)}
+    check_alike(folder, comparison, manifest, FORMAT)
+    return {row["method"]: row for row in comparison["rows"]}
+
+
+def check_alike(
+    folder: pathlib.Path,
+    earlier: Mapping[str, Any],
+    manifest: Mapping[str, Any],
+    number: int,
+    free: Collection[str] = (),
+) -> None:
+    """Refuses to go on with what is of another model, setting or version.
+
+    Args:
+        folder: of the report, for messages.
+        earlier: the document that is there.
+        manifest: of the run that goes on.
+        number: of the document's format.
+        free: settings that may differ.
+
+    Raises:
+        ValueError: naming the first difference.
+    """
+    before, settings = earlier["manifest"], earlier["manifest"]["settings"]
+    pairs: dict[str, tuple[Any, Any]] = {"format": (earlier.get("format"), number)}
     for key in ("kvjax", "model", "backend", "device", "cpu_count", *PACKAGES):
         pairs[key] = before.get(key), manifest[key]
     wanted = json_ready(manifest["settings"])
     for key in wanted | settings:
-        pairs[key] = settings.get(key), wanted.get(key)
+        if key not in free:
+            pairs[key] = settings.get(key), wanted.get(key)
     for key, (old, new) in pairs.items():
         if old != new:
             raise ValueError(
                 f"{folder / DATA} was made with {key}={old!r} and cannot go on with "
                 f"{new!r}: use that one, or --overwrite, or another --out."
             )
-    return {row["method"]: row for row in comparison["rows"]}

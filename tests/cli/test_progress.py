@@ -55,3 +55,12 @@ def test_lines_of_long_work_are_further_apart():
     assert progress.EVERY - 1 < lines.until_next() <= progress.EVERY
     lines._start -= 3600.0
     assert 58 < lines.until_next() < 61
+
+
+def test_what_was_done_before_is_no_part_of_the_time_left():
+    lines = progress._Lines(4)
+    for name in ("kept", "also kept"):
+        lines.update(name, 0.0)
+        lines.update(name, None)
+    lines.update("full", 1.0)
+    assert summary(dict(lines._done), lines._total, 60.0).startswith("50% done")

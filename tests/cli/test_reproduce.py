@@ -40,6 +40,21 @@ def test_claims_are_measured_in_the_order_of_the_table(run, tmp_path):
     assert document["manifest"]["arguments"][0] == "reproduce"
 
 
+def test_a_run_of_the_embedded_models_goes_on_too(run, fail, tmp_path, monkeypatch):
+    run("reproduce", *COUNTED, "--quick", "--out", tmp_path)
+    before = json.loads((tmp_path / "results.json").read_text())["rows"]
+
+    def broken(session):
+        raise AssertionError("measured again")
+
+    again = dataclasses.replace(TEMPLATE, measure=broken)
+    monkeypatch.setattr(claims, "named", lambda names: (again,))
+    run("reproduce", "--quick", "--continue", "--out", tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["rows"] == before
+    message = fail("reproduce", "--continue", "--out", tmp_path)
+    assert "was made with layer_context=1024 and cannot go on with 2048" in message
+
+
 def test_the_table_says_value_verdict_and_reason(run, tmp_path):
     out = run("reproduce", "--claim", "retro-bytes", "--out", tmp_path)
     said = " ".join(out.split())

@@ -12,7 +12,7 @@ import pytest
 import kvjax
 from kvjax import cli, registry
 from kvjax.evaluation import claims
-from kvjax.evaluation.claims import runner, session
+from kvjax.evaluation.claims import recorded, runner, session
 from kvjax.evaluation.claims.claim import (
     Claim,
     Effect,
@@ -233,6 +233,39 @@ def test_the_document_is_json_with_a_verdict_a_row(tmp_path):
     assert "| `toy`: It helps (arXiv:0000.00000, Table 1) |" in text
 
 
+def test_another_model_has_a_column_and_claims_of_its_own(tmp_path):
+    rows = runner.run([a_claim()], reading())
+    found = claims_page.document(rows, {}, quick=False, asked=1)
+    changes = {"value": "nats", "measure": lambda s: measured(-0.2, -0.3, -0.1)}
+    both = [a_claim(elsewhere=changes), a_claim(name="new", note="", because={})]
+    rows = runner.run([one.on("mine") for one in both], reading())
+    about = {"model": "mine", "context": 2048, "n": 5}
+    other = claims_page.document(rows, {}, quick=False, asked=2, about=about)
+    assert claims_page.summary(other).startswith(
+        "2 claims, mine, inputs of up to 2,048 tokens: 1 reproduced"
+    )
+    text = claims_page.markdown(found, [other])
+    heading, _, first, second = text.splitlines()[:4]
+    assert heading.endswith("| verdict | mine |")
+    assert first.endswith(
+        "| reproduced | -0.2 [-0.3, -0.1]; nats; bar > 0; n 5; **not reproduced** |"
+    )
+    assert "| - | - | - | - | 0.2 [0.1, 0.3]; points; bar > 0; n 5; **rep" in second
+    ours, theirs = text.split("On mine:")
+    assert "- `toy`: The interval is above 0, no effect. A toy." in ours
+    assert "- `toy`: Not above 0, which is no effect. A toy." in theirs
+    # The newest of each model, the embedded ones first.
+    for name, document in {
+        "2026-01-02-reproduce-mine.json": other,
+        "2026-01-01-reproduce-mine.json": other | {"old": True},
+        "2026-01-01-reproduce.json": found,
+    }.items():
+        (tmp_path / name).write_text(json.dumps(document))
+    runs = recorded.runs(tmp_path)
+    names = ["2026-01-01-reproduce.json", "2026-01-02-reproduce-mine.json"]
+    assert [name for name, _ in runs] == names
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_the_table_is_whole_at_any_width(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -299,12 +332,13 @@ def test_a_picture_tells_verdicts_and_missing_intervals_apart():
 # The page of the last full run.
 
 ROOT = pathlib.Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "reproduce.md"
 TABLE = re.compile("(?<=<!-- table -->\\n).*(?=<!-- /table -->)", re.DOTALL)
 
 
 def last_run() -> tuple[str, dict]:
-    path = max((ROOT / "benchmarks" / "results").glob("*-reproduce.json"))
+    path = max(RESULTS.glob("*-reproduce.json"))
     return path.name, json.loads(path.read_text("utf-8"))
 
 
@@ -314,7 +348,12 @@ def table() -> str:
     said = f"{about['date'][:10]}, {about['cpu_count']} cores, jax {about['jax']}"
     if "note" in about:
         said = f"{said}; {about['note']}"
-    return f"`benchmarks/results/{name}`, {said}.\n\n{claims_page.markdown(document)}\n"
+    (_, *others) = recorded.runs(RESULTS)
+    for other, found in others:
+        said += f"; {found['model']}: `benchmarks/results/{other}`"
+        said += f", {found['manifest']['date'][:10]}"
+    shown = claims_page.markdown(document, [found for _, found in others])
+    return f"`benchmarks/results/{name}`, {said}.\n\n{shown}\n"
 
 
 def test_the_page_shows_the_last_full_run():

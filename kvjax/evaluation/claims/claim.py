@@ -6,6 +6,7 @@ before anything is measured; nobody writes it.
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -145,6 +146,8 @@ class Claim:
         measure: takes the session, returns the value.
         because: of a verdict that is not "reproduced", the reason that was found.
         note: where the setting here is not the paper's.
+        elsewhere: fields that differ on another model than the embedded ones.
+        model: that other model.
     """
 
     name: str
@@ -157,11 +160,22 @@ class Claim:
     measure: Callable[[Any], Measured]
     because: Mapping[Verdict, str] = dataclasses.field(default_factory=dict)
     note: str = ""
+    elsewhere: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    model: str = ""
 
     @property
     def command(self) -> str:
         """The command that measures it alone."""
-        return f"kvjax reproduce --claim {self.name}"
+        given = f"--model {shlex.quote(self.model)} " if self.model else ""
+        return f"kvjax reproduce {given}--claim {self.name}"
+
+    def on(self, model: str) -> "Claim":
+        """The claim as it is measured on another model than the embedded ones.
+
+        The reasons that were found are of the embedded models, and are left out.
+        """
+        fields: dict[str, Any] = {"because": {}, "model": model, **self.elsewhere}
+        return dataclasses.replace(self, **fields)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +212,24 @@ def judge(
 def not_measured(claim: Claim, reason: str) -> Row:
     """The row of a claim that could not be measured."""
     return Row(claim, None, "not measured", reason, 0.0, 0.0)
+
+
+def of_dict(claim: Claim, entry: Mapping[str, Any]) -> Row:
+    """The row that :func:`as_dict` wrote, judged again."""
+    seconds = float(entry["seconds"]), float(entry["cpu_seconds"])
+    if entry["value"] is None:
+        return not_measured(claim, entry["reason"])
+    low, high = entry["interval"]
+    found = Measured(
+        entry["value"],
+        -math.inf if low is None else low,
+        math.inf if high is None else high,
+        entry["n"],
+        when=entry["measured"],
+        details=entry["details"],
+        note=entry["note"],
+    )
+    return judge(claim, found, *seconds)
 
 
 def as_dict(row: Row) -> dict[str, Any]:

@@ -37,6 +37,18 @@ def documents(folder: pathlib.Path, pattern: str) -> list[tuple[Mapping, str]]:
     return dated
 
 
+def runs(folder: pathlib.Path) -> list[tuple[str, Mapping]]:
+    """The newest `kvjax reproduce` of each model, with its file's name.
+
+    Those of the embedded models come first, others by their names.
+    """
+    newest: dict[str, tuple[str, Mapping]] = {}
+    for path in sorted(folder.glob("*-reproduce*.json"), reverse=True):
+        document = json.loads(files.read_text(path))
+        newest.setdefault(document.get("model", ""), (path.name, document))
+    return [newest[model] for model in sorted(newest)]
+
+
 def _when(name: str, document: Mapping) -> str:
     about = document.get("manifest", document)
     in_name = re.match(r"\d{4}-\d{2}-\d{2}", name)

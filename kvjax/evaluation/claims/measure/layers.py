@@ -7,7 +7,7 @@ one batch: a program of one layer, which compiles in a second.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 
 from kvjax import dense
 from kvjax.attention.selection import is_listed
+from kvjax.decoding import loop
 from kvjax.evaluation.claims.session import SEED, Session
 from kvjax.evaluation.tasks import needles
 from kvjax.interface import (
@@ -82,17 +83,25 @@ def inputs(session: Session, name: str) -> Inputs:
     """The inputs of a model's layers in the session's windows."""
 
     def record() -> Inputs:
-        model, sizes = session.model(name), session.sizes
-        windows = needles.windows(
-            model.tokenizer,
+        windows = _windows(session, name)
+        return record_inputs(session.model(name), np.array(windows, np.int32))
+
+    return session.remember(("layers", name), record)
+
+
+def _windows(session: Session, name: str) -> list[list[int]]:
+    sizes = session.sizes
+
+    def cut() -> list[list[int]]:
+        return needles.windows(
+            session.model(name).tokenizer,
             session.text,
             context=sizes.layer_context,
             n=sizes.layer_windows,
             seed=SEED,
         )
-        return record_inputs(model, np.array(windows, np.int32))
 
-    return session.remember(("layers", name), record)
+    return session.remember(("layer windows", name), cut)
 
 
 def record_inputs(model: LanguageModel, tokens: np.ndarray) -> Inputs:
@@ -123,10 +132,10 @@ def _record_inputs(decoder, params, tokens):
     return Inputs(*(jnp.concatenate(x) for x in zip(*found, strict=True)))
 
 
-def layer_spec(session: Session, name: str) -> CacheSpec:
-    """The spec of one layer whose rows are all layers of all windows."""
+def layer_spec(session: Session, name: str, windows: int | None = None) -> CacheSpec:
+    """The spec of one layer whose rows are all layers of so many windows, or of all."""
     model, sizes = session.model(name), session.sizes
-    rows = model.decoder.num_layers * sizes.layer_windows
+    rows = model.decoder.num_layers * (windows or sizes.layer_windows)
     return model.decoder.cache_spec(rows, sizes.layer_context, sizes.layer_steps)
 
 
@@ -143,23 +152,57 @@ def run(session: Session, name: str, method: str) -> Layers:
     """A method's steps on the session's windows, beside full attention's."""
 
     def measure() -> Layers:
-        given, sizes = inputs(session, name), session.sizes
+        sizes = session.sizes
         spec, parsed = layer_spec(session, name), session.method(method)
-        sums = _decoded(parsed, spec, given, truth(session, name))
-
-        def split(x):  # (L * W, ...) to (L, W, ...)
-            x = np.asarray(x) / sizes.layer_steps
-            return x.reshape(-1, sizes.layer_windows, *x.shape[1:])
-
+        sums = _sums(session, name, method)
         one = dataclasses.replace(spec, batch=1)
         token = buffers.kv_bytes(one, 1) / one.num_kv_heads
-        return Layers(
-            jax.tree.map(split, sums),
-            parsed.traffic(one, sizes.layer_context - 1),
-            float(token),
-        )
+        return Layers(sums, parsed.traffic(one, sizes.layer_context - 1), float(token))
 
     return session.remember(("layers", name, method), measure)
+
+
+def _sums(session: Session, name: str, method: str) -> Sums:
+    """Means over steps of what a method loses, of all windows: (L, W, Hq) or (L, W)."""
+    sizes, parsed = session.sizes, session.method(method)
+
+    def split(x):  # (L * W, ...) to (L, W, ...)
+        x = np.asarray(x) / sizes.layer_steps
+        return x.reshape(session.model(name).decoder.num_layers, -1, *x.shape[1:])
+
+    if sizes.batch is None:
+        given, expected = inputs(session, name), truth(session, name)
+        spec = layer_spec(session, name)
+        return jax.tree.map(split, _decoded(parsed, spec, given, expected))
+
+    def make(given: Inputs) -> list:
+        spec = layer_spec(session, name, 1)
+        sums = _decoded(parsed, spec, given, _truth(spec, given))
+        return [_short(part[:, 0]) for part in jax.tree.map(split, sums)]
+
+    found = _by_window(session, name, ("layers", name, method), make)
+    parts: Any = (np.array(x).swapaxes(0, 1) for x in zip(*found, strict=True))
+    return Sums(*parts)
+
+
+def _by_window(session: Session, name: str, key: tuple, make) -> list:
+    """Values of the inputs of a window at a time: those of many may not fit."""
+    sizes, model = session.sizes, session.model(name)
+
+    def of_windows(first: int, last: int) -> list:
+        rows = np.array(_windows(session, name)[first:last], np.int32)
+        return [make(record_inputs(model, row[None])) for row in rows]
+
+    key = *key, sizes.layer_context, sizes.layer_steps
+    found = session.samples.values(key, sizes.layer_windows, of_windows, batch=1)
+    loop.free(_record_inputs, _truth, _decoded, _entropies)
+    return found
+
+
+def _short(values: np.ndarray) -> list:
+    """Values as lists, of as many digits as float32 has."""
+    flat = [float(f"{x:.7g}") for x in np.ravel(values).tolist()]
+    return np.array(flat).reshape(values.shape).tolist()
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -247,11 +290,18 @@ def entropies(
     The middle is what a prompt has between its sinks and its tail; weights are
     renormalised there, and means over windows and steps taken.
     """
-    given, sizes = inputs(session, name), session.sizes
-    spec = layer_spec(session, name)
+    sizes = session.sizes
     middle = num_sinks, sizes.layer_context - sizes.layer_steps - tail
-    found = np.asarray(_entropies(spec, middle, given))  # (L * W, Hq)
-    return found.reshape(-1, sizes.layer_windows, found.shape[1]).mean(1)
+    if sizes.batch is None:
+        spec, given = layer_spec(session, name), inputs(session, name)
+        found = np.asarray(_entropies(spec, middle, given))  # (L * W, Hq)
+        return found.reshape(-1, sizes.layer_windows, found.shape[1]).mean(1)
+
+    def make(given: Inputs) -> list:
+        spec = layer_spec(session, name, 1)
+        return _short(np.asarray(_entropies(spec, middle, given)))
+
+    return np.mean(_by_window(session, name, ("entropy", name, *middle), make), axis=0)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,14 +6,17 @@ reads a chunk of a prompt, and one that takes up to `PIECE` steps.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from kvjax.decoding import finite, reader
 from kvjax.decoding.feeding import CHOOSE, Watch, feed
+from kvjax.evaluation import compare_runs
 from kvjax.interface import LanguageModel, Method
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -28,6 +31,18 @@ def optimised(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         jax.config.update("jax_disable_most_optimizations", before)
+
+
+def filled(rows: Sequence[T], size: int) -> list[T]:
+    """The rows, and the last one again until they are as many as programs take."""
+    rows = list(rows)
+    return rows + [rows[-1]] * (size - len(rows))
+
+
+def drop_programs() -> None:
+    """Frees the programs of the methods that have run."""
+    reader.drop_programs(finite.likelihood)
+    compare_runs.drop_programs()
 
 
 class Shape(NamedTuple):

@@ -22,12 +22,20 @@ from kvjax.evaluation.claims.session import ENTMAX, SOFTMAX, Session
 from kvjax.stores import buffers
 
 PAPER = "arXiv:2605.21649"
+PAGE = 16  # the method's default
 SPARSE = "sparse, entmax, gaussian"  # operation of `kvjax bench kernels`
+
+
+def _budget(session: Session, context: int) -> int:
+    """Whole pages, two at least."""
+    return max(context // session.sizes.cut // PAGE * PAGE, 2 * PAGE)
 
 
 def _layers(session: Session) -> tuple[layers.Layers, layers.Layers]:
     """EntmaxKV on the entmax model, Quest on the softmax model: the same pages."""
-    budget = session.sizes.layer_context // 8
+    for role in (ENTMAX, SOFTMAX):  # before either is measured
+        session.model(role)
+    budget = _budget(session, session.sizes.layer_context)
     ours = layers.run(session, ENTMAX, f"entmaxkv:budget={budget}")
     theirs = layers.run(session, SOFTMAX, f"quest:budget={budget}")
     return ours, theirs
@@ -61,7 +69,7 @@ def _support(session: Session) -> Measured:
 
 
 def _sparse(session: Session) -> str:
-    return f"entmaxkv:budget={session.sizes.context // 8}"
+    return f"entmaxkv:budget={_budget(session, session.sizes.context)}"
 
 
 def _recorded_answers(session: Session) -> Measured:
@@ -107,7 +115,7 @@ def _adaptive(session: Session) -> Measured:
 
 def _certificate(session: Session) -> Measured:
     session.needs_thorough()
-    budget = session.sizes.layer_context // 8
+    budget = _budget(session, session.sizes.layer_context)
     lost = layers.run(session, ENTMAX, f"entmaxkv:budget={budget},certified=true")
     largest = float(lost.found.error.max())
     details = {
