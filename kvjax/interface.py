@@ -12,100 +12,17 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import naming
+from kvjax.cache_spec import CacheSpec as CacheSpec
+from kvjax.cache_spec import with_layer as with_layer
 
 State = Any  # a pytree of arrays: one layer's NamedTuple
 Params = Any  # a pytree of arrays: a model's weights
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class CacheSpec:
-    """All a method may know of a model: static, hashable, one layer.
-
-    A pytree without leaves: a state may carry its spec, and every leaf of the state is
-    still an array.
-
-    Attributes:
-        batch: rows.
-        num_q_heads: query heads, a multiple of `num_kv_heads`.
-        num_kv_heads: key/value heads.
-        head_dim: elements per head.
-        capacity: most tokens a row ever holds, prompt and generated.
-        dtype: of the cached keys and values.
-        rope: `rope(x, positions, length)` rotates un-rotated queries or keys; see
-            :class:`kvjax.rope.Rope`.
-        max_new_tokens: most tokens appended after the prompt. Methods that shrink
-            the prompt's cache but keep every generated token size their buffers by it.
-        sm_scale: factor on the logits; ``head_dim ** -0.5`` unless given, or if nan.
-        layer: index of the layer, for transforms that treat layers differently.
-        num_layers: of the model, for transforms that share budgets out; 0 if unsaid.
-        alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
-        storage: a `pallas_kernels.shared.quantized.Storage` of keys and values, or None
-            for numbers of `dtype`.
-    """
-
-    batch: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    capacity: int
-    dtype: jax.typing.DTypeLike
-    rope: Callable[..., Array]
-    max_new_tokens: int = 0
-    sm_scale: float = math.nan
-    layer: int = 0
-    num_layers: int = 0
-    alpha: float = 1.0
-    storage: Hashable | None = None
-
-    def __post_init__(self):
-        for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"CacheSpec.{name}={value} must be at least 1.")
-        if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_q_heads={self.num_q_heads} must be a multiple of "
-                f"num_kv_heads={self.num_kv_heads}."
-            )
-        if not 0 <= self.max_new_tokens <= self.capacity:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} must be in "
-                f"[0, capacity={self.capacity}]."
-            )
-        if not (self.alpha >= 1 and math.isfinite(self.alpha)):
-            raise ValueError(
-                f"alpha={self.alpha} must be at least 1 (softmax) and finite."
-            )
-        if self.sm_scale is None or math.isnan(self.sm_scale):
-            object.__setattr__(self, "sm_scale", self.head_dim**-0.5)
-
-    @property
-    def group(self) -> int:
-        """The number of query heads per KV head, G."""
-        return self.num_q_heads // self.num_kv_heads
-
-
-def with_layer(state: State, layer: int) -> State:
-    """Returns the state with every spec in it of that layer.
-
-    States of layers that differ in the number alone can then share a program.
-    """
-
-    def of_layer(leaf):
-        if isinstance(leaf, CacheSpec):
-            return dataclasses.replace(leaf, layer=layer)
-        return leaf
-
-    return jax.tree.map(of_layer, state, is_leaf=lambda x: isinstance(x, CacheSpec))
 
 
 class Diagnostics(NamedTuple):
@@ -261,6 +178,43 @@ class Rereading(NamedTuple):
     words: str  # the text before every chunk
 
 
+@runtime_checkable
+class PrefillAfterFn(Protocol):
+    """Reads a chunk as `prefill` does, knowing what the layer below handed up.
+
+    `below` is None for the first layer. What a layer hands up has one structure and
+    shape, whatever came from below: the layers share a program.
+    """
+
+    def __call__(
+        self,
+        state: State,
+        /,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+        below: Any,
+    ) -> tuple[State, Float[Array, "B Hq T D"], Any]: ...
+
+
+class Hooks(NamedTuple):
+    """The wishes of a method while a prompt is read or saved; None changes nothing.
+
+    Fields:
+        granule: tokens of a part of the prompt that `prefill` may attend to by rules of
+            its own if it comes whole in one call. The reader gives parts whole, counted
+            from the first token, but for a row's last, which it always cuts.
+        prefill_after: in place of `prefill`, for what layers hand to each other.
+        work: query-key pairs that a query head attends to while a prompt of `length`
+            tokens is read: `length * (length + 1) / 2` if every token sees all.
+    """
+
+    granule: int | None = None
+    prefill_after: PrefillAfterFn | None = None
+    work: Callable[[CacheSpec, int], int] | None = None
+
+
 class Method(NamedTuple):
     """A KV-cache method: pure functions over one layer's state.
 
@@ -286,6 +240,7 @@ class Method(NamedTuple):
         lossy: keys and values are kept as other numbers than came: no step is exact.
         listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
+        hooks: what it needs of the reader of prompts.
     """
 
     init: InitFn
@@ -304,6 +259,7 @@ class Method(NamedTuple):
     lossy: bool = False
     listed: Callable[[CacheSpec], int] | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None
+    hooks: Hooks = Hooks()
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""
@@ -320,6 +276,20 @@ class Method(NamedTuple):
         """Attends for the tokens just appended: the transform of this library."""
         state, out, _ = self.inspect_step(state, q)
         return state, out
+
+    def prefill_layer(
+        self,
+        state: State,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+        below: Any = None,
+    ) -> tuple[State, Float[Array, "B Hq T D"], Any]:
+        """Reads a chunk in one layer of a model, which gives the last to the next."""
+        if self.hooks.prefill_after is not None:
+            return self.hooks.prefill_after(state, q, k, v, lengths, below)
+        return (*self.prefill(state, q, k, v, lengths), below)
 
 
 class Recipe(NamedTuple):
@@ -486,14 +456,4 @@ class LanguageModel(NamedTuple):
 
     def __repr__(self) -> str:
         """One line: its weights have millions of numbers."""
-        # A matrix in 4 bits is several arrays, and says itself how many weights.
-        nodes = jax.tree.leaves(self.params, is_leaf=lambda x: hasattr(x, "size"))
-        leaves = [node for node in nodes if hasattr(node, "size")]
-        count = sum(leaf.size for leaf in leaves)
-        dtypes = sorted({str(leaf.dtype) for leaf in leaves})
-        sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
-        return (
-            f"LanguageModel({self.name!r}, {type(self.decoder).__name__}, {sizes}, "
-            f"{self.decoder.num_layers} layers, context {self.decoder.context:,}, "
-            f"vocabulary {self.decoder.vocab_size:,})"
-        )
+        return naming.model_text(self.name, self.decoder, self.params)

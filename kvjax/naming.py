@@ -1,10 +1,12 @@
-"""The name of a method that no spec string made: its factory, and its options."""
+"""The names of what no spec string made: a method by its factory, a model."""
 
 import dataclasses
 import functools
 import inspect
 import numbers
 from typing import Any
+
+import jax
 
 
 def spec_of(method: Any) -> str:
@@ -42,3 +44,18 @@ def _with_options(name: str, bound: functools.partial, method: type) -> str:
 def _module_name(function: Any) -> str:
     *_, folder, name = ["", *getattr(function, "__module__", "").split(".")]
     return folder if name == "method" else name
+
+
+def model_text(name: str, decoder: Any, params: Any) -> str:
+    """Returns one line about a model and its weights."""
+    # A matrix in 4 bits is several arrays, and says itself how many weights.
+    nodes = jax.tree.leaves(params, is_leaf=lambda x: hasattr(x, "size"))
+    leaves = [node for node in nodes if hasattr(node, "size")]
+    count = sum(leaf.size for leaf in leaves)
+    dtypes = sorted({str(leaf.dtype) for leaf in leaves})
+    sizes = f"{count:,} parameters" + (f" ({', '.join(dtypes)})" if dtypes else "")
+    return (
+        f"LanguageModel({name!r}, {type(decoder).__name__}, {sizes}, "
+        f"{decoder.num_layers} layers, context {decoder.context:,}, "
+        f"vocabulary {decoder.vocab_size:,})"
+    )

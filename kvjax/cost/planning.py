@@ -173,6 +173,8 @@ def plan(
         for layer, one in enumerate(before)
     )
     read = accounting.traffic(method, decoder, context, new_tokens)
+    granule = method.hooks.granule or 1
+    chunk_size = -(-chunk_size // granule) * granule
     if method.reread is not None:
         chunk_size = max(chunk_size, min(method.reread.chunk, context))
     spec = decoder.cache_spec(batch, context, new_tokens)

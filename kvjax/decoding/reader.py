@@ -16,6 +16,12 @@ from jaxtyping import Array, Float, Int
 from kvjax import interface
 from kvjax.decoding import loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
+from kvjax.decoding.cutting import PAD as PAD
+from kvjax.decoding.cutting import Chunk as Chunk
+from kvjax.decoding.cutting import bucket as bucket
+from kvjax.decoding.cutting import chunk_tokens as chunk_tokens
+from kvjax.decoding.cutting import chunks as chunks
+from kvjax.decoding.cutting import cut as cut
 from kvjax.decoding.options import Options
 from kvjax.interface import (
     CacheSpec,
@@ -32,14 +38,11 @@ from kvjax.stores import buffers
 from kvjax.text import encoding
 from kvjax.text.stream import CONTEXT
 
-PAD = 0  # what a finished row feeds and emits; any valid token does
 NO_TOKEN = -1  # where a row has none
 POSITIONS = 64  # positions whose logits exist at once
 
 # Of logits `(B, V)` and tokens `(B,)`: arrays of the tokens' shape.
 Judge = Callable[[Array, Array], Any]
-# Right-padded tokens `(B, T)`, and the real ones of each row.
-Chunk = tuple[np.ndarray, np.ndarray]
 
 
 class Reading(NamedTuple):
@@ -111,7 +114,8 @@ def read_unended(
     decoder, longest = model.decoder, max(options.longest, *map(len, prompts))
     sizes = len(prompts), longest, options.max_new_tokens
     reading = begin(decoder, method, *sizes)
-    parts = chunks(decoder, prompts, options.chunk_size, longest)
+    granule = method.hooks.granule
+    parts = chunks(decoder, prompts, options.chunk_size, longest, granule)
     return read(model, method, reading, parts), layer_specs(decoder, *sizes)
 
 
@@ -237,11 +241,11 @@ def program(judge: Judge | None) -> Any:
 
 def _by_layer(decoder, method, params, states, tokens, lengths):
     """Reads a chunk layer by layer, all by one program where their shapes agree."""
-    states, x = list(states), _embed(decoder, params, tokens)
+    states, x, handed = list(states), _embed(decoder, params, tokens), None
     for layer, own in enumerate(decoder.layer_params(params)):
         # Without the layer's number, which would make a program of its own.
         given, states[layer] = with_layer(states[layer], 0), None
-        state, x = _layer(decoder, method, own, given, x, lengths)
+        state, x, handed = _layer(decoder, method, own, given, x, lengths, handed)
         states[layer] = with_layer(state, layer)
     return tuple(states), x
 
@@ -252,15 +256,16 @@ def _embed(decoder, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _layer(decoder, method, layer_params, state, x, lengths):
-    states = [state]
+def _layer(decoder, method, layer_params, state, x, lengths, below):
+    handed = below
 
     def attend(q, k, v):
-        states[0], out = method.prefill(states[0], q, k, v, lengths)
+        nonlocal state, handed
+        state, out, handed = method.prefill_layer(state, q, k, v, lengths, below)
         return out
 
     x = decoder.run_layer(layer_params, x, attend)
-    return states[0], x
+    return state, x, handed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -347,7 +352,7 @@ def reread(
     words = encoding.inside(model.tokenizer.encode, again.words)
     # Prompts of up to `longest` tokens share their programs.
     size = min(again.chunk, bucket(max(longest, *map(len, prompts))))
-    second = method._replace(prefill=again.prefill)
+    second = method._replace(prefill=again.prefill, hooks=interface.Hooks())
     parts = (_behind(words, chunk) for chunk in cut(prompts, size))
     return read(model, second, reading, parts)._replace(hidden=reading.hidden)
 
@@ -437,47 +442,6 @@ def programs(judge: Judge | None = None) -> tuple[Any, ...]:
 def drop_programs(judge: Judge | None = None) -> None:
     """Frees the programs of a judge, of every method."""
     loop.free(*programs(judge))
-
-
-def bucket(tokens: int) -> int:
-    """Returns the capacity to allocate: at most 1/8 above, eight steps an octave.
-
-    Prompts of nearby lengths share their shapes, and so their compiled code.
-    """
-    tokens = int(tokens)
-    step = 1 << max(0, tokens.bit_length() - 4)
-    return -(-tokens // step) * step
-
-
-def chunks(
-    decoder: DecoderLM,
-    prompts: Sequence[Sequence[int]],
-    chunk_size: int,
-    longest: int = 0,
-) -> Iterator[Chunk]:
-    """Cuts prompts into chunks whose size suits the longest of them."""
-    longest = max(longest, *map(len, prompts))
-    return cut(prompts, chunk_tokens(decoder, longest, chunk_size))
-
-
-def cut(prompts: Sequence[Sequence[int]], size: int) -> Iterator[Chunk]:
-    """Cuts prompts into right-padded chunks `(B, size)`."""
-    for start in range(0, max(map(len, prompts)), size):
-        pieces = [prompt[start : start + size] for prompt in prompts]
-        tokens = np.full((len(prompts), size), PAD, np.int32)
-        for row, piece in enumerate(pieces):
-            tokens[row, : len(piece)] = piece
-        yield tokens, np.array([len(piece) for piece in pieces], np.int32)
-
-
-def chunk_tokens(decoder: DecoderLM, longest: int, chunk_size: int) -> int:
-    """Returns the tokens of each chunk that prompts up to `longest` are cut into."""
-    padded = bucket(longest)
-    if longest > decoder.rope.static_until:
-        # Its frequencies depend on the whole prompt's length: all keys rotate at once.
-        return padded
-    # Chunks of one size, so that the last one is not mostly padding.
-    return min(chunk_size, bucket(-(-padded // -(-padded // chunk_size))))
 
 
 def recent(prompts: Sequence[Sequence[int]], rows: int, fill: int = PAD) -> np.ndarray:

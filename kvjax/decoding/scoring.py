@@ -112,7 +112,8 @@ def _read_and_score(model, method, prompts, options, log_probs):
     """
     decoder, (batch, length) = model.decoder, log_probs.shape
     reading = reader.begin(decoder, method, batch, length, options.max_new_tokens)
-    parts = reader.chunks(decoder, prompts, options.chunk_size)
+    granule = method.hooks.granule
+    parts = reader.chunks(decoder, prompts, options.chunk_size, granule=granule)
     start, where = 0, ""
     for now, likely in reader.read_and_judge(
         model, method, reading, parts, finite.log_prob

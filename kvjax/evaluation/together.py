@@ -32,6 +32,7 @@ from kvjax.decoding.reader import (
 from kvjax.evaluation.value_numbers import value_numbers
 from kvjax.interface import (
     CacheSpec,
+    Hooks,
     LanguageModel,
     Method,
     State,
@@ -110,21 +111,24 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
             found[key] = _owners(methods, spec, states, numbers, chunk_size)
         return _joined(states, found[key])
 
-    def read_chunk(joint, q, k, v, lengths):
+    def read_after(joint, q, k, v, lengths, below):
         states = apart(joint)
         pairs = zip(_flat(states)[0], joint.owners.places, strict=True)
         owners = [place for leaf, place in pairs if leaf is not None]
-        chunk = q, k, v, lengths
+        chunk = q, k, v, lengths, below
         others = [("chunk", i) for i in range(len(jax.tree.leaves(chunk)))]
         read = functools.partial(_read, methods)
-        (states, out), numbers = _run(read, (states, chunk), [*owners, *others])
+        (states, out, handed), numbers = _run(read, (states, chunk), [*owners, *others])
         # What is proved for chunks of one size is proved again for this one.
         if len(set(zip(owners, numbers, strict=False))) > len(set(owners)):
             raise ValueError(
                 f"a chunk of {q.shape[2]} tokens parts what is equal in the states of "
                 "these methods: read them apart."
             )
-        return _joined(states, joint.owners), out
+        return _joined(states, joint.owners), out, handed
+
+    def read_chunk(joint, q, k, v, lengths):
+        return read_after(joint, q, k, v, lengths, None)[:2]
 
     again = next((one.reread for one in methods if one.reread), None)
 
@@ -156,18 +160,25 @@ def reader(methods: tuple[Method, ...], chunk_size: int = _CHUNK) -> Method:
         exact_prompt=methods[0].exact_prompt,
         renumbers=all(method.renumbers for method in methods),
         reread=again and again._replace(prefill=read_again),
+        hooks=Hooks(methods[0].hooks.granule, prefill_after=read_after),
     )
 
 
 def _read(methods, given):
-    """Returns the states of all methods behind a chunk, and the first one's output."""
-    states, (q, k, v, lengths) = given
-    # JAX remembers what it traced of a jitted function: once, in whatever group it is.
-    pairs = [
-        jax.jit(method.prefill)(own, q, k, v, lengths)
-        for method, own in zip(methods, states, strict=True)
-    ]
-    return tuple(own for own, _ in pairs), pairs[0][1]
+    """Returns the states of all methods behind a chunk, and the first one's output.
+
+    It alone knows what the layer below handed up, and hands something up itself.
+    """
+    states, (q, k, v, lengths, below) = given
+    found = []
+    for method, own in zip(methods, states, strict=True):
+        chunk, handed = (own, q, k, v, lengths), None if found else below
+        # JAX remembers what it traced of a jitted function: once, in whatever group.
+        if method.hooks.prefill_after is None:
+            found.append((*jax.jit(method.prefill)(*chunk), handed))
+        else:
+            found.append(jax.jit(method.hooks.prefill_after)(*chunk, handed))
+    return tuple(own for own, *_ in found), *found[0][1:]
 
 
 def _run(function, given, inputs) -> tuple[Any, tuple[int, ...]]:
@@ -201,7 +212,7 @@ def _owners(
 
     keys = rows(spec.num_kv_heads)
     lengths = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
-    given = with_layer(states, 0), (rows(spec.num_q_heads), keys, keys, lengths)
+    given = with_layer(states, 0), (rows(spec.num_q_heads), keys, keys, lengths, None)
     program = jax.make_jaxpr(functools.partial(_read, methods))(given)
     # A second reading writes to some states alone: nothing is taken from them.
     alone = [
@@ -317,7 +328,8 @@ def read_checked(
 ) -> Together:
     """Reads prompts as :func:`read` does, if others have checked that they fit."""
     longest = max(options.longest, *map(len, prompts))
-    size = chunk_tokens(model.decoder, longest, options.chunk_size)
+    granule = methods[0].hooks.granule
+    size = chunk_tokens(model.decoder, longest, options.chunk_size, granule)
     method = reader(tuple(methods), size)
     reading, specs = read_unended(model, method, prompts, options)
     reading = reread(model, method, reading, prompts, longest)

@@ -11,5 +11,6 @@ from oracles.budgets import duo as duo
 from oracles.budgets import head_budgets as head_budgets
 from oracles.chosen_once import *  # noqa: F403
 from oracles.completion import topk_completion as topk_completion
+from oracles.critiprefill import critiprefill as critiprefill
 from oracles.operations import *  # noqa: F403
 from oracles.papers import *  # noqa: F403
