@@ -4,8 +4,9 @@ Queries and keys are rotated. A segment is spoken for by the extremes of its que
 block by those of its keys. Everything is float32, and float64 where the queries are.
 """
 
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -24,11 +25,11 @@ class Segment(NamedTuple):
 
 def extremes(q: Float[Array, "B Hq M D"], valid: Bool[Array, "B M"]) -> Segment:
     """Returns the extremes of the queries that are `valid`."""
-    wide = q.astype(_wide(q))
+    exact = q.astype(wide(q.dtype))
     real = valid[:, None, :, None]
     some = valid.any(1)[:, None, None]
-    low = jnp.where(real, wide, jnp.inf).min(2)
-    high = jnp.where(real, wide, -jnp.inf).max(2)
+    low = jnp.where(real, exact, jnp.inf).min(2)
+    high = jnp.where(real, exact, -jnp.inf).max(2)
     return Segment(*(jnp.where(some, x, 0.0) for x in (low, high)))
 
 
@@ -123,5 +124,6 @@ def choose(
     return selection.top_slots(ranking, count, valid[:, None])
 
 
-def _wide(x: Array) -> jnp.dtype:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def wide(dtype: jax.typing.DTypeLike) -> Any:
+    """Returns the type that sums of a type are in: float32, of float64 that."""
+    return jnp.float64 if dtype == jnp.float64 else jnp.float32

@@ -109,6 +109,7 @@ class Plan(NamedTuple):
     batch: int
     host: int = 0  # of states at most, in the host's memory
     link: int = 0  # that a step reads from there, if the device has none of it
+    prompt_share: float = 1.0  # of the query-key pairs of a prompt, those attended to
 
     @property
     def step_bytes(self) -> int:
@@ -202,6 +203,7 @@ def plan(
         batch,
         max(sum(x.host for x in held) for held in (before, after)),
         batch * read.link,
+        accounting.prompt_share(method, decoder, prompt),
     )
 
 

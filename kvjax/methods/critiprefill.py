@@ -296,8 +296,8 @@ def nothing_below(
     """Makes what a layer hands up that has scored nothing."""
     number = segments.num_slots(rows, options.segment)
     blocks = -(-spec.capacity // options.block)
-    wide = jnp.promote_types(spec.dtype, jnp.float32)
-    return jnp.zeros((spec.batch, spec.num_kv_heads, number, blocks), wide)
+    shape = spec.batch, spec.num_kv_heads, number, blocks
+    return jnp.zeros(shape, criticality.wide(spec.dtype))
 
 
 def choose(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention import criticality
 from kvjax.stores import paged
 from pallas_kernels.page_attention import page_attention
 
@@ -157,8 +158,7 @@ def _attend_slot(
         return paged.attend_all(store, slot.q, near).out
 
     def nothing() -> Array:
-        wide = jnp.promote_types(slot.q.dtype, jnp.float32)
-        return jnp.zeros(slot.q.shape, wide)
+        return jnp.zeros(slot.q.shape, criticality.wide(slot.q.dtype))
 
     sparse_out = lax.cond(sparse.any(), by_lists, nothing)
     dense_out = lax.cond((near >= 0).any(), in_full, nothing)
