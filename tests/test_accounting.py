@@ -28,6 +28,8 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("snapkv:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         ("snapkv:budget=64", 30, 30 * TOKEN, 2 * 4 * 30 * 4),
         ("kvzip:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
+        # Of what it wraps.
+        ("critiprefill+snapkv:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         ("random:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         # 4 sinks, 4 rings of 14, the current token; their scores, a row a ring to move.
         ("cascade:budget=64", 1000, 61 * TOKEN, 2 * 4 * 56 * 4 + 4 * TOKEN),
