@@ -42,7 +42,7 @@ def test_bound_is_above_every_product_and_reached_by_single_ones():
 def test_queries_that_are_not_real_have_no_say():
     """Nor do rows without any, whatever padding holds."""
     valid = jnp.arange(6) < jnp.array([[4], [0]])
-    spoilt = np.where(np.asarray(valid)[:, None, :, None], Q, np.inf)
+    spoilt = np.where(np.asarray(valid)[:, None, :, None], Q, np.nan)
     found = scored(spoilt, valid=valid)
     np.testing.assert_array_equal(found[0], scored(Q[:, :, :4], valid=EVERY[:, :4])[0])
     assert not found[1].any()

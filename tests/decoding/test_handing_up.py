@@ -17,6 +17,7 @@ LAYERS = 3
 MODEL = tiny_model(num_layers=LAYERS)
 SEGMENT = 8
 SIZES = {"segment": SEGMENT, "block": 4, "budget": 8, "dense_tokens": 8}
+SIZES |= {"fusion": 0.9}  # so that the layer below has most of the say
 PROMPTS = [[(7 * i * i + 3 * n) % 256 for i in range(n)] for n in (24, 45, 3)]
 ROOM = {"max_new_tokens": 3, "chunk_size": 16}
 
@@ -145,3 +146,20 @@ def test_the_pairs_of_a_prompt_are_counted_over_layers():
     share = accounting.prompt_share(method, decoder, length)
     assert share == pairs / (LAYERS * every)
     assert accounting.prompt_share(kvjax.full(), decoder, length) == 1
+
+
+def test_a_second_reading_hands_nothing_up(monkeypatch):
+    """It is the method's own, in which layers know nothing of each other."""
+    method = kvjax.critiprefill(kvjax.kvzip(budget=8), **SIZES)
+    given = []
+
+    def read(model, second, reading, parts):
+        given.append(second)
+        return reading
+
+    monkeypatch.setattr(reader, "read", read)
+    reading = reader.Reading((), jnp.zeros((3, 32)))
+    reader.reread(MODEL, method, reading, PROMPTS)
+    (second,) = given
+    assert second.hooks == Hooks()
+    assert second.prefill is method.reread.prefill

@@ -233,6 +233,11 @@ def test_every_token_of_a_list_counts_once():
             assert set(found) <= {0.0, np.round(np.float32(mean), 6)}, (token, t)
             if token // SEGMENT == t // SEGMENT:
                 assert (found > 0).all() == (token <= t)
+        # Where the budget is more than there is, each of all tokens counts once too.
+        _, rows, _ = read(method_of(dense_tokens=0, budget=16), stream)
+        for t in range(24):
+            expected = (token <= t) / (t + 1)
+            np.testing.assert_allclose(rows[2][:, t], expected, atol=TOLERANCE)
 
 
 @pytest.mark.parametrize("length", [1, SEGMENT - 1, SEGMENT, SEGMENT + 1, 3 * SEGMENT])
@@ -408,3 +413,20 @@ def test_a_second_reading_is_the_methods():
     own = jax.jit(alone.reread.prefill)(state.inner, *whole(stream))[0]
     np.testing.assert_array_equal(again.inner.scores, own.scores)
     assert again.store is state.store or again.store.length.tolist() == list(PROMPTS)
+
+
+def test_bfloat16_is_scored_and_summed_in_float32():
+    """On numbers that are rounded before: what is handed up is as of float32."""
+    stream = stream_of(18, dtype="bfloat16")
+    method, spec = method_of(), spec_of(stream, dtype="bfloat16")
+    chunk = drive.chunk(stream, [0] * 3, stream.prompts, "bfloat16", size=ROWS)
+    _, out, above = jitted(method)(method.init(spec), *chunk, None)
+    assert (out.dtype, above.dtype) == (jnp.bfloat16, jnp.float32)
+    for b, prompt in enumerate(PROMPTS):
+        layer = oracles.critiprefill(stream.row(b), fusion=0.25, **SIZES)
+        found = np.asarray(out.astype(jnp.float32))[b, :, :prompt]
+        gap = np.abs(found - layer.out.swapaxes(0, 1)).max((0, 2))
+        assert np.median(gap) < 2e-2, (b, gap)
+        for (s, kv), weights in layer.weights.items():
+            handed = above[b, kv, s, : len(weights)]
+            np.testing.assert_allclose(handed, weights, atol=2e-2)
