@@ -96,7 +96,7 @@ def _check_outermost(name: str, given: Iterable[Any]) -> None:
     """Raises ValueError if a method among them must not be wrapped."""
     for method in _methods(given):
         if method.hooks.prefill_after is not None:
-            outer = re.match(r"\w*", method.spec_text())[0]
+            outer = re.split(r"\W", method.spec_text())[0]
             raise ValueError(
                 f"{outer} goes outermost, as in '{outer}+retro+quest': {name} around "
                 f"{method} would not hand on what its layers hand to each other."
