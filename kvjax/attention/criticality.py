@@ -66,7 +66,9 @@ def scores(
     return selection.reduce_group(joined, num_kv_heads, group_reduce)
 
 
-def _products(queries, keys):
+def _products(
+    queries: Float[Array, "B Hkv G D"], keys: Float[Array, "B Hkv NB D"]
+) -> Float[Array, "B Hkv G NB"]:
     return jnp.einsum(
         "bkgd,bkjd->bkgj",
         queries,
@@ -76,10 +78,15 @@ def _products(queries, keys):
     )
 
 
-def _bound(low, high, least, most):
+def _bound(
+    low: Float[Array, "B Hkv G D"],
+    high: Float[Array, "B Hkv G D"],
+    least: Float[Array, "B Hkv NB D"],
+    most: Float[Array, "B Hkv NB D"],
+) -> Float[Array, "B Hkv G NB"]:
     """Sums of the largest of four products, element by element."""
 
-    def one_head(inputs):
+    def one_head(inputs: tuple[Array, ...]) -> Float[Array, "B G NB"]:
         low, high, least, most = inputs  # (B, G, D) and (B, NB, D)
         pairs = [
             query[:, :, None] * keys[:, None]
