@@ -171,6 +171,19 @@ def traffic(
     return Traffic(*map(sum, zip(*parts, strict=True)))
 
 
+def prompt_pairs(method: Method, decoder: DecoderLM, length: int) -> int:
+    """Returns the query-key pairs of a query head in a prompt, of all layers."""
+    every = length * (length + 1) // 2
+    work, specs = method.hooks.work, layer_specs(decoder, 1, length)
+    return sum(every if work is None else work(spec, length) for spec in specs)
+
+
+def prompt_share(method: Method, decoder: DecoderLM, length: int) -> float:
+    """Returns :func:`prompt_pairs` over those of attention to every token."""
+    every = decoder.num_layers * (length * (length + 1) // 2)
+    return prompt_pairs(method, decoder, length) / every
+
+
 def bytes_read(
     method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
 ) -> int:

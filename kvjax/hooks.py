@@ -5,7 +5,9 @@ a method without it is read chunk by chunk.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Int
 
 
 class Asked(NamedTuple):
@@ -39,6 +41,26 @@ class Asked(NamedTuple):
     votes_once: bool = False
 
 
+@runtime_checkable
+class PrefillAfterFn(Protocol):
+    """Reads a chunk as `prefill` does, knowing what the layer below handed up.
+
+    `below` is None for the first layer. What a layer hands up has one structure and
+    shape, whatever came from below: the layers share a program.
+    """
+
+    def __call__(
+        self,
+        state: Any,
+        /,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+        below: Any,
+    ) -> tuple[Any, Float[Array, "B Hq T D"], Any]: ...
+
+
 class Hooks(NamedTuple):
     """The wishes of a method to the driver, beyond one layer's functions; None: none.
 
@@ -49,8 +71,18 @@ class Hooks(NamedTuple):
         seal: `seal(state) -> state`, of a layer's prompt that is to be saved: what can
             be made of it once for all that comes behind. `prefill` and `finish` take
             the outcome, too; not more comes behind than `max_new_tokens`.
+        granule: tokens of a part of the prompt that `prefill` may attend to by rules of
+            its own if it comes whole in one call. The reader gives parts whole, counted
+            from the first token, but for a row's last, which it always cuts.
+        prefill_after: in place of `prefill`, for what layers hand to each other.
+        work: `work(spec, length)` query-key pairs that a query head attends to while a
+            prompt of `length` tokens is read: `length * (length + 1) / 2` if every
+            token sees all.
     """
 
     asked: Asked | None = None
     settle: Callable[[tuple[Any, ...]], tuple[Any, ...]] | None = None
     seal: Callable[[Any], Any] | None = None
+    granule: int | None = None
+    prefill_after: PrefillAfterFn | None = None
+    work: Callable[[Any, int], int] | None = None

@@ -12,103 +12,21 @@ Query head ``h`` reads KV head ``h // G``. Layout is head-major, ``(B, H, T, D)`
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import naming
+from kvjax.cache_spec import CacheSpec as CacheSpec
+from kvjax.cache_spec import with_layer as with_layer
 from kvjax.hooks import Hooks as Hooks
+from kvjax.hooks import PrefillAfterFn as PrefillAfterFn
 from kvjax.naming import RECIPES as RECIPES
 from kvjax.naming import Recipe as Recipe
 
 State = Any  # a pytree of arrays: one layer's NamedTuple
 Params = Any  # a pytree of arrays: a model's weights
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class CacheSpec:
-    """All a method may know of a model: static, hashable, one layer.
-
-    A pytree without leaves: a state may carry its spec, and every leaf of the state is
-    still an array.
-
-    Attributes:
-        batch: rows.
-        num_q_heads: query heads, a multiple of `num_kv_heads`.
-        num_kv_heads: key/value heads.
-        head_dim: elements per head.
-        capacity: most tokens a row ever holds, prompt and generated.
-        dtype: of the cached keys and values.
-        rope: `rope(x, positions, length)` rotates un-rotated queries or keys; see
-            :class:`kvjax.rope.Rope`.
-        max_new_tokens: most tokens appended after the prompt. Methods that shrink
-            the prompt's cache but keep every generated token size their buffers by it.
-        sm_scale: factor on the logits; ``head_dim ** -0.5`` unless given, or if nan.
-        layer: index of the layer, for transforms that treat layers differently.
-        num_layers: of the model, for transforms that share budgets out; 0 if unsaid.
-        alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
-        storage: a `pallas_kernels.shared.quantized.Storage` of keys and values, or None
-            for numbers of `dtype`.
-    """
-
-    batch: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-    capacity: int
-    dtype: jax.typing.DTypeLike
-    rope: Callable[..., Array]
-    max_new_tokens: int = 0
-    sm_scale: float = math.nan
-    layer: int = 0
-    num_layers: int = 0
-    alpha: float = 1.0
-    storage: Hashable | None = None
-
-    def __post_init__(self):
-        for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):
-            value = getattr(self, name)
-            if value < 1:
-                raise ValueError(f"CacheSpec.{name}={value} must be at least 1.")
-        if self.num_q_heads % self.num_kv_heads:
-            raise ValueError(
-                f"num_q_heads={self.num_q_heads} must be a multiple of "
-                f"num_kv_heads={self.num_kv_heads}."
-            )
-        if not 0 <= self.max_new_tokens <= self.capacity:
-            raise ValueError(
-                f"max_new_tokens={self.max_new_tokens} must be in "
-                f"[0, capacity={self.capacity}]."
-            )
-        if not (self.alpha >= 1 and math.isfinite(self.alpha)):
-            raise ValueError(
-                f"alpha={self.alpha} must be at least 1 (softmax) and finite."
-            )
-        if self.sm_scale is None or math.isnan(self.sm_scale):
-            object.__setattr__(self, "sm_scale", self.head_dim**-0.5)
-
-    @property
-    def group(self) -> int:
-        """The number of query heads per KV head, G."""
-        return self.num_q_heads // self.num_kv_heads
-
-
-def with_layer(state: State, layer: int) -> State:
-    """Returns the state with every spec in it of that layer.
-
-    States of layers that differ in the number alone can then share a program.
-    """
-
-    def of_layer(leaf):
-        if isinstance(leaf, CacheSpec):
-            return dataclasses.replace(leaf, layer=layer)
-        return leaf
-
-    return jax.tree.map(of_layer, state, is_leaf=lambda x: isinstance(x, CacheSpec))
 
 
 class Diagnostics(NamedTuple):
@@ -325,6 +243,20 @@ class Method(NamedTuple):
         """Attends for the tokens just appended: the transform of this library."""
         state, out, _ = self.inspect_step(state, q)
         return state, out
+
+    def prefill_layer(
+        self,
+        state: State,
+        q: Float[Array, "B Hq T D"],
+        k: Float[Array, "B Hkv T D"],
+        v: Float[Array, "B Hkv T D"],
+        lengths: Int[Array, "B"],
+        below: Any = None,
+    ) -> tuple[State, Float[Array, "B Hq T D"], Any]:
+        """Reads a chunk in one layer of a model, which gives the last to the next."""
+        if self.hooks.prefill_after is not None:
+            return self.hooks.prefill_after(state, q, k, v, lengths, below)
+        return (*self.prefill(state, q, k, v, lengths), below)
 
 
 @runtime_checkable

@@ -30,6 +30,8 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ("snapkv:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         ("snapkv:budget=64", 30, 30 * TOKEN, 2 * 4 * 30 * 4),
         ("kvzip:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
+        # Of what it wraps.
+        ("critiprefill+snapkv:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         ("random:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         ("subgen:budget=64", 1000, (64 + 10) * TOKEN, 2 * 4 * 74 * 4),
         # A window of 32, 16 samples and 32 keys; 32 centres, counts, a number a slot.

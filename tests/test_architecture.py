@@ -17,7 +17,7 @@ LONGEST_FILE = 500
 # new file in a room of this table needs no line here. A file right under kvjax is a
 # room.
 FLOORS = (
-    ("pallas_kernels", "version", "naming", "hooks"),
+    ("pallas_kernels", "version", "naming", "hooks", "cache_spec"),
     ("interface", "rope", "files", "text", "interrupts"),
     ("attention",),
     ("stores",),

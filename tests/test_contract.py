@@ -22,9 +22,11 @@ NAMES = (*registry.names(), *registry.transforms())
 SPELLED = {"subgen:mode=stream": {"mode": "stream"}}
 REREADING = "a_second_reading_changes_only_what_it_learns"
 TOLD = "an_instruction_votes_and_is_forgotten"
+HANDING = "what_a_layer_hands_up_has_one_shape"
 EXACT = "is_full_attention_when_the_budget_covers_the_context"
-# Those that need larger small options: sinks, a window, and pages to search for.
-OWN = {"hip": {"budget": 16}}
+# Those that need small options of their own: sinks, a window, and pages to search for;
+# clusters of a few tokens.
+OWN = {"hip": {"budget": 16}, "squeezed": {"clusters": 0.3}}
 
 
 @functools.cache
@@ -41,6 +43,7 @@ def test_every_method_keeps_the_contract(check, name):
     given = subject_of(name)
     is_idle = check == REREADING and given.method.reread is None
     is_idle |= check == TOLD and given.method.hooks.asked is None
+    is_idle |= check == HANDING and given.method.hooks.prefill_after is None
     is_idle |= check == EXACT and given.method.lossy
     assert contract.keeps(given, check) != is_idle
 

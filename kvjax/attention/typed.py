@@ -3,6 +3,7 @@
 import functools
 import inspect
 import numbers
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -46,6 +47,7 @@ def typed(factory: Factory) -> Factory:
                 raise ValueError(
                     f"{factory.__name__}: {name}={value!r} must be of type {kinds}."
                 )
+        _check_outermost(factory.__name__, [*methods, *options.values()])
         made = factory(*methods, **options)
         return passed_on(factory.__name__, [*methods, *options.values()], made)
 
@@ -76,9 +78,11 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
 
     Raises:
         ValueError: if it drops the second reading of what it wraps, that it wants to
-            be told where a question begins, or what it decides over all layers.
+            be told where a question begins, or what it decides over all layers; if
+            that goes outermost.
     """
     wrapped = list(_methods(given))
+    _check_outermost(name, wrapped)
     for method in wrapped:
         if method.reread is not None and made.reread is None:
             raise ValueError(
@@ -98,6 +102,17 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
             )
     is_lossy = any(method.lossy for method in wrapped)
     return lossy(made) if is_lossy and not made.lossy else made
+
+
+def _check_outermost(name: str, given: Iterable[Any]) -> None:
+    """Raises ValueError if a method among them must not be wrapped."""
+    for method in _methods(given):
+        if method.hooks.prefill_after is not None:
+            outer = re.split(r"\W", method.spec_text())[0]
+            raise ValueError(
+                f"{outer} goes outermost, as in '{outer}+retro+quest': {name} around "
+                f"{method} would not hand on what its layers hand to each other."
+            )
 
 
 def lossy(method: Method) -> Method:

@@ -71,6 +71,8 @@ def decode(
 def _print(document) -> None:
     headings = ["method", "context", "cache read", "read / step", "floor ms", "ms"]
     headings += ["quartiles", "tokens/s", "of floor", "x full", "prompt tokens/s"]
+    is_sparse = any(row["prompt_share"] < 1 for row in document["rows"])
+    headings += ["prompt pairs"] * is_sparse
     rows = [
         [
             row["method"],
@@ -84,6 +86,7 @@ def _print(document) -> None:
             f"{row['floor'] / row['median']:.0%}",
             "-" if row["times_full"] is None else f"{row['times_full']:.2f}",
             f"{row['prompt_tokens_per_second']:,.0f}",
+            *[f"{row['prompt_share']:.0%}"] * is_sparse,
         ]
         for row in document["rows"]
     ]

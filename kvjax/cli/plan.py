@@ -179,6 +179,7 @@ def _row(spec, found, devices, margin, link) -> dict:
             "kv": found.kv,
             "metadata": found.metadata,
         },
+        "prompt_pairs_share": found.prompt_share,
         "host_memory": found.host,
         "link_per_step_at_most": found.link,
         "devices": {
@@ -200,6 +201,8 @@ def _rate(value: float) -> str:
 def _print(document) -> None:
     headings = ["method", *(f"{h}\nGB" for h in ("prompt", "decode", "temp.~"))]
     headings += ["peak\nGB", "read\nGB"]
+    is_sparse = any(row["prompt_pairs_share"] < 1 for row in document["rows"])
+    headings += ["pairs\n%"] * is_sparse
     is_offloaded = any(row["host_memory"] for row in document["rows"])
     if is_offloaded:
         headings += ["host\nGB", "link\nGB"]
@@ -220,6 +223,7 @@ def _print(document) -> None:
                 planning.gigabytes(max(temporaries)),
                 planning.gigabytes(row["peak"]),
                 planning.gigabytes(sum(row["read_per_step"].values())),
+                *[f"{100 * row['prompt_pairs_share']:.0f}"] * is_sparse,
                 *(
                     planning.gigabytes(row[key])
                     for key in ("host_memory", "link_per_step_at_most")
@@ -255,6 +259,10 @@ def _notes(document) -> list[str]:
         f"{100 * document['margin']:g}% of the memory free, for fragments and what no "
         "estimate has.",
     ]
+    if any(row["prompt_pairs_share"] < 1 for row in document["rows"]):
+        lines.append(
+            "pairs: of the query-key pairs of a prompt, those that are attended to."
+        )
     if any(row["host_memory"] for row in document["rows"]):
         lines.append(
             "host: states in the host's memory. link: read from there by one step "

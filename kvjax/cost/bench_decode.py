@@ -38,6 +38,7 @@ class Step(NamedTuple):
     tokens_per_second: float  # of all rows
     prompt_tokens_per_second: float
     times_full: float | None  # how many times as fast as `full` at this context
+    prompt_share: float = 1.0  # of the prompt's query-key pairs, those attended to
 
 
 def run(
@@ -108,7 +109,9 @@ def run(
             seconds = [batch * part.seconds / part.tokens for part in samples]
             rate = clock.total("prompt")
             read = cache[name, context]
-            found.append((name, context, read, seconds, rate.tokens / rate.seconds))
+            share = accounting.prompt_share(method, model.decoder, len(prompt))
+            speed = rate.tokens / rate.seconds, share
+            found.append((name, context, read, seconds, speed))
             progress(f"{name}, {context:,} tokens", 1.0)
     bandwidth = copied / float(np.median(copies))
     return _rows(found, weights, bandwidth, batch)
@@ -169,7 +172,7 @@ def _rows(found, weights, bandwidth, batch) -> list[Step]:
         if name == "full"
     }
     rows = []
-    for name, context, cache, seconds, prompt_rate in found:
+    for name, context, cache, seconds, (prompt_rate, share) in found:
         low, median, high = np.quantile(seconds, [0.25, 0.5, 0.75]).tolist()
         rows.append(
             Step(
@@ -184,6 +187,7 @@ def _rows(found, weights, bandwidth, batch) -> list[Step]:
                 batch / median,
                 prompt_rate,
                 full[context] / median if context in full else None,
+                share,
             )
         )
     return rows

@@ -109,6 +109,7 @@ class Plan(NamedTuple):
     batch: int
     host: int = 0  # of states at most, in the host's memory
     link: int = 0  # that a step reads from there, if the device has none of it
+    prompt_share: float = 1.0  # of the query-key pairs of a prompt, those attended to
 
     @property
     def step_bytes(self) -> int:
@@ -173,6 +174,8 @@ def plan(
         for layer, one in enumerate(before)
     )
     read = accounting.traffic(method, decoder, context, new_tokens)
+    granule = method.hooks.granule or 1
+    chunk_size = -(-chunk_size // granule) * granule
     if method.reread is not None:
         chunk_size = max(chunk_size, min(method.reread.chunk, context))
     spec = decoder.cache_spec(batch, context, new_tokens)
@@ -200,6 +203,7 @@ def plan(
         batch,
         max(sum(x.host for x in held) for held in (before, after)),
         batch * read.link,
+        accounting.prompt_share(method, decoder, prompt),
     )
 
 

@@ -138,7 +138,8 @@ def read_prompts(
     """
     asked, longest = method.hooks.asked, max(options.longest, *map(len, prompts))
     if asked is None:
-        parts = chunks(model.decoder, prompts, options.chunk_size, longest)
+        size, granule = options.chunk_size, method.hooks.granule
+        parts = chunks(model.decoder, prompts, size, longest, granule)
         yield from read_and_judge(model, method, reading, parts, judge)
         return
     size = chunk_tokens(model.decoder, longest, options.chunk_size)
@@ -282,11 +283,11 @@ def program(judge: Judge | None) -> Any:
 
 def _by_layer(decoder, method, params, states, tokens, lengths):
     """Reads a chunk layer by layer, all by one program where their shapes agree."""
-    states, x = list(states), _embed(decoder, params, tokens)
+    states, x, handed = list(states), _embed(decoder, params, tokens), None
     for layer, own in enumerate(decoder.layer_params(params)):
         # Without the layer's number, which would make a program of its own.
         given, states[layer] = with_layer(states[layer], 0), None
-        state, x = _layer(decoder, method, own, given, x, lengths)
+        state, x, handed = _layer(decoder, method, own, given, x, lengths, handed)
         states[layer] = with_layer(state, layer)
     return tuple(states), x
 
@@ -297,15 +298,16 @@ def _embed(decoder, params, tokens):
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _layer(decoder, method, layer_params, state, x, lengths):
-    states = [state]
+def _layer(decoder, method, layer_params, state, x, lengths, below):
+    handed = below
 
     def attend(q, k, v):
-        states[0], out = method.prefill(states[0], q, k, v, lengths)
+        nonlocal state, handed
+        state, out, handed = method.prefill_layer(state, q, k, v, lengths, below)
         return out
 
     x = decoder.run_layer(layer_params, x, attend)
-    return states[0], x
+    return state, x, handed
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -392,7 +394,7 @@ def reread(
     words = encoding.inside(model.tokenizer.encode, again.words)
     # Prompts of up to `longest` tokens share their programs.
     size = min(again.chunk, bucket(max(longest, *map(len, prompts))))
-    second = method._replace(prefill=again.prefill)
+    second = method._replace(prefill=again.prefill, hooks=interface.Hooks())
     parts = (_behind(words, chunk) for chunk in cut(prompts, size))
     return read(model, second, reading, parts)._replace(hidden=reading.hidden)
 

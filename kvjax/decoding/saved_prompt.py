@@ -102,13 +102,14 @@ def read(
     check_prompts(model, method, prompts, options.max_new_tokens, named="room")
     longest = max(map(len, prompts))
     begun = reader.begin(model.decoder, method, len(prompts), longest, room)
-    states, hidden = _read(model, method, begun, prompts, options)
+    states, hidden = _read(model, method, begun, prompts, options, ())
     return Prefix(states, hidden, tuple(map(tuple, prompts)), longest, int(room))
 
 
-def _read(model, method, reading, pieces, options: Options) -> Reading:
+def _read(model, method, reading, pieces, options: Options, before) -> Reading:
     with timing.stretch("prompt") as part:
-        parts = reader.chunks(model.decoder, pieces, options.chunk_size)
+        how = {"granule": method.hooks.granule, "begun": [len(row) for row in before]}
+        parts = reader.chunks(model.decoder, pieces, options.chunk_size, **how)
         reading = reader.read(model, method, reading, parts)
         part.tokens = sum(map(len, pieces))
     if not bool(jnp.isfinite(reading.hidden).all()):
@@ -200,7 +201,7 @@ def extend(
     check_room(model, method, prefix, longer + 1)
     check_reach(method, model.decoder, after, prefix.room, named="room")
     begun = Reading(prefix.states, prefix.hidden)
-    states, hidden = _read(model, method, begun, more, options)
+    states, hidden = _read(model, method, begun, more, options, prefix.prompts)
     return prefix._replace(states=states, hidden=hidden, prompts=prompts)
 
 

@@ -348,7 +348,9 @@ def _bytes(model, method, settings) -> compare_rows.Bytes:
     specs = layer_specs(decoder, 1, settings.context, new_tokens)
     held = [kept for _, kept in accounting.held(method, specs)]
     device, host = (sum(x) for x in zip(*held, strict=True))
-    return compare_rows.Bytes(read, device=device, host=host)
+    prompt = settings.context - new_tokens
+    share = accounting.prompt_share(method, decoder, prompt)
+    return compare_rows.Bytes(read, device=device, host=host, prompt_share=share)
 
 
 def measured_bytes(

@@ -32,13 +32,17 @@ ByDepth = tuple[tuple[float, int, int], ...]  # (depth, correct, asked)
 
 
 class Bytes(NamedTuple):
-    """Bytes of cache of one row, all layers: counted from shapes, and measured."""
+    """Bytes of cache of one row, all layers: counted from shapes, and measured.
+
+    And what share of a prompt is attended to, counted alike.
+    """
 
     read: int  # by a decode step, at most
     device: int  # held while decoding
     host: int = 0  # held in the host's memory besides
     measured: float = 0.0  # read by a step
     moved: float = 0.0  # came from the host's memory, neighbours of tokens too
+    prompt_share: float = 1.0  # of the prompt's query-key pairs, those attended to
 
 
 class Row(NamedTuple):
@@ -71,6 +75,8 @@ class Row(NamedTuple):
     multikey: Interval | None = None
     chain: Interval | None = None  # share of the links before the first mistake
     own: Interval | None = None  # the user's questions
+    # Of methods that attend to some of the prompt's query-key pairs: their share.
+    prompt_share: float | None = None
     # Of methods that keep keys and values in the host's memory.
     bytes_in_host: int | None = None  # while decoding, per row
     bytes_moved: float | None = None  # over the link: whole pages and blocks
@@ -163,6 +169,7 @@ def make_row(
         tokens_per_second=float(np.median(followed.tokens_per_second)),
         prefill_seconds=seconds,
         chain_links=inputs.chain[0].links,
+        prompt_share=num_bytes.prompt_share if num_bytes.prompt_share < 1 else None,
         **asked,
         **_of_host(num_bytes, layers),
     )

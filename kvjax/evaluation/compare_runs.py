@@ -172,7 +172,8 @@ def compile_reading(
         seconds_to_read(model, method, few, longest=len(tokens), **options)
         return
     begun = reader.begin(decoder, method, 1, len(tokens), new_tokens)
-    first = next(reader.chunks(decoder, [tokens], chunk_size))
+    granule = method.hooks.granule
+    first = next(reader.chunks(decoder, [tokens], chunk_size, granule=granule))
     read = reader.read(model, method, begun, [first])
     jax.block_until_ready(reader.finish(model, method, read, [tokens]))
 

@@ -146,7 +146,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
 
     def prefill(state, q, k, v, lengths):
         first, out = reference.prefill(state.reference, q, k, v, lengths)
-        second, _ = candidate.prefill(state.candidate, q, k, v, lengths)
+        second, *_ = candidate.prefill_layer(state.candidate, q, k, v, lengths)
         return state._replace(reference=first, candidate=second), out
 
     again = candidate.reread

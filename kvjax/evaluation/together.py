@@ -115,21 +115,24 @@ def reader(
             found[key] = _owners(methods, spec, states, numbers, chunk_size)
         return _joined(states, found[key])
 
-    def read_chunk(joint, q, k, v, lengths):
+    def read_after(joint, q, k, v, lengths, below):
         states = apart(joint)
         pairs = zip(_flat(states)[0], joint.owners.places, strict=True)
         owners = [place for leaf, place in pairs if leaf is not None]
-        chunk = q, k, v, lengths
+        chunk = q, k, v, lengths, below
         others = [("chunk", i) for i in range(len(jax.tree.leaves(chunk)))]
         read = functools.partial(_read, methods)
-        (states, out), numbers = _run(read, (states, chunk), [*owners, *others])
+        (states, out, handed), numbers = _run(read, (states, chunk), [*owners, *others])
         # What is proved for chunks of one size is proved again for this one.
         if len(set(zip(owners, numbers, strict=False))) > len(set(owners)):
             raise ValueError(
                 f"a chunk of {q.shape[2]} tokens parts what is equal in the states of "
                 "these methods: read them apart."
             )
-        return _joined(states, joint.owners), out
+        return _joined(states, joint.owners), out, handed
+
+    def read_chunk(joint, q, k, v, lengths):
+        return read_after(joint, q, k, v, lengths, None)[:2]
 
     again = next((one.reread for one in methods if one.reread), None)
 
@@ -161,15 +164,18 @@ def reader(
         exact_prompt=methods[0].exact_prompt,
         renumbers=all(method.renumbers for method in methods),
         reread=again and again._replace(prefill=read_again),
-        hooks=_hooks(methods[0]) if is_told and len(methods) == 1 else Hooks(),
+        hooks=_hooks(methods, read_after, is_told),
     )
 
 
-def _hooks(method: Method) -> Hooks:
-    """The calls that a method wants while it reads alone, on a :class:`Joint` of it."""
-    asked = method.hooks.asked
-    if asked is None:
-        return Hooks()
+def _hooks(methods: tuple[Method, ...], read_after: Any, is_told: bool) -> Hooks:
+    """The calls that methods want while they read, on a :class:`Joint` of them.
+
+    A method is told where a question begins if it reads alone.
+    """
+    asked = methods[0].hooks.asked
+    if asked is None or not is_told or len(methods) > 1:
+        return Hooks(granule=methods[0].hooks.granule, prefill_after=read_after)
 
     def joined(state: State) -> Joint:
         return _joined((state,), Owners(tuple(range(len(_flat((state,))[0])))))
@@ -188,14 +194,20 @@ def _hooks(method: Method) -> Hooks:
 
 
 def _read(methods, given):
-    """Returns the states of all methods behind a chunk, and the first one's output."""
-    states, (q, k, v, lengths) = given
-    # JAX remembers what it traced of a jitted function: once, in whatever group it is.
-    pairs = [
-        jax.jit(method.prefill)(own, q, k, v, lengths)
-        for method, own in zip(methods, states, strict=True)
-    ]
-    return tuple(own for own, _ in pairs), pairs[0][1]
+    """Returns the states of all methods behind a chunk, and the first one's output.
+
+    It alone knows what the layer below handed up, and hands something up itself.
+    """
+    states, (q, k, v, lengths, below) = given
+    found = []
+    for method, own in zip(methods, states, strict=True):
+        chunk, handed = (own, q, k, v, lengths), None if found else below
+        # JAX remembers what it traced of a jitted function: once, in whatever group.
+        if method.hooks.prefill_after is None:
+            found.append((*jax.jit(method.prefill)(*chunk), handed))
+        else:
+            found.append(jax.jit(method.hooks.prefill_after)(*chunk, handed))
+    return tuple(own for own, *_ in found), *found[0][1:]
 
 
 def _run(function, given, inputs) -> tuple[Any, tuple[int, ...]]:
@@ -229,7 +241,7 @@ def _owners(
 
     keys = rows(spec.num_kv_heads)
     lengths = jax.ShapeDtypeStruct((spec.batch,), jnp.int32)
-    given = with_layer(states, 0), (rows(spec.num_q_heads), keys, keys, lengths)
+    given = with_layer(states, 0), (rows(spec.num_q_heads), keys, keys, lengths, None)
     program = jax.make_jaxpr(functools.partial(_read, methods))(given)
     # A second reading writes to some states alone, and so does who is told a question:
     # nothing is taken from them.
@@ -349,7 +361,8 @@ def read_checked(
 ) -> Together:
     """Reads prompts as :func:`read` does, if others have checked that they fit."""
     longest = max(options.longest, *map(len, prompts))
-    size = chunk_tokens(model.decoder, longest, options.chunk_size)
+    granule = methods[0].hooks.granule
+    size = chunk_tokens(model.decoder, longest, options.chunk_size, granule)
     method = reader(tuple(methods), size, options.instruction is not None)
     reading, specs = read_unended(model, method, prompts, options)
     reading = reread(model, method, reading, prompts, longest)

@@ -135,7 +135,7 @@ def dense_layers(method: Method, dense: Method, *, first: int = 2) -> Method:
 
 def forwarded(method: Method, dense: Method) -> Hooks:
     """Returns the hooks of the method, for the layers that it is in charge of."""
-    asked, settle, seal = method.hooks
+    asked, hooks = method.hooks.asked, method.hooks
     if asked is not None:
         asked = asked._replace(
             probe=functools.partial(probe, dense, asked.probe),
@@ -144,8 +144,8 @@ def forwarded(method: Method, dense: Method) -> Hooks:
         )
     return Hooks(
         asked=asked,
-        settle=settle and functools.partial(settle_sparse, settle),
-        seal=seal and functools.partial(unless_dense, seal),
+        settle=hooks.settle and functools.partial(settle_sparse, hooks.settle),
+        seal=hooks.seal and functools.partial(unless_dense, hooks.seal),
     )
 
 

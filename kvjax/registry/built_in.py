@@ -2,6 +2,7 @@
 
 from kvjax.methods.cascade.method import cascade as cascade
 from kvjax.methods.citrus import citrus as citrus
+from kvjax.methods.critiprefill import critiprefill as critiprefill
 from kvjax.methods.decode_eviction import decode_eviction as decode_eviction
 from kvjax.methods.dense_layers import dense_layers as dense_layers
 from kvjax.methods.duo import duo as duo

@@ -109,6 +109,14 @@ PAPERS = {
         "Efficient LLM Inference",
         ("Yuan Feng", "Junlin Lv", "Yukun Cao", "Xike Xie", "S. Kevin Zhou"),
     ),
+    "2409.12490": Paper(
+        "CritiPrefill: A Segment-wise Criticality-based Approach for Prefilling "
+        "Acceleration in LLMs",
+        (
+            *("Junlin Lv", "Yuan Feng", "Xike Xie", "Xin Jia", "Qirong Peng"),
+            "Guiming Xie",
+        ),
+    ),
     "2410.10819": Paper(
         "DuoAttention: Efficient Long-Context LLM Inference with Retrieval and "
         "Streaming Heads",

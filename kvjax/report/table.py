@@ -112,6 +112,7 @@ ANSWERED = (
     Column("chain, after", "chain_after", format_share),
     Column("own, after", "own_after", format_share),
     Column("tokens/s", "tokens_per_second", _rate),
+    Column("prompt pairs", "prompt_share", "{:.0%}".format),
     Column("prefill s", "prefill_seconds", "{:.2f}".format),
 )
 ATTENTION = (
@@ -260,6 +261,11 @@ def answered_caption(results: Mapping[str, Any], *, speed: bool = True) -> str:
             f" Speed: {_of(settings['batch'], 'row')} together on {about['device']} "
             f"({about['backend']}), median of batches; prefill: one row's prompt, read "
             "alone."
+        )
+    if any(row.get("prompt_share") for row in results["rows"]):
+        caption += (
+            " Prompt pairs: of a prompt's query-key pairs, those that are attended to, "
+            "if not all."
         )
     return caption
 

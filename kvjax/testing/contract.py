@@ -23,6 +23,7 @@ from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
+from kvjax.testing.handing_up import what_a_layer_hands_up_has_one_shape
 from kvjax.testing.instruction import an_instruction_votes_and_is_forgotten
 from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
 from kvjax.testing.streams import (
@@ -157,7 +158,7 @@ def a_step_leaves_the_state_as_it_was(subject: Subject) -> None:
     method, spec = subject.method, subject.spec
     empty = jax.eval_shape(functools.partial(method.init, spec))
     inputs = streams.chunk(subject.stream, [0] * len(PROMPTS), PROMPTS, size=21)
-    filled, out = jax.eval_shape(method.prefill, empty, *inputs)
+    filled, out = jax.eval_shape(streams.one_layer(method), empty, *inputs)
     _equal(_types(filled), _types(empty), "the state after prefill")
     _equal((out.shape, out.dtype), (inputs[0].shape, inputs[0].dtype), "prefill's out")
     finished = jax.eval_shape(method.finish, filled)
@@ -276,7 +277,8 @@ def is_for_another_attention_or_refuses_it(subject: Subject) -> None:
 
 
 def chunks_of_the_prompt_change_nothing(subject: Subject, chunks: Chunks) -> None:
-    """However the prompt is cut."""
+    """However the prompt is cut: at multiples of the granule, if there is one."""
+    chunks = streams.whole_granules(chunks, subject.method.hooks.granule or 1)
     chunked, whole = subject.run(chunks=chunks), subject.baseline
     _same(chunked.prompt_out, whole.prompt_out, "the prompt's outputs")
     _same(chunked.out, whole.out, "outputs")
@@ -470,6 +472,7 @@ CHECKS: dict[str, Callable[[Subject], None]] = {
         a_prompt_is_exact_where_the_method_says_so,
         a_second_reading_changes_only_what_it_learns,
         an_instruction_votes_and_is_forgotten,
+        what_a_layer_hands_up_has_one_shape,
         is_for_another_attention_or_refuses_it,
     )
 }

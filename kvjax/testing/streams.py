@@ -143,12 +143,21 @@ def chunk(
     return (*arrays, jax.device_put(np.asarray(lengths, np.int32)))
 
 
+def one_layer(method: Method) -> Callable[..., tuple[State, jax.Array]]:
+    """Returns `prefill(state, q, k, v, lengths)` of a layer with none below it."""
+
+    def prefill(state, q, k, v, lengths):
+        return method.prefill_layer(state, q, k, v, lengths)[:2]
+
+    return prefill
+
+
 def prefill(method: Method, spec: CacheSpec, stream: Stream, chunks=None):
     """Returns the state after one reading, and the prompt's outputs, an array a row.
 
     `chunks` lists `lengths (B,)` of each chunk; None means the prompt at once.
     """
-    state, step, outs = method.init(spec), jax.jit(method.prefill), []
+    state, step, outs = method.init(spec), jax.jit(one_layer(method)), []
     for q, k, v, lengths in prompt_inputs(stream, chunks, spec.dtype):
         state, out = step(state, q, k, v, lengths)
         expect(
@@ -200,6 +209,14 @@ def reread_chunks(stream: Stream):
         (np.full(len(prompts), start), np.clip(prompts - start, 0, REREAD))
         for start in starts
     ]
+
+
+def whole_granules(chunks: Chunks, granule: int) -> list[tuple[int, ...]]:
+    """Moves the cuts of a prompt down to multiples of the granule, but for its end."""
+    ends = np.cumsum(np.asarray(chunks), axis=0)
+    moved = np.where(ends == ends[-1], ends, ends // granule * granule)
+    lengths = np.diff(moved, axis=0, prepend=0)
+    return [tuple(map(int, row)) for row in lengths]
 
 
 def prompt_inputs(

@@ -21,8 +21,8 @@ from kvjax.testing.streams import Chunks, Run, Stream
 # missing here must be given one, so that no method is tested idle.
 SMALL = {"budget": 8, "page_size": 4, "window": 4, "kernel": 3, "num_sinks": 2}
 SMALL |= {"stride": 4, "tail": 1, "features": 2, "calibration": 6, "every": 4}
-SMALL |= {"future": 6, "chunk": 4, "instruction": 2, "clusters": 0.3, "rounds": 2}
-SMALL |= {"query_block": 3}
+SMALL |= {"future": 6, "chunk": 4, "instruction": 2, "rounds": 2}
+SMALL |= {"query_block": 3, "segment": 4, "block": 4, "dense_tokens": 4}
 # Where arrays lie is no part of the contract: all on the device.
 SMALL |= {"cache": 4, "memory": "device"}
 LARGEST_DEFAULT = 8
@@ -102,7 +102,7 @@ class Subject:
     @functools.cached_property
     def jitted_prefill(self) -> Callable[..., Any]:
         """`prefill`, compiled once."""
-        return jax.jit(self.method.prefill)
+        return jax.jit(streams.one_layer(self.method))
 
     @functools.cached_property
     def jitted_reread(self) -> Callable[..., Any] | None:

@@ -282,10 +282,13 @@ class LlamaDecoder:
         method: Method,
     ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
         """Runs a right-padded chunk of the prompt; rows have `lengths` tokens in it."""
-        after = list(states)
+        after, handed = list(states), None
 
         def attention(layer, q, k, v):
-            after[layer], out = method.prefill(after[layer], q, k, v, lengths)
+            nonlocal handed
+            after[layer], out, handed = method.prefill_layer(
+                after[layer], q, k, v, lengths, handed
+            )
             return out
 
         hidden = self._module(params).hidden(tokens, attention)

@@ -92,6 +92,8 @@ CASES = {
     "page_attention-P64-T8-mask-128K": _case(SHORT, 64, rows=8, masked=True),
     "page_attention-P16-T8-mask-128K": _case(SHORT, 16, rows=8, masked=True),
     "page_attention-P128-T16-mask-128K": _case(SHORT, 128, rows=16, masked=True),
+    # A segment of a prompt, in tiles of rows: what it chose, and itself.
+    "page_attention-segment-P128-T512-128K": _case(SHORT, 128, tokens=2560, rows=512),
     "page_attention-surrogate-P64-128K": _completed(SHORT, 64, 16),
     "page_attention-int8-P64-128K": _case(SHORT, 64, bits=(8, 8)),
     "page_attention-int4-P64-128K": _case(SHORT, 64, bits=(4, 4)),

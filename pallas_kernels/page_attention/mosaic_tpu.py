@@ -5,11 +5,15 @@ online softmax, keys and values in one copy a page, several blocks on their way 
 one is used, also across lists.
 Bytes per block: `block_tokens * 2 * D * itemsize`; nothing else grows with the cache.
 Of quantised pages codes and scales are copied, a copy each.
+
+More query rows a list than a program takes, as of a segment of a prompt, come in tiles,
+each of which reads the list again: so many rows are bound by arithmetic.
 """
 
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -47,7 +51,12 @@ def unsupported(
     first_position=0,
 ) -> str | None:
     """Says why the kernel cannot, from shapes and dtypes; None if it can."""
-    del query_positions, initial, sm_scale, first_position
+    del query_positions, sm_scale, first_position
+    if mask is None and initial is None and surrogate is None:
+        q = jax.ShapeDtypeStruct(
+            (*q.shape[:2], _queries_of_tile(q, page_ids), q.shape[3]), q.dtype
+        )
+    del initial
     reason = tpu_lists.unsupported_sizes(q, pages, page_ids, mask)
     if reason is None and isinstance(pages, Quantized):
         if surrogate is not None:
@@ -96,6 +105,10 @@ def page_attention(
     config=None,
 ):
     """See :func:`pallas_kernels.page_attention.page_attention`."""
+    static = {"sm_scale": sm_scale, "first_position": first_position}
+    static |= {"interpret": interpret, "config": config}
+    if q.shape[2] > _queries_of_tile(q, page_ids):
+        return _by_tiles(q, pages, page_ids, query_positions, static)
     if config is None:
         kind, dtype = device_kind(), tpu_operands.stored_dtype(pages)
         config = tuning.lookup(kind, dtype, q.shape[3], pages.shape[3])
@@ -156,6 +169,36 @@ def page_attention(
     out = turned(value_rows, out)
     # What is turned does not start from what is not.
     return *joined(out, lse, initial if is_quantized else None), *sums
+
+
+def _queries_of_tile(q, page_ids):
+    """The queries of a head that a program takes: of all heads of a list, its rows."""
+    group = q.shape[1] // page_ids.shape[1]
+    return min(q.shape[2], max(tpu_lists.MAX_ROWS // group, 1))
+
+
+def _by_tiles(q, pages, page_ids, query_positions, static):
+    """Calls the kernel for some queries at a time."""
+    batch, heads, num_rows, head_dim = q.shape
+    size = _queries_of_tile(q, page_ids)
+    tiles = -(-num_rows // size)
+    padding = tiles * size - num_rows
+    # A padded row sees nothing.
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, padding), (0, 0)))
+    positions = jnp.pad(query_positions, ((0, 0), (0, padding)), constant_values=-1)
+
+    def tile(part):
+        some, where = part
+        return page_attention(some, pages, page_ids, where, None, **static)
+
+    parts = (
+        jnp.moveaxis(q.reshape(batch, heads, tiles, size, head_dim), 2, 0),
+        jnp.moveaxis(positions.reshape(batch, tiles, size), 1, 0),
+    )
+    out, lse = lax.map(tile, parts)
+    out = jnp.moveaxis(out, 0, 2).reshape(batch, heads, tiles * size, head_dim)
+    lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, tiles * size)
+    return out[:, :, :num_rows], lse[:, :, :num_rows]
 
 
 def _block_shape(stream, tokens_last, sizes):

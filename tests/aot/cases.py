@@ -70,6 +70,8 @@ _CASES = (
     ),
     # No bar: where every page is cut by a mask, its copies are waited for one by one.
     ("page_attention-P64-T8-mask-128K", "page_attention", 3, BLOCK, {}),
+    # No bar: arithmetic, of 256 rows of a KV head with each block.
+    ("page_attention-segment-P128-T512-128K", "page_attention", 2, BLOCK, {}),
     ("decode_attention-1M", "decode_attention", 2, BLOCK, {"bars": BOTH}),
     # Every block is masked.
     ("decode_attention-T4-window-128K", "decode_attention", 3, BLOCK, {"bars": BOTH}),

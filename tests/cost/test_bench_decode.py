@@ -43,6 +43,7 @@ def test_steps_are_counted_beside_what_they_must_read():
     # One yardstick.
     assert full.floor / ring.floor == pytest.approx(full.num_bytes / ring.num_bytes)
     assert done[-1] == ("streaming_llm:budget=16, 160 tokens", 1.0)
+    assert full.prompt_share == 1
 
 
 @pytest.mark.parametrize("most", [None, 5000])

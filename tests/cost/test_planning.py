@@ -342,3 +342,26 @@ if __name__ == "__main__":
         begin = f"```sh\n{command}\n```\n\n```text\n"
         page = page.replace(begin + said, begin + new)
     PAGE.write_text(page, "utf-8")
+
+
+def test_a_prompt_that_is_read_in_part_says_so(capsys):
+    """And its chunks are as long as what must come whole."""
+    decoder = tiny_model(num_layers=2).decoder
+    spec = "critiprefill:segment=64,block=16,budget=64,dense_tokens=64+full"
+    method = registry.parse(spec)
+    options = {"weights": WEIGHTS, "mlp_width": MLP_WIDTH, "context": 512}
+    found = planning.plan(decoder, method, new_tokens=32, chunk_size=16, **options)
+    # Segments at 64 to 384 leave out what is before them, but for 64 tokens; the last
+    # one, at 448, is cut.
+    every = 480 * 481 // 2
+    pairs = 2 * every - 64 * (64 + 128 + 192 + 256 + 320)
+    assert found.prompt_share == pairs / (2 * every)
+    same = planning.plan(decoder, method, new_tokens=32, chunk_size=64, **options)
+    assert found.prompt_temporaries == same.prompt_temporaries
+    command = ["plan", "--model", str(CONFIG), "--context", "512", "--device", "v5e-1"]
+    assert cli.run([*command, "--method", spec, "--method", "full"]) == 0
+    printed = capsys.readouterr().out
+    assert "pairs" in printed
+    assert "of the query-key pairs of a prompt" in " ".join(printed.split())
+    assert cli.run([*command, "--method", "full"]) == 0
+    assert "pairs" not in capsys.readouterr().out

@@ -11,6 +11,7 @@ from oracles.budgets import duo as duo
 from oracles.budgets import head_budgets as head_budgets
 from oracles.chosen_once import *  # noqa: F403
 from oracles.completion import topk_completion as topk_completion
+from oracles.critiprefill import critiprefill as critiprefill
 from oracles.hip import Hip as Hip
 from oracles.hip import hip as hip
 from oracles.hip import in_stages as in_stages

@@ -11,6 +11,7 @@ from jax.experimental.pallas import tpu as pltpu
 from listed_pages import IDS, assert_close, draw, draw_masked, poisoned
 
 from pallas_kernels.page_attention import Surrogate, page_attention, reference, tuning
+from pallas_kernels.shared import tpu_lists
 
 # Relative error of a row; two to three times the largest seen. What they catch: see
 # test_tolerance_sees_one_token.
@@ -75,6 +76,13 @@ def test_several_rows_with_a_list_for_each_query_head():
     ids = [[[0, 1, 2, 3], [3, 1, -1, -1], [-1, 0, -1, 2], [-1] * 4]]
     problem = draw(rows=3, num_pages=4, ids=ids, positions=[[-1, 17, 40]])
     _check(problem, "float32")
+
+
+def test_more_rows_than_a_program_takes_come_in_tiles(monkeypatch):
+    """As of a segment of a prompt: the last tile is padded, and rows are causal."""
+    monkeypatch.setattr(tpu_lists, "MAX_ROWS", 8)
+    positions = [[*range(133, 142)], [-1, *range(23, 31)]]
+    _check(draw(ids=IDS, positions=positions, rows=9), "float32")
 
 
 def test_a_mask_of_pages_by_row():
@@ -179,7 +187,8 @@ def test_gradient_is_the_reference_s():
     [
         ({"head_dim": 96}, "D=96"),
         ({"page_size": 4}, "P=4"),
-        ({"rows": 300}, "600 query rows"),
+        ({"heads": (600, 2)}, "300 query rows"),
+        ({"rows": 300, "masked": True}, "600 query rows"),
         ({"rows": 33, "masked": True}, "T=33 rows"),
         ({"dtype": "float16"}, "float16"),
         ({"ids": np.zeros((1, 2, 80_000))}, "2 lists of 80000"),

@@ -198,6 +198,19 @@ def test_the_host_has_columns_where_a_row_has_something_there(results):
         assert "host" not in sheet.caption
 
 
+def test_a_prompt_that_is_read_in_part_has_a_column(results):
+    part = make_row("critiprefill+full", read=2**14, hits=2, prompt_share=0.404)
+    made = documents.results([*ROWS, part], results["manifest"])
+    answered = report_table.sheets(made)[1]
+    cells = dict(zip(answered.headings, answered.rows[2], strict=True))
+    assert cells["prompt pairs"] == "40%"
+    assert answered.rows[1][answered.headings.index("prompt pairs")] == "-"
+    assert "Prompt pairs: of a prompt's query-key pairs" in answered.caption
+    for sheet in report_table.sheets(results):
+        assert "prompt pairs" not in sheet.headings
+        assert "Prompt pairs" not in sheet.caption
+
+
 def test_figures_are_svg_that_parses_and_shows_every_method(results):
     layouts = compare.BROAD, compare.NARROW, compare.COLUMN
     scatters = [compare.scatter(results, layout=layout) for layout in layouts]

@@ -149,9 +149,8 @@ def read(
         model.decoder, method, shape.batch, shape.prompt, shape.steps
     )
     judge, scores = finite.likelihood if scored else None, []
-    for now, judged in reader.read_and_judge(
-        model, method, reading, reader.cut(prompts, shape.chunk), judge
-    ):
+    parts = reader.cut(prompts, shape.chunk, method.hooks.granule)
+    for now, judged in reader.read_and_judge(model, method, reading, parts, judge):
         reading = now
         scores.append(judged)
     found = None, None
