@@ -48,8 +48,9 @@ class Family(NamedTuple):
         footprint: `footprint(decoder, weights) -> Footprint`.
         notes: `notes(decoder, params) -> lines` that a user must know of a model;
             `params` are None where no weights were loaded.
-        load_adapted: as `load`, with :class:`models.llama.adapters.Adapter`s at the
-            end, which are merged into the weights; None if the family takes none.
+        load_adapted: as `load`, with a tuple at the end, each a
+            :class:`models.llama.adapters.Adapter` that is merged into the weights; None
+            if the family takes none.
     """
 
     model_types: tuple[str, ...]

@@ -125,7 +125,7 @@ def critiprefill(
 
     State: that of `method`. While the prompt is read, in layers from `first` on, also
         pages `(B, Hkv, NP, block, 2*D)` and page_min, page_max `(B, Hkv, NP, D)` in the
-        cache dtype, unless the pages of `method` divide a block.
+        cache dtype, unless the pages of `method` divide a block and have extremes.
     Reads per step and layer: as `method`.
     Exact when: `method` is, and the prompt was read so: budget >= its length, or fewer
         tokens than `dense_tokens` and a segment, or first >= layers.
@@ -219,7 +219,7 @@ def check_method(method: Method, spec: CacheSpec) -> None:
 
 def has_pages(inner: State, block: int) -> bool:
     """Says whether a method's state is pages that lists of blocks can be read from."""
-    if not isinstance(inner, paged.Paged):
+    if not isinstance(inner, paged.Paged) or inner.page_min is None:
         return False
     is_here = isinstance(inner.pages, jax.Array | Quantized)
     return is_here and block % inner.pages.shape[3] == 0

@@ -149,7 +149,7 @@ def both_tiny(monkeypatch):
         model = tiny_model(num_layers=1, context=512, attention_alpha=alpha)
         made[name] = model._replace(tokenizer=byte_tokenizer(), name=name)
     monkeypatch.setattr(models, "load", lambda name, **options: made[name])
-    monkeypatch.setattr(models, "load_decoder", lambda name, dtype: made[name].decoder)
+    monkeypatch.setattr(models, "load_decoder", lambda name, **_: made[name].decoder)
     specs = {1.0: ["streaming_llm"], 1.5: ["entmaxkv:page_size=8"]}
     monkeypatch.setattr(cli.compare, "_every", lambda alpha: specs[alpha])
 

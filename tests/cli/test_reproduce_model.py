@@ -7,7 +7,7 @@ import pytest
 import safetensors.numpy
 from tiny import keep_layers
 
-from kvjax import cli
+from kvjax import cli, files
 from kvjax.evaluation import claims
 from kvjax.evaluation.claims import samples
 from kvjax.evaluation.claims.measure import steps
@@ -27,7 +27,7 @@ def model(tmp_path_factory):
     file = folder / "model.safetensors"
     tensors = safetensors.numpy.load_file(file)
     kept = {k: v for k, v in tensors.items() if "layers." not in k or ".0." in k}
-    safetensors.numpy.save_file(kept, file, {"format": "pt"})
+    files.save_tensors(file, kept, {"format": "pt"})
     return folder
 
 

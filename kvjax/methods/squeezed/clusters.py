@@ -3,6 +3,7 @@
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -92,7 +93,7 @@ def below_coarse(
     options: Options,
     found: clustering.Clusters,
     count: Int[Array, "B H"],
-    dtype,
+    dtype: jax.typing.DTypeLike,
     most: int,
 ) -> tuple[clustering.Clusters, Coarse]:
     """Clusters the centroids once more, and puts those of one coarse cluster together.

@@ -12,6 +12,7 @@ from kvjax.methods.squeezed.options import Options, Sizes
 from kvjax.stores import buffers, contiguous
 from kvjax.stores import step as shared_step
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.shared.quantized import Rows
 from pallas_kernels.topk import top_k
 
 
@@ -33,7 +34,7 @@ def inspect_step(
     slots, attended = listed(options, sizes, state, rotated)
     lists, heads = slots.shape[1], spec.num_kv_heads
 
-    def gathered(buffer) -> Float[Array, "B H N D"]:
+    def gathered(buffer: Rows) -> Float[Array, "B H N D"]:
         merged = slots.reshape(spec.batch, heads, -1)
         rows = buffers.gather(buffer, merged)
         return rows.reshape(spec.batch, lists, -1, spec.head_dim)
