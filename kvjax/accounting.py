@@ -172,7 +172,10 @@ def traffic(
 
 
 def prompt_pairs(method: Method, decoder: DecoderLM, length: int) -> int:
-    """Returns the query-key pairs of a query head in a prompt, of all layers."""
+    """Returns the query-key pairs of a query head in a prompt, of all layers.
+
+    All of them, of a method that does not count them (`hooks.work`).
+    """
     every = length * (length + 1) // 2
     work, specs = method.hooks.work, layer_specs(decoder, 1, length)
     return sum(every if work is None else work(spec, length) for spec in specs)

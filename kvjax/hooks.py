@@ -73,7 +73,8 @@ class Hooks(NamedTuple):
             the outcome, too; not more comes behind than `max_new_tokens`.
         granule: tokens of a part of the prompt that `prefill` may attend to by rules of
             its own if it comes whole in one call. The reader gives parts whole, counted
-            from the first token, but for a row's last, which it always cuts.
+            from the first token, but for a row's last, which it cuts, unless all keys
+            rotate at once, as beyond the original context under `dynamic` RoPE.
         prefill_after: in place of `prefill`, for what layers hand to each other.
         work: `work(spec, length)` query-key pairs that a query head attends to while a
             prompt of `length` tokens is read: `length * (length + 1) / 2` if every

@@ -70,7 +70,7 @@ def load(
             GGUF file and `gguf` is not.
     """
     check_packing(weights)
-    name, folders = _with_adapters(name, adapter)
+    name, folders = with_adapters(name, adapter)
     if weights == "stored" and folders:
         raise ValueError(
             f"weights='stored' keeps the integers of {name}, which the adapter "
@@ -99,7 +99,7 @@ def split_name(name: str | Path) -> tuple[str | Path, str | None]:
 
 def check_adaptable(name: str | Path) -> None:
     """Raises ValueError if adapters of a model have no names in its checkpoint."""
-    directory = _resolve(_with_adapters(name, None)[0], ["config.json"])
+    directory = _resolve(with_adapters(name, None)[0], ["config.json"])
     if gguf.is_gguf(directory):
         return
     config = read_json(directory / "config.json")
@@ -111,7 +111,9 @@ def check_adaptable(name: str | Path) -> None:
         )
 
 
-def _with_adapters(name, adapter) -> tuple[str | Path, list[str | Path]]:
+def with_adapters(
+    name: str | Path, adapter: str | Path | None = None
+) -> tuple[str | Path, list[str | Path]]:
     """Returns a model's own name, and folders of adapters in their order."""
     folders = [] if adapter is None else [adapter]
     while True:
@@ -192,7 +194,7 @@ def load_decoder(
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
     """
-    name, folders = _with_adapters(name, adapter)
+    name, folders = with_adapters(name, adapter)
     decoder = _load_decoder(name, dtype)
     for folder in map(Path, folders):
         adapters.read_config(folder.expanduser())

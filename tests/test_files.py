@@ -226,7 +226,12 @@ def test_only_a_folder_or_a_gguf_file_is_located(tmp_path, monkeypatch):
     (tmp_path / "embedded-softmax").write_bytes(b"")  # a file of that name
     assert files.located("model") == str(tmp_path / "model")
     assert files.located("./a.gguf") == str(tmp_path / "a.gguf")
-    for name in ("embedded-softmax", "smollm2", "owner/model", "", "tiny"):
+    # A model and adapters, whatever their folders' names.
+    (tmp_path / "a+b").mkdir()
+    here = f"{tmp_path}/"
+    assert files.located("a+b+model") == f"{here}a+b+{here}model"
+    assert files.located("tiny+model+a+b") == f"tiny+{here}model+{here}a+b"
+    for name in ("embedded-softmax", "smollm2", "owner/model", "", "tiny", "a+c"):
         assert files.located(name) == name
 
 

@@ -247,7 +247,7 @@ def model_name(model: str | None) -> str:
         return embedded.DEFAULT
     if not model:
         raise ValueError("--model is empty: name a model, or leave it out.")
-    given, model = model, str(models.split_name(model)[0])
+    given, model = model, str(models.with_adapters(model)[0])
     is_published = model in published.MODELS and not pathlib.Path(model).is_dir()
     if is_published and importlib.util.find_spec("gguf") is None:
         raise ImportError(

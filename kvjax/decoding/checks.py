@@ -44,6 +44,13 @@ def check_prompts(
                 f"{decoder.context}: shorten either."
             )
         check_reach(method, decoder, len(prompt), max_new_tokens, named=named)
+        is_at_once = len(prompt) > decoder.rope.static_until and not method.renumbers
+        if is_at_once and method.hooks.asked is not None:
+            raise ValueError(
+                f"prompt {row} has {len(prompt)} tokens and rotates all keys at once "
+                f"from {decoder.rope.static_until} on, and {method} reads it in parts, "
+                "with its question between them: use citrus in all layers."
+            )
     check_vocabulary(decoder, prompts)
     check_reread(model, method, map(len, prompts) if ends is None else ends)
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax import accounting
 from kvjax.decoding import saved_prompt
 from kvjax.interface import LanguageModel, Method
 from kvjax.registry import as_method
@@ -100,7 +101,8 @@ def go_on(
         return Read(found, len(more), False)
     if room is None:
         left = saved_prompt.tokens_left(model, method, before)
-        room = before.room if left is None else left + len(old) - len(ids)
+        longer = _longer(model, method, len(ids) - len(old))
+        room = before.room if left is None else left - longer
     found = saved_prompt.read(model, method, [ids], room=room, chunk_size=chunk_size)
     return Read(found, len(ids), True)
 
@@ -121,10 +123,8 @@ def check_room(
     """
     held = len(found.prompts[0])
     behind = held if behind is None else behind
-    left, wanted = (
-        saved_prompt.tokens_left(model, method, found),
-        behind - held + new_tokens,
-    )
+    left = saved_prompt.tokens_left(model, method, found)
+    wanted = _longer(model, method, behind - held) + new_tokens
     if left is None or wanted <= left:
         return
     # What is read anew has its room behind the conversation as it is then.
@@ -142,6 +142,12 @@ def check_room(
         f"the conversation has room for {left} tokens more and {wanted} are wanted: "
         + remedy
     )
+
+
+def _longer(model: LanguageModel, method: Method | str, tokens: int) -> int:
+    """Returns what reading so many tokens takes of the room behind a conversation."""
+    takes_none = accounting.reads_any_length(as_method(method), model.decoder)
+    return 0 if takes_none else tokens
 
 
 def _room(model: LanguageModel, held: int) -> int:

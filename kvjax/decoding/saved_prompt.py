@@ -87,7 +87,7 @@ def read(
         prompts: texts, or token ids; of any lengths.
         room: tokens that may follow: what :func:`extend` adds and what is generated.
             `generate` goes on bit for bit as it would by itself with
-            `max_new_tokens=room`.
+            `max_new_tokens=room`, and without a question.
         chunk_size: most prompt tokens processed at once; a second reading takes the
             method's own `chunk`.
 

@@ -121,7 +121,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     Args:
         reference: attends to everything: :func:`kvjax.full` or
             :func:`kvjax.entmax_full`.
-        candidate: the method to look at.
+        candidate: the method to look at. Nobody tells it where a question begins.
 
     Returns:
         A :class:`kvjax.Method` over :class:`SideBySideState`.

@@ -65,13 +65,16 @@ def check_file(path: pathlib.Path) -> None:
 def located(name: str) -> str:
     """The absolute path of a folder or GGUF file; any other name as it is.
 
-    Of a model with an adapter, MODEL+ADAPTER, both are located.
+    Of a model with adapters, MODEL+ADAPTER, all are located.
     """
     path = pathlib.Path(name).expanduser()
     if name and (path.is_dir() or (path.suffix == ".gguf" and path.is_file())):
         return os.path.abspath(path)
-    model, plus, adapter = name.partition("+")
-    return f"{located(model)}+{located(adapter)}" if plus else name
+    for at, sign in enumerate(name):
+        behind = name[at + 1 :]
+        if sign == "+" and pathlib.Path(behind).expanduser().is_dir():
+            return f"{located(name[:at])}+{located(behind)}"
+    return name
 
 
 # Folders that are being written: of an interrupt that cannot wait for them.

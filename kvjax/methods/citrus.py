@@ -25,8 +25,8 @@ class CitrusPrompt(NamedTuple):
     spec: CacheSpec
     past: Places  # the chunks before the running one, as far as they are kept
     votes: Float[Array, "B 1 N"]  # what the past received since it was last cut
-    other: Places  # the cache that answers; of "individual", else without slots
-    other_votes: Float[Array, "B 1 M"]
+    other: Places | None  # the cache that answers, of "individual" alone
+    other_votes: Float[Array, "B 1 N"] | None
     probed: Bool[Array, "B"]  # the votes are the instruction's
     run_k: Float[Array, "B Hkv C D"]  # of the running chunk, C = stride; un-rotated
     run_v: Float[Array, "B Hkv C D"]
@@ -168,18 +168,18 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> CitrusPrompt
     """Makes an empty past, and a chunk that has not begun."""
     del weights
     slots = options.slots(spec)
-    others = slots if options.variant == "individual" else 0
+    is_individual = options.variant == "individual"
     shape = (spec.batch, spec.num_kv_heads, options.stride, spec.head_dim)
 
-    def no_votes(slots: int) -> Float[Array, "B 1 N"]:
+    def no_votes() -> Float[Array, "B 1 N"]:
         return buffers.allocate((spec.batch, 1, slots), jnp.float32, fill=0.0)
 
     return CitrusPrompt(
         spec,
         places.empty(spec, slots),
-        no_votes(slots),
-        places.empty(spec, others),
-        no_votes(others),
+        no_votes(),
+        places.empty(spec, slots) if is_individual else None,
+        no_votes() if is_individual else None,
         jnp.zeros((spec.batch,), bool),
         buffers.allocate(shape, spec.dtype),
         buffers.allocate(shape, spec.dtype),
@@ -303,17 +303,19 @@ def enter(
         held = places.cut(held, votes, options.kept(state.spec), is_due)
         return places.join(held, state.run_k, state.run_v, state.entered, count)
 
-    other, votes = state.other, state.votes
-    if options.variant == "individual":
+    def uncounted(votes: Float[Array, "B 1 N"]) -> Float[Array, "B 1 N"]:
+        return buffers.where(is_due, jnp.zeros_like(votes), votes)
+
+    votes = state.votes
+    if state.other is not None:
         # Where no instruction ever voted, both caches are the same.
         told = buffers.where(state.probed, state.other_votes, votes)
-        other = entered(other, told)
-    none = jnp.zeros_like
+        state = state._replace(
+            other=entered(state.other, told), other_votes=uncounted(state.other_votes)
+        )
     return state._replace(
         past=entered(state.past, votes),
-        votes=buffers.where(is_due, none(votes), votes),
-        other=other,
-        other_votes=buffers.where(is_due, none(state.other_votes), state.other_votes),
+        votes=uncounted(votes),
         probed=state.probed & ~is_due,
         entered=state.entered + count,
     )

@@ -99,7 +99,8 @@ def critiprefill(
     chooses, by one score for each block of keys before it, what all of them read, and
     reads itself besides. The first layers and the start of the prompt are dense; so is
     what a call has of a segment that does not come whole, and the reader of prompts
-    always cuts the last one: what is asked at the end sees everything. Nothing is
+    cuts the last one: what is asked at the end sees everything, but under `dynamic`
+    RoPE beyond the original context, where a prompt comes at once. Nothing is
     evicted, and steps are those of `method`, over keys and values that differ from
     those of a dense prompt in the layers above the first sparse one.
 
@@ -196,21 +197,25 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> Critical:
     Raises:
         ValueError: if the method reads prompts in a way of its own.
     """
-    check_method(options.method, spec)
     inner = options.method.init(spec, weights)
+    serves = has_pages(inner, options.block)
+    check_method(options.method, spec, serves)
     if spec.layer < options.first:
         return CritiDecoding(inner, spec)
-    serves = has_pages(inner, options.block)
     return CritiPrompt(inner, None if serves else pages_for(options, spec), spec)
 
 
-def check_method(method: Method, spec: CacheSpec) -> None:
-    """Raises ValueError unless the method's prompt attention is to every token."""
+def check_method(method: Method, spec: CacheSpec, has_pages: bool) -> None:
+    """Raises ValueError unless the method's prompt attention is to every token.
+
+    Of quantised keys it is in no case exact: those in pages alone are known to be all.
+    """
     sizes = [
         accounting.prompt_bytes(method, dataclasses.replace(spec, capacity=capacity))
         for capacity in (MANY, MORE)
     ]
-    if sizes[0] == sizes[1] or not (method.exact_prompt or method.lossy):
+    reads_all = method.exact_prompt or (method.lossy and has_pages)
+    if sizes[0] == sizes[1] or not reads_all:
         raise ValueError(
             f"critiprefill takes the place of exact attention to the prompt, and "
             f"{method} has a prompt attention of its own: use it alone."

@@ -165,6 +165,11 @@ def check_options(method: Method, dense: Method, first: int) -> None:
     """Raises ValueError unless layers can be dense so beside the method."""
     if first < 0:
         raise ValueError(f"{first=} must be at least 0 layers.")
+    if dense.hooks.asked is not None:
+        raise ValueError(
+            f"{dense} is told where a prompt's question begins, and is of the first "
+            f"{first}: use full."
+        )
     if dense.hooks.settle is not None:
         raise ValueError(
             f"{dense} decides over all layers, and is of the first {first}: use full."

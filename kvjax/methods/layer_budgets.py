@@ -63,7 +63,14 @@ class Pyramid:
         """Tokens that every layer keeps beside what is shared out."""
         if self.page > 1:
             return 0
-        return sum(self.recipe.options.get(key, 0) for key in ("window", "num_sinks"))
+        kept = {key: self.recipe.options.get(key, 0) for key in ("window", "num_sinks")}
+        if None in kept.values():
+            raise ValueError(
+                f"layer_budgets shares out what {self.recipe.spec} has beside its "
+                "window and sinks, and these follow the budget: give it window=... and "
+                "num_sinks=..."
+            )
+        return sum(kept.values())
 
     def kind(self, spec: CacheSpec) -> Kind:
         """Returns the kind of the spec's layer."""

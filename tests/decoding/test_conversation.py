@@ -96,6 +96,16 @@ def test_room_ends_and_can_be_had_anew():
     assert saved_prompt.tokens_left(model, method, found.prefix) == 30
 
 
+def test_what_reads_any_length_needs_room_for_replies_alone():
+    model, method = model_with(TURNS), "citrus:budget=16,stride=4,instruction=4"
+    read = conversation.read(model, method, said("hello"), room=10).prefix
+    longer = said("hello", "hi", "what is the time?")
+    found = conversation.go_on(model, method, read, longer)
+    conversation.check_room(model, method, found.prefix, 10)
+    with pytest.raises(ValueError, match="room for 10 tokens more and 11 are wanted"):
+        conversation.check_room(model, method, found.prefix, 11)
+
+
 @pytest.mark.parametrize(
     ("new_tokens", "message"),
     [

@@ -294,6 +294,16 @@ def test_a_text_longer_than_the_context_is_read():
 # --- transforms
 
 
+def test_dense_layers_under_dynamic_rope_read_no_prompt_in_parts():
+    """All keys rotate at once there, and the question comes between two parts."""
+    rope = Rope(8, kind="dynamic", factor=2.0, original_context=16)
+    model = tiny_model(num_layers=1, rope=rope)
+    method = kvjax.dense_layers(METHOD, registry.parse("full"), first=1)
+    kvjax.generate(model, method, [PROMPTS[0][:12]], max_new_tokens=2)
+    with pytest.raises(ValueError, match="17 tokens and rotates all keys at once from"):
+        kvjax.generate(model, method, [[5] * 17], max_new_tokens=2)
+
+
 def test_dense_layers_tell_the_method_and_keep_nothing_of_it():
     """The dense layer holds every token once; the others are cut."""
     model = tiny_model(num_layers=2)

@@ -373,7 +373,10 @@ def test_what_the_options_cannot_be(options, message):
 
 @pytest.mark.parametrize(
     "inner",
-    ["streaming_llm", "cascade", "duo:share=0.5+quest", "quantize+streaming_llm"],
+    [
+        *("streaming_llm", "cascade", "duo:share=0.5+quest", "quantize+streaming_llm"),
+        *("quantize+duo:share=0.5+quest", "quantize:prompt=quantized+full"),
+    ],
 )
 def test_a_method_with_a_prompt_attention_of_its_own_is_refused(inner):
     method = registry.parse(f"critiprefill+{inner}")

@@ -132,6 +132,12 @@ def test_tokens_are_taken_back_by_the_layers_method():
             lambda: kvjax.parse("layer_budgets:budgets=40/8+snapkv:window=16"),
             "smallest budget cannot have 8: snapkv: budget=8 must exceed window=16",
         ),
+        (
+            lambda: kvjax.parse("layer_budgets+subgen").init(
+                drive.make_spec(drive.make_stream((9,), 1), num_layers=2)
+            ),
+            "subgen has beside its window .* these follow the budget: give it window=",
+        ),
         (lambda: layer_budgets([]), r"\[\] must be a method, or a list of methods"),
         (lambda: layer_budgets(["snapkv"]), "'snapkv'] must be a method, or a list o"),
         (lambda: layer_budgets([full()], budgets="3"), "budgets='3' are those of one"),

@@ -179,7 +179,7 @@ def settle(
 ) -> tuple[SqueezedState, ...]:
     """Gives all layers the thresholds that leave a share of all their tokens unread.
 
-    As :class:`kvjax.interface.SettleFn`.
+    As `settle` of :class:`kvjax.hooks.Hooks`.
     """
     quantile = functools.partial(_quantile, options)
     if options.unread:
