@@ -150,8 +150,8 @@ def compare(
     report = _Report(out, parts, before[len(parts) :], is_chosen=bool(method))
     for one in parts:
         print(
-            f"kvjax: {one.missing} methods on {one.model.name}, {context:,} tokens, "
-            f"{one.settings.batch} rows together",
+            f"kvjax: methods on {one.model.name}: {one.missing}; {context:,} tokens, "
+            f"rows together: {one.settings.batch}",
             file=sys.stderr,
         )
     html_page.begin(out, report.document())

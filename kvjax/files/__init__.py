@@ -251,7 +251,9 @@ def check_place(path: str | pathlib.Path, *, within: bool = False) -> None:
 
 
 def check_writable(folder: pathlib.Path, option: str = "--out") -> None:
-    """Makes `folder` and tries it, before hours of work.
+    """Tries to write to `folder`, before hours of work, and leaves nothing there.
+
+    Not a folder either, if it was not there: what is refused afterwards makes none.
 
     Args:
         folder: that is to be written to.
@@ -260,10 +262,14 @@ def check_writable(folder: pathlib.Path, option: str = "--out") -> None:
     Raises:
         PermissionError, NotADirectoryError: if nothing can be written there.
     """
+    made = [one for one in (folder, *folder.parents) if not one.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        for one in made:
+            with contextlib.suppress(OSError):  # somebody else writes there by now
+                one.rmdir()
     except (FileExistsError, NotADirectoryError) as error:
         raise NotADirectoryError(
             f"{folder} is not a folder: give {option} another one."

@@ -159,12 +159,14 @@ def _parts(headings, rows, columns: int) -> list[Table]:
     if spare >= 0:
         return [_table(headings, rows, every, min(longest, narrowest + spare))]
     limit = min(longest, max(narrowest, columns // 3))
-    parts, chosen = [], []
-    for column in every:
+    # What tells rows of one name apart, such as a budget, is in every part.
+    key = every[:1] if len(set(names)) < len(names) else []
+    parts, chosen = [], key
+    for column in every[len(key) :]:
         wider = _table(headings, rows, [*chosen, column], limit)
-        if chosen and _natural(wider) > columns:
+        if chosen != key and _natural(wider) > columns:
             parts.append(_table(headings, rows, chosen, limit))
-            chosen = []
+            chosen = key
         chosen = [*chosen, column]
     return [*parts, _table(headings, rows, chosen, limit)]
 

@@ -215,6 +215,13 @@ def test_the_output_folder_is_tried_before_the_work(fail, tmp_path):
     (tmp_path / "file").write_text("")
     line = fail("compare", "--model", "no/where/at/all", "--out", tmp_path / "file")
     assert "file is not a folder: give --out another" in line
+    # What is refused after it leaves no folder.
+    for command in (
+        "compare --text nowhere",
+        "reproduce --model embedded-softmax --n 9",
+    ):
+        fail(*command.split(), "--context", "99999", "--out", tmp_path / "a" / "new")
+    assert not (tmp_path / "a").exists()
 
 
 def header_of(path):

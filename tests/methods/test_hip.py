@@ -439,6 +439,11 @@ def test_errors_of_stages_name_both_values(options, message):
         hip(**STAGES | options)
 
 
+def test_numbers_of_stages_are_numbers_where_none_is_searched():
+    with pytest.raises(ValueError, match="strides='16/x' must be positive numbers"):
+        hip(strides="16/x")
+
+
 @pytest.mark.parametrize("transform", ["refresh", "retro", "offload"])
 def test_stages_hold_lists_of_their_own(transform):
     """And so no transform does; in one line that says what it wraps instead."""

@@ -410,7 +410,7 @@ def test_both_files_are_written_and_replaced(tmp_path, results):
 
 def test_a_folder_is_tried_before_the_work(tmp_path):
     files.check_writable(tmp_path / "new" / "folder")
-    assert os.listdir(tmp_path / "new" / "folder") == []
+    assert os.listdir(tmp_path) == []
     file = tmp_path / "file"
     file.write_text("")
     for folder in (file, file / "below"):

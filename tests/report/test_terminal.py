@@ -54,6 +54,21 @@ def test_a_table_is_whole_at_any_width(columns, capsys):
     check_whole(out, rows, max(columns, 60))
 
 
+def test_rows_of_one_name_are_told_apart_in_every_part(capsys):
+    headings = ["method", "budget", *(f"a number {i}" for i in range(6))]
+    rows = [
+        [name, budget, *(f"{budget}.{i}00 [0, 1]" for i in range(6))]
+        for name in ("quest", "snapkv")
+        for budget in ("64", "128")
+    ]
+    terminal.show(headings, rows, columns=44)
+    parts = capsys.readouterr().out.strip().split("\n\n")
+    assert len(parts) > 1
+    for part in parts:
+        lines = [line.split()[:2] for line in part.splitlines()[-4:]]
+        assert lines == [row[:2] for row in rows]
+
+
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_a_comparison_is_whole(columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))

@@ -49,6 +49,8 @@ class Options:
     def __post_init__(self) -> None:
         choices.check_choices(self)
         self._check_sizes()
+        for name in ("chunks", "kept", "strides"):
+            numbers(self, name)
         if self.search == "stages":
             self._check_stages()
 
