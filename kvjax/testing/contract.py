@@ -453,9 +453,7 @@ def a_spec_is_static_and_a_state_is_arrays_only(subject: Subject) -> None:
     state, spec = subject.method.init(subject.spec), subject.spec
     for leaf in jax.tree.leaves(state):
         expect(isinstance(leaf, jax.Array), f"the state holds a {type(leaf).__name__}.")
-        expect(
-            leaf.size > 0, f"the state holds an empty array, {leaf.shape}: use None."
-        )
+        expect(leaf.size > 0, f"an array of shape {leaf.shape} is empty: use None.")
     _equal(hash(dataclasses.replace(spec)), hash(spec), "the hash of an equal spec")
     counted = accounting.prompt_bytes(subject.method, spec)
     _equal(buffers.num_bytes(state), counted, "the size of an empty state")
