@@ -307,7 +307,7 @@ def enter(
         return buffers.where(is_due, jnp.zeros_like(votes), votes)
 
     votes = state.votes
-    if state.other is not None:
+    if state.other is not None and state.other_votes is not None:
         # Where no instruction ever voted, both caches are the same.
         told = buffers.where(state.probed, state.other_votes, votes)
         state = state._replace(
@@ -336,7 +336,7 @@ def probe(
 
     The running chunk is not looked at, and no key stays.
     """
-    held, none = answering(options, state), jnp.zeros_like(lengths)
+    held, none = answering(state), jnp.zeros_like(lengths)
     behind = places.attend(state.spec, held, q, k, v, none, lengths)
     votes, is_there = places.received(state.spec, held, behind), lengths > 0
     name = "other_votes" if options.variant == "individual" else "votes"
@@ -353,20 +353,20 @@ def close(options: Options, state: CitrusPrompt) -> CitrusPrompt:
 def settle(options: Options, state: CitrusPrompt) -> Settled:
     """Cuts to what the instruction voted for, in rows where it did."""
     is_individual = options.variant == "individual"
-    votes = state.other_votes if is_individual else state.votes
+    votes = state.votes if state.other_votes is None else state.other_votes
     most = options.kept(state.spec)
-    held = places.cut(answering(options, state), votes, most, state.probed)
+    held = places.cut(answering(state), votes, most, state.probed)
     name = "other" if is_individual else "past"
     return settled(options, state._replace(**{name: held}))
 
 
-def answering(options: Options, state: CitrusPrompt) -> Places:
+def answering(state: CitrusPrompt) -> Places:
     """Returns the cache that the answer comes from."""
-    return state.other if options.variant == "individual" else state.past
+    return state.past if state.other is None else state.other
 
 
 def settled(options: Options, state: CitrusPrompt) -> Settled:
     """Gives the cache that answers its final shape."""
     spec = state.spec
     slots = min(options.budget + spec.max_new_tokens, spec.capacity)
-    return places.settle(spec, answering(options, state), state.length, slots)
+    return places.settle(spec, answering(state), state.length, slots)
