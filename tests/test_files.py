@@ -243,3 +243,15 @@ def test_reasons_are_one_line_in_the_systems_words():
         (ValueError("one\n  two"), "one two"),
     ]:
         assert files.reason(error) == expected
+
+
+def test_a_folder_is_tried_before_the_work(tmp_path):
+    files.check_writable(tmp_path / "new" / "folder")
+    assert list(tmp_path.iterdir()) == []
+    file = tmp_path / "file"
+    file.write_text("")
+    for folder in (file, file / "below"):
+        with pytest.raises(
+            NotADirectoryError, match="not a folder: give --out another"
+        ):
+            files.check_writable(folder)

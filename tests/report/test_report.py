@@ -11,7 +11,6 @@ import xml.etree.ElementTree as ElementTree
 import numpy as np
 import pytest
 
-from kvjax import files
 from kvjax.evaluation.compare_rows import Row
 from kvjax.evaluation.kept_tokens import Kept
 from kvjax.evaluation.statistics import Interval, wilson
@@ -406,18 +405,6 @@ def test_both_files_are_written_and_replaced(tmp_path, results):
         *("report.html", "results.json", "results.csv", "results.parquet")
     }
     assert page.stat().st_mode & 0o777 == 0o644
-
-
-def test_a_folder_is_tried_before_the_work(tmp_path):
-    files.check_writable(tmp_path / "new" / "folder")
-    assert os.listdir(tmp_path) == []
-    file = tmp_path / "file"
-    file.write_text("")
-    for folder in (file, file / "below"):
-        with pytest.raises(
-            NotADirectoryError, match="not a folder: give --out another"
-        ):
-            files.check_writable(folder)
 
 
 def test_the_terminal_table_has_every_cell(results, capsys):
