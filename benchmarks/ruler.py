@@ -7,9 +7,9 @@
 A row is a task under a method at a context, asked before the method chooses (seen) or
 after. Methods of exact prompts read a task's prompts together. Rows are added to
 FOLDER/rows.jsonl as they are measured; killed at any moment, the same command goes on.
-The first rows tell most: full attention at 2K, then methods at a quarter of the cache
-asked after, and so on; --dry-run lists them. --known takes rows that were gathered
-before; --json gathers what is there, and measures nothing.
+The first rows tell most: full attention at 2K, then methods at a quarter and an eighth
+of the cache asked after, and so on; --dry-run lists them. --known takes rows that were
+gathered before; --json gathers what is there, and measures nothing.
 """
 
 import argparse
@@ -44,6 +44,7 @@ TRANSFORMED = (
     "layer_budgets+snapkv",
     "decode_eviction+snapkv",
 )
+SHARES = 4, 8  # of a method's budget in the context
 CHUNK = 512  # prompt tokens at once
 LONGEST = 128  # tokens of an answer, of any task; no question is longer
 
@@ -83,8 +84,9 @@ def planned(alpha, args):
     def full(context):
         return [Row("full", context, "seen", task, args.n) for task in TASKS]
 
-    def others(share, question, names=None):
-        chosen = specs(alpha, middle // share)
+    def others(question, names=None):
+        # Both budgets at once: methods of exact prompts read them together.
+        chosen = [x for share in SHARES for x in specs(alpha, middle // share)]
         if names is not None:
             chosen = [x for x in chosen if (x.split(":")[0] in METHODS) == names]
         few = args.n // 2
@@ -94,10 +96,9 @@ def planned(alpha, args):
 
     # Of full attention both protocols are one: its tokens and their order are.
     rows = full(middle)
-    rows += others(4, "after", True) + full(middle // 2)
-    rows += others(4, "after", False) + others(4, "seen")
-    rows += full(2 * middle)
-    return [*rows, *others(8, "after"), *others(8, "seen")]
+    rows += others("after", True) + full(middle // 2)
+    rows += others("after", False) + full(2 * middle)
+    return rows + others("seen", True) + others("seen", False)
 
 
 def known(path):

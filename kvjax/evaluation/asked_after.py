@@ -159,7 +159,12 @@ class _Asked(NamedTuple):
             for row, (example, size) in enumerate(zip(examples, sizes, strict=True)):
                 wanted[row, :size] = example.prompt[example.asked_at :]
             fed = feeding.feed(
-                self.model, method, begun, wanted, return_logits=self.keep_logits
+                self.model,
+                method,
+                begun,
+                wanted,
+                return_logits=self.keep_logits,
+                until_end=True,
             )
             finite.check_rows(self.model.decoder, fed.log_probs)
             for row, (_, index) in enumerate(part):

@@ -52,8 +52,8 @@ def retrieve(
 ) -> list[Retrieval]:
     """Answers the examples under each method, greedily.
 
-    A batch generates what its longest answer takes, EOS or not; examples of one task
-    belong side by side.
+    A batch generates until its last answer ends, or what its longest one may take;
+    examples of one task belong side by side.
 
     Args:
         methods: which read together; several must all have exact prompts.
@@ -119,6 +119,7 @@ def retrieve(
                     read.take(len(beside) + place),
                     wanted,
                     return_logits=keep_logits,
+                    until_end=True,
                 )
                 finite.check_rows(model.decoder, fed.log_probs)
             return fed.tokens.tolist()
