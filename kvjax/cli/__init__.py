@@ -12,7 +12,6 @@ import traceback
 from typing import Annotated, Any
 
 import typer
-import typer.core
 
 import kvjax
 from kvjax import interrupts, registry
@@ -135,20 +134,6 @@ def _global(
     del version  # its callback has done all there is
 
 
-class _Command(typer.core.TyperCommand):
-    """A command that takes one value of an option not twice, where the last would win."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        *_, given = self.make_parser(ctx).parse_args(args=list(args))
-        for option in given:
-            if given.count(option) > 1 and not getattr(option, "multiple", True):
-                raise ValueError(
-                    f"{option.opts[0]} is given {given.count(option)} times, and takes "
-                    "one value: leave all but one out."
-                )
-        return super().parse_args(ctx, args)
-
-
 _EXAMPLES = {
     info.methods: "kvjax methods",
     info.cite: "kvjax cite quest h2o",
@@ -175,4 +160,4 @@ _EXAMPLES = {
 for _command, _example in _EXAMPLES.items():
     _, _name, *_ = _example.split()
     _whole = checks_text(with_model_options(_command))
-    app.command(_name, cls=_Command, epilog=f"Example: {_example}")(_whole)
+    app.command(_name, epilog=f"Example: {_example}")(_whole)

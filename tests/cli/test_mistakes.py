@@ -27,7 +27,6 @@ def broken(checkpoint, tmp_path):
         ("bench kernels --dtype int8", "dtype='int8' must be float32, bfloat16 or"),
         ("frobnicate", "No such command 'frobnicate'"),
         ("compare --bugdet 3", "--bugdet"),
-        ("eval --task vt --n 2 --task cwe", "--task is given 2 times, and takes one"),
         ("compare --n many", "Invalid value for '--n'"),
         ("cite quset", "unknown method 'quset'; did you mean 'quest'?"),
         ("generate --prompt x --method qest", "did you mean 'quest'?"),
