@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kvjax.decoding.generate import generate as generate
     from kvjax.decoding.generate import stream as stream
     from kvjax.decoding.scoring import score as score
+    from kvjax.decoding.serving import serve_rows as serve_rows
     from kvjax.interface import CacheSpec as CacheSpec
     from kvjax.interface import DecoderLM as DecoderLM
     from kvjax.interface import Diagnostics as Diagnostics
@@ -47,6 +48,7 @@ _HOMES = {
     "parse": "kvjax.registry",
     "register": "kvjax.registry",
     "score": "kvjax.decoding.scoring",
+    "serve_rows": "kvjax.decoding.serving",
     "stream": "kvjax.decoding.generate",
 }
 

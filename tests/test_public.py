@@ -16,7 +16,8 @@ from kvjax import decoding, registry
 from kvjax.decoding import generate, scoring
 from kvjax.registry import built_in
 
-CALLED = ("load", "generate", "stream", "score", "parse", "register", "cite")
+CALLED = ("load", "generate", "stream", "serve_rows", "score")
+CALLED += ("parse", "register", "cite")
 TYPES = ("CacheSpec", "DecoderLM", "Diagnostics", "LanguageModel", "Method", "Rope")
 TYPES += ("Hooks", "Rereading", "Traffic")
 METHODS = [name for name, value in vars(built_in).items() if callable(value)]

@@ -142,8 +142,8 @@ def taken(method: Method, prefilled: Prefilled, rows: Sequence[int]) -> Prefille
             f"what {method!r} keeps depends on the number of rows: of {before} prompts "
             f"ask {before} questions at a time, not {len(index)}."
         )
-    states, layouts = [], _layouts(method, prefilled, len(index))
-    for state, layout in zip(prefilled.states, layouts, strict=True):
+    states, kept = [], layouts(method, prefilled, len(index))
+    for state, layout in zip(prefilled.states, kept, strict=True):
         leaves, structure = jax.tree.flatten(_of_rows(state, len(index)))
         leaves = _take(leaves, index, layout.have_rows)
         states.append(jax.tree.unflatten(structure, leaves))
@@ -157,14 +157,56 @@ def taken(method: Method, prefilled: Prefilled, rows: Sequence[int]) -> Prefille
     )
 
 
+def put(
+    method: Method,
+    states: Sequence[State],
+    alone: Prefilled,
+    place: int,
+    count: int,
+) -> tuple[State, ...]:
+    """Returns the states of `count` rows with one row written over, in place.
+
+    Args:
+        states: of every layer; used up.
+        alone: one prompt, which was read with as much room as the rows were.
+        place: the row that becomes its.
+    """
+    joined, index = [], np.int32(place)
+    layers = zip(states, alone.states, layouts(method, alone, count), strict=True)
+    for rows, own, layout in layers:
+        leaves, structure = jax.tree.flatten(rows)
+        leaves = written(leaves, jax.tree.leaves(own), layout.have_rows, index)
+        joined.append(jax.tree.unflatten(structure, leaves))
+    return tuple(joined)
+
+
+@functools.partial(jax.jit, static_argnums=2, donate_argnums=0)
+def written(
+    leaves: list[Array],
+    own: list[Array],
+    have_rows: tuple[bool, ...],
+    place: Int[Array, ""],
+) -> list[Array]:
+    """Returns arrays with one row written over, in place; those without rows stay."""
+    return [
+        _with_row(leaf, one, place) if has_rows else leaf
+        for leaf, one, has_rows in zip(leaves, own, have_rows, strict=True)
+    ]
+
+
+def _with_row(leaf: Array, one: Array, place: Int[Array, ""]) -> Array:
+    one = jax.device_put(one, jax.typeof(leaf).memory_space)
+    return jax.lax.dynamic_update_slice_in_dim(leaf, one, place, 0)
+
+
 def allows_rows(method: Method, prefilled: Prefilled, count: int) -> bool:
     """Says whether :func:`taken` can make so many rows of those that were read."""
     if count == len(prefilled.recent):
         return True
-    return all(layout.fits for layout in _layouts(method, prefilled, count))
+    return all(layout.fits for layout in layouts(method, prefilled, count))
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     """The arrays of a layer's state: of each, whether its first axis are the rows."""
 
     have_rows: tuple[bool, ...]
@@ -185,7 +227,7 @@ def _rows(leaf: Array, index: Int[Array, "B"]) -> Array:
     return jax.device_put(here[index], memory)  # a host does not gather
 
 
-def _layouts(method: Method, prefilled: Prefilled, count: int) -> list[_Layout]:
+def layouts(method: Method, prefilled: Prefilled, count: int) -> list[Layout]:
     """Returns the layout of every layer, each found out once."""
     before = len(prefilled.recent)
     other = count if count != before else before + 1
@@ -196,7 +238,7 @@ def _layouts(method: Method, prefilled: Prefilled, count: int) -> list[_Layout]:
         shapes = tuple(leaf.shape for leaf in leaves)
         if (structure, shapes) not in known:
             # If nobody says what it was made for, whatever is as long as the rows.
-            layout = _Layout(tuple(x[:1] == (before,) for x in shapes), True)
+            layout = Layout(tuple(x[:1] == (before,) for x in shapes), True)
             if spec is not None:
                 layout = _layout(method, spec, shapes, other) or layout
             known[structure, shapes] = layout
@@ -207,7 +249,7 @@ def _layouts(method: Method, prefilled: Prefilled, count: int) -> list[_Layout]:
 @functools.cache
 def _layout(
     method: Method, spec: CacheSpec, held: tuple[tuple[int, ...], ...], count: int
-) -> _Layout | None:
+) -> Layout | None:
     """Finds the axes that change with the number of rows, from shapes alone.
 
     Returns:
@@ -229,7 +271,7 @@ def _layout(
         has_rows = (shape[:1], there[:1]) == ((spec.batch,), (count,))
         fits &= there == (with_rows if has_rows else shape)
         have_rows.append(has_rows)
-    return _Layout(tuple(have_rows), fits)
+    return Layout(tuple(have_rows), fits)
 
 
 def _is_spec(leaf: Any) -> bool:

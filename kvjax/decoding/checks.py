@@ -22,6 +22,7 @@ def check_prompts(
     ends: Sequence[int] | None = None,
     *,
     named: str = "max_new_tokens",
+    first: int = 0,
 ) -> None:
     """Raises ValueError unless the prompts, from :func:`token_rows`, fit the model.
 
@@ -29,11 +30,12 @@ def check_prompts(
         ends: tokens of each prompt that are read before `finish`, which a method may
             read again; what follows is appended. All of them if None.
         named: what `max_new_tokens` is called where it was given.
+        first: the number of the first prompt among those that were given.
     """
     decoder = model.decoder
     if not prompts:
         raise ValueError("prompts is empty: give at least one.")
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(prompts, first):
         if len(prompt) == 0:
             raise ValueError(f"prompt {row} has no tokens: give it at least one.")
         is_long = len(prompt) + max_new_tokens > decoder.context
@@ -51,8 +53,9 @@ def check_prompts(
                 f"from {decoder.rope.static_until} on, and {method} reads it in parts, "
                 "with its question between them: use citrus in all layers."
             )
-    check_vocabulary(decoder, prompts)
-    check_reread(model, method, map(len, prompts) if ends is None else ends)
+    check_vocabulary(decoder, prompts, first)
+    lengths = map(len, prompts) if ends is None else ends
+    check_reread(model, method, lengths, first)
 
 
 def check_reach(
@@ -84,13 +87,15 @@ def check_reach(
         )
 
 
-def check_reread(model: LanguageModel, method: Method, lengths: Iterable[int]) -> None:
+def check_reread(
+    model: LanguageModel, method: Method, lengths: Iterable[int], first: int = 0
+) -> None:
     """Raises ValueError unless a second reading of such prompts fits the model."""
     again, decoder = method.reread, model.decoder
     if again is None or method.renumbers:
         return
     words = len(encoding.inside(model.tokenizer.encode, again.words))
-    for row, length in enumerate(lengths):
+    for row, length in enumerate(lengths, first):
         chunk = min(again.chunk, length)
         needed = length + words + chunk
         for most, what in (
@@ -168,13 +173,14 @@ def check_text(text: str, name: str) -> None:
 
 
 def token_rows(
-    prompts: Iterable[Any], tokenizer: Tokenizer | None = None
+    prompts: Iterable[Any], tokenizer: Tokenizer | None = None, first: int = 0
 ) -> list[list[int]]:
     """Returns token ids of every prompt, as Python integers.
 
     Args:
         prompts: texts, or rows of integers: lists, or arrays of NumPy or JAX.
         tokenizer: of texts; None if only token ids are taken.
+        first: the number of the first row.
 
     Raises:
         TypeError: if `prompts` is one text.
@@ -183,7 +189,7 @@ def token_rows(
     rows = []
     if tokenizer is None and isinstance(prompts, str):
         raise TypeError("prompts are lists of token ids here, not a text: encode it.")
-    for row, prompt in enumerate(rows_of(prompts)):
+    for row, prompt in enumerate(rows_of(prompts), first):
         if tokenizer is not None and isinstance(prompt, str):
             check_text(prompt, f"prompt {row}")
             rows.append(encoding.begin(tokenizer.encode, prompt))
@@ -267,9 +273,11 @@ def _remedy(given: Any) -> str:
     return ""
 
 
-def check_vocabulary(decoder: DecoderLM, rows: Sequence[Sequence[int]]) -> None:
+def check_vocabulary(
+    decoder: DecoderLM, rows: Sequence[Sequence[int]], first: int = 0
+) -> None:
     """Raises ValueError if a row holds an unknown token id; it names the row."""
-    for index, row in enumerate(rows):
+    for index, row in enumerate(rows, first):
         low, high = min(row, default=0), max(row, default=0)
         if low < 0 or high >= decoder.vocab_size:
             raise ValueError(

@@ -94,9 +94,12 @@ def active(sampling: Sampling) -> Sampling:
 
 def row_keys(seed: int, batch: int) -> Key[Array, "B"]:
     """Returns a random key a row: a row depends on `seed` and its index only."""
-    return jax.vmap(jax.random.fold_in, (None, 0))(
-        jax.random.key(seed), jnp.arange(batch)
-    )
+    return keys_of(seed, np.arange(batch))
+
+
+def keys_of(seed: int, indices: Int[np.ndarray, "B"]) -> Key[Array, "B"]:
+    """Returns the random keys of the rows with these indices."""
+    return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(seed), indices)
 
 
 def sample(

@@ -17,12 +17,15 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import accounting
-from kvjax.decoding import asking
-from kvjax.decoding.reader import Prefilled
 from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
+from kvjax.testing.ended import (
+    a_prompt_that_ended_is_kept_as_arrays,
+    a_prompt_that_ended_serves_many_questions,
+    a_row_takes_the_next_prompt,
+)
 from kvjax.testing.handing_up import what_a_layer_hands_up_has_one_shape
 from kvjax.testing.instruction import an_instruction_votes_and_is_forgotten
 from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
@@ -31,6 +34,7 @@ from kvjax.testing.streams import (
     ContractError,
     NothingToCheckError,
     expect,
+    expect_same,
 )
 from kvjax.testing.subject import (
     LARGEST_DEFAULT,
@@ -99,15 +103,6 @@ def keeps(subject: Subject, check: str) -> bool:
     except AssertionError as error:
         raise ContractError(f"{subject.name} breaks {check!r}: {error}") from error
     return True
-
-
-def _same(actual: Any, expected: Any, what: str) -> None:
-    """Raises unless positions are equal, and floats equal to rounding."""
-    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
-        if np.issubdtype(np.asarray(b).dtype, np.floating):
-            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=what)
-        else:
-            np.testing.assert_array_equal(a, b, err_msg=what)
 
 
 def _types(tree: Any) -> Any:
@@ -280,9 +275,9 @@ def chunks_of_the_prompt_change_nothing(subject: Subject, chunks: Chunks) -> Non
     """However the prompt is cut: at multiples of the granule, if there is one."""
     chunks = streams.whole_granules(chunks, subject.method.hooks.granule or 1)
     chunked, whole = subject.run(chunks=chunks), subject.baseline
-    _same(chunked.prompt_out, whole.prompt_out, "the prompt's outputs")
-    _same(chunked.out, whole.out, "outputs")
-    _same(chunked.diagnostics.attended, whole.diagnostics.attended, "attended")
+    expect_same(chunked.prompt_out, whole.prompt_out, "the prompt's outputs")
+    expect_same(chunked.out, whole.out, "outputs")
+    expect_same(chunked.diagnostics.attended, whole.diagnostics.attended, "attended")
 
 
 def rows_do_not_see_each_other(subject: Subject) -> None:
@@ -307,9 +302,9 @@ def a_scan_equals_the_loop(subject: Subject) -> None:
     scan = jax.jit(lambda state, inputs: jax.lax.scan(step, state, inputs))
     inputs = subject.step_inputs()
     _, (out, diagnostics) = scan(subject.jitted_finish(state), inputs)
-    _same(out[:, :, :, -1], subject.baseline.out, "outputs")
+    expect_same(out[:, :, :, -1], subject.baseline.out, "outputs")
     attended = subject.baseline.diagnostics.attended
-    _same(diagnostics.attended, attended, "attended")
+    expect_same(diagnostics.attended, attended, "attended")
 
 
 def jit_equals_eager(subject: Subject) -> None:
@@ -319,15 +314,15 @@ def jit_equals_eager(subject: Subject) -> None:
     q, k, v = (x[0] for x in subject.step_inputs())
     eager = method.finish(state)
     eager, out, diagnostics = method.inspect_step(method.append(eager, k, v), q)
-    _same(out[:, :, -1], before.out[0], "outputs")
-    _same(diagnostics.attended, before.diagnostics.attended[0], "attended")
+    expect_same(out[:, :, -1], before.out[0], "outputs")
+    expect_same(diagnostics.attended, before.diagnostics.attended[0], "attended")
     jitted = subject.jitted_finish(state)
     same, plain = method.decode_step(method.append(jitted, k, v), q)
     expect(
         jax.tree.structure(same) == jax.tree.structure(eager),
         "the state of decode_step is another than that of inspect_step.",
     )
-    _same(plain, out, "decode_step")
+    expect_same(plain, out, "decode_step")
 
 
 def wide_types_change_nothing(subject: Subject) -> None:
@@ -342,60 +337,15 @@ def wide_types_change_nothing(subject: Subject) -> None:
             state, (out, diagnostics) = step(state, [x[i] for x in inputs])
             outs.append(out[:, :, -1])
             attended.append(diagnostics.attended)
-    _same(prompt_out, before.prompt_out, "the prompt's outputs")
-    _same(np.stack(outs), before.out, "outputs")
-    _same(np.stack(attended), before.diagnostics.attended, "attended")
+    expect_same(prompt_out, before.prompt_out, "the prompt's outputs")
+    expect_same(np.stack(outs), before.out, "outputs")
+    expect_same(np.stack(attended), before.diagnostics.attended, "attended")
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(before.state), strict=True)
     for wide, leaf in leaves:
         _equal(wide.dtype, leaf.dtype, "an array of the state, under 64 bits,")
 
 
 # --- questions after a prompt has ended
-
-
-def a_prompt_that_ended_serves_many_questions(subject: Subject) -> None:
-    """Every row goes on from a copy of one: as from a prompt that it read itself.
-
-    Tokens that come after `finish` are appended, a question's as generated ones: there
-    is no other way in.
-    """
-    rows = [4] * len(PROMPTS)
-    questions = streams.make_stream(
-        [PROMPTS[row] for row in rows], STEPS, head_dim=6, seed=3
-    )
-    for theirs, mine in zip(questions[:3], subject.stream[:3], strict=True):
-        theirs[:, :, : PROMPTS[4]] = mine[rows, :, : PROMPTS[4]]
-    alone = subject.run(questions)
-    state, _ = subject.prefill()
-    nothing = jnp.zeros((len(rows), 1))
-    ended = Prefilled(
-        (subject.jitted_finish(state),),
-        nothing,
-        nothing.astype("int32"),
-        specs=(subject.spec,),
-    )
-    answers = []
-    for _ in range(2):  # the prompt is not used up
-        (copied,) = asking.taken(subject.method, ended, rows).states
-        answers.append(subject.decode(copied, questions)[1])
-    for out, diagnostics in answers:
-        _same(out[:, :, :, -1], alone.out, "outputs")
-        _same(diagnostics.attended, alone.diagnostics.attended, "attended")
-
-
-def a_prompt_that_ended_is_kept_as_arrays(subject: Subject) -> None:
-    """Away from the device and back, into what shapes alone say, as from a file."""
-    state, _ = subject.prefill()
-    ended = subject.jitted_finish(state)
-    like = jax.eval_shape(
-        lambda: subject.method.finish(subject.method.init(subject.spec))
-    )
-    _equal(jax.tree.structure(ended), jax.tree.structure(like), "what finish returns")
-    leaves = [jax.device_put(np.array(leaf)) for leaf in jax.tree.leaves(ended)]
-    restored = jax.tree.unflatten(jax.tree.structure(like), leaves)
-    _, (out, _) = subject.decode(restored)
-    what = "outputs behind a prompt that was put away"
-    np.testing.assert_array_equal(out[:, :, :, -1], subject.baseline.out, err_msg=what)
 
 
 # --- memory and devices
@@ -437,9 +387,9 @@ def sharded_over_two_devices_is_the_same(subject: Subject) -> None:
     q, k, v = (split(np.asarray(x[0])) for x in subject.step_inputs())
     step = jax.jit(functools.partial(streams.step, subject.method))
     state, (out, diagnostics) = step(state, (q, k, v))
-    _same(out[:, :, -1], subject.baseline.out[0], "outputs")
+    expect_same(out[:, :, -1], subject.baseline.out[0], "outputs")
     attended = subject.baseline.diagnostics.attended[0]
-    _same(diagnostics.attended, attended, "attended")
+    expect_same(diagnostics.attended, attended, "attended")
     leaves = zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True)
     for leaf, sharding in leaves:
         expect(
@@ -492,6 +442,7 @@ CHECKS |= {
         wide_types_change_nothing,
         a_prompt_that_ended_serves_many_questions,
         a_prompt_that_ended_is_kept_as_arrays,
+        a_row_takes_the_next_prompt,
         bytes_are_known_before_anything_is_allocated,
         a_step_writes_in_place,
         sharded_over_two_devices_is_the_same,

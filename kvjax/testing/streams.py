@@ -43,6 +43,15 @@ def expect(holds: object, message: str) -> None:
         raise ContractError(message)
 
 
+def expect_same(actual: Any, expected: Any, what: str) -> None:
+    """Raises unless positions are equal, and floats equal to rounding."""
+    for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True):
+        if np.issubdtype(np.asarray(b).dtype, np.floating):
+            np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5, err_msg=what)
+        else:
+            np.testing.assert_array_equal(a, b, err_msg=what)
+
+
 class Stream(NamedTuple):
     """Un-rotated heads of `B` rows; row b has a prompt of `prompts[b]` tokens."""
 

@@ -63,8 +63,9 @@ def arguments(spec: str, layers: int, weights="int4"):
     def begin():
         return tuple(method.finish(method.init(spec)) for spec in specs)
 
-    row = jax.ShapeDtypeStruct((1,), bool)
-    tail = generate.Tail(jax.ShapeDtypeStruct((), jnp.int32), row, row, None)
+    row, one = jax.ShapeDtypeStruct((1,), bool), jax.ShapeDtypeStruct((), jnp.int32)
+    chosen = jax.ShapeDtypeStruct((1,), jnp.int32)
+    tail = generate.Tail(chosen, row, row, one, None)
     given = None, sampling.active(sampling.Sampling()), np.zeros(3, np.int32)
     window = jax.ShapeDtypeStruct((1, method.rows), jnp.int32)
     limit = jax.ShapeDtypeStruct((), jnp.int32)
