@@ -25,7 +25,8 @@ import jax
 
 import models
 from kvjax import accounting, files, registry
-from kvjax.cli.options import keep_compiled_code, share_heaps, with_budget
+from kvjax.cli.compiled import keep_compiled_code
+from kvjax.cli.options import share_heaps, with_budget
 from kvjax.evaluation import compare as comparison
 from kvjax.evaluation import compare_inputs, compare_runs, statistics
 from kvjax.evaluation.tasks import ruler

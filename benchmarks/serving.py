@@ -19,7 +19,8 @@ import numpy as np
 
 import models
 from kvjax import files, registry
-from kvjax.cli.options import keep_compiled_code, share_heaps
+from kvjax.cli.compiled import keep_compiled_code
+from kvjax.cli.options import share_heaps
 from kvjax.decoding import generate, serving
 from models import embedded
 

@@ -15,7 +15,8 @@ import numpy as np
 
 import models
 from kvjax import registry
-from kvjax.cli.options import keep_compiled_code, share_heaps, with_budget
+from kvjax.cli.compiled import keep_compiled_code
+from kvjax.cli.options import share_heaps, with_budget
 from kvjax.evaluation import together
 from models import embedded
 

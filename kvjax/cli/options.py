@@ -9,7 +9,6 @@ import inspect
 import os
 import pathlib
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ import typer
 
 import kvjax
 from kvjax import files, registry
+from kvjax.cli.compiled import keep_compiled_code
 from kvjax.registry import specs
 from kvjax.text import encoding
 
@@ -338,23 +338,6 @@ def share_heaps() -> None:
     arena_max = -8  # of glibc's malloc.h
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).mallopt(arena_max, 1)
-
-
-def keep_compiled_code() -> None:
-    """Turns JAX's persistent compilation cache on; without a folder it stays off."""
-    import jax
-
-    from models.published import cache_folder
-
-    # A full disk, or an entry that one cut short, costs time and no more.
-    warnings.filterwarnings(
-        "ignore", "Error (reading|writing) persistent compilation cache entry"
-    )
-    folder = cache_folder() / "xla"
-    with contextlib.suppress(OSError):
-        folder.mkdir(parents=True, exist_ok=True)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
 def given_text(path: pathlib.Path | None, model: str | None) -> tuple[str, str]:

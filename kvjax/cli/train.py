@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
 import typer
 
 import kvjax
-from kvjax.cli.options import held_out_text, keep_compiled_code, model_name, print_notes
+from kvjax.cli.compiled import keep_compiled_code
+from kvjax.cli.options import held_out_text, model_name, print_notes
 
 if TYPE_CHECKING:
     from kvjax.training.config import Config
