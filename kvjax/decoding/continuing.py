@@ -27,7 +27,7 @@ class Drafts(NamedTuple):
     drafted: int  # tokens
     accepted: int  # of these
     passes: int  # that checked them; each gave one token more than it accepted
-    bytes_per_token: float  # of caches, read to draft and to check
+    bytes_per_token: float = 0.0  # of caches, read to draft and to check
 
     @property
     def accepted_per_pass(self) -> float:

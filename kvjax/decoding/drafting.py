@@ -18,8 +18,16 @@ import numpy as np
 from jaxtyping import Bool
 
 from kvjax import accounting
-from kvjax.decoding import checks, draft_states, instructions, loop, passes, reader
-from kvjax.decoding import speculative, timing
+from kvjax.decoding import (
+    checks,
+    draft_states,
+    instructions,
+    loop,
+    passes,
+    reader,
+    speculative,
+    timing,
+)
 from kvjax.decoding.continuing import (
     SAMPLED,
     Drafts,
@@ -99,9 +107,7 @@ def check_same_tokens(model: LanguageModel, other: LanguageModel) -> None:
     """
     sizes = model.decoder.vocab_size, other.decoder.vocab_size
     ids = np.unique(np.linspace(0, sizes[0] - 1, PROBES).astype(int)).tolist()
-    texts = [
-        [one.tokenizer.decode([token]) for token in ids] for one in (model, other)
-    ]
+    texts = [[one.tokenizer.decode([token]) for token in ids] for one in (model, other)]
     if sizes[0] != sizes[1] or texts[0] != texts[1]:
         raise ValueError(
             f"the draft model {other.name} has another vocabulary, of {sizes[1]} "
@@ -155,9 +161,10 @@ def events(
     )
     found = []
     for prompt, row, *numbers in zip(prompts, rows, *counts, strict=True):
-        own = passes.Counts(*map(int, numbers))
-        num_bytes = bytes_read(drafter, len(prompt), len(row.tokens), own)
-        found.append(row._replace(drafts=Drafts(*own, bytes_per_token=num_bytes)))
+        drafts = Drafts(*map(int, numbers))
+        num_bytes = bytes_read(drafter, len(prompt), len(row.tokens), drafts)
+        drafts = drafts._replace(bytes_per_token=num_bytes)
+        found.append(row._replace(drafts=drafts))
     return found
 
 
@@ -252,7 +259,7 @@ def go_on(
 
 def _taken(found: passes.Passes, finite: Bool[np.ndarray, "B"]) -> list[list[int]]:
     """Returns the tokens that each row took; of a pass that is not finite none."""
-    number = int(found.count)
+    number = int(found.num_passes)
     tokens, taken = map(np.asarray, found.taken)
     blocks = []
     for row, is_finite in enumerate(finite):
@@ -263,14 +270,12 @@ def _taken(found: passes.Passes, finite: Bool[np.ndarray, "B"]) -> list[list[int
     return blocks
 
 
-def bytes_read(
-    drafter: Drafter, prompt: int, tokens: int, counts: passes.Counts
-) -> float:
+def bytes_read(drafter: Drafter, prompt: int, tokens: int, drafts: Drafts) -> float:
     """Returns the bytes of caches read for each token of a row, on average.
 
     As the methods count them at the row's middle length; weights are not in it.
     """
-    drafted, accepted, number = map(int, counts)
+    drafted, accepted, number, _ = drafts
     length, count = prompt + (tokens + 1) // 2, accounting.bytes_read
     other, steps = drafter.decoder, drafted
     if drafter.other is not None:

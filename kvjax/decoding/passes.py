@@ -53,7 +53,7 @@ class Taken(NamedTuple):
     """The tokens that rows take of a pass."""
 
     tokens: Int[Array, "*n B T"]  # padded
-    count: Int[Array, "*n B"]
+    numbers: Int[Array, "*n B"]
 
 
 class Passes(NamedTuple):
@@ -63,7 +63,7 @@ class Passes(NamedTuple):
     window: Int[Array, "B R"]  # the newest tokens of each row; the last is not fed yet
     memory: Memory
     taken: Taken  # of every pass
-    count: Int[Array, ""]  # of passes
+    num_passes: Int[Array, ""]
 
 
 class Draft(NamedTuple):
@@ -71,10 +71,10 @@ class Draft(NamedTuple):
 
     tokens: Int[Array, "B T"]
     logits: Float[Array, "B T V"] | None  # that each was drawn by; None if greedy
-    seen: Bool[Array, "B V"] | None
+    seen: Bool[Array | np.ndarray, "B V"] | None
     states: tuple[State, ...]
     window: Int[Array, "B R"]
-    count: Int[Array, ""]
+    num_steps: Int[Array, ""]
 
 
 def take_passes(
@@ -94,16 +94,16 @@ def take_passes(
 
     def running(carry: Passes):
         is_over = carry.memory.done.all() | ~carry.memory.finite.all()
-        return (carry.count < size) & ~is_over
+        return (carry.num_passes < size) & ~is_over
 
     def step(carry: Passes):
         caches, window, memory, taken = take_pass(
             drafter, params, carry.caches, carry.window, carry.memory, given
         )
         kept = jax.tree.map(
-            lambda x, new: x.at[carry.count].set(new), carry.taken, taken
+            lambda x, new: x.at[carry.num_passes].set(new), carry.taken, taken
         )
-        return Passes(caches, window, memory, kept, carry.count + 1)
+        return Passes(caches, window, memory, kept, carry.num_passes + 1)
 
     tokens = jnp.full((size, batch, width), PAD, jnp.int32)
     nothing = Taken(tokens, jnp.zeros((size, batch), jnp.int32))
@@ -138,12 +138,12 @@ def take_pass(
         drafter,
         caches._replace(target=target),
         heads,
-        drafted.count,
+        drafted.num_steps,
         read,
         held,
     )
     taken, memory = remember(logits, decided, tokens, drafts, held, memory, given)
-    window = _pushed(window, taken.tokens, taken.count)
+    window = _pushed(window, taken.tokens, taken.numbers)
     return caches, window, memory, taken
 
 
@@ -187,7 +187,7 @@ def draft(
     width: int,
     given: Given,
 ) -> Draft:
-    """Takes `count` steps, at most `width`, each on the token that the last one drew."""
+    """Takes `count` steps, at most `width`, each on the token that the last drew."""
     batch, keys = window.shape[0], None
     logits = None
     if given.keys is not None:
@@ -203,19 +203,19 @@ def draft(
         if keys is None or kept is None:
             new = jnp.argmax(found, axis=-1).astype(jnp.int32)
         else:
-            new = speculative.draw(keys[:, carry.count], found)
-            kept = kept.at[:, carry.count].set(found)
+            new = speculative.draw(keys[:, carry.num_steps], found)
+            kept = kept.at[:, carry.num_steps].set(found)
         return Draft(
-            carry.tokens.at[:, carry.count].set(new),
+            carry.tokens.at[:, carry.num_steps].set(new),
             kept,
             _marked(carry.seen, new[:, None], jnp.ones((batch, 1), bool)),
             states,
             loop.pushed(carry.window, new),
-            carry.count + 1,
+            carry.num_steps + 1,
         )
 
     begun = Draft(tokens, logits, memory.seen, states, window, jnp.int32(0))
-    return jax.lax.while_loop(lambda carry: carry.count < count, step, begun)
+    return jax.lax.while_loop(lambda carry: carry.num_steps < count, step, begun)
 
 
 def decide(
@@ -240,9 +240,9 @@ def decide(
     return speculative.decide_by_chance(keys, logits, drafted_by, tokens, drafts)
 
 
-def _penalised(logits, tokens, seen, sampling):
+def _penalised(logits, tokens, seen, sampling: Any):
     """Applies a repetition penalty, of a draft's own tokens too."""
-    only = Sampling(*[None] * 4, sampling.repetition_penalty)
+    only = sampling._replace(temperature=None, top_k=None, top_p=None, min_p=None)
 
     def one(seen, at):
         logits, token = at
@@ -264,7 +264,7 @@ def remember(
     given: Given,
 ) -> tuple[Taken, Memory]:
     """Returns the tokens that rows take of a pass, and the memory then."""
-    batch, width = tokens.shape
+    width = tokens.shape[1]
     index = jnp.arange(width, dtype=jnp.int32)
     accepted = decided.accepted[:, None]
     later = jnp.concatenate([tokens[:, 1:], tokens[:, :1]], axis=1)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from kvjax.decoding.finite import is_finite
@@ -155,7 +156,7 @@ def decide_by_chance(
 
 
 def acceptance(p: Float[Array, "*B"], q: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns the chance min(1, p/q) that a token of probability p, drawn by q, holds."""
+    """Returns min(1, p/q): the chance that a token drawn by q holds under p."""
     return jnp.where(p < q, p / jnp.where(p < q, q, 1), 1).astype(p.dtype)
 
 
@@ -170,7 +171,7 @@ def remainder(p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Float[Array, 
 
 
 def place_keys(
-    keys: Key[Array, "B"], first: Int[Array, "B"], count: int
+    keys: Key[Array, "B"], first: Int[Array | np.ndarray, "B"], count: int
 ) -> Key[Array, "B T"]:
     """Returns the keys of `count` places of each row, from `first` on."""
     places = first[:, None] + jnp.arange(count, dtype=jnp.int32)

@@ -23,15 +23,11 @@ from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
+from kvjax.testing.drafted import what_was_drafted_leaves_no_trace
 from kvjax.testing.handing_up import what_a_layer_hands_up_has_one_shape
 from kvjax.testing.instruction import an_instruction_votes_and_is_forgotten
 from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
-from kvjax.testing.streams import (
-    Chunks,
-    ContractError,
-    NothingToCheckError,
-    expect,
-)
+from kvjax.testing.streams import Chunks, ContractError, NothingToCheckError, expect
 from kvjax.testing.subject import (
     LARGEST_DEFAULT,
     LAYER,
@@ -492,6 +488,7 @@ CHECKS |= {
         wide_types_change_nothing,
         a_prompt_that_ended_serves_many_questions,
         a_prompt_that_ended_is_kept_as_arrays,
+        what_was_drafted_leaves_no_trace,
         bytes_are_known_before_anything_is_allocated,
         a_step_writes_in_place,
         sharded_over_two_devices_is_the_same,
