@@ -134,12 +134,13 @@ def of_draft(prefill: Any) -> Any:
 def _hooks(method: Method, read_after: Any) -> Hooks:
     """Returns the wishes of the drafting method, as those of both."""
     hooks, asked = method.hooks, method.hooks.asked
+    over_layers: Any = hooks.settle
 
     def alone(change):
         return lambda state: state._replace(draft=change(state.draft))
 
     def settle(states):
-        own = hooks.settle(tuple(state.draft for state in states))
+        own = over_layers(tuple(state.draft for state in states))
         pairs = zip(states, own, strict=True)
         return tuple(state._replace(draft=one) for state, one in pairs)
 

@@ -71,7 +71,7 @@ class Draft(NamedTuple):
 
     tokens: Int[Array, "B T"]
     logits: Float[Array, "B T V"] | None  # that each was drawn by; None if greedy
-    seen: Bool[Array | np.ndarray, "B V"] | None
+    seen: Bool[Array, "B V"] | None
     states: tuple[State, ...]
     window: Int[Array, "B R"]
     num_steps: Int[Array, ""]
@@ -214,7 +214,8 @@ def draft(
             carry.num_steps + 1,
         )
 
-    begun = Draft(tokens, logits, memory.seen, states, window, jnp.int32(0))
+    seen = None if memory.seen is None else jnp.asarray(memory.seen)
+    begun = Draft(tokens, logits, seen, states, window, jnp.int32(0))
     return jax.lax.while_loop(lambda carry: carry.num_steps < count, step, begun)
 
 

@@ -156,8 +156,12 @@ def decide_by_chance(
 
 
 def acceptance(p: Float[Array, "*B"], q: Float[Array, "*B"]) -> Float[Array, "*B"]:
-    """Returns min(1, p/q): the chance that a token drawn by q holds under p."""
-    return jnp.where(p < q, p / jnp.where(p < q, q, 1), 1).astype(p.dtype)
+    """Returns min(1, p/q): the chance that a token drawn by q holds under p.
+
+    It is no number where q is none, and then nothing holds.
+    """
+    is_likelier = p >= q
+    return jnp.where(is_likelier, 1, p / jnp.where(is_likelier, 1, q))
 
 
 def remainder(p: Float[Array, "*B V"], q: Float[Array, "*B V"]) -> Float[Array, "*B V"]:
