@@ -65,6 +65,10 @@ def go_on(
         forced: what each row is fed first, by the same steps, and what its text comes
             behind. A row whose tokens end sooner chooses while others are still fed.
     """
+    if options.drafting is not None:
+        raise ValueError(
+            "a draft begins with the prompt that it reads: use generate or stream."
+        )
     decoder, params, eos_ids = model.decoder, model.params, options.ends(model)
     eos_array = np.array(sorted(eos_ids), np.int32)
     sampling = active(options.sampling)

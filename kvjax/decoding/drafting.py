@@ -40,8 +40,7 @@ from kvjax.decoding.continuing import (
 )
 from kvjax.decoding.draft_states import Caches, Drafter
 from kvjax.decoding.finite import not_finite
-from kvjax.decoding.options import Drafts as DraftOptions
-from kvjax.decoding.options import Options
+from kvjax.decoding.options import Drafting, Options
 from kvjax.decoding.reader import Prefilled
 from kvjax.decoding.sampling import active, mentioned, row_keys
 from kvjax.interface import LanguageModel, Method
@@ -52,7 +51,7 @@ PROBES = 64  # token ids by which two vocabularies are compared
 
 def wanted(
     draft: Method | str | None, tokens: int, model: LanguageModel | None
-) -> DraftOptions | None:
+) -> Drafting | None:
     """Returns the options of drafts, or None: nobody drafts.
 
     A draft model without a method drafts under `full`.
@@ -64,10 +63,10 @@ def wanted(
         checks.check_counts(draft_tokens=tokens)
         return None
     method = parse("full") if draft is None else as_method(draft)
-    return DraftOptions(method=method, tokens=tokens, model=model)
+    return Drafting(method=method, tokens=tokens, model=model)
 
 
-def drafter(model: LanguageModel, target: Method, drafts: DraftOptions) -> Drafter:
+def drafter(model: LanguageModel, target: Method, drafts: Drafting) -> Drafter:
     """Returns who drafts and who checks.
 
     Raises:

@@ -94,7 +94,7 @@ def generate(
         chunk_size=chunk_size,
         stream_every=stream_every,
         instruction=instruction,
-        drafts=drafting.wanted(draft, draft_tokens, draft_model),
+        drafting=drafting.wanted(draft, draft_tokens, draft_model),
     )
     events = _start(model, method, prompts, options)
     while True:
@@ -137,7 +137,7 @@ def stream(
         chunk_size=chunk_size,
         stream_every=stream_every,
         instruction=instruction,
-        drafts=drafting.wanted(draft, draft_tokens, draft_model),
+        drafting=drafting.wanted(draft, draft_tokens, draft_model),
     )
     return _start(model, method, prompts, options)
 
@@ -147,9 +147,9 @@ def _start(model, method, prompts, options: Options):
     method = as_method(method)
     check_model(model)
     prompts = token_rows(prompts, model.tokenizer)
-    if options.drafts is not None:
-        other = options.drafts.model
-        drafter = drafting.drafter(model, method, options.drafts)
+    if options.drafting is not None:
+        other = options.drafting.model
+        drafter = drafting.drafter(model, method, options.drafting)
         drafting.check_prompts(model, other, drafter, prompts, options)
         return drafting.events(model, other, drafter, prompts, options)
     check_prompts(model, method, prompts, options.max_new_tokens)

@@ -22,7 +22,7 @@ MOST_DRAFTED = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drafts:
+class Drafting:
     """The options of drafts: see :mod:`kvjax.decoding.drafting`.
 
     Attributes:
@@ -68,7 +68,7 @@ class Options:
             to there share their compiled code.
         instruction: tokens at the end of every prompt, or of each, by which a method
             selects that is told of them; None is as many as it takes by itself.
-        drafts: who drafts tokens that are checked several at once; None: nobody.
+        drafting: who drafts tokens that are checked several at once; None: nobody.
 
     Raises:
         ValueError: if one is of another type or out of its range.
@@ -83,7 +83,7 @@ class Options:
     stream_every: int = 16
     longest: int = 0
     instruction: int | Sequence[int] | None = None
-    drafts: Drafts | None = None
+    drafting: Drafting | None = None
 
     def __post_init__(self):
         validate(self.sampling)

@@ -272,7 +272,8 @@ def remember(
     told = jnp.where(index < accepted, later, decided.next_token[:, None])
     ends = (told[..., None] == given.eos_ids).any(-1) & (index < held[:, None])
     # Nothing behind a token that ends the row.
-    taken = jnp.where(ends.any(-1), ends.argmax(-1) + 1, held).astype(jnp.int32)
+    first = ends.argmax(-1).astype(jnp.int32)
+    taken = jnp.where(ends.any(-1), first + 1, held)
     is_taken = index < taken[:, None]
     finite = (is_finite(logits) | (index > drafts[:, None])).all(-1) | memory.done
     chosen = memory.chosen + taken
