@@ -25,6 +25,7 @@ from models import embedded
 
 ROOT = pathlib.Path(__file__).parents[1]
 DRAFTS = (
+    "lookup",
     "streaming_llm:budget=256",
     "streaming_llm:budget=512",
     "snapkv:budget=256",
@@ -54,7 +55,7 @@ def decoded(model, prompt, new_tokens, **options):
 
 def measured(model, prompt, new_tokens, draft, draft_tokens):
     """The entry of a prompt under a draft, between two plain runs."""
-    options = {"draft": kvjax.parse(draft), "draft_tokens": draft_tokens}
+    options = {"draft": draft, "draft_tokens": draft_tokens}
     decoded(model, prompt, new_tokens, **options)  # compiles
     plain, before = decoded(model, prompt, new_tokens)
     row, rate = decoded(model, prompt, new_tokens, **options)

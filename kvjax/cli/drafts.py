@@ -8,7 +8,6 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-import kvjax
 from kvjax.cli.options import checked_dtype, model_name
 from kvjax.report import table
 
@@ -37,8 +36,8 @@ _OPTIONS = {
     "draft": Annotated[
         str | None,
         typer.Option(
-            help="A method that drafts tokens, which --method checks several at once: "
-            "the text is the same, sampled text in distribution."
+            help="A method, or lookup, that drafts tokens for --method to check, several "
+            "at once: the text is the same, sampled text in distribution."
         ),
     ],
     "draft_tokens": Annotated[
@@ -105,7 +104,7 @@ def wanted(dtype: str | None) -> dict[str, Any]:
         "draft_tokens": TOKENS if given.tokens is None else given.tokens
     }
     if given.draft is not None:
-        options["draft"] = kvjax.parse(given.draft)
+        options["draft"] = given.draft
     if given.model is not None:
         import models
 
@@ -116,8 +115,9 @@ def wanted(dtype: str | None) -> dict[str, Any]:
 
 def check_method() -> None:
     """Parses the drafting method, before a model is loaded."""
-    if (draft := _given.get().draft) is not None:
-        kvjax.parse(draft)
+    from kvjax.decoding import drafting
+
+    drafting.wanted(_given.get().draft, TOKENS, None)
 
 
 def document(generation) -> dict[str, Any]:

@@ -4,7 +4,7 @@ One store, two views: where the drafting method keeps every token and can take s
 back, its own exact `prefill` checks the draft and no second cache exists. Any other
 method of the same model is given what the checking pass computed: the queries, keys and
 values of the tokens that hold. It drafts from a copy that is dropped. A draft model
-reads the text itself, and takes back what does not hold.
+reads the text itself, and takes back what does not hold. A lookup has the text alone.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.decoding import speculative
+from kvjax.decoding.lookup import Lookup, Text
 from kvjax.interface import DecoderLM, Hooks, Method, Params, State
 
 
@@ -26,14 +27,14 @@ class Drafter:
     Attributes:
         decoder: of the text.
         target: checks; its text it is.
-        method: drafts.
+        method: drafts, or says where in the text a draft stands.
         tokens: most tokens of a draft.
         other: the decoder of a draft model; None: `decoder` drafts.
     """
 
     decoder: DecoderLM
     target: Method
-    method: Method
+    method: Method | Lookup
     tokens: int
     other: DecoderLM | None = None
 
@@ -46,6 +47,8 @@ class Drafter:
     def is_shared(self) -> bool:
         """Says whether the drafting method's own cache is the only one."""
         method = self.method
+        if isinstance(method, Lookup):
+            return False
         keeps_all = method.rewind is not None and method.exact_prompt
         is_plain = method.hooks == Hooks() and method.reread is None
         is_lossy = method.lossy or self.target.lossy
@@ -54,14 +57,16 @@ class Drafter:
     @property
     def checking(self) -> Method:
         """The method whose `prefill` and `rewind` check a draft."""
-        return self.method if self.is_shared else self.target
+        if isinstance(self.method, Lookup) or not self.is_shared:
+            return self.target
+        return self.method
 
 
 class Caches(NamedTuple):
     """The states of all layers, without each row's newest token."""
 
     target: tuple[State, ...]  # with every token: those that check
-    draft: tuple[State, ...] | None  # None where they draft too
+    draft: tuple[State, ...] | Text | None  # None where they draft too
 
 
 class Heads(NamedTuple):
@@ -185,7 +190,8 @@ def read_draft(
 ) -> tuple[tuple[State, ...], Float[Array, "B T E"], tuple[Heads, ...]]:
     """Reads a draft in one exact pass: its states, hidden states and heads a layer."""
     decoder, method = drafter.decoder, drafter.checking
-    if drafter.is_shared or drafter.other is not None:
+    is_told = drafter.other is None and isinstance(drafter.method, Method)
+    if drafter.is_shared or not is_told:
         states, hidden = decoder.prefill(params, states, tokens, lengths, method)
         return states, hidden, ()
     watched = tuple(
@@ -228,12 +234,12 @@ def settle(
     """
     most, checking = drafter.width, drafter.checking
     target = speculative.rewind(checking, caches.target, read - held, most)
-    draft = caches.draft
-    if draft is None:
-        return Caches(target, None)
+    method, draft = drafter.method, caches.draft
+    if draft is None or isinstance(draft, Text) or isinstance(method, Lookup):
+        return caches._replace(target=target)
     if drafter.other is None:
-        return Caches(target, follow(drafter.method, draft, heads, held))
-    return Caches(target, speculative.rewind(drafter.method, draft, steps - held, most))
+        return Caches(target, follow(method, draft, heads, held))
+    return Caches(target, speculative.rewind(method, draft, steps - held, most))
 
 
 def follow(

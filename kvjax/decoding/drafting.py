@@ -1,11 +1,13 @@
 """Drafts that lose nothing: tokens guessed cheaply, several checked in one exact pass.
 
 `generate(model, "full", prompts, draft="streaming_llm:budget=512")`: the same model
-drafts under a method that reads little, or a smaller one does; what the target method
-would not have said is taken back. Greedy text is made of tokens that the exact pass
-holds for the likeliest, each behind all those before it: that of single steps, unless
-two tokens are closer than rounding can tell, since a pass adds up in another order than
-a step. Sampled text has the distribution of single steps, and other random numbers.
+drafts under a method that reads little; a smaller model does; or `draft="lookup"` finds
+in the text what followed the last time that it ended so
+(:class:`kvjax.decoding.lookup.Lookup`). What the target would not have said is taken
+back. Greedy text is made of tokens that the exact pass holds for the likeliest, each
+behind all those before it: that of single steps, unless two tokens are closer than
+rounding can tell, since a pass adds up in another order than a step. Sampled text has
+the distribution of single steps, and other random numbers.
 
 A row's text depends on its prompt, the seed and its place in the batch, not on others.
 """
@@ -22,6 +24,7 @@ from kvjax.decoding import (
     checks,
     draft_states,
     instructions,
+    lookup,
     loop,
     passes,
     reader,
@@ -40,6 +43,7 @@ from kvjax.decoding.continuing import (
 )
 from kvjax.decoding.draft_states import Caches, Drafter
 from kvjax.decoding.finite import not_finite
+from kvjax.decoding.lookup import Lookup, Text
 from kvjax.decoding.options import Drafting, Options
 from kvjax.decoding.reader import Prefilled
 from kvjax.decoding.sampling import active, mentioned, row_keys
@@ -62,7 +66,9 @@ def wanted(
     if draft is None and model is None:
         checks.check_counts(draft_tokens=tokens)
         return None
-    method = parse("full") if draft is None else as_method(draft)
+    method = lookup.parse(draft) if isinstance(draft, str) else None
+    if method is None:
+        method = parse("full") if draft is None else as_method(draft)
     return Drafting(method=method, tokens=tokens, model=model)
 
 
@@ -86,12 +92,12 @@ def drafter(model: LanguageModel, target: Method, drafts: Drafting) -> Drafter:
     if other is not None:
         check_same_tokens(model, other)
         speculative.check_rope(other.decoder)
-        if method.rewind is None:
+        if isinstance(method, Method) and method.rewind is None:
             raise ValueError(
                 f"{method} cannot take back what a draft model read: use full or quest "
                 "as its draft."
             )
-    elif method.rows > 1 and not found.is_shared:
+    elif isinstance(method, Method) and method.rows > 1 and not found.is_shared:
         raise ValueError(
             f"{method} reads {method.rows} rows a step and cannot take tokens back: "
             "draft by retro+quest, or by a method of one row."
@@ -123,20 +129,23 @@ def check_prompts(
     options: Options,
 ) -> None:
     """Raises ValueError unless the prompts fit who checks and who drafts."""
-    most = options.max_new_tokens
+    most, method = options.max_new_tokens, drafter.method
     checks.check_prompts(model, drafter.target, prompts, most)
-    if other is None:
-        checks.check_prompts(model, _reading(drafter), prompts, most)
+    if isinstance(method, Lookup):
+        method = drafter.target
+    elif other is not None:
+        checks.check_prompts(other, method, prompts, most)
     else:
-        checks.check_prompts(other, drafter.method, prompts, most)
-    instructions.counts(drafter.method, prompts, options.instruction)
+        checks.check_prompts(model, _reading(drafter), prompts, most)
+    instructions.counts(method, prompts, options.instruction)
 
 
 def _reading(drafter: Drafter) -> Method:
     """Returns the method that reads a prompt for the model's own drafts."""
-    if drafter.is_shared:
-        return drafter.method
-    return draft_states.both(drafter.target, drafter.method)
+    method = drafter.method
+    if drafter.is_shared or isinstance(method, Lookup):
+        return drafter.checking
+    return draft_states.both(drafter.target, method)
 
 
 def events(
@@ -177,14 +186,18 @@ def read(
     """Reads prompts for who checks and who drafts, with room for a draft too many."""
     most = options.max_new_tokens + drafter.width
     roomy = dataclasses.replace(options, max_new_tokens=most)
-    if other is not None:
-        theirs = reader.read_whole(other, drafter.method, prompts, roomy)
+    method = drafter.method
+    if other is not None and isinstance(method, Method):
+        theirs = reader.read_whole(other, method, prompts, roomy)
         prefilled = reader.read_whole(model, drafter.target, prompts, roomy)
         caches = Caches(prefilled.states, theirs.states)
         return prefilled._replace(recent=theirs.recent), caches
     prefilled = reader.read_whole(model, _reading(drafter), prompts, roomy)
     if drafter.is_shared:
         return prefilled, Caches(prefilled.states, None)
+    if isinstance(method, Lookup):
+        capacity = reader.bucket(max(map(len, prompts)) + most)
+        return prefilled, Caches(prefilled.states, lookup.begun(prompts, capacity))
     states: Any = prefilled.states
     target = tuple(state.target for state in states)
     return prefilled, Caches(target, tuple(state.draft for state in states))
@@ -221,6 +234,9 @@ def go_on(
         pairs = zip(np.asarray(tokens).tolist(), np.asarray(tail.finite), strict=True)
         blocks = [[token] if is_finite else [] for token, is_finite in pairs]
     count = np.zeros(batch, np.int32)
+    if isinstance(caches.draft, Text):  # its first token is chosen
+        text = lookup.with_first(caches.draft, np.asarray(tokens))
+        caches = caches._replace(draft=text)
     memory = passes.Memory(
         chosen=np.ones(batch, np.int32),
         done=np.asarray(tail.done),
@@ -281,7 +297,9 @@ def bytes_read(drafter: Drafter, prompt: int, tokens: int, drafts: Drafts) -> fl
         other, steps = drafter.other, drafted + number  # each draft's last is fed too
     elif not drafter.is_shared:
         steps = drafted + accepted + number  # those that hold are fed again
-    read = steps * count(drafter.method, other, length, tokens)
+    read = 0
+    if isinstance(drafter.method, Method):
+        read = steps * count(drafter.method, other, length, tokens)
     read += number * count(drafter.target, drafter.decoder, length, tokens)
     return read / tokens
 

@@ -11,6 +11,7 @@ from kvjax.decoding.checks import (
     check_seed,
     check_stop,
 )
+from kvjax.decoding.lookup import Lookup
 from kvjax.decoding.sampling import Sampling, validate
 from kvjax.interface import LanguageModel, Method
 
@@ -26,7 +27,7 @@ class Drafting:
     """The options of drafts: see :mod:`kvjax.decoding.drafting`.
 
     Attributes:
-        method: drafts.
+        method: drafts, or says where in the text a draft stands.
         tokens: most tokens of a draft.
         model: drafts instead of the model whose text it is; None: that one.
 
@@ -34,7 +35,7 @@ class Drafting:
         ValueError: if one is of another type or out of its range.
     """
 
-    method: Method
+    method: Method | Lookup
     tokens: int = 6
     model: LanguageModel | None = None
 
@@ -48,6 +49,11 @@ class Drafting:
         object.__setattr__(self, "tokens", int(self.tokens))
         if self.model is not None:
             check_model(self.model)
+            if isinstance(self.method, Lookup):
+                raise ValueError(
+                    f"{self.method} finds drafts in the text, and needs no draft "
+                    "model: leave either out."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax.decoding import draft_states, loop, speculative
+from kvjax.decoding import draft_states, lookup, loop, speculative
 from kvjax.decoding.draft_states import Caches, Drafter
 from kvjax.decoding.finite import is_finite
+from kvjax.decoding.lookup import Lookup, Text
 from kvjax.decoding.reader import PAD
 from kvjax.decoding.sampling import Sampling, filter_logits
 from kvjax.interface import DecoderLM, Method, Params, State
@@ -75,6 +76,7 @@ class Draft(NamedTuple):
     states: tuple[State, ...]
     window: Int[Array, "B R"]
     num_steps: Int[Array, ""]
+    most: Int[Array, "B"] | None = None  # of each row, where some have fewer
 
 
 def take_passes(
@@ -125,6 +127,8 @@ def take_pass(
     left = given.most - memory.chosen - 1
     drafts = jnp.where(memory.done, 0, jnp.minimum(memory.next_draft, left))
     caches, drafted = propose(drafter, params, caches, window, memory, given, drafts)
+    if drafted.most is not None:
+        drafts = jnp.minimum(drafts, drafted.most)
     newest = window[:, -1:]
     tokens = jnp.concatenate([newest, drafted.tokens[:, : width - 1]], axis=1)
     read = jnp.where(memory.done, 0, drafts + 1)
@@ -144,6 +148,9 @@ def take_pass(
     )
     taken, memory = remember(logits, decided, tokens, drafts, held, memory, given)
     window = _pushed(window, taken.tokens, taken.numbers)
+    if isinstance(caches.draft, Text):
+        text = lookup.extended(caches.draft, *taken)
+        caches = caches._replace(draft=text)
     return caches, window, memory, taken
 
 
@@ -161,18 +168,34 @@ def propose(
     A draft model feeds its last one too: it cannot be told what that was.
     """
     width, (own, others) = drafter.width, params
-    decoder, states = drafter.decoder, caches.draft
+    decoder, states, method = drafter.decoder, caches.draft, drafter.method
+    if isinstance(states, Text) or isinstance(method, Lookup):
+        return caches, looked_up(drafter, caches, window, given)
     count, run = drafts.max(), functools.partial(draft, width=width, given=given)
     if drafter.other is not None and states is not None:
         decoder, count = drafter.other, count + 1
-        drafted = run(decoder, drafter.method, others, states, window, memory, count)
+        drafted = run(decoder, method, others, states, window, memory, count)
         return caches._replace(draft=drafted.states), drafted
     if states is not None:
-        return caches, run(decoder, drafter.method, own, states, window, memory, count)
-    drafted = run(decoder, drafter.method, own, caches.target, window, memory, count)
+        return caches, run(decoder, method, own, states, window, memory, count)
+    drafted = run(decoder, method, own, caches.target, window, memory, count)
     back = jnp.full_like(drafts, count)
-    target = speculative.rewind(drafter.method, drafted.states, back, width)
+    target = speculative.rewind(method, drafted.states, back, width)
     return Caches(target, None), drafted
+
+
+def looked_up(
+    drafter: Drafter, caches: Caches, window: Int[Array, "B R"], given: Given
+) -> Draft:
+    """Finds each row's draft in its own text: fewer tokens, or none, in some rows."""
+    text, method = caches.draft, drafter.method
+    if not (isinstance(text, Text) and isinstance(method, Lookup)):
+        raise TypeError(f"{method} drafts from no text.")
+    tokens, most = lookup.find(method, text, drafter.width)
+    logits = None
+    if given.keys is not None:
+        logits = lookup.certain(tokens, drafter.decoder.vocab_size)
+    return Draft(tokens, logits, None, (), window, jnp.int32(0), most)
 
 
 def draft(
@@ -279,6 +302,7 @@ def remember(
     chosen = memory.chosen + taken
     is_whole = decided.accepted == drafts
     next_draft = jnp.where(is_whole, drafts + 2, drafts - 1)
+    next_draft = jnp.where(drafts > 0, next_draft, memory.next_draft)
     counts = Counts(
         memory.counts.drafted + drafts,
         memory.counts.accepted + jnp.minimum(decided.accepted, taken),

@@ -144,7 +144,7 @@ def decide_by_chance(
     drawn = tokens[:, 1:, None]
     p_drawn = jnp.take_along_axis(p[:, :-1], drawn, axis=-1)[..., 0]
     q_drawn = jnp.take_along_axis(q, drawn, axis=-1)[..., 0]
-    chance = _each(jax.random.uniform, keys[:, :-1], ACCEPT)
+    chance = _uniform(keys[:, :-1], p.dtype)
     accepted = _leading(chance < acceptance(p_drawn, q_drawn), drafts)
     # Behind a whole draft nothing was drawn: all of p is left.
     q = jnp.pad(q, ((0, 0), (0, 1), (0, 0)))
@@ -200,8 +200,11 @@ def _at(rows: Array, index: Int[Array, "B"]) -> Array:
     return rows[jnp.arange(len(index)), index]
 
 
-def _each(draw_one, keys, role):
+def _uniform(keys, dtype):
+    """Draws the numbers by which tokens of a draft are accepted."""
+
     def one(key):
-        return draw_one(jax.random.fold_in(key, role))
+        own = jax.random.fold_in(key, ACCEPT)
+        return jax.random.uniform(own, dtype=dtype)
 
     return jax.vmap(jax.vmap(one))(keys)
