@@ -36,8 +36,8 @@ _OPTIONS = {
     "draft": Annotated[
         str | None,
         typer.Option(
-            help="A method, or lookup, that drafts tokens for --method to check, several "
-            "at once: the text is the same, sampled text in distribution."
+            help="A method, or lookup, that drafts tokens for --method to check, "
+            "several at once: the text is the same, sampled text in distribution."
         ),
     ],
     "draft_tokens": Annotated[
