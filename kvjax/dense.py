@@ -28,6 +28,7 @@ def method() -> Method:
         traffic=_traffic,
         rewind=contiguous.rewind,
         exact_prompt=True,
+        verifies=True,
     )
 
 

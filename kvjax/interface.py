@@ -204,6 +204,8 @@ class Method(NamedTuple):
         renumbers: no query meets a key at a distance that grows with the text, because
             positions are re-numbered: the model's context is no limit to them.
         reread: None unless the prompt is read again before `finish`.
+        verifies: behind `finish`, too, a chunk that `prefill` reads is as many steps:
+            it checks a draft in one pass, and `rewind` takes back what does not hold.
         lossy: keys and values are kept as other numbers than came: no step is exact.
         listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
@@ -223,6 +225,7 @@ class Method(NamedTuple):
     exact_prompt: bool = False
     renumbers: bool = False
     reread: Rereading | None = None
+    verifies: bool = False
     lossy: bool = False
     listed: Callable[[CacheSpec], int] | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None

@@ -23,6 +23,7 @@ SPELLED = {"subgen:mode=stream": {"mode": "stream"}}
 REREADING = "a_second_reading_changes_only_what_it_learns"
 TOLD = "an_instruction_votes_and_is_forgotten"
 HANDING = "what_a_layer_hands_up_has_one_shape"
+DRAFTED = "what_was_drafted_leaves_no_trace"
 EXACT = "is_full_attention_when_the_budget_covers_the_context"
 # Those that need small options of their own: sinks, a window, and pages to search for;
 # clusters of a few tokens.
@@ -45,6 +46,7 @@ def test_every_method_keeps_the_contract(check, name):
     is_idle |= check == TOLD and given.method.hooks.asked is None
     is_idle |= check == HANDING and given.method.hooks.prefill_after is None
     is_idle |= check == EXACT and given.method.lossy
+    is_idle |= check == DRAFTED and given.method.rows > 1
     assert contract.keeps(given, check) != is_idle
 
 
@@ -226,6 +228,34 @@ def counts_all(*, budget: int = 8, page_size: int = 4) -> Method:
     return right._replace(finish=finish, append=append, inspect_step=inspect_step)
 
 
+def remembers_in_common(*, budget: int = 8, page_size: int = 4) -> Method:
+    """Its state counts the steps, of all rows at once."""
+    right = quest(budget, page_size)
+
+    def finish(state):
+        return state, jnp.zeros(1)
+
+    def append(state, k, v):
+        return right.append(state[0], k, v), state[1] + 1
+
+    def inspect_step(state, q):
+        own, out, diagnostics = right.inspect_step(state[0], q)
+        return (own, state[1]), out + 1e-3 * state[1].astype(out.dtype), diagnostics
+
+    return right._replace(
+        finish=finish, append=append, inspect_step=inspect_step, rewind=None
+    )
+
+
+def takes_too_little_back(*, budget: int = 8, page_size: int = 4) -> Method:
+    right = quest(budget, page_size)
+
+    def rewind(state, count, most):
+        return right.rewind(state, jnp.minimum(count, 2), most)
+
+    return right._replace(rewind=rewind)
+
+
 def forgets_its_shapes(*, budget: int = 8, page_size: int = 4) -> Method:
     """Another structure each time that a prompt ends."""
     right, times = quest(budget, page_size), itertools.count()
@@ -269,6 +299,8 @@ def idle(*, how_many: int = 4096) -> Method:
         (told("settle", keeps_its_shape), TOLD, "settle leaves another state"),
         (looks_aside, "rows_do_not_see_each_other", "a row that stayed"),
         (counts_all, "a_prompt_that_ended_serves_many_questions", "outputs"),
+        (remembers_in_common, DRAFTED, "of shape .1,. changes with steps"),
+        (takes_too_little_back, DRAFTED, "outputs of step 0, rewound"),
         (forgets_its_shapes, "a_prompt_that_ended_is_kept_as_arrays", "what finish"),
     ],
 )

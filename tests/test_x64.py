@@ -73,7 +73,17 @@ def test_drafts():
         found = speculative.verify(
             MODEL.decoder, FULL, MODEL.params, read.states, tokens
         )
-        return found.accepted.tolist(), found.next_token.tolist()
+        drafted = generate.generate(
+            MODEL,
+            FULL,
+            [[1, 2, 3]],
+            draft="streaming_llm:budget=16",
+            draft_tokens=2,
+            max_new_tokens=6,
+            sampling=SAMPLING,
+            eos_ids=(),
+        )
+        return found.accepted.tolist(), found.next_token.tolist(), drafted
 
     plain, wide = both(run)
     assert wide == plain

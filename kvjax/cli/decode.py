@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvjax import files
-from kvjax.cli import conversation
+from kvjax.cli import conversation, drafts
 from kvjax.cli.methods import answering
 from kvjax.cli.options import (
     METHOD_HELP,
@@ -34,6 +34,7 @@ NEW_TOKENS = 128
 ONLY_SAMPLED = ("top_k", "top_p", "min_p")  # options that greedy decoding has no use of
 
 
+@drafts.with_draft_options
 def generate(
     model: ModelOption = None,
     method: Annotated[
@@ -129,6 +130,7 @@ def generate(
     positive(**{name: value for name, value in counts.items() if value is not None})
     _check_conversation(chat, resume, save, room, system)
     _check_instruction(instruction, resume, save)
+    drafts.check("--resume" if resume else "--save" if save else None)
     has_text = prompt is not None or prompt_file is not None
     text = read_prompt(prompt, prompt_file) if has_text or resume is None else None
     start = time.perf_counter()
@@ -158,7 +160,8 @@ def generate(
     if not as_json:
         print(flush=True)
     if timings or (not as_json and sys.stderr.isatty()):
-        print(f"kvjax: {timing.line(clock, start)}", file=sys.stderr)
+        told = timing.line(clock, start) + drafts.line(generation)
+        print(f"kvjax: {told}", file=sys.stderr)
     if turn.keep is not None:
         turn.keep(generation)
     if as_json:
@@ -206,7 +209,8 @@ def _print_document(turn: Turn, generation, seed, seconds, timings) -> None:
         "seconds": seconds,
         "timings": timings,
     }
-    print(json.dumps(document, indent=2))
+    del document["drafts"]
+    print(json.dumps(document | drafts.document(generation), indent=2))
 
 
 def _alone(
@@ -217,6 +221,7 @@ def _alone(
 
     method = "full" if method is None else method
     parsed = answering(method)
+    drafts.check_method()
     whole = text + (instruction or "")
     messages = first_messages(whole, chat, system)
     loaded = load(model, dtype)
@@ -227,7 +232,13 @@ def _alone(
     chosen = options(loaded)
     chosen["max_new_tokens"] = chosen["max_new_tokens"] or NEW_TOKENS
     events = stream(
-        loaded, parsed, [tokens], chunk_size=chunk_size, instruction=told, **chosen
+        loaded,
+        parsed,
+        [tokens],
+        chunk_size=chunk_size,
+        instruction=told,
+        **chosen,
+        **drafts.wanted(dtype),
     )
     return Turn(loaded, method, len(tokens), events, chosen)
 

@@ -4,11 +4,56 @@ import dataclasses
 from collections.abc import Collection, Sequence
 
 from kvjax.decoding import instructions
-from kvjax.decoding.checks import check_counts, check_eos_ids, check_seed, check_stop
+from kvjax.decoding.checks import (
+    check_counts,
+    check_eos_ids,
+    check_model,
+    check_seed,
+    check_stop,
+)
+from kvjax.decoding.lookup import Lookup
 from kvjax.decoding.sampling import Sampling, validate
-from kvjax.interface import LanguageModel
+from kvjax.interface import LanguageModel, Method
 
 _GREEDY = Sampling()
+
+
+# A verifying pass and its rewind are compiled for this many tokens at most.
+MOST_DRAFTED = 64
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drafting:
+    """The options of drafts: see :mod:`kvjax.decoding.drafting`.
+
+    Attributes:
+        method: drafts, or says where in the text a draft stands.
+        tokens: most tokens of a draft.
+        model: drafts instead of the model whose text it is; None: that one.
+
+    Raises:
+        ValueError: if one is of another type or out of its range.
+    """
+
+    method: Method | Lookup
+    tokens: int = 6
+    model: LanguageModel | None = None
+
+    def __post_init__(self):
+        check_counts(draft_tokens=self.tokens)
+        if self.tokens > MOST_DRAFTED:
+            raise ValueError(
+                f"draft_tokens={self.tokens} must be at most {MOST_DRAFTED}: few of so "
+                "long a draft would hold."
+            )
+        object.__setattr__(self, "tokens", int(self.tokens))
+        if self.model is not None:
+            check_model(self.model)
+            if isinstance(self.method, Lookup):
+                raise ValueError(
+                    f"{self.method} finds drafts in the text, and needs no draft "
+                    "model: leave either out."
+                )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +74,7 @@ class Options:
             to there share their compiled code.
         instruction: tokens at the end of every prompt, or of each, by which a method
             selects that is told of them; None is as many as it takes by itself.
+        drafting: who drafts tokens that are checked several at once; None: nobody.
 
     Raises:
         ValueError: if one is of another type or out of its range.
@@ -43,6 +89,7 @@ class Options:
     stream_every: int = 16
     longest: int = 0
     instruction: int | Sequence[int] | None = None
+    drafting: Drafting | None = None
 
     def __post_init__(self):
         validate(self.sampling)

@@ -173,6 +173,7 @@ def quantize(
             finish=functools.partial(finish, options),
             importance=None,  # `finish` is not for others to replace
             listed=None,  # the newest tokens are read beside
+            verifies=False,  # a chunk would find other tokens as they came
             rewind=method.rewind and functools.partial(rewind, method.rewind, residual),
         )
     return lossy(made)

@@ -21,6 +21,7 @@ from kvjax.interface import Diagnostics, Method, Traffic
 from kvjax.registry import built_in
 from kvjax.stores import buffers
 from kvjax.testing import oracle, streams
+from kvjax.testing.drafted import what_was_drafted_leaves_no_trace
 from kvjax.testing.ended import (
     a_prompt_that_ended_is_kept_as_arrays,
     a_prompt_that_ended_serves_many_questions,
@@ -443,6 +444,7 @@ CHECKS |= {
         a_prompt_that_ended_serves_many_questions,
         a_prompt_that_ended_is_kept_as_arrays,
         a_row_takes_the_next_prompt,
+        what_was_drafted_leaves_no_trace,
         bytes_are_known_before_anything_is_allocated,
         a_step_writes_in_place,
         sharded_over_two_devices_is_the_same,

@@ -257,6 +257,15 @@ def test_the_text_is_that_of_full_when_the_budget_covers_it(
     assert found.tokens == short_answer.tokens[:32]
 
 
+def test_drafts_lose_nothing(beginning, chat, short_answer):
+    """The text is that of single steps."""
+    options = {"max_new_tokens": reference.NUM_GENERATED, "eos_ids": ()}
+    options |= {"draft": "streaming_llm:budget=24", "draft_tokens": 4}
+    (found,) = generate(beginning, FULL, [chat], **options)
+    assert found._replace(drafts=None) == short_answer
+    assert found.drafts.accepted > 0
+
+
 # --- rows and saved prompts
 
 
