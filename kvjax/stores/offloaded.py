@@ -285,14 +285,32 @@ def gather(
     Returns:
         The buffer, and what was read.
     """
+    if isinstance(rows, Offloaded):
+        rows, _ = bring(rows, pages_of(rows, slots), length)
+    return rows, read(rows, slots, length)
+
+
+def read(
+    rows: Rows | Offloaded, slots: Int[Array, "B H N"], length: Int[Array, "B"]
+) -> Float[Array, "B Hkv N D"]:
+    """Reads tokens as :func:`gather`, which were brought or are the newest."""
     if not isinstance(rows, Offloaded):
-        return rows, buffers.gather(rows, slots)
-    slots = jnp.broadcast_to(slots, (*rows.shape[:2], slots.shape[2]))
+        return buffers.gather(rows, slots)
     size = rows.page_size
-    pages = jnp.where(slots < 0, -1, slots // size)
-    rows, places = bring(rows, pages, length)
-    places = jnp.where(slots < 0, -1, places * size + slots % size)
-    return rows, buffers.gather(rows.slots, places)
+    places = places_of(rows, pages_of(rows, slots), length)
+    places = jnp.where(places < 0, -1, places * size + jnp.maximum(slots, 0) % size)
+    return buffers.gather(_by_token(rows.slots), places)
+
+
+def pages_of(rows: Offloaded, slots: Int[Array, "B H N"]) -> Int[Array, "B Hkv N"]:
+    """Returns the pages that tokens lie in, -1 = none."""
+    slots = jnp.broadcast_to(slots, (*rows.shape[:2], slots.shape[2]))
+    return jnp.where(slots < 0, -1, slots // rows.page_size)
+
+
+def _by_token(slots: Float[Rows, "B Hkv *C D2"]) -> Float[Rows, "B Hkv S D2"]:
+    """Returns slots of pages as slots of tokens."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]), slots)
 
 
 def bring(
@@ -332,9 +350,6 @@ def bring(
     held = buffers.write(pages.held, ordered, slot, is_missing)
     used = buffers.write(used, jnp.broadcast_to(now, slot.shape), slot, is_missing)
     slots = _move(pages, ordered, slot, is_missing)
-    last = pages.held.shape[-1]
-    places = _taken(_slots_of(held, num_pages), by_head)
-    places = jnp.where(by_head == newest, last, jnp.where(by_head < 0, -1, places))
     brought = pages._replace(
         slots=slots,
         held=held,
@@ -342,7 +357,23 @@ def bring(
         asked=pages.asked + is_asked.sum((1, 2), dtype=jnp.int32),
         moved=pages.moved + is_missing.sum((1, 2), dtype=jnp.int32),
     )
-    return brought, places.reshape(page_ids.shape)
+    return brought, places_of(brought, page_ids, length)
+
+
+def places_of(
+    pages: Offloaded, page_ids: Int[Array, "B H K"], length: Int[Array, "B"]
+) -> Int[Array, "B H K"]:
+    """Returns the slots of pages, -1 where the device does not have them.
+
+    Args:
+        pages, page_ids, length: as of :func:`bring`.
+    """
+    newest = ((length - 1) // pages.page_size)[:, None, None]
+    by_head = page_ids.reshape(*pages.shape[:2], -1)
+    last = pages.held.shape[-1]
+    places = _taken(_slots_of(pages.held, pages.num_pages), by_head)
+    places = jnp.where(by_head == newest, last, places)
+    return jnp.where(by_head < 0, -1, places).reshape(page_ids.shape)
 
 
 def _move(

@@ -221,7 +221,6 @@ def test_what_cannot_be_offloaded_is_refused(unchecked_shapes):
     for spec in (
         "full",
         "h2o",
-        "topk_completion:selector=pages",
         "retro+quest",
         "entmaxkv:certified=true",
         "offload+quest",

@@ -163,7 +163,8 @@ def read_pages(
         is None without an estimator.
     """
     spec = store.spec
-    _, k, v = slots_or_pages.fetch(store, always)
+    store, within = paged.bring_within(store, pages, always, num_sinks, middle_end)
+    k, v = paged.read(store, always)
     out, lse = decode_attention(q, k, v, positions, always, sm_scale=spec.sm_scale)
     grouped = (spec.batch, spec.num_kv_heads, spec.group)
     feature_map = None if estimator is None else estimator.feature_map
@@ -178,13 +179,13 @@ def read_pages(
         )
     out, lse, *sums = page_attention(
         q,
-        store.pages,
-        pages,
-        middle_end[:, None] - 1,
+        within.pages,
+        within.page_ids,
+        within.last,
         initial=(out, lse),
         surrogate=surrogate,
         sm_scale=spec.sm_scale,
-        first_position=num_sinks,
+        first_position=within.first,
     )
     if whole is None:
         return store, Partial(out, lse), None

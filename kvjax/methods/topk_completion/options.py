@@ -113,11 +113,6 @@ class Options:
         return self.kind == "moment"
 
     @property
-    def lists_tokens(self) -> bool:
-        """Says whether tokens are listed, by all keys, and not pages."""
-        return self.selector == "oracle"
-
-    @property
     def most_outliers(self) -> int:
         """Tokens of the middle that may be kept exact, where anything is estimated."""
         if self.num_outliers is None:
