@@ -15,6 +15,7 @@ from kvjax import accounting, registry
 from kvjax.methods.offload import offload
 from kvjax.methods.refreshkv import refreshkv
 from kvjax.methods.refreshkv import streamed as streamed_module
+from kvjax.stores.counting import total
 from kvjax.testing import check_method, subject
 
 STREAM = drive.make_stream((1, 7, 40, 29), 14, heads=(4, 2), head_dim=8)
@@ -83,7 +84,7 @@ def test_tokens_that_share_words_move_together(spec, dtype, together):
     ):
         assert rows.page_size == together
         moved = 4 * (56 + BUDGET * together)
-        assert (np.asarray(rows.moved) == moved).all()
+        assert (total(rows.moved) == moved).all()
         is_held = expected.state.positions >= 0
         for a, b in zip(jax.tree.leaves(ring), jax.tree.leaves(theirs), strict=True):
             np.testing.assert_array_equal(np.asarray(a)[is_held], b[is_held])
@@ -116,7 +117,7 @@ def test_several_blocks_are_one_cache(options, of_keys, of_values, monkeypatch):
     tokens = sum(min(-(-length // 16) * 16, CAPACITY) for length in lengths)
     for rows, times in ((run.state.store.k, of_keys), (run.state.store.v, of_values)):
         assert rows.unit == ROW
-        assert (np.asarray(rows.moved) == times * tokens + 4 * BUDGET).all()
+        assert (total(rows.moved) == times * tokens + 4 * BUDGET).all()
         np.testing.assert_array_equal(rows.asked, rows.moved)
 
 
@@ -139,7 +140,7 @@ def test_steps_in_between_move_nothing():
     for index, is_full in enumerate([False, False, True]):
         state, (out, _) = step(state, inputs[index])
         other, (found, _) = step(other, inputs[index])
-        moved = np.asarray(state.store.k.moved)
+        moved = total(state.store.k.moved)
         if is_full:
             assert not np.isfinite(found).all()
             assert (moved == CAPACITY + BUDGET).all()

@@ -18,7 +18,7 @@ from kvjax.attention import selection
 from kvjax.attention.partials import Partial, merge
 from kvjax.attention.ranking import Best
 from kvjax.methods.refreshkv import policy
-from kvjax.stores import hosted
+from kvjax.stores import counting, hosted
 from kvjax.stores.offloaded import Streamed
 from pallas_kernels.decode_attention import decode_attention, decode_logits
 from pallas_kernels.decode_attention.reference import BLOCK
@@ -226,7 +226,8 @@ def select(
 
 def counted(rows: Streamed, tokens: Int[Array, "*B"]) -> Streamed:
     """Returns rows of which so many tokens of each row were moved."""
-    return rows._replace(asked=rows.asked + tokens, moved=rows.moved + tokens)
+    asked, moved = (counting.add(x, tokens) for x in (rows.asked, rows.moved))
+    return rows._replace(asked=asked, moved=moved)
 
 
 def refill(
