@@ -101,23 +101,22 @@ def test_tokens_that_share_words_move_together(spec, dtype, together):
 )
 def test_several_blocks_are_one_cache(options, of_keys, of_values, monkeypatch):
     """To rounding, with the same tokens chosen; a last block of 55 - 48."""
-    spec = f"refreshkv:schedule=fixed,stride=3,{options}"
+    spec = f"refreshkv:schedule=fixed,stride=4,{options}"
     method = parsed(spec)
-    monkeypatch.setattr(streamed_module, "BLOCK", 16)
-    monkeypatch.setattr(streamed_module, "CHUNK", 32)
+    monkeypatch.setattr(streamed_module, "BLOCK", 8)
+    monkeypatch.setattr(streamed_module, "CHUNK", 16)
     run, expected = both(method)
     np.testing.assert_allclose(run.out, expected.out, rtol=2e-5, atol=2e-6)
     for name in ("attended", "refreshed", "exact"):
         np.testing.assert_array_equal(
             getattr(run.diagnostics, name), getattr(expected.diagnostics, name)
         )
-    # Full are steps 3, 6, 9 and 12. The longest row has 40 + step tokens in blocks of
-    # 16, the last block of all has 7; and each full step brings those it chose.
-    lengths = [40 + step for step in (3, 6, 9, 12)]
-    tokens = sum(min(-(-length // 16) * 16, CAPACITY) for length in lengths)
+    # Full are steps 4, 8 and 12. The longest row has 44, 48, where a chunk ends, and 52
+    # tokens in blocks of 8, the last of all has 7; a full step brings what it chose.
+    tokens = 48 + 48 + CAPACITY
     for rows, times in ((run.state.store.k, of_keys), (run.state.store.v, of_values)):
         assert rows.unit == ROW
-        assert (total(rows.moved) == times * tokens + 4 * BUDGET).all()
+        assert (total(rows.moved) == times * tokens + 3 * BUDGET).all()
         np.testing.assert_array_equal(rows.asked, rows.moved)
 
 
