@@ -190,6 +190,6 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     read = min(options.pages_read(length), num_pages) * options.page_size
     lists = spec.group if options.per == "query" else 1
     return Traffic(
-        kv=lists * buffers.kv_bytes(spec, read),
+        kv=lists * buffers.row_bytes(spec, read, "both"),
         metadata=buffers.vector_bytes(spec, 2 * num_pages),  # a minimum, a maximum
     )

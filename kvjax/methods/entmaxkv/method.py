@@ -384,4 +384,5 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     if options.is_gaussian:
         wide = jnp.dtype(jnp.float32).itemsize
         metadata = metadata // jnp.dtype(spec.dtype).itemsize * wide
-    return Traffic(lists * buffers.kv_bytes(spec, most * page_size), metadata)
+    kv = lists * buffers.row_bytes(spec, most * page_size, "both")
+    return Traffic(kv, metadata)

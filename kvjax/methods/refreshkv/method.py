@@ -315,7 +315,9 @@ def streamed_bytes(options: Options, spec: CacheSpec, length: int) -> int:
     """Counts the bytes that a step reads of the full cache: full ones' share."""
     if options.schedule == "never" or length <= 1:
         return 0
-    read = buffers.row_bytes(spec, length, "both" if options.full_attend else "keys")
+    read = buffers.row_bytes(spec, length, "keys")
+    if options.full_attend:
+        read += buffers.row_bytes(spec, length, "values")
     if options.refresh and options.group_reduce == "mean":
         read += buffers.row_bytes(spec, length, "keys")  # once more
     if options.refresh:

@@ -258,7 +258,7 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     sizes = allot(options, spec)
     lists = spec.group if options.per == "query" else 1
     read = options.num_sinks + sizes.retrieved + sizes.outliers + sizes.newest
-    kv = lists * buffers.kv_bytes(spec, min(read, length))
+    kv = lists * options.token_bytes(spec) * min(read, length)
     if options.selector == "oracle":
         metadata = buffers.row_bytes(spec, length, "keys")
     else:
