@@ -93,7 +93,7 @@ def test_tokens_that_share_words_move_together(spec, dtype, together):
 @pytest.mark.parametrize(
     ("options", "of_keys", "of_values"),
     [
-        ("full_attend=true", 1, 1),
+        ("full_attend=true,kernel=7", 1, 1),
         ("full_attend=false,self_mode=snapkv,kernel=5", 1, 0),
         # The mean of weights needs their sums first: keys come twice.
         ("group_reduce=mean,self_mode=drop", 2, 1),
