@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from kvjax.interface import Diagnostics as Diagnostics
     from kvjax.interface import Hooks as Hooks
     from kvjax.interface import LanguageModel as LanguageModel
+    from kvjax.interface import Lists as Lists
     from kvjax.interface import Method as Method
     from kvjax.interface import Rereading as Rereading
     from kvjax.interface import Traffic as Traffic
@@ -38,6 +39,7 @@ _HOMES = {
     "Diagnostics": "kvjax.interface",
     "Hooks": "kvjax.interface",
     "LanguageModel": "kvjax.interface",
+    "Lists": "kvjax.interface",
     "Method": "kvjax.interface",
     "Rereading": "kvjax.interface",
     "Rope": "kvjax.rope",

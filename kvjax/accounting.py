@@ -16,7 +16,7 @@ from kvjax.interface import (
     Traffic,
     layer_specs,
 )
-from kvjax.stores.buffers import in_host, num_bytes
+from kvjax.stores.buffers import in_host, kv_bytes, num_bytes, row_bytes
 
 
 def state_bytes(method: Method, spec: CacheSpec) -> int:
@@ -73,6 +73,23 @@ def kept_spec(method: Method, spec: CacheSpec) -> CacheSpec:
     state = jax.eval_shape(lambda: method.finish(method.init(spec)))
     carried = filter(is_spec, jax.tree.leaves(state, is_leaf=is_spec))
     return next(carried, spec)
+
+
+def token_bytes(method: Method, spec: CacheSpec) -> int:
+    """Returns the bytes of a token's keys and values while decoding, of every KV head.
+
+    In one row, as in pages, scales may take more room than in two.
+    """
+
+    def is_store(leaf):
+        return hasattr(leaf, "ROWS")
+
+    state = jax.eval_shape(lambda: method.finish(method.init(spec)))
+    stores = filter(is_store, jax.tree.leaves(state, is_leaf=is_store))
+    kept = kept_spec(method, spec)
+    if any("both" in store.ROWS.values() for store in stores):
+        return row_bytes(kept, 1, "both")
+    return kv_bytes(kept, 1)
 
 
 def bytes_held(

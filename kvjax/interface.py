@@ -182,6 +182,20 @@ class Rereading(NamedTuple):
     words: str  # the text before every chunk
 
 
+class Lists(NamedTuple):
+    """The lists by which a step reads rows, and no others: these may lie elsewhere.
+
+    Fields:
+        most: `most(spec, length)`, the pages that the lists of a KV head hold at most
+            when `length` tokens are cached; or tokens, of a store in slots.
+        keys: of tokens in slots keys are read so too, not only values: no step looks at
+            all of them.
+    """
+
+    most: Callable[[CacheSpec, int], int]
+    keys: bool = False
+
+
 class Method(NamedTuple):
     """A KV-cache method: pure functions over one layer's state.
 
@@ -207,7 +221,7 @@ class Method(NamedTuple):
         verifies: behind `finish`, too, a chunk that `prefill` reads is as many steps:
             it checks a draft in one pass, and `rewind` takes back what does not hold.
         lossy: keys and values are kept as other numbers than came: no step is exact.
-        listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
+        listed: None unless a step reads by lists alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
         hooks: what it wants of the driver while a prompt is read, ends or is saved.
     """
@@ -227,7 +241,7 @@ class Method(NamedTuple):
     reread: Rereading | None = None
     verifies: bool = False
     lossy: bool = False
-    listed: Callable[[CacheSpec], int] | None = None
+    listed: Lists | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None
     hooks: Hooks = Hooks()
 

@@ -113,7 +113,8 @@ FLOAT_AND_INT = 4 + 4  # a score and a position
         ),
         # A head of 16 in bytes and a scale; in halves of bytes with a scale and offset.
         ("quantize+full", 1000, 2 * 4 * 1000 * (18 + 18), 0),
-        ("quantize:values=4+quest:budget=64", 1000, 512 * (18 + 12), 63 * TOKEN),
+        # In one row three scales have room for four.
+        ("quantize:values=4+quest:budget=64", 1000, 512 * (16 + 8 + 8), 63 * TOKEN),
         # One of four heads in full; two of four under Quest.
         ("duo:share=0.25,budget=64,num_sinks=4+full", 1000, 298 * TOKEN, 0),
         (

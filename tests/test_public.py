@@ -19,7 +19,7 @@ from kvjax.registry import built_in
 CALLED = ("load", "generate", "stream", "serve_rows", "score")
 CALLED += ("parse", "register", "cite")
 TYPES = ("CacheSpec", "DecoderLM", "Diagnostics", "LanguageModel", "Method", "Rope")
-TYPES += ("Hooks", "Rereading", "Traffic")
+TYPES += ("Hooks", "Lists", "Rereading", "Traffic")
 METHODS = [name for name, value in vars(built_in).items() if callable(value)]
 
 

@@ -27,7 +27,6 @@ from kvjax.evaluation.answers import Answered
 from kvjax.evaluation.compare_inputs import Inputs, Settings
 from kvjax.evaluation.compare_rows import Results, Row
 from kvjax.interface import DecoderLM, LanguageModel, Method, layer_specs
-from kvjax.stores import buffers
 
 Progress = Callable[[str, float], None]  # (method, fraction of its work that is done)
 
@@ -368,7 +367,6 @@ def measured_bytes(
     """
     decoder, context, new_tokens = model.decoder, settings.context, settings.new_tokens
     specs = layer_specs(decoder, 1, context, new_tokens)
-    kept = [accounting.kept_spec(method, spec) for spec in specs]
-    tokens = [buffers.kv_bytes(spec, 1) / spec.num_kv_heads for spec in kept]
+    tokens = [accounting.token_bytes(method, x) / x.num_kv_heads for x in specs]
     chosen = accounting.traffic(method, decoder, context, new_tokens).metadata
     return float(layers.read.mean(1) @ np.asarray(tokens)) + chosen

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -34,7 +35,8 @@ class Options:
 
     def slots(self, spec: CacheSpec, rows: Hosted) -> int:
         """Returns how many pages of these rows the device keeps to read."""
-        listed = 0 if self.method.listed is None else self.method.listed(spec)
+        lists = self.method.listed
+        listed = 0 if lists is None else lists.most(spec, spec.capacity)
         kept = listed + -(-self.cache // hosted.page_size_of(rows))
         return min(kept, hosted.num_pages_of(rows))
 
@@ -56,8 +58,9 @@ def offload(
 
     Of methods that list tokens once they have looked at every key: keys stay on the
     device, and values move, each with the neighbours that share its words of 4 bytes.
-    Of RefreshKV the small cache is on the device: a full step brings all others in
-    blocks, and then those it chose.
+    Of clusters of tokens keys move so too, and centroids stay. Of RefreshKV the small
+    cache is on the device: a full step brings all others in blocks, and then those it
+    chose.
 
     A chunk of the prompt goes to the host as it is read, and what came before it comes
     in blocks of 512 tokens, each once a chunk. Of entmax attention, whose parts do not
@@ -65,8 +68,7 @@ def offload(
     method while the prompt ends.
 
     Args:
-        method: any that reads pages, or values, by lists, keeps every key, and leaves
-            rows where and as they are when a prompt ends, unless it quantises them.
+        method: any that reads pages, or values, by lists, and keeps every key.
         cache: tokens for each KV head of pages read before, which the device keeps
             beside those that a step reads.
         memory: where the pages are: `pinned_host`, or `device` for comparison.
@@ -79,8 +81,8 @@ def offload(
 
     State: that of `method`, pages in the host's memory; on the device pages
         `(B, Hkv, C, P, 2*D)`, as many as a step lists and `cache` holds and one more,
-        and two int32 for each; or values `(B, Hkv, C, D)` alike. What is appended is
-        kept.
+        and two int32 for each; or values `(B, Hkv, C, D)` alike, and keys. What is
+        appended is kept.
     Reads per step and layer: as `method`; over the link the pages that are missing, at
         most all that are listed.
     Exact when: `method` is.
@@ -96,13 +98,13 @@ def offload(
         The paper keeps every page on the device: the host's memory and the cache are
         ours. Kernels for accelerators walk through the pages of a list in the order in
         which they lie: results are then those without it but for rounding. A page is
-        moved when a step lists it, not before. Of TokenSelect (arXiv:2411.02886) and
+        moved when a step lists it, not before: what the step before listed, all that a
+        guess has to go by, the device has already. Of TokenSelect (arXiv:2411.02886) and
         top-k with completion (arXiv:2604.05438), which score all keys, only values are
         moved; RefreshKV (arXiv:2411.05787) keeps its full cache anywhere. What comes in
         blocks, a prompt that has at most 64 queries a KV head in a chunk and a full
         step, is summed in another order beyond 512 tokens, and a full step of 4 bits at
-        any length: to rounding. Run on CPUs and compiled for TPUs; for GPUs XLA refused
-        to compile pages in the host's memory (jax 0.12).
+        any length: to rounding. Run on CPUs, and compiled for TPUs and GPUs alone.
 
     Example:
         >>> method = kvjax.offload(kvjax.quest(budget=256))
@@ -111,12 +113,15 @@ def offload(
     if (method.listed is None and method.streamed is None) or method.rows != 1:
         raise ValueError(
             f"offload moves pages or values that a step lists, and {method} evicts, "
-            "reads more (as quantize does with a residual, topk_completion with "
-            "selector=pages, and hip, whose search walks over all keys), or has them "
-            "moved already: wrap quest, entmaxkv, token_select, topk_completion or "
-            "refreshkv itself, as in 'dense_layers+offload+quest'."
+            "reads more (as quantize does with a residual, and hip, whose search walks "
+            "over all keys), or has them moved already: wrap quest, entmaxkv, "
+            "token_select, topk_completion, squeezed or refreshkv itself, as in "
+            "'dense_layers+offload+quest'."
         )
     options = Options(method, cache, memory)
+    hooks = method.hooks
+    if hooks.seal is not None:
+        hooks = hooks._replace(seal=functools.partial(seal, options, hooks.seal))
     return method._replace(
         init=functools.partial(init, options),
         prefill=functools.partial(prefill, options),
@@ -127,6 +132,7 @@ def offload(
         importance=None,
         listed=None,
         streamed=None,
+        hooks=hooks,
     )
 
 
@@ -177,18 +183,38 @@ def finish(options: Options, state: State) -> State:
     What moves is in the host's memory afterwards, and no page of it on the device.
     """
 
-    def host(before: Store, after: Store) -> Store:
-        held, kept = moving(options, before), moving(options, after)
+    def decoded(store: Store) -> Store:
+        kept = moving(options, store).items()
+        return store._replace(**{n: decoding(options, store, x) for n, x in kept})
+
+    return of_stores(decoded, from_device(options, state, options.method.finish))
+
+
+def from_device(
+    options: Options, state: State, change: Callable[[State], State]
+) -> State:
+    """Changes the state as the method knows it, and has rows in their memory again.
+
+    Rows that are the same afterwards were there all the time, and do not go back.
+    """
+    there = on_device(options, state)
+
+    def host(before: Store, known: Store, after: Store) -> Store:
+        held, had = moving(options, before), moving(options, known)
+        kept = moving(options, after)
         for name, rows in kept.items():
-            place = held[name]
-            if jax.tree.structure(rows) != jax.tree.structure(place.rows):
-                # Ending the prompt quantised them.
-                place = hosted.place(rows, hosted.memory_of(place))
-            kept[name] = decoding(options, after, place)
+            pairs = jax.tree.leaves(had[name]), jax.tree.leaves(rows)
+            is_same = len(pairs[0]) == len(pairs[1]) and all(map(operator.is_, *pairs))
+            memory = hosted.memory_of(held[name])
+            kept[name] = held[name] if is_same else hosted.place(rows, memory)
         return after._replace(**kept)
 
-    ended = options.method.finish(on_device(options, state))
-    return of_stores(host, state, ended)
+    return of_stores(host, state, there, change(there))
+
+
+def seal(options: Options, inner: Callable[[State], State], state: State) -> State:
+    """Seals the prompt as the method does: more of it may come."""
+    return from_device(options, state, inner)
 
 
 def decoding(options: Options, store: Store, rows: Hosted) -> Offloaded | Streamed:
@@ -208,12 +234,17 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     kept = accounting.kept_spec(method, spec)
     if method.streamed is not None:
         return read._replace(link=method.streamed(kept, length))
+    lists = method.listed
+    if lists is None:
+        return read
     (store,) = stores_of(jax.eval_shape(lambda: method.init(spec)))
-    (holds,) = (store.ROWS[name] for name in moving(options, store))
-    part, whole = (buffers.row_bytes(kept, 1, x) for x in (holds, "both"))
-    # Of tokens in slots each may come with its neighbours.
-    size = 1 if holds == "both" else hosted.tokens_together(kept)
-    return read._replace(link=size * read.kv * part // whole)
+    link = 0
+    for name, rows in moving(options, store).items():
+        # Of tokens in slots each may come with its neighbours.
+        size = rows.shape[3] if rows.ndim == 5 else hosted.tokens_together(kept)
+        pages = min(lists.most(spec, length), -(-length // size))
+        link += buffers.row_bytes(kept, size * pages, store.ROWS[name])
+    return read._replace(link=link)
 
 
 # --- the stores of a state
@@ -242,13 +273,14 @@ def moving(options: Options, store: Store) -> dict[str, Any]:
     """Returns what lies in the host's memory by its field: a `Hosted`, or rows.
 
     Pages of keys and values; or values alone, where steps look at every key; or both
-    where they are streamed.
+    where they are listed or streamed.
     """
-    is_streamed = options.method.streamed is not None
+    lists, streamed = options.method.listed, options.method.streamed
+    keys_too = streamed is not None or (lists is not None and lists.keys)
     return {
         name: getattr(store, name)
         for name, holds in store.ROWS.items()
-        if is_streamed or holds != "keys"
+        if keys_too or holds != "keys"
     }
 
 

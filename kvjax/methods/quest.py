@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
-from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.interface import CacheSpec, Diagnostics, Lists, Method, Traffic
 from kvjax.stores import buffers, contiguous, paged, step
 from pallas_kernels.page_attention import page_attention
 from pallas_kernels.page_scores import page_bounds
@@ -121,7 +121,7 @@ def quest(
         select=functools.partial(select, options),
         rewind=paged.rewind,
         exact_prompt=True,
-        listed=functools.partial(listed, options),
+        listed=Lists(functools.partial(listed, options)),
     )
 
 
@@ -177,10 +177,10 @@ def inspect_step(
     return state, out.astype(q.dtype), diagnostics
 
 
-def listed(options: Options, spec: CacheSpec) -> int:
+def listed(options: Options, spec: CacheSpec, length: int) -> int:
     """Counts the pages that the lists of a KV head hold at most."""
-    num_pages = -(-spec.capacity // options.page_size)
-    most = min(options.pages_read(spec.capacity), num_pages)
+    num_pages = -(-length // options.page_size)
+    most = min(options.pages_read(length), num_pages)
     return most * (spec.group if options.per == "query" else 1)
 
 
@@ -190,6 +190,6 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     read = min(options.pages_read(length), num_pages) * options.page_size
     lists = spec.group if options.per == "query" else 1
     return Traffic(
-        kv=lists * buffers.kv_bytes(spec, read),
+        kv=lists * buffers.row_bytes(spec, read, "both"),
         metadata=buffers.vector_bytes(spec, 2 * num_pages),  # a minimum, a maximum
     )

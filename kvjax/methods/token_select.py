@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
-from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.interface import CacheSpec, Diagnostics, Lists, Method, Traffic
 from kvjax.stores import buffers, contiguous, hosted, offloaded, step
 from kvjax.stores.hosted import Hosted
 from pallas_kernels.decode_attention import (
@@ -145,7 +145,7 @@ def token_select(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
-        listed=functools.partial(listed, options),
+        listed=Lists(functools.partial(listed, options)),
     )
 
 
@@ -261,9 +261,9 @@ def inspect_step(
     return state, out.astype(q.dtype), diagnostics._replace(refreshed=refreshed)
 
 
-def listed(options: Options, spec: CacheSpec) -> int:
+def listed(options: Options, spec: CacheSpec, length: int) -> int:
     """Counts the tokens whose values a step reads at most."""
-    return sum(options.parts(spec))
+    return min(sum(options.parts(spec)), length)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:

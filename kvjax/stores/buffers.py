@@ -20,6 +20,7 @@ from pallas_kernels.shared.quantized import (
     WithNewest,
     every_token,
     floats,
+    room_for_scales,
     stored,
 )
 
@@ -64,7 +65,7 @@ def allocate_rows(spec: CacheSpec, shape: tuple[int, ...], holds: Holds) -> Rows
     if not isinstance(spec.storage, Storage):
         return allocate((*shape, _numbers(spec, holds)), spec.dtype)
     parts = spec.storage.parts(holds)
-    codes, scales = sum(p.codes for p in parts), sum(p.scales for p in parts)
+    codes, scales = sum(p.codes for p in parts), room_for_scales(parts)
     # Where what was never written should show, a code of 0 would hide its scale.
     code, scale = (0.0, 0.0) if fill_value == 0 else (85.0, HUGE)
     return Quantized(
@@ -406,8 +407,11 @@ def num_bytes(state: Any) -> int:
 
 
 def kv_bytes(spec: CacheSpec, tokens: int) -> int:
-    """Counts the bytes of keys and values of `tokens` tokens, all rows and KV heads."""
-    return row_bytes(spec, tokens, "both")
+    """Counts the bytes of keys and values of `tokens` tokens, all rows and KV heads.
+
+    In rows of their own: those of pages are of `both`, see :func:`row_bytes`.
+    """
+    return row_bytes(spec, tokens, "keys") + row_bytes(spec, tokens, "values")
 
 
 def row_bytes(spec: CacheSpec, tokens: int, holds: Holds) -> int:
@@ -415,7 +419,7 @@ def row_bytes(spec: CacheSpec, tokens: int, holds: Holds) -> int:
     if isinstance(spec.storage, Storage):
         width = jnp.dtype(SCALES).itemsize
         parts = spec.storage.parts(holds)
-        each = sum(part.codes + width * part.scales for part in parts)
+        each = sum(part.codes for part in parts) + width * room_for_scales(parts)
     else:
         each = _numbers(spec, holds) * jnp.dtype(spec.dtype).itemsize
     return spec.batch * spec.num_kv_heads * tokens * each

@@ -15,7 +15,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from kvjax.attention import selection
-from kvjax.stores import buffers, hosted
+from kvjax.stores import buffers, counting, hosted
 from kvjax.stores.hosted import Hosted, put_pages, take_pages
 from pallas_kernels.shared.quantized import Rows
 
@@ -33,8 +33,10 @@ class Offloaded(NamedTuple):
     slots: Float[Rows, "B Hkv *C D2"]
     held: Int[Array, "B Hkv C_1"]  # the page in each slot but the last, -1 = none
     used: Int[Array, "B Hkv C_1"]  # the length of the text when it was last listed
-    asked: Int[Array, "B"]  # pages listed so far, of all KV heads; no newest ones
-    moved: Int[Array, "B"]  # how many of them came over the link
+    # Counts in two words, see `kvjax.stores.counting`: pages listed so far, of all KV
+    # heads, no newest ones; and how many of them came over the link.
+    asked: Int[Array, "B 2"]
+    moved: Int[Array, "B 2"]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -70,8 +72,8 @@ class Streamed(NamedTuple):
 
     host: Hosted
     newest: Float[Rows, "B Hkv P D"]  # the page of the newest token, there too
-    asked: Int[Array, "B"]  # tokens read so far, of all KV heads
-    moved: Int[Array, "B"]  # the same: all of them came over the link
+    asked: Int[Array, "B 2"]  # tokens read so far, of all KV heads, in two words
+    moved: Int[Array, "B 2"]  # the same: all of them came over the link
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -115,8 +117,8 @@ def crossed(state: Any) -> Crossed | None:
     def counted(leaf: Offloaded | Streamed | Crossed) -> Crossed:
         if isinstance(leaf, Crossed):
             return leaf
-        counts = (np.asarray(x, np.float64) for x in (leaf.asked, leaf.moved))
-        return Crossed(*(leaf.unit * x for x in counts))
+        counts = (counting.total(x) for x in (leaf.asked, leaf.moved))
+        return Crossed(*(leaf.unit * x.astype(np.float64) for x in counts))
 
     leaves = filter(is_counted, jax.tree.leaves(state, is_leaf=is_counted))
     counts = list(map(counted, leaves))
@@ -143,8 +145,8 @@ def offloaded(host: Hosted, length: Int[Array, "B"], slots: int) -> Offloaded:
         _with_newest(host, length, slots),
         buffers.allocate(shape, jnp.int32, fill=-1.0),
         buffers.allocate(shape, jnp.int32, fill=-1.0),
-        jnp.zeros_like(length),
-        jnp.zeros_like(length),
+        counting.none(length),
+        counting.none(length),
     )
 
 
@@ -155,8 +157,8 @@ def streamed(host: Hosted, length: Int[Array, "B"]) -> Streamed:
         host: all rows.
         length: tokens in each row.
     """
-    none = jnp.zeros_like(length)
-    return Streamed(host, _with_newest(host, length, 0), none, jnp.zeros_like(none))
+    newest = _with_newest(host, length, 0)
+    return Streamed(host, newest, counting.none(length), counting.none(length))
 
 
 def _with_newest(host: Hosted, length: Int[Array, "B"], slots: int) -> Any:
@@ -285,14 +287,32 @@ def gather(
     Returns:
         The buffer, and what was read.
     """
+    if isinstance(rows, Offloaded):
+        rows, _ = bring(rows, pages_of(rows, slots), length)
+    return rows, read(rows, slots, length)
+
+
+def read(
+    rows: Rows | Offloaded, slots: Int[Array, "B H N"], length: Int[Array, "B"]
+) -> Float[Array, "B Hkv N D"]:
+    """Reads tokens as :func:`gather`, which were brought or are the newest."""
     if not isinstance(rows, Offloaded):
-        return rows, buffers.gather(rows, slots)
-    slots = jnp.broadcast_to(slots, (*rows.shape[:2], slots.shape[2]))
+        return buffers.gather(rows, slots)
     size = rows.page_size
-    pages = jnp.where(slots < 0, -1, slots // size)
-    rows, places = bring(rows, pages, length)
-    places = jnp.where(slots < 0, -1, places * size + slots % size)
-    return rows, buffers.gather(rows.slots, places)
+    places = places_of(rows, pages_of(rows, slots), length)
+    places = jnp.where(places < 0, -1, places * size + jnp.maximum(slots, 0) % size)
+    return buffers.gather(_by_token(rows.slots), places)
+
+
+def pages_of(rows: Offloaded, slots: Int[Array, "B H N"]) -> Int[Array, "B Hkv N"]:
+    """Returns the pages that tokens lie in, -1 = none."""
+    slots = jnp.broadcast_to(slots, (*rows.shape[:2], slots.shape[2]))
+    return jnp.where(slots < 0, -1, slots // rows.page_size)
+
+
+def _by_token(slots: Float[Rows, "B Hkv *C D2"]) -> Float[Rows, "B Hkv S D2"]:
+    """Returns slots of pages as slots of tokens."""
+    return jax.tree.map(lambda x: x.reshape(*x.shape[:2], -1, x.shape[-1]), slots)
 
 
 def bring(
@@ -332,17 +352,30 @@ def bring(
     held = buffers.write(pages.held, ordered, slot, is_missing)
     used = buffers.write(used, jnp.broadcast_to(now, slot.shape), slot, is_missing)
     slots = _move(pages, ordered, slot, is_missing)
-    last = pages.held.shape[-1]
-    places = _taken(_slots_of(held, num_pages), by_head)
-    places = jnp.where(by_head == newest, last, jnp.where(by_head < 0, -1, places))
     brought = pages._replace(
         slots=slots,
         held=held,
         used=used,
-        asked=pages.asked + is_asked.sum((1, 2), dtype=jnp.int32),
-        moved=pages.moved + is_missing.sum((1, 2), dtype=jnp.int32),
+        asked=counting.add(pages.asked, is_asked.sum((1, 2), dtype=jnp.int32)),
+        moved=counting.add(pages.moved, is_missing.sum((1, 2), dtype=jnp.int32)),
     )
-    return brought, places.reshape(page_ids.shape)
+    return brought, places_of(brought, page_ids, length)
+
+
+def places_of(
+    pages: Offloaded, page_ids: Int[Array, "B H K"], length: Int[Array, "B"]
+) -> Int[Array, "B H K"]:
+    """Returns the slots of pages, -1 where the device does not have them.
+
+    Args:
+        pages, page_ids, length: as of :func:`bring`.
+    """
+    newest = ((length - 1) // pages.page_size)[:, None, None]
+    by_head = page_ids.reshape(*pages.shape[:2], -1)
+    last = pages.held.shape[-1]
+    places = _taken(_slots_of(pages.held, pages.num_pages), by_head)
+    places = jnp.where(by_head == newest, last, places)
+    return jnp.where(by_head < 0, -1, places).reshape(page_ids.shape)
 
 
 def _move(

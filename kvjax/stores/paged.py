@@ -387,6 +387,75 @@ def bring(store: Paged, page_ids: Int[Array, "B H K"]) -> tuple[Paged, Listed]:
     return store._replace(pages=pages), Listed(pages.slots, slots, end)
 
 
+class Within(NamedTuple):
+    """Listed pages where a kernel finds them, of whose tokens those of a run count."""
+
+    pages: Float[Rows, "B Hkv NP P D2"]
+    page_ids: Int[Array, "B H K"]  # in `pages`, in the order of the list; -1 = none
+    first: int  # the position there before which no token counts
+    last: Int[Array, "B 1"]  # and that behind which none does
+
+
+def bring_within(
+    store: Paged,
+    page_ids: Int[Array, "B H K"],
+    tokens: Int[Array, "B Hkv N"],
+    first: int,
+    end: Int[Array, "B"],
+) -> tuple[Paged, Within]:
+    """Returns listed pages as :func:`bring`, which come with the pages of tokens.
+
+    Args:
+        page_ids: of tokens from position `first` to before `end`.
+        tokens: others that are read too, of any page; -1 = none.
+    """
+    pages, length = store.pages, store.length
+    if not isinstance(pages, Offloaded):
+        return store, Within(pages, page_ids, first, end[:, None] - 1)
+    size = pages.page_size
+    by_head = page_ids.reshape(*pages.shape[:2], -1)
+    wanted = jnp.concatenate([by_head, offloaded.pages_of(pages, tokens)], axis=-1)
+    pages, _ = offloaded.bring(pages, wanted, length)
+    # The run begins within the first of some pages side by side, and ends within the
+    # last of them: positions there tell what counts, as positions in the text do.
+    ends = (end - 1) // size
+    at_start = jnp.full_like(by_head[..., :1], first // size)
+    at_end = jnp.broadcast_to(ends[:, None, None], at_start.shape)
+    aside = jnp.concatenate([at_start, by_head, at_end], axis=-1)
+    places = offloaded.places_of(pages, aside, length)
+    last = places.shape[-1] - 1
+    place = jnp.arange(1, last, dtype=jnp.int32)
+    place = jnp.where(by_head == at_end, last, place)
+    place = jnp.where(by_head == at_start, 0, place)
+    place = jnp.where(by_head < 0, -1, place).reshape(page_ids.shape)
+    stop = jnp.where(ends == first // size, 0, last) * size + (end - 1) % size
+    found = Within(
+        buffers.take(pages.slots, places), place, first % size, stop[:, None]
+    )
+    return store._replace(pages=pages), found
+
+
+def fetch(
+    store: Paged, positions: Int[Array, "B Hkv N"]
+) -> tuple[Paged, Float[Array, "B Hkv N D"], Float[Array, "B Hkv N D"]]:
+    """Reads keys and values of tokens, -1 = anything; :func:`bring` has them come."""
+    if isinstance(store.pages, Offloaded):
+        pages = offloaded.pages_of(store.pages, positions)
+        store, _ = bring(store, pages)
+    return store, *read(store, positions)
+
+
+def read(
+    store: Paged, positions: Int[Array, "B Hkv N"]
+) -> tuple[Float[Array, "B Hkv N D"], Float[Array, "B Hkv N D"]]:
+    """Reads as :func:`fetch` what was brought before."""
+    if isinstance(store.pages, Offloaded):
+        both = offloaded.read(store.pages, positions, store.length)
+    else:
+        both = buffers.gather(flat(store), positions)
+    return both[..., : store.spec.head_dim], both[..., store.spec.head_dim :]
+
+
 def is_available(store: Paged) -> Bool[Array, "B NP"]:
     """Says of every page whether it holds a token."""
     num_pages, page_size = store.pages.shape[2:4]

@@ -9,7 +9,7 @@ from typing import TypeVar
 from jaxtyping import Array, Float, Int
 
 from kvjax.attention.partials import Partial
-from kvjax.stores import buffers, contiguous, offloaded, paged
+from kvjax.stores import contiguous, offloaded, paged
 from pallas_kernels.shared.quantized import Rows
 
 Store = contiguous.Contiguous | paged.Paged
@@ -45,27 +45,34 @@ def keys(store: Store) -> Float[Rows, "B Hkv S D"]:
     return paged.views(store)[0] if isinstance(store, paged.Paged) else store.k
 
 
+def num_slots(store: Store) -> int:
+    """Counts the tokens that a row has room for."""
+    if isinstance(store, paged.Paged):
+        return store.pages.shape[2] * store.pages.shape[3]
+    return store.v.shape[2]
+
+
 def fetch(
     store: AnyStore, positions: Int[Array, "B H N"]
 ) -> tuple[AnyStore, Float[Array, "B H N D"], Float[Array, "B H N D"]]:
     """Reads keys and values at `positions`, -1 = anything; H is Hkv, or Hq lists.
 
-    Each is read once, whatever is made of it. Values may lie in the host's memory.
+    Each is read once, whatever is made of it. What lies in the host's memory, pages or
+    values, is brought.
 
     Returns:
-        The store, with the values that were brought; keys and values.
+        The store, with what was brought; keys and values.
     """
-    heads = store.spec.num_kv_heads
     batch, lists, size = positions.shape
-    merged = positions.reshape(batch, heads, -1)
+    merged = positions.reshape(batch, store.spec.num_kv_heads, -1)
     if isinstance(store, paged.Paged):
-        both = buffers.gather(paged.flat(store), merged)
-        both = both.reshape(batch, lists, size, -1)
-        return store, both[..., : store.spec.head_dim], both[..., store.spec.head_dim :]
-    k = buffers.gather(store.k, merged)
-    values, v = offloaded.gather(store.v, merged, store.length)
+        store, k, v = paged.fetch(store, merged)
+    else:
+        keys, k = offloaded.gather(store.k, merged, store.length)
+        values, v = offloaded.gather(store.v, merged, store.length)
+        store = store._replace(k=keys, v=values)
     k, v = (x.reshape(batch, lists, size, -1) for x in (k, v))
-    return store._replace(v=values), k, v
+    return store, k, v
 
 
 def _pick(store: Store, slots: Callable, pages: Callable) -> Callable:

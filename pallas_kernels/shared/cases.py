@@ -13,7 +13,13 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.shared.quantized import SCALES, Format, Layout, Quantized
+from pallas_kernels.shared.quantized import (
+    SCALES,
+    Format,
+    Layout,
+    Quantized,
+    room_for_scales,
+)
 
 KV_HEADS, GROUP, HEAD_DIM = 8, 4, 128
 Q_HEADS = KV_HEADS * GROUP
@@ -43,7 +49,7 @@ def stored(
     size = shape[-1] // len(bits)
     parts = tuple(Format(size, b, size if b == 8 else GROUP_OF_4, True) for b in bits)
     codes: Any = array(*shape[:-1], sum(p.codes for p in parts), dtype=jnp.uint8)
-    scales: Any = array(*shape[:-1], sum(p.scales for p in parts), dtype=SCALES)
+    scales: Any = array(*shape[:-1], room_for_scales(parts), dtype=SCALES)
     return Quantized(codes, scales, Layout(parts, dtype))
 
 

@@ -56,6 +56,18 @@ class Format:
         return self.size // self.group * (1 if self.bits == 8 else 2)
 
 
+def room_for_scales(parts: Sequence[Format]) -> int:
+    """Returns the scales that a row has room for: those of all parts, and spare ones.
+
+    In 1, 2, 4 or a multiple of 8 a TPU's kernels find them where XLA lays them out. In
+    others, as the 9 of keys in 8 and values in 4 bits, XLA would lay out all of a cache
+    anew in each call, in the room that is taken here.
+    """
+    number = sum(part.scales for part in parts)
+    few = [some for some in (1, 2, 4) if number <= some]
+    return few[0] if few else -(-number // 8) * 8
+
+
 @dataclasses.dataclass(frozen=True)
 class Storage:
     """The formats of the keys and of the values of a cache."""
@@ -89,7 +101,8 @@ class Quantized(NamedTuple):
     # Of each part in turn. Of 4 bits, the first half of a row's numbers are in the low
     # halves of the bytes.
     codes: UInt8[Array, "*B W"]
-    scales: UInt16[Array, "*B C"]  # of each part in turn, offsets behind scales: bits
+    # Of each part in turn, offsets behind scales; then 0: see `room_for_scales`. Bits.
+    scales: UInt16[Array, "*B C"]
     layout: Layout
 
     @property
@@ -252,7 +265,11 @@ def encode(layout: Layout, rows: Float[Array, "*B D"]) -> Quantized:
         _encode(part, one) for part, one in zip(layout.parts, parts, strict=True)
     ]
     codes, scales = zip(*encoded, strict=True)
-    return Quantized(_joined(codes), _joined(scales), layout)
+    joined = _joined(scales)
+    spare = room_for_scales(layout.parts) - joined.shape[-1]
+    if spare:
+        joined = jnp.pad(joined, ((0, 0),) * (joined.ndim - 1) + ((0, spare),))
+    return Quantized(_joined(codes), joined, layout)
 
 
 def as_stored(like: Rows, rows: Float[Array, "*B D"]) -> Float[Array, "*B D"]:

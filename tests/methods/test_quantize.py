@@ -166,15 +166,16 @@ def test_equals_float64_attention(options):
 
 
 @pytest.mark.parametrize(
-    ("options", "row"),
+    ("options", "row", "spare"),
     [
-        ({}, 128 + 2 + 128 + 2),
-        ({"keys": 8, "values": 4}, 128 + 2 + 64 + 4 * 4),
-        ({"bits": 4}, 2 * (64 + 4 * 4)),
-        ({"bits": 4, "group": 64}, 2 * (64 + 2 * 4)),
+        ({}, 128 + 2 + 128 + 2, 0),
+        # Pages have nine scales a row, in room for 16.
+        ({"keys": 8, "values": 4}, 128 + 2 + 64 + 4 * 4, 7 * 2),
+        ({"bits": 4}, 2 * (64 + 4 * 4), 0),
+        ({"bits": 4, "group": 64}, 2 * (64 + 2 * 4), 0),
     ],
 )
-def test_bytes_are_those_of_codes_and_scales(options, row):
+def test_bytes_are_those_of_codes_and_scales(options, row, spare):
     """Read and held, by the one accounting: a head of 128 at float32 has 1,024."""
     stream = drive.make_stream((40,), 1, head_dim=128)
     spec = drive.make_spec(stream, capacity=64, max_new_tokens=8)
@@ -182,9 +183,13 @@ def test_bytes_are_those_of_codes_and_scales(options, row):
     heads = spec.num_kv_heads
     assert whole.traffic(spec, 40) == kvjax.Traffic(40 * heads * row, 0)
     assert accounting.state_bytes(whole, spec) == 64 * heads * row + 4
-    summaries = inner.traffic(spec, 40).metadata
-    read = quantize(inner, **options).traffic(spec, 40)
-    assert read == kvjax.Traffic(16 * heads * row, summaries)
+    summaries, row = inner.traffic(spec, 40).metadata, row + spare
+    paged = quantize(inner, **options)
+    assert paged.traffic(spec, 40) == kvjax.Traffic(16 * heads * row, summaries)
+    assert accounting.token_bytes(paged, spec) == heads * row
+    assert accounting.token_bytes(whole, spec) == heads * (row - spare)
+    held = accounting.state_bytes(paged, spec)
+    assert held - accounting.state_bytes(inner, spec) == 64 * heads * (row - 1024)
     retro = registry.get("retro")(quantize(inner, **options), window=2)
     assert retro.traffic(spec, 40).kv == 16 * heads * row
     kept = registry.parse("quantize+decode_eviction:every=4+snapkv:budget=16,window=4")

@@ -423,7 +423,6 @@ def test_errors_name_the_value(options, message):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("offload+squeezed", "offload moves pages or values that a step lists"),
         ("refresh+squeezed", "wrap"),
         ("retro+squeezed", "wrap"),
         ("head_budgets+squeezed", "."),

@@ -11,7 +11,7 @@ from kvjax.attention import selection
 from kvjax.attention.choices import check_choices
 from kvjax.attention.partials import entmax_only
 from kvjax.attention.typed import typed
-from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
+from kvjax.interface import CacheSpec, Diagnostics, Lists, Method, Traffic
 from kvjax.methods.entmaxkv import attention, page_bounds, threshold
 from kvjax.stores import buffers, contiguous, paged, step
 
@@ -185,7 +185,7 @@ def entmaxkv(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
-        listed=None if certified else functools.partial(listed, options),
+        listed=None if certified else Lists(functools.partial(listed, options)),
     )
 
 
@@ -306,9 +306,9 @@ def inspect_step(
     )
 
 
-def listed(options: Options, spec: CacheSpec) -> int:
+def listed(options: Options, spec: CacheSpec, length: int) -> int:
     """Counts the pages that the lists of a KV head hold at most."""
-    most = -(-spec.capacity // options.page_size)
+    most = -(-length // options.page_size)
     if options.budget is not None:
         most = min(options.budget // options.page_size, most)
     return most * (spec.group if options.per == "query" else 1)
@@ -384,4 +384,5 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     if options.is_gaussian:
         wide = jnp.dtype(jnp.float32).itemsize
         metadata = metadata // jnp.dtype(spec.dtype).itemsize * wide
-    return Traffic(lists * buffers.kv_bytes(spec, most * page_size), metadata)
+    kv = lists * buffers.row_bytes(spec, most * page_size, "both")
+    return Traffic(kv, metadata)

@@ -217,7 +217,7 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     lists = spec.group if options.per == "query" else 1
     read = pages_read(options, length) * options.page_size
     return Traffic(
-        kv=lists * buffers.kv_bytes(spec, read),
+        kv=lists * buffers.row_bytes(spec, read, "both"),
         metadata=lists * buffers.row_bytes(spec, pages * keys, "keys"),
     )
 
@@ -233,4 +233,4 @@ def traffic_of_stages(options: Options, spec: CacheSpec, length: int) -> Traffic
         bytes_of_keys = spec.group * buffers.row_bytes(spec, keys, "keys")
         metadata += -(-bytes_of_keys // stage.stride)
         tokens = min(stage.kept, chunks) * stage.chunk
-    return Traffic(buffers.kv_bytes(spec, read), metadata)
+    return Traffic(buffers.row_bytes(spec, read, "both"), metadata)

@@ -270,9 +270,7 @@ def inspect_step(
             rotated,
             positions,
             full,
-            select=functools.partial(select, options, store)
-            if options.refresh
-            else None,
+            ranking=ranking(options),
             small_step=small_step,
             full_attend=options.full_attend,
         )
@@ -317,10 +315,23 @@ def streamed_bytes(options: Options, spec: CacheSpec, length: int) -> int:
     """Counts the bytes that a step reads of the full cache: full ones' share."""
     if options.schedule == "never" or length <= 1:
         return 0
-    read = buffers.row_bytes(spec, length, "both" if options.full_attend else "keys")
+    read = buffers.row_bytes(spec, length, "keys")
+    if options.full_attend:
+        read += buffers.row_bytes(spec, length, "values")
+    if options.refresh and options.group_reduce == "mean":
+        read += buffers.row_bytes(spec, length, "keys")  # once more
     if options.refresh:
         read += buffers.kv_bytes(spec, options.budget * hosted.tokens_together(spec))
     return read // options.stride
+
+
+def ranking(options: Options) -> streamed.Ranking | None:
+    """Returns what a full step over a host's rows selects by; None if it does not."""
+    if not options.refresh:
+        return None
+    return streamed.Ranking(
+        options.budget, options.kernel, options.group_reduce, options.self_mode
+    )
 
 
 # --- both kinds of step

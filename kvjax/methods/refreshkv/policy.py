@@ -96,9 +96,30 @@ def select(
     is_candidate = place < itself + int(self_mode == "paper")
     is_candidate = jnp.broadcast_to(is_candidate, scores.shape)
     scores = selection.pool(scores, kernel, "max", is_candidate)
-    number = budget - 1 - (self_mode == "snapkv")
+    number = num_ranked(budget, self_mode)
     best = selection.top_slots(scores, number, is_candidate)
-    newest = jnp.broadcast_to(itself, (*best.shape[:2], 1))
+    return in_order_of_eviction(best, position, budget=budget, self_mode=self_mode)
+
+
+def num_ranked(budget: int, self_mode: SelfMode) -> int:
+    """Counts the tokens of a selection that are there by their scores."""
+    return budget - 1 - (self_mode == "snapkv")
+
+
+def in_order_of_eviction(
+    best: Int[Array, "B Hkv K"],
+    position: Int[Array, "B"],
+    *,
+    budget: int,
+    self_mode: SelfMode,
+) -> Int[Array, "B Hkv {budget}"]:
+    """Returns the selection of the tokens that rank highest, as :func:`select` does.
+
+    Args:
+        best: as many as :func:`num_ranked`, or all; best first, -1 = none.
+        position, budget, self_mode: as of :func:`select`.
+    """
+    newest = jnp.broadcast_to(position[:, None, None], (*best.shape[:2], 1))
     if self_mode == "snapkv":
         best = jnp.concatenate([newest, best], axis=-1)
     spare = budget - 1 - best.shape[-1]  # of a cache smaller than the budget

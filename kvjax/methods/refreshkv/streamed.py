@@ -1,7 +1,8 @@
 """A step of `refreshkv` whose full cache lies in the host's memory.
 
 A full step brings all of it in blocks, in a loop that other steps take no turn of: no
-branch holds a cache. On the device are the small cache and the logits of a step.
+branch holds a cache. On the device are the small cache, the logits of one chunk of the
+text and the tokens that rank highest so far: nothing that grows with it.
 """
 
 from collections.abc import Callable
@@ -12,19 +13,68 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention import ranking as ranks
+from kvjax.attention import selection
 from kvjax.attention.partials import Partial, merge
-from kvjax.stores import hosted
+from kvjax.attention.ranking import Best
+from kvjax.methods.refreshkv import policy
+from kvjax.stores import counting, hosted
 from kvjax.stores.offloaded import Streamed
 from pallas_kernels.decode_attention import decode_attention, decode_logits
 from pallas_kernels.decode_attention.reference import BLOCK
 from pallas_kernels.shared.quantized import Rows
+
+CHUNK = 16 * BLOCK  # tokens whose logits are there at once
+
+
+class Ranking(NamedTuple):
+    """The selection of a full step: as :func:`policy.select` makes it of all logits."""
+
+    budget: int
+    kernel: int
+    group_reduce: selection.Reduce
+    self_mode: policy.SelfMode
+
+    def none_yet(self, batch: int, rows: int, slots: int) -> Best:
+        """Makes the best of no scores, of so many rows."""
+        most = min(policy.num_ranked(self.budget, self.self_mode), slots)
+        return ranks.none_yet(batch, rows, most, self.kernel)
 
 
 class Whole(NamedTuple):
     """Attention of a step to every token, as far as it is full."""
 
     part: Partial  # of nothing, unless values were read
-    logits: Float[Array, "B Hq 1 S"]  # -inf where nothing was read
+    lse: Float[Array, "B Hq"]  # of the logits
+    best: Best | None  # tokens by each query head's logits, if they are to be selected
+
+
+def over_parts(
+    unit: int,
+    slots: int,
+    tokens: Int[Array, ""],
+    take: Callable[[Any, int, Any], Any],
+    carry: Any,
+) -> Any:
+    """Calls `carry = take(start, size, carry)` for parts of a buffer, in turn.
+
+    Args:
+        unit: slots of a part; what is left of the buffer is one too.
+        slots: of the buffer.
+        tokens: parts that begin behind so many are passed over.
+    """
+    size = min(unit, slots)
+    number = jnp.minimum((tokens + size - 1) // size, slots // size)
+    carry = lax.fori_loop(
+        jnp.int32(0), number, lambda i, found: take(i * size, size, found), carry
+    )
+    if rest := slots % size:
+        start = jnp.int32(slots - rest)
+        turns = (tokens > start).astype(jnp.int32)
+        carry = lax.fori_loop(
+            jnp.int32(0), turns, lambda _, found: take(start, rest, found), carry
+        )
+    return carry
 
 
 def attend(
@@ -36,59 +86,148 @@ def attend(
     *,
     sm_scale: float,
     with_values: bool,
+    ranking: Ranking | None,
 ) -> tuple[Streamed, Streamed, Whole]:
     """Attends from rotated queries to all tokens, if the step is full, by blocks.
 
     Args:
         with_values: False reads keys alone, for their logits.
+        ranking: ranks tokens for it, where that goes by the highest of a group.
 
     Returns:
         Keys and values with what was moved counted; the attention.
     """
-    slots = k.shape[2]
-    shape, wide = q.shape[:3], jnp.float32
-    nothing = Partial(jnp.zeros(q.shape, wide), jnp.full(shape, -jnp.inf, wide))
-    empty = Whole(nothing, jnp.full((*shape, slots), -jnp.inf, wide))
-    size = min(BLOCK, slots)
+    slots, (batch, heads) = k.shape[2], q.shape[:2]
+    wide = jnp.float32
+    best = None
+    if ranking is not None and ranking.group_reduce == "max":
+        best = ranking.none_yet(batch, heads, slots)
+    nothing = jnp.full((batch, heads), -jnp.inf, wide)
+    part = Partial(jnp.zeros(q.shape, wide), nothing[..., None])
     tokens = jnp.where(is_full, positions.max() + 1, 0)
-    number = jnp.minimum((tokens + size - 1) // size, slots // size)
 
-    def read(start: Int[Array, ""], size: int, whole: Whole) -> Whole:
+    def chunk(start: Int[Array, ""], size: int, whole: Whole) -> Whole:
+        def block(
+            first: Int[Array, ""], size: int, carry: tuple[Partial, Array]
+        ) -> tuple[Partial, Array]:
+            part, logits = carry
+            held = (start + first + jnp.arange(size, dtype=jnp.int32))[None, None]
+            keys = hosted.block(k.host, start + first, size)
+            if with_values:
+                values = hosted.block(v.host, start + first, size)
+                out, lse, found = decode_attention(
+                    *(q, keys, values, positions, held),
+                    sm_scale=sm_scale,
+                    with_logits=True,
+                )
+                part = merge(part, Partial(out, lse))
+            else:
+                found = decode_logits(q, keys, positions, held, sm_scale=sm_scale)
+            where = hosted.at(0, 0, first, 3)
+            return part, lax.dynamic_update_slice(logits, found[:, :, 0], where)
+
+        logits = jnp.full((batch, heads, size), -jnp.inf, wide)
+        part, logits = over_parts(
+            BLOCK, size, tokens - start, block, (whole.part, logits)
+        )
+        lse = jnp.logaddexp(whole.lse, jax.nn.logsumexp(logits, axis=-1))
+        best = whole.best
+        if best is not None and ranking is not None:
+            end = end_of_candidates(ranking, positions)
+            candidates = only_candidates(logits, start, end)
+            best = ranks.add(best, candidates, start, end)
+        return Whole(part, lse, best)
+
+    whole = over_parts(CHUNK, slots, tokens, chunk, Whole(part, nothing, best))
+    moved = reach(BLOCK, tokens, slots)
+    k = counted(k, moved)
+    v = counted(v, moved if with_values else jnp.zeros_like(moved))
+    return k, v, whole
+
+
+def reach(unit: int, tokens: Int[Array, ""], slots: int) -> Int[Array, ""]:
+    """Returns where the parts end that the first `tokens` of a buffer lie in."""
+    size = min(unit, slots)
+    return jnp.minimum((tokens + size - 1) // size * size, slots)
+
+
+def end_of_candidates(
+    ranking: Ranking, positions: Int[Array, "B 1"]
+) -> Int[Array, "B"]:
+    """Returns the position from which on no token can be selected."""
+    return positions[:, 0] + int(ranking.self_mode == "paper")
+
+
+def only_candidates(
+    scores: Float[Array, "B H N"], start: int | Int[Array, ""], end: Int[Array, "B"]
+) -> Float[Array, "B H N"]:
+    """Returns scores from position `start` on, -inf from `end` on."""
+    place = start + jnp.arange(scores.shape[-1], dtype=jnp.int32)
+    return jnp.where(place < end[:, None, None], scores, -jnp.inf)
+
+
+def select(
+    k: Streamed,
+    q: Float[Array, "B Hq 1 D"],
+    positions: Int[Array, "B 1"],
+    is_full: Bool[Array, ""],
+    whole: Whole,
+    kept: Int[Array, "B Hkv N"],
+    *,
+    ranking: Ranking,
+    sm_scale: float,
+) -> tuple[Streamed, Int[Array, "B Hkv N"]]:
+    """Selects the tokens of a full step, as :func:`policy.select` does of all logits.
+
+    The highest of a group's scores rank as the logits of its heads do, which were
+    ranked while they were there: a tie that only rounding makes may fall otherwise. For
+    the mean of weights keys come once more, when their sums are known.
+
+    Args:
+        kept: what is selected if the step is not full.
+
+    Returns:
+        Keys with what was moved counted; positions in the order of eviction.
+    """
+    slots, heads = k.shape[2], k.shape[1]
+    tokens = jnp.where(is_full, positions.max() + 1, 0)
+    end = end_of_candidates(ranking, positions)
+    offset = jnp.where(whole.lse == -jnp.inf, 0.0, whole.lse)[..., None]
+
+    def block(start: Int[Array, ""], size: int, best: Best) -> Best:
         held = (start + jnp.arange(size, dtype=jnp.int32))[None, None]
         keys = hosted.block(k.host, start, size)
-        if with_values:
-            values = hosted.block(v.host, start, size)
-            out, lse, logits = decode_attention(
-                q, keys, values, positions, held, sm_scale=sm_scale, with_logits=True
-            )
-            part = merge(whole.part, Partial(out, lse))
-        else:
-            part = whole.part
-            logits = decode_logits(q, keys, positions, held, sm_scale=sm_scale)
-        where = (*hosted.at(0, 0, 0, 3), start)
-        return Whole(part, lax.dynamic_update_slice(whole.logits, logits, where))
+        logits = decode_logits(q, keys, positions, held, sm_scale=sm_scale)
+        weights = jnp.exp(logits[:, :, 0] - offset)
+        scores = selection.reduce_group(weights, heads, ranking.group_reduce)
+        return ranks.add(best, only_candidates(scores, start, end), start, end)
 
-    whole = lax.fori_loop(
-        jnp.int32(0), number, lambda i, found: read(i * size, size, found), empty
-    )
-    moved = number * size
-    if rest := slots % size:
-        start = jnp.int32(slots - rest)
-        turns = (tokens > start).astype(jnp.int32)
-        whole = lax.fori_loop(
-            jnp.int32(0), turns, lambda _, found: read(start, rest, found), whole
+    unit, best = CHUNK, whole.best
+    if best is None:
+        unit, best = BLOCK, ranking.none_yet(k.shape[0], heads, slots)
+        best = over_parts(unit, slots, tokens, block, best)
+        k = counted(k, reach(unit, tokens, slots))
+    by_head = whole.best is not None
+
+    def select_best() -> Int[Array, "B Hkv N"]:
+        found = ranks.ended(best, reach(unit, tokens, slots), end)
+        chosen = found.positions
+        if by_head:
+            chosen = ranks.of_groups(found.scores - offset, chosen, heads)
+        return policy.in_order_of_eviction(
+            chosen,
+            positions[:, 0],
+            budget=ranking.budget,
+            self_mode=ranking.self_mode,
         )
-        moved += turns * rest
-    k, v = (
-        counted(k, moved),
-        counted(v, moved if with_values else jnp.zeros_like(moved)),
-    )
-    return k, v, whole
+
+    return k, lax.cond(is_full, select_best, lambda: kept)
 
 
 def counted(rows: Streamed, tokens: Int[Array, "*B"]) -> Streamed:
     """Returns rows of which so many tokens of each row were moved."""
-    return rows._replace(asked=rows.asked + tokens, moved=rows.moved + tokens)
+    asked, moved = (counting.add(x, tokens) for x in (rows.asked, rows.moved))
+    return rows._replace(asked=asked, moved=moved)
 
 
 def refill(
@@ -129,7 +268,6 @@ def refill(
 Attended = tuple[
     Float[Array, "B Hq 1 D"], Float[Array, "B Hq 1"], Int[Array, "B Hkv N"]
 ]
-Select = Callable[[Float[Array, "B Hq 1 S"]], Int[Array, "B Hkv N"]]
 
 
 def step(
@@ -138,7 +276,7 @@ def step(
     positions: Int[Array, "B 1"],
     full: Bool[Array, "B"],
     *,
-    select: Select | None,
+    ranking: Ranking | None,
     small_step: Callable[..., Attended],
     full_attend: bool,
 ) -> tuple[Any, Attended]:
@@ -146,7 +284,7 @@ def step(
 
     Args:
         state: a `RefreshKVState`.
-        select: the selection by all logits; None leaves the small cache as it is.
+        ranking: the selection; None leaves the small cache as it is.
         small_step: attends to the small cache of a state.
         full_attend: False attends to the refilled small cache in full rows.
 
@@ -154,20 +292,23 @@ def step(
         The state, and what was attended to; its positions are of the small cache.
     """
     store, by_row = state.store, full[:, None, None]
+    inputs = rotated, positions, full.any()
     small = small_step(state, rotated, positions)
     k, v, whole = attend(
         store.k,
         store.v,
-        rotated,
-        positions,
-        full.any(),
+        *inputs,
         sm_scale=store.spec.sm_scale,
         with_values=full_attend,
+        ranking=ranking,
     )
     chosen = state.positions
-    if select is not None:
-        kept = chosen
-        found = lax.cond(full.any(), lambda: select(whole.logits), lambda: kept)
+    if ranking is not None:
+        k, found = select(
+            *(k, *inputs, whole, chosen),
+            ranking=ranking,
+            sm_scale=store.spec.sm_scale,
+        )
         chosen = jnp.where(by_row, found, chosen)
         k, ring_k = refill(k, state.k, chosen, full)
         v, ring_v = refill(v, state.v, chosen, full)

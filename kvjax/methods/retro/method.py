@@ -207,7 +207,8 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     results = buffers.num_bytes((state.window.out, state.window.lse))
     # An int of last_loaded with each page; keys are half of a page.
     kept = state.store.spec  # as the method keeps it
-    pages = inner.kv // buffers.kv_bytes(kept, page_size) * spec.num_kv_heads
+    page = buffers.row_bytes(kept, page_size, "both")
+    pages = inner.kv // page * spec.num_kv_heads
     # Not what a method reads beside its lists, such as a residual.
     _, lists, listed = shape_of_lists(options, spec, state.store)
     pages = min(pages, lists * min(listed, -(-length // page_size)))

@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
-from kvjax.interface import CacheSpec, Hooks, Method, Traffic
+from kvjax.interface import CacheSpec, Hooks, Lists, Method, Traffic
 from kvjax.methods.squeezed.clusters import (
     SqueezedPrompt,
     SqueezedState,
@@ -130,6 +130,7 @@ def squeezed(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
+        listed=Lists(functools.partial(listed, options), keys=True),
         hooks=Hooks(
             settle=functools.partial(settle, options) if over_model else None,
             seal=finish,
@@ -170,6 +171,12 @@ def append(
 ) -> SqueezedState:
     """Writes the tokens of a step into their own slots, behind the clustered ones."""
     return state._replace(store=contiguous.extend(state.store, k, v))
+
+
+def listed(options: Options, spec: CacheSpec, length: int) -> int:
+    """Counts the slots that the lists of a KV head hold at most."""
+    sizes = options.sizes(spec)
+    return min(sizes.lists * sizes.fixed + sizes.dense, length)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:

@@ -9,10 +9,9 @@ from kvjax.attention import clustering
 from kvjax.interface import Diagnostics
 from kvjax.methods.squeezed.clusters import Coarse, SqueezedState, by_list
 from kvjax.methods.squeezed.options import Options, Sizes
-from kvjax.stores import buffers, contiguous
+from kvjax.stores import buffers, contiguous, slots_or_pages
 from kvjax.stores import step as shared_step
 from pallas_kernels.decode_attention import decode_attention
-from pallas_kernels.shared.quantized import Rows
 from pallas_kernels.topk import top_k
 
 
@@ -32,17 +31,12 @@ def inspect_step(
     sizes = options.sizes(spec)
     rotated, positions = contiguous.rotate_queries(spec, q, store.length)
     slots, attended = listed(options, sizes, state, rotated)
-    lists, heads = slots.shape[1], spec.num_kv_heads
-
-    def gathered(buffer: Rows) -> Float[Array, "B H N D"]:
-        merged = slots.reshape(spec.batch, heads, -1)
-        rows = buffers.gather(buffer, merged)
-        return rows.reshape(spec.batch, lists, -1, spec.head_dim)
-
+    store, k, v = slots_or_pages.fetch(store, slots)
+    state = state._replace(store=store)
     out, lse = decode_attention(
         rotated,
-        gathered(store.k),
-        gathered(store.v),
+        k,
+        v,
         positions,
         attended,
         sm_scale=spec.sm_scale,

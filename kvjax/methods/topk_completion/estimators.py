@@ -20,7 +20,7 @@ from kvjax.interface import CacheSpec
 from kvjax.methods.topk_completion import linear_attention
 from kvjax.methods.topk_completion.feature_maps import FeatureMap, Prompt
 from kvjax.methods.topk_completion.linear_attention import product
-from kvjax.stores import buffers, paged, slots_or_pages
+from kvjax.stores import paged, slots_or_pages
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.page_attention import Surrogate, page_attention
 
@@ -104,7 +104,13 @@ def of_features(feature_map: FeatureMap) -> Estimator:
 
 
 def tokens(
-    estimator: Estimator, weights: Any, spec: CacheSpec, *, per: str, charge: str
+    estimator: Estimator,
+    weights: Any,
+    spec: CacheSpec,
+    *,
+    per: str,
+    charge: str,
+    token: float,
 ) -> int:
     """Counts what summary and map cost a list and step, in tokens, rounded up.
 
@@ -112,6 +118,7 @@ def tokens(
         weights: of a learned map, which the rows of a batch read together; or None.
         per: "kv", or "query": then the lists of a group share the summary.
         charge: "step"; "request", spread over the tokens it generates; or "none".
+        token: bytes of one, of a KV head.
     """
     if charge == "none":
         return 0
@@ -119,7 +126,6 @@ def tokens(
     shared = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(weights))
     shared /= spec.batch * spec.num_kv_heads
     num_bytes = wide * estimator.elements(spec.head_dim) + shared
-    token = buffers.kv_bytes(spec, 1) / (spec.batch * spec.num_kv_heads)
     lists = spec.group if per == "query" else 1
     steps = max(spec.max_new_tokens, 1) if charge == "request" else 1
     return math.ceil(num_bytes / (token * lists * steps))
@@ -163,7 +169,8 @@ def read_pages(
         is None without an estimator.
     """
     spec = store.spec
-    _, k, v = slots_or_pages.fetch(store, always)
+    store, within = paged.bring_within(store, pages, always, num_sinks, middle_end)
+    k, v = paged.read(store, always)
     out, lse = decode_attention(q, k, v, positions, always, sm_scale=spec.sm_scale)
     grouped = (spec.batch, spec.num_kv_heads, spec.group)
     feature_map = None if estimator is None else estimator.feature_map
@@ -178,13 +185,13 @@ def read_pages(
         )
     out, lse, *sums = page_attention(
         q,
-        store.pages,
-        pages,
-        middle_end[:, None] - 1,
+        within.pages,
+        within.page_ids,
+        within.last,
         initial=(out, lse),
         surrogate=surrogate,
         sm_scale=spec.sm_scale,
-        first_position=num_sinks,
+        first_position=within.first,
     )
     if whole is None:
         return store, Partial(out, lse), None

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, Int
 from kvjax.attention import selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
-from kvjax.interface import CacheSpec, Method, Traffic
+from kvjax.interface import CacheSpec, Lists, Method, Traffic
 from kvjax.methods.topk_completion import map_files, prompt_summary
 from kvjax.methods.topk_completion.options import Options, allot
 from kvjax.methods.topk_completion.step import (
@@ -147,7 +147,7 @@ def topk_completion(
         inspect_step=functools.partial(inspect_step, options),
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
-        listed=functools.partial(listed, options) if options.lists_tokens else None,
+        listed=Lists(functools.partial(listed, options)),
     )
 
 
@@ -240,12 +240,17 @@ def append(
     )
 
 
-def listed(options: Options, spec: CacheSpec) -> int:
-    """Counts the tokens whose values the lists of a KV head hold at most."""
+def listed(options: Options, spec: CacheSpec, length: int) -> int:
+    """Counts the tokens that the lists of a KV head hold at most, or their pages."""
     sizes = allot(options, spec)
     lists = spec.group if options.per == "query" else 1
-    retrieved = lists * min(sizes.retrieved, spec.capacity)
-    return retrieved + options.num_sinks + sizes.newest + sizes.outliers
+    size = 1 if options.selector == "oracle" else options.page_size
+    pages = -(-length // size)
+    retrieved = lists * min(sizes.retrieved // size, pages)
+    sinks = -(-options.num_sinks // size)
+    # The newest may begin with the last token of a page.
+    newest = (sizes.newest + size - 2) // size + 1
+    return min(retrieved + sinks + newest + sizes.outliers, pages)
 
 
 def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
@@ -253,7 +258,7 @@ def traffic(options: Options, spec: CacheSpec, length: int) -> Traffic:
     sizes = allot(options, spec)
     lists = spec.group if options.per == "query" else 1
     read = options.num_sinks + sizes.retrieved + sizes.outliers + sizes.newest
-    kv = lists * buffers.kv_bytes(spec, min(read, length))
+    kv = lists * options.token_bytes(spec) * min(read, length)
     if options.selector == "oracle":
         metadata = buffers.row_bytes(spec, length, "keys")
     else:

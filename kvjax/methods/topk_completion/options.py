@@ -18,6 +18,7 @@ from kvjax.methods.topk_completion import (
 )
 from kvjax.methods.topk_completion.estimators import Estimator
 from kvjax.methods.topk_completion.feature_maps import Learned
+from kvjax.stores import buffers
 
 LEARNED_OUTLIERS = 4  # of a learned map, unless given
 
@@ -113,16 +114,17 @@ class Options:
         return self.kind == "moment"
 
     @property
-    def lists_tokens(self) -> bool:
-        """Says whether tokens are listed, by all keys, and not pages."""
-        return self.selector == "oracle"
-
-    @property
     def most_outliers(self) -> int:
         """Tokens of the middle that may be kept exact, where anything is estimated."""
         if self.num_outliers is None:
             return LEARNED_OUTLIERS if self.is_learned else 0
         return self.num_outliers
+
+    def token_bytes(self, spec: CacheSpec) -> int:
+        """Counts the bytes of a token of all KV heads: of pages in one row."""
+        if self.selector == "pages":
+            return buffers.row_bytes(spec, 1, "both")
+        return buffers.kv_bytes(spec, 1)
 
     def weights_of(self, layer: int) -> Learned | None:
         """Returns the weights that the file has for a layer, if the map is learned."""
@@ -182,7 +184,12 @@ def _allot(options: Options, spec: CacheSpec, weights: Learned | None) -> Allotm
     def price(num_features: int) -> tuple[Estimator, int]:
         estimator = _estimator(options.kind, num_features)
         return estimator, estimators.tokens(
-            estimator, weights, spec, per=options.per, charge=charge
+            estimator,
+            weights,
+            spec,
+            per=options.per,
+            charge=charge,
+            token=options.token_bytes(spec) / (spec.batch * spec.num_kv_heads),
         )
 
     most = options.features if weights is None else weights.keys.b_out.shape[-1]

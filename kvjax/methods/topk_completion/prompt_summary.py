@@ -15,24 +15,26 @@ from kvjax.methods.topk_completion import estimators, feature_maps
 from kvjax.methods.topk_completion.estimators import Estimator
 from kvjax.stores import buffers, slots_or_pages
 from kvjax.stores.slots_or_pages import Store
-from pallas_kernels.shared.quantized import Rows, floats
+from pallas_kernels.shared.quantized import floats
 
 OUTLIER_QUERIES = 16  # newest ones, that say which keys the map overestimates
 
 
 def is_middle(
-    k: Float[Rows, "B Hkv S D"],
+    store: Store,
     num_sinks: int,
     middle_end: Int[Array, "B"],
     outliers: Int[Array, "B Hkv M"] | None,
 ) -> Bool[Array, "B Hkv S"]:
     """Says which tokens a summary stands for: the middle without the outliers."""
-    slots = jnp.arange(k.shape[2], dtype=jnp.int32)
+    size = slots_or_pages.num_slots(store)
+    slots = jnp.arange(size, dtype=jnp.int32)
     inside = (slots >= num_sinks) & (slots < middle_end[:, None, None])
-    inside = jnp.broadcast_to(inside, k.shape[:3])
+    shape = (store.spec.batch, store.spec.num_kv_heads, size)
+    inside = jnp.broadcast_to(inside, shape)
     if outliers is None:
         return inside
-    return inside & ~selection.is_listed(outliers, k.shape[2])
+    return inside & ~selection.is_listed(outliers, size)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -56,7 +58,7 @@ def complete(
         `(params, outliers, summary)`, outliers None if there are none.
     """
     k, v = slots_or_pages.views(store)
-    inside = is_middle(k, num_sinks, middle_end, None)
+    inside = is_middle(store, num_sinks, middle_end, None)
     params = weights
     if params is None:
         params = estimator.fit(calibration(store, queries, inside))
@@ -66,7 +68,7 @@ def complete(
         if feature_map is None or queries is None:
             raise ValueError(f"{num_outliers=} need a feature map, and queries.")
         outliers = _outliers(feature_map, params, store, queries, inside, num_outliers)
-        inside = is_middle(k, num_sinks, middle_end, outliers)
+        inside = is_middle(store, num_sinks, middle_end, outliers)
     return params, outliers, estimator.summarise(params, floats(k), floats(v), inside)
 
 

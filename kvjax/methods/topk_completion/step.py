@@ -106,10 +106,7 @@ def retrieve(
         bound = jnp.full((spec.batch, lists), jnp.inf, jnp.float32)
         return Retrieved(none, bound, None)
     is_held = prompt_summary.is_middle(
-        slots_or_pages.keys(store),
-        options.num_sinks,
-        state.middle_end,
-        state.outliers,
+        store, options.num_sinks, state.middle_end, state.outliers
     )
     if options.per == "query":
         is_held = jnp.repeat(is_held, spec.group, axis=1)
