@@ -290,7 +290,7 @@ def test_records_are_read_by_whom_they_are_of(tmp_path):
     about = {"device": "cpu", "cores": 2}
     steps = [
         {"part": "decode", "method": name, "length": length, "microseconds": time}
-        for length, pair in ((1024, (2.0, 2.0)), (4096, (8.0, 4.0)))
+        for length, pair in ((32_768, (8.0, 4.0)), (65_536, (9.0, 1.0)))
         for name, time in zip(("full", "hip"), pair, strict=True)
     ]
     write(tmp_path, "2026-01-01-hip.json", {"entries": steps, **about})

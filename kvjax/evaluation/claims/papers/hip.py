@@ -23,6 +23,7 @@ DENSE, OF = 3, 32  # layers that stay dense, the paper's
 PAGE = 4  # the paper's is 2
 # Of a prompt that is timed: tokens of a list, of which a search finds 160.
 BUDGET = 256
+TIMED = 32_768  # tokens of a step that is timed, the paper's
 
 
 def _spec(session: Session, stride: int = STRIDE) -> str:
@@ -77,12 +78,15 @@ def _speed(session: Session) -> Measured:
         for length, microseconds in sorted(found.items())
         if {"full", "hip"} <= set(microseconds)
     }
-    if not times:
-        raise NotMeasuredError("the recorded runs lack a step of hip beside full's.")
-    longest = max(times)
+    if TIMED not in times:
+        raise NotMeasuredError(
+            f"the recorded runs lack a step of hip beside full's at {TIMED:,} tokens."
+        )
     details = {"times_as_fast_by_length": times}
-    return without_spread(times[longest], 1, when=entries[0].when, details=details)
+    return without_spread(times[TIMED], 1, when=entries[0].when, details=details)
 
+
+_DENSE = "No layer of the four is dense, where in the paper 3 of 32 are"
 
 CLAIMS = (
     Claim(
@@ -94,6 +98,12 @@ CLAIMS = (
         value="nats a token lost to full attention, 1/8 of the tokens",
         bar=Within(0.064),
         measure=_text,
+        because={
+            "not reproduced": "more than half of it is lost by lists that are kept "
+            "for 8 steps (`hip-refresh`)"
+        },
+        note=_DENSE,
+        elsewhere={"note": ""},
     ),
     Claim(
         name="hip-answers",
@@ -104,6 +114,8 @@ CLAIMS = (
         value="needles found, above full attention's, 1/8 of the tokens",
         bar=Within(-0.04, "higher"),
         measure=_answers,
+        note=_DENSE,
+        elsewhere={"note": ""},
     ),
     Claim(
         name="hip-streaming",
@@ -141,8 +153,7 @@ CLAIMS = (
         sentence="A step's attention is faster than full attention's",
         source=f"{PAPER}, introduction",
         paper="16.5 times at 32K (a GPU)",
-        value="times as fast as full attention, one small layer, at the longest "
-        "context recorded",
+        value="times as fast as full attention at 32K, one small layer",
         bar=Effect(none=1.0, bar=16.5),
         measure=_speed,
     ),

@@ -155,6 +155,8 @@ CLAIMS = (
         value="attention mass dropped above one level's, 90% of the context unread",
         bar=Within(0.01),
         measure=_lookup,
+        note="A cluster's share is of those below coarse ones that pass, and so larger "
+        "than in one level: more of them pass",
     ),
     Claim(
         name="squeezed-lookup-bytes",
