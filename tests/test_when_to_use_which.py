@@ -10,7 +10,7 @@ from kvjax import registry
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "when_to_use_which.md").read_text("utf-8")
 LINES = re.findall(r"^- .*?(?=^- |^\n|\Z)", PAGE, re.DOTALL | re.MULTILINE)
-NUMBER = r"(?<![\w.,])-?\.?\d[\d,.e-]*\d|(?<![\w.,])\d(?![\w])"
+NUMBER = r"(?<![\w.,])-?\.?\d[\d,.e-]*\d|(?<![\w.,])-?\d(?![\w])"
 
 
 def numbers(text: str) -> set[str]:
