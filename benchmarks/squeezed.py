@@ -2,13 +2,14 @@ r"""Many questions on one document under Squeezed Attention, and what clustering
 
     python benchmarks/squeezed.py questions --context 2048
     python benchmarks/squeezed.py clustering --keys 32768
+    python benchmarks/squeezed.py steps --keys 32768 --rounds 15
 
 Questions: a document with a value for each of 24 keys is read and ended once, saved and
 restored, and then asked for every value, one question after the other: what a question
 costs alone, with the reading in it, and amortised. Answers and the tokens that steps
 read are counted in another pass. Clustering: of one layer, beside the attention of a
-prompt of as many tokens. Cases of a call take turns in one process: ratios count,
-seconds do not.
+prompt of as many tokens. Steps: of one layer, beside full attention's. Cases of a call
+take turns in one process: ratios count, seconds do not.
 """
 
 import argparse
@@ -243,9 +244,55 @@ def clustering_cost(options):
     return about | {"clustering by attention": ratios}
 
 
+def filled_state(method, spec, keys, rng):
+    """The state behind a prompt of random keys, values and last queries."""
+    state = method.init(spec)
+    store = getattr(state, "store", state)
+
+    def drawn(array):
+        return jnp.asarray(rng.standard_normal(array.shape, dtype=np.float32))
+
+    length = jnp.full((1,), keys, jnp.int32)
+    store = store._replace(k=drawn(store.k), v=drawn(store.v), length=length)
+    if hasattr(state, "queries"):
+        store = state._replace(store=store, queries=drawn(state.queries))
+    return jax.jit(method.finish)(store)
+
+
+def step_times(options):
+    """Full attention's seconds of a step over squeezed's, a ratio a round.
+
+    Processor time where it is a CPU's: wall clock is also of what else runs there.
+    """
+    is_cpu = jax.default_backend() == "cpu"
+    clock = time.process_time if is_cpu else time.perf_counter
+    heads, group, size, keys = options.heads, options.group, 64, options.keys
+    more = CacheSpec(
+        1, heads * group, heads, size, keys + 64, "float32", Rope(size), 64
+    )
+    budget = round(0.15 * keys)
+    spec = f"squeezed:sparsity=0.9,budget={budget}"
+    rng, states = np.random.default_rng(0), {}
+    q = jnp.asarray(rng.standard_normal((1, heads * group, 1, size), dtype=np.float32))
+    for name in ("full", spec):
+        method = registry.parse(name)
+        step = jax.jit(lambda state, q, m=method: m.inspect_step(state, q)[1])
+        states[name] = step, filled_state(method, more, keys, rng)
+        jax.block_until_ready(step(states[name][1], q))
+    found = {name: [] for name in states}
+    for _ in range(options.rounds):
+        for name, (step, state) in states.items():
+            begin = clock()
+            jax.block_until_ready(step(state, q))
+            found[name].append(clock() - begin)
+    ratios = [a / b for a, b in zip(*found.values(), strict=True)]
+    about = {"keys": keys, "heads": heads, "group": group, "method": spec}
+    return about | {"seconds": found, "times_as_fast_as_full": ratios}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("questions", "clustering"))
+    parser.add_argument("part", choices=tuple(PARTS))
     parser.add_argument("--model", default="embedded-softmax")
     parser.add_argument("--context", type=int, default=2048)
     parser.add_argument("--seed", type=int, default=0)
@@ -255,11 +302,13 @@ def main():
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", type=pathlib.Path)
     options = parser.parse_args()
-    run = questions if options.part == "questions" else clustering_cost
-    found = {"part": options.part, **run(options)}
+    found = {"part": options.part, **PARTS[options.part](options)}
     print(json.dumps(found, indent=2))
     if options.json:
         add(options.json, found)
+
+
+PARTS = {"questions": questions, "clustering": clustering_cost, "steps": step_times}
 
 
 if __name__ == "__main__":

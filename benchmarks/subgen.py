@@ -45,17 +45,6 @@ OPTIONS = {
 }
 
 
-def spread(x, between):
-    """The radius of a few centres over the root mean square distance to the mean."""
-    found = centres.farthest_first(x, between, FEW)
-    weights = between[..., None]
-    count = between.sum(-1)[..., None]
-    mean = jnp.where(weights, x, 0.0).sum(2) / count
-    apart = jnp.where(weights, x - mean[:, :, None], 0.0)
-    wide = jnp.sqrt((apart**2).sum((2, 3)) / count[..., 0])
-    return bound.diameters(found) / 2 / wide
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def promised(options, spec, q, k, v):
     """Radii, nats of the bound, and the true sums of each layer, head and query."""
@@ -71,7 +60,7 @@ def promised(options, spec, q, k, v):
     held = jnp.where(between[..., None], v, 0.0)
     shape = (*k.shape[:2], -1, k.shape[2])
     root = bound.numerator(p.reshape(shape), held, sizes.samples).reshape(log_z.shape)
-    keys, values = spread(k, between), spread(v, between)
+    keys, values = (bound.radius_over_spread(x, between, FEW) for x in (k, v))
     return bound.normaliser(clusters, q), log_z, average, root, keys, values
 
 

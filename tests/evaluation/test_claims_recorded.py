@@ -49,7 +49,8 @@ def test_without_recorded_runs_what_needs_them_is_not_measured(tmp_path):
     names = ("entmax-gpu-softmax", "entmax-gpu-entmax", "refresh-training")
     names += ("refresh-training-text", "entmax-speed-softmax")
     names += ("refresh-speed", "retro-answers", "retro-time", "retro-window")
-    names += ("retro-keys-window",)
+    names += ("retro-keys-window", "hip-speed", "squeezed-speed", "criti-gpu")
+    names += ("subgen-bound",)
     rows = runner.run(claims.named([*names, "completion-text"]), shared)
     assert {row.verdict for row in rows} == {"not measured"}
     assert all(row.reason for row in rows)
@@ -57,6 +58,8 @@ def test_without_recorded_runs_what_needs_them_is_not_measured(tmp_path):
 
 def test_what_quick_leaves_out_says_so():
     names = ["cascade-perplexity", "entmax-text", "entmax-certificate"]
+    names += ["squeezed-text", "squeezed-answers", "hip-text", "hip-refresh"]
+    names += ["citrus-shared", "citrus-text", "criti-text"]
     names += ["refresh-attention-only", *(f"cascade-recall-{i}" for i in (1, 2, 4))]
     for row in runner.run(claims.named(names), reading()):
         assert row.verdict == "not measured"

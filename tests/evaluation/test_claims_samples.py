@@ -199,7 +199,7 @@ def test_keys_and_pages_are_the_same_two_windows_at_a_time():
 
 def test_cascades_are_the_same_two_rows_at_a_time(at_once, by_two):
     spec = cascade._cascade(at_once)
-    expected, found = (cascade._nats(one, spec) for one in (at_once, by_two))
+    expected, found = (texts.nats_while_read(one, spec) for one in (at_once, by_two))
     np.testing.assert_allclose(found, expected, rtol=1e-4)
     expected, found = (cascade._recalled(one, spec, 2) for one in (at_once, by_two))
     np.testing.assert_array_equal(found, expected)

@@ -9,9 +9,14 @@ from collections.abc import Sequence
 from kvjax.evaluation.claims.claim import Claim
 from kvjax.evaluation.claims.papers import (
     cascade,
+    citrus,
+    critiprefill,
     entmaxkv,
+    hip,
     refreshkv,
     retro,
+    squeezed,
+    subgen,
     topk_completion,
 )
 
@@ -21,6 +26,11 @@ ALL: tuple[Claim, ...] = (
     *entmaxkv.CLAIMS,
     *refreshkv.CLAIMS,
     *retro.CLAIMS,
+    *squeezed.CLAIMS,
+    *hip.CLAIMS,
+    *subgen.CLAIMS,
+    *citrus.CLAIMS,
+    *critiprefill.CLAIMS,
 )
 
 
@@ -30,6 +40,9 @@ MORE: tuple[Claim, ...] = (
     *cascade.MORE,
     *refreshkv.MORE,
     *retro.MORE,
+    *hip.MORE,
+    *subgen.MORE,
+    *critiprefill.MORE,
 )
 
 

@@ -13,9 +13,9 @@ log n.
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
-from kvjax.attention.centres import Clusters
+from kvjax.attention.centres import Clusters, farthest_first
 from kvjax.methods.subgen.stream import squared_norm
 
 
@@ -74,3 +74,19 @@ def numerator(
     """
     frobenius = jnp.sqrt(squared_norm(values).sum(-1))[..., None]
     return frobenius * jnp.sqrt(squared_norm(weights)) / math.sqrt(samples)
+
+
+def radius_over_spread(
+    x: Float[Array, "B H S D"], candidates: Bool[Array, "B H S"], count: int
+) -> Float[Array, "B H"]:
+    """Divides the radius of greedy centres by the spread, the distance to the mean.
+
+    The smaller it is, the more the vectors cluster.
+    """
+    found = farthest_first(x, candidates, count)
+    weights = candidates[..., None]
+    number = candidates.sum(-1, dtype=x.dtype)[..., None]
+    mean = jnp.where(weights, x, 0.0).sum(2) / number
+    apart = jnp.where(weights, x - mean[:, :, None], 0.0)
+    wide = jnp.sqrt((apart**2).sum((2, 3)) / number[..., 0])
+    return diameters(found) / 2 / wide

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from kvjax.decoding.feeding import CHOOSE
-from kvjax.evaluation import compare_runs, one_task
+from kvjax.evaluation import compare_runs, one_task, statistics
+from kvjax.evaluation.claims.claim import Measured, NotMeasuredError, of_interval
 from kvjax.evaluation.claims.measure.steps import Shape, drive
-from kvjax.evaluation.claims.session import SEED, Session
+from kvjax.evaluation.claims.session import SEED, SOFTMAX, Session
 from kvjax.evaluation.tasks import chat, haystack, ruler
 from kvjax.evaluation.tasks.haystack import Prompted
 from kvjax.interface import LanguageModel
@@ -24,6 +25,7 @@ LINKS = 20  # of a chain
 NEW_TOKENS = 64  # of an answer that is said: RULER's needles take fewer
 # RULER's, of those that a small model answers: a long value, and one key of four.
 RETRIEVAL = ("niah_single_3", "niah_multikey_1")
+NEEDLES = ("passkey", "multikey")  # that the embedded models were trained on
 # Where nothing is said right, nothing can be lost.
 LEAST = 0.2
 
@@ -35,7 +37,7 @@ def examples(session: Session, model: str, task: str) -> list[Prompted]:
     same whatever their number.
     """
     sizes, tokenizer = session.sizes, session.model(model).tokenizer
-    room = sizes.context + sizes.text_steps
+    longest = room(session)
     sampled: dict[str, Any] = {"n": sizes.examples, "seed": SEED}
 
     def made() -> list[Prompted]:
@@ -44,7 +46,7 @@ def examples(session: Session, model: str, task: str) -> list[Prompted]:
                 ruler.examples(
                     task,
                     tokenizer,
-                    context=room,
+                    context=longest,
                     source=session.source,
                     is_chat=session.is_chat,
                     **sampled,
@@ -65,7 +67,7 @@ def examples(session: Session, model: str, task: str) -> list[Prompted]:
             chat.fitted(
                 tokenizer,
                 lambda context, i=index: list(every(context)[i : i + 1]),
-                room,
+                longest,
                 is_chat=session.is_chat,
             )[0]
             for index in range(sizes.examples)
@@ -94,30 +96,60 @@ def asked_scores(
             new_tokens=tokens,
             batch=sizes.batch or len(made),
             chunk_size=CHUNK,
-            longest=sizes.context + sizes.text_steps if question == "seen" else 0,
+            longest=room(session) if question == "seen" else 0,
             room=NEW_TOKENS,
             question=question,
         )
         return found.scores
 
-    key = "scores", model, task, question, session.is_chat, method, _room(session)
+    key = "scores", model, task, question, session.is_chat, method, room(session)
     return np.array(session.sampled(key, sizes.examples, make))
 
 
-def _room(session: Session) -> int:
+def room(session: Session) -> int:
+    """Tokens of the longest input, all that follows its prompt included."""
     return session.sizes.context + session.sizes.text_steps
 
 
 def retrieved(
     session: Session, model: str, method: str, *, question: str
 ) -> np.ndarray:
-    """Scores of RULER's tasks of `RETRIEVAL`, one an example, the tasks in turn."""
+    """Scores of RULER's tasks of `RETRIEVAL`, one an example, the tasks in turn.
+
+    On the embedded models of `NEEDLES`: RULER's they do not answer.
+    """
     return np.concatenate(
         [
             asked_scores(session, model, task, method, question=question)
-            for task in RETRIEVAL
+            for task in (NEEDLES if session.models is None else RETRIEVAL)
         ]
     )
+
+
+def above(session: Session, ours: str, theirs: str, *, question: str) -> Measured:
+    """The needles that a method finds above those that another does."""
+    found = {
+        spec: retrieved(session, SOFTMAX, spec, question=question)
+        for spec in (ours, theirs)
+    }
+    details = {spec: float(scores.mean()) for spec, scores in found.items()}
+    interval = statistics.paired_shares(found[ours], found[theirs])
+    return of_interval(interval, details={"found": details})
+
+
+def above_full(session: Session, ours: str, *, question: str) -> Measured:
+    """The needles that a method finds above those of full attention: what it loses.
+
+    Raises:
+        NotMeasuredError: if full attention finds too few for any to be lost.
+    """
+    full = float(retrieved(session, SOFTMAX, "full", question=question).mean())
+    if full < LEAST:
+        raise NotMeasuredError(
+            f"full attention finds {full:.0%} of the needles: a model that finds "
+            f"{LEAST:.0%} has something to lose."
+        )
+    return above(session, ours, "full", question=question)
 
 
 def nats(session: Session, model: str, task: str, method: str) -> np.ndarray:
@@ -147,7 +179,7 @@ def nats(session: Session, model: str, task: str, method: str) -> np.ndarray:
         pairs = zip(found.log_probs, sizes_of, strict=True)
         return [-float(row[:count].mean()) for row, count in pairs]
 
-    key = "nats", model, task, session.is_chat, method, _room(session)
+    key = "nats", model, task, session.is_chat, method, room(session)
     return np.array(session.sampled(key, sizes.examples, make))
 
 

@@ -7,6 +7,7 @@ one batch: a program of one layer, which compiles in a second.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -183,6 +184,19 @@ def _sums(session: Session, name: str, method: str) -> Sums:
     found = _by_window(session, name, ("layers", name, method), make)
     parts: Any = (np.array(x).swapaxes(0, 1) for x in zip(*found, strict=True))
     return Sums(*parts)
+
+
+def each_window(
+    session: Session, name: str, key: tuple, make: Callable[[Inputs], Any]
+) -> list[Any]:
+    """Values of each window, JSON-ready, from the inputs of its layers, a row each."""
+    if session.sizes.batch is not None:
+        return _by_window(session, name, key, make)
+    given, count = inputs(session, name), session.sizes.layer_windows
+    return [
+        make(jax.tree.map(lambda x, first=first: x[first::count], given))
+        for first in range(count)
+    ]
 
 
 def _by_window(session: Session, name: str, key: tuple, make) -> list:

@@ -8,10 +8,18 @@ from jaxtyping import Float
 
 from kvjax.decoding import finite
 from kvjax.decoding.feeding import Fed, drop_programs, feed
-from kvjax.evaluation import fidelity, together
+from kvjax.evaluation import fidelity, statistics, together
+from kvjax.evaluation.claims.claim import Measured, of_interval
 from kvjax.evaluation.claims.measure.asked import CHUNK, asked_scores
-from kvjax.evaluation.claims.measure.steps import Driven, Shape, Watch, drive, filled
-from kvjax.evaluation.claims.session import SEED, Session
+from kvjax.evaluation.claims.measure.steps import (
+    Driven,
+    Shape,
+    Watch,
+    drive,
+    filled,
+    read,
+)
+from kvjax.evaluation.claims.session import SEED, SOFTMAX, Session
 from kvjax.evaluation.tasks import needles
 from kvjax.evaluation.tasks.chain import chain_of_key
 from kvjax.evaluation.tasks.extraction import extraction
@@ -73,6 +81,26 @@ def divergence(session: Session, model: str, method: str) -> Float[np.ndarray, "
     return np.array([one["kl"] for one in followed(session, model, method)])
 
 
+def nats_above(session: Session, ours: str, theirs: str = "full") -> Measured:
+    """Nats a token that a method loses to another, fed the windows' last tokens."""
+    found = {
+        spec: -log_probs(session, SOFTMAX, spec).mean(1) for spec in (ours, theirs)
+    }
+    details = {spec: float(nats.mean()) for spec, nats in found.items()}
+    interval = statistics.paired_difference(found[ours], found[theirs])
+    return of_interval(interval, details={"nats": details})
+
+
+def nats_above_while_read(
+    session: Session, ours: str, theirs: str = "full"
+) -> Measured:
+    """Nats a token that a method loses to another, of text that is read."""
+    found = {spec: nats_while_read(session, spec) for spec in (ours, theirs)}
+    details = {spec: float(nats.mean()) for spec, nats in found.items()}
+    interval = statistics.paired_difference(found[ours], found[theirs])
+    return of_interval(interval, details={"nats": details})
+
+
 # What else is kept of a batch of windows, a value each: full attention's steps (None
 # under full attention itself), those of the method, and the number of windows.
 Also = Callable[[Fed | None, Fed, int], Sequence[Any]]
@@ -98,7 +126,7 @@ def followed(
     def make(first: int, last: int) -> list[dict[str, Any]]:
         rows = filled(windows(session, model)[first:last], sizes.batch or 1)
         ahead = np.array([row[sizes.context :] for row in rows], np.int32)
-        read = together.read(
+        both = together.read(
             given,
             methods,
             [row[: sizes.context] for row in rows],
@@ -108,12 +136,12 @@ def followed(
         fed = []
         for place, one in enumerate(methods):
             watched = watch if one is parsed else None
-            begun = read.take(place)
+            begun = both.take(place)
             fed.append(
                 feed(given, one, begun, ahead, watch=watched, return_logits=True)
             )
             finite.check_rows(given.decoder, fed[-1].log_probs)
-        read.drop()
+        both.drop()
         return _beside(fed, last - first, also)
 
     key = "text", model, method, sizes.context, sizes.text_steps
@@ -133,6 +161,45 @@ def _beside(fed: Sequence[Fed], count: int, also: Also | None) -> list[dict[str,
         more = also(full, mine, count)
         found = [one | {"also": x} for one, x in zip(found, more, strict=True)]
     return found
+
+
+def reading_shape(session: Session) -> Shape:
+    """The shape of batches that are scored while they are read, stride by stride."""
+    sizes = session.sizes
+    batch = sizes.batch or sizes.cascade_windows
+    return Shape(batch, sizes.cascade_context, 1, sizes.cascade_stride)
+
+
+def nats_while_read(session: Session, spec: str) -> Float[np.ndarray, "W"]:
+    """Nats a token of each window that is read, of the tokens behind two caches."""
+    sizes, model = session.sizes, session.model(SOFTMAX)
+
+    def cut() -> list[list[int]]:
+        return needles.windows(
+            model.tokenizer,
+            session.text,
+            context=sizes.cascade_context,
+            n=sizes.cascade_windows,
+            seed=SEED,
+        )
+
+    def make(first: int, last: int) -> list[float]:
+        windows, shape = (
+            session.remember("cascade windows", cut),
+            reading_shape(session),
+        )
+        found = read(
+            model,
+            session.method(spec),
+            shape,
+            filled(windows[first:last], shape.batch),
+            scored=True,
+        )
+        nats = -np.asarray(found.log_probs)[: last - first, 2 * sizes.cache :]
+        return nats.mean(1, dtype=np.float64).tolist()
+
+    key = "cascade text", spec, sizes.cascade_context, sizes.cascade_stride
+    return np.array(session.sampled(key, sizes.cascade_windows, make))
 
 
 def examples(session: Session, model: str, task: str) -> list:

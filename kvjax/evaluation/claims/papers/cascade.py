@@ -1,10 +1,7 @@
 """Claims of "Training-Free Exponential Context Extension via Cascading KV Cache"."""
 
 import functools
-import time
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from kvjax import accounting
@@ -17,7 +14,7 @@ from kvjax.evaluation.claims.claim import (
     from_shapes,
     of_interval,
 )
-from kvjax.evaluation.claims.measure import asked, steps
+from kvjax.evaluation.claims.measure import asked, clock, steps, texts
 from kvjax.evaluation.claims.session import SEED, SOFTMAX, Session
 from kvjax.evaluation.tasks import haystack, needles
 from kvjax.text.stream import continuation
@@ -37,52 +34,16 @@ def _streaming(session: Session) -> str:
     return f"{_cascade(session)},num_cascades=1"
 
 
-def _shape(session: Session) -> steps.Shape:
-    sizes = session.sizes
-    batch = sizes.batch or sizes.cascade_windows
-    return steps.Shape(batch, sizes.cascade_context, 1, sizes.cascade_stride)
-
-
-def _nats(session: Session, spec: str) -> np.ndarray:
-    """Nats a token of each window, of the tokens behind two caches."""
-    sizes, model = session.sizes, session.model(SOFTMAX)
-
-    def cut() -> list[list[int]]:
-        return needles.windows(
-            model.tokenizer,
-            session.text,
-            context=sizes.cascade_context,
-            n=sizes.cascade_windows,
-            seed=SEED,
-        )
-
-    def make(first: int, last: int) -> list[float]:
-        windows = session.remember("cascade windows", cut)
-        read = steps.read(
-            model,
-            session.method(spec),
-            _shape(session),
-            steps.filled(windows[first:last], _shape(session).batch),
-            scored=True,
-        )
-        found = -np.asarray(read.log_probs)[: last - first, 2 * sizes.cache :]
-        return found.mean(1, dtype=np.float64).tolist()
-
-    key = "cascade text", spec, sizes.cascade_context, sizes.cascade_stride
-    return np.array(session.sampled(key, sizes.cascade_windows, make))
-
-
 def _perplexity(session: Session) -> Measured:
     session.needs_thorough()
-    theirs, ours = (
-        _nats(session, spec) for spec in (_streaming(session), _cascade(session))
-    )
+    nats = functools.partial(texts.nats_while_read, session)
+    theirs, ours = nats(_streaming(session)), nats(_cascade(session))
     # What else is meant by StreamingLLM: read token by token. With a cache alone, and
     # with as many tokens as one in a stride sees in the mean.
     cache = session.sizes.cache
     beside = {
         f"streaming_llm:budget={size}": float(
-            (_nats(session, f"streaming_llm:budget={size}") - ours).mean()
+            (nats(f"streaming_llm:budget={size}") - ours).mean()
         )
         for size in (cache, cache + session.sizes.cascade_stride // 2)
     }
@@ -115,7 +76,7 @@ def _recalled(session: Session, spec: str, doublings: int) -> np.ndarray:
     def make(start: int, end: int) -> list[float]:
         made = session.remember(("cascade keys", doublings), examples)[start:end]
         whole = [haystack.whole(model.tokenizer, example) for example in made]
-        likeliest, shape = [], _shape(session)
+        likeliest, shape = [], texts.reading_shape(session)
         for first in range(0, len(made), shape.batch):
             rows = steps.filled(whole[first : first + shape.batch], shape.batch)
             read = steps.read(model, session.method(spec), shape, rows, scored=True)
@@ -179,42 +140,8 @@ def _memory(session: Session) -> Measured:
 
 
 def _seconds(session: Session, *runs: tuple[str, int]) -> list[np.ndarray]:
-    """Times a token of a prompt in one layer, run by run, once a repeat, in turns.
-
-    A run is a method and a length; queries and keys are random. Processor time where
-    it is a CPU's: wall clock is also of what else runs there.
-    """
-    sizes = session.sizes
-    # One capacity, so that both lengths run the same program.
-    cache_spec = session.model(SOFTMAX).decoder.cache_spec(1, sizes.clocked[-1], 1)
-    chunk = 4 * sizes.cascade_stride
-    heads = (cache_spec.num_q_heads, *[cache_spec.num_kv_heads] * 2)
-    keys = jax.random.split(jax.random.key(0), 3)
-    chunks = [
-        jax.random.normal(key, (1, h, chunk, cache_spec.head_dim), jnp.float32)
-        for key, h in zip(keys, heads, strict=True)
-    ]
-    lengths = jnp.full((1,), chunk, jnp.int32)
-    is_cpu = jax.default_backend() == "cpu"
-    clock = time.process_time if is_cpu else time.perf_counter
-
-    def of_a_token(spec: str, length: int) -> float:
-        method = session.method(spec)
-        read = session.remember(
-            ("chunk", spec), lambda: jax.jit(method.prefill, donate_argnums=0)
-        )
-        state = method.init(cache_spec)
-        start = clock()
-        for _ in range(length // chunk):
-            state, out = read(state, *chunks, lengths)
-            jax.block_until_ready(out)
-        return (clock() - start) / length
-
-    with steps.optimised():
-        for spec, _ in runs:
-            of_a_token(spec, chunk)  # compiles
-        seconds = [[of_a_token(*run) for run in runs] for _ in range(sizes.repeats)]
-    return list(np.array(seconds).T)
+    chunk = 4 * session.sizes.cascade_stride
+    return clock.seconds_a_token(session, *runs, chunk=chunk)
 
 
 def _linear(session: Session) -> Measured:

@@ -1,6 +1,5 @@
 """Claims of "Retrospective Sparse Attention for Efficient Long-Context Generation"."""
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -20,11 +19,10 @@ from kvjax.evaluation.claims.claim import (
     of_interval,
     without_spread,
 )
-from kvjax.evaluation.claims.measure import asked, texts
+from kvjax.evaluation.claims.measure import asked, shapes, texts
 from kvjax.evaluation.claims.session import SOFTMAX, Session
 from kvjax.evaluation.statistics import Interval
 from kvjax.methods.retro import history
-from kvjax.rope import Rope
 from kvjax.stores import paged
 
 PAPER = "arXiv:2508.09001"
@@ -203,18 +201,9 @@ def _exposure(session: Session) -> Measured:
 
 
 def _bytes(session: Session) -> Measured:
-    spec = dataclasses.replace(
-        session.model(SOFTMAX).decoder.cache_spec(1, 32_768, 64),
-        num_q_heads=32,
-        num_kv_heads=8,
-        head_dim=128,
-        rope=Rope(128),
-        dtype="bfloat16",
-        sm_scale=128**-0.5,
-    )
     quest = f"quest:budget=256,budget_ratio={SHARE}"
     plain, ours = (
-        session.method(name).traffic(spec, 32_768).total
+        shapes.traffic_of_8b(session, name, 32_768).total
         for name in (quest, f"retro:window={WINDOW}+{quest}")
     )
     return from_shapes(
