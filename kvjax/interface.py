@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import naming
 from kvjax.cache_spec import CacheSpec as CacheSpec
 from kvjax.cache_spec import with_layer as with_layer
+from kvjax.copies import Copies as Copies
 from kvjax.hooks import Hooks as Hooks
 from kvjax.hooks import PrefillAfterFn as PrefillAfterFn
 from kvjax.naming import RECIPES as RECIPES
@@ -208,6 +209,7 @@ class Method(NamedTuple):
         listed: pages, or tokens in slots, that a step lists a KV head and reads alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
         hooks: what it wants of the driver while a prompt is read, ends or is saved.
+        repeats: takes the rows of a model that feeds copies of a token.
     """
 
     init: InitFn
@@ -227,6 +229,7 @@ class Method(NamedTuple):
     listed: Callable[[CacheSpec], int] | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None
     hooks: Hooks = Hooks()
+    repeats: bool = False
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""

@@ -107,6 +107,11 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
 def _check_outermost(name: str, given: Iterable[Any]) -> None:
     """Raises ValueError if a method among them must not be wrapped."""
     for method in _methods(given):
+        if method.repeats:
+            raise ValueError(
+                f"{name} cannot wrap {method}, which takes the copies of a token that "
+                f"a model feeds: phd goes outermost, as in 'phd+{name}+quest'."
+            )
         if method.hooks.prefill_after is not None:
             outer = re.split(r"\W", method.spec_text())[0]
             raise ValueError(
