@@ -101,9 +101,8 @@ def of(decoder: Any) -> Copies | None:
     return decoder.cache_spec(1, 1).copies
 
 
-def refuse(decoder: Any, what: str) -> None:
+def refuse(fed: Copies | None, what: str) -> None:
     """Raises ValueError for what is not made for models that feed copies of a token."""
-    fed = of(decoder)
     if fed is not None:
         raise ValueError(
             f"{what}: not for models that repeat tokens yet, and this one feeds "

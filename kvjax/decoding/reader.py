@@ -263,7 +263,7 @@ def read_and_judge(
             originals predict nothing.
     """
     if judge is not None:
-        copies.refuse(model.decoder, "scores of a prompt")
+        copies.refuse(copies.of(model.decoder), "scores of a prompt")
     run = program(judge)
     for tokens, lengths in parts:
         reading, judged = run(

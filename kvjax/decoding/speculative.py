@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import copies
 from kvjax.decoding.finite import is_finite
 from kvjax.interface import DecoderLM, Method, Params, State
 
@@ -65,14 +66,15 @@ def verify(
         and cannot raise (:func:`kvjax.decoding.finite.not_finite` is the error for it).
 
     Raises:
-        ValueError: if the method cannot take tokens back, or the model's rope is
-            `dynamic`: its keys depend on how many come at once.
+        ValueError: if the method cannot take tokens back, the model feeds copies of a
+            token, or its rope is `dynamic`: its keys depend on how many come at once.
     """
     if decoder.rope.static_until < math.inf:
         raise ValueError(
             "the model's rope is 'dynamic', which would rotate a draft's keys as no "
             "single step does: decode token by token."
         )
+    copies.refuse(copies.of(decoder), "a draft of several tokens")
     batch, rows = tokens.shape
     lengths = jnp.full((batch,), rows, jnp.int32)
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)

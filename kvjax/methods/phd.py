@@ -67,7 +67,7 @@ def phd(method: Method) -> Method:
     copy, the original, sees originals alone, and is all that the cache keeps: it is a
     token of the vanilla model. The others, hidden tokens, see the originals, the copies
     of their token before them, and in a chunk of C tokens the W hidden tokens before
-    those. How many and how far is the model's (:class:`kvjax.copies.Copies`), not an option.
+    those. How many and how far says the model (:class:`kvjax.copies.Copies`).
 
     To the method the copies of a step are query heads of one row, which share what it
     reads. Hidden tokens are attended to in a ring, and both merge into one softmax. Of

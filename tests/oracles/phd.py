@@ -5,6 +5,7 @@ The mask of "Efficient Pretraining Length Scaling" (arXiv:2504.14992, Eq. 2 and 
 """
 
 import numpy as np
+
 from oracles.attention import rotate
 
 
