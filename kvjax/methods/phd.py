@@ -93,7 +93,8 @@ def phd(method: Method) -> Method:
             if it keeps anything for each query head when a prompt has ended.
 
     Source:
-        Wu et al., "Efficient Pretraining Length Scaling", arXiv:2504.14992, Sec. 2.
+        Wu, Yan, Zhang, Lu, Zeng, Wang, Zhou, "Efficient Pretraining Length Scaling",
+        arXiv:2504.14992, Sec. 2.
     Deviations:
         Not stated there and decided here: all copies have their token's position; a
         window counts the hidden tokens before the query, and chunks original tokens; an

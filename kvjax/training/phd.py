@@ -61,7 +61,8 @@ def phd_attention(
             segments and positions, or no multiple of K.
 
     Source:
-        Wu et al., "Efficient Pretraining Length Scaling", arXiv:2504.14992, Sec. 2.3.
+        Wu, Yan, Zhang, Lu, Zeng, Wang, Zhou, "Efficient Pretraining Length Scaling",
+        arXiv:2504.14992, Sec. 2.3.
     """
     options: Any = {"segments": segments, "positions": positions}
     dense = causal_attention(rope, sm_scale=sm_scale, block=block, **options)

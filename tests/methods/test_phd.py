@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import pathlib
 from typing import NamedTuple
 
 import drive
@@ -22,6 +23,7 @@ from kvjax.methods import phd
 from kvjax.rope import Rope
 from kvjax.training.phd import phd_attention
 
+PAGE = pathlib.Path(__file__).parents[2] / "docs/phd.md"
 HEADS, SIZE = (4, 2), 4
 # Ragged calls of a prompt, and steps behind them: past two borders of eight tokens, and
 # twice around the ring. Prompts end at a border, before it and behind it.
@@ -202,6 +204,19 @@ def test_copies_share_what_a_method_chooses():
         assert read.metadata == quest.traffic(plain, 20).metadata
 
 
+def test_a_step_writes_in_place():
+    """Donated, the cache and the ring are the next state's: nothing is copied."""
+    sizes = SIZES[1]
+    spec, rows = spec_of(sizes), (sizes[0], SIZE)
+    state = jax.eval_shape(lambda: full().finish(full().init(spec)))
+    heads = (HEADS[0], HEADS[1], HEADS[1])
+    inputs = [jax.ShapeDtypeStruct((3, h, *rows), jnp.float32) for h in heads]
+    step = jax.jit(functools.partial(drive.step, full()), donate_argnums=0)
+    compiled = step.lower(state, inputs).compile()
+    held = compiled.memory_analysis().alias_size_in_bytes
+    assert held == state_bytes(full(), spec)
+
+
 def test_weights_are_those_of_one_softmax():
     """With no query all keys seen weigh alike: originals, own copies and the window."""
     sizes = (3, 4, 8)
@@ -327,3 +342,13 @@ def test_a_model_that_repeats_nothing_is_the_methods():
     spec = dataclasses.replace(spec_of((2, 0, 0)), copies=None)
     states = (jax.eval_shape(lambda m=m: m.init(spec)) for m in (full(), kvjax.full()))
     assert len({jax.tree.structure(state) for state in states}) == 1
+
+
+def test_the_picture_on_the_page_is_the_mask():
+    names = [f"{n}{kind}" for n in range(6) for kind in "oh"]
+    lines = ["    " + " ".join(names)]
+    for name, sees in zip(names, oracles.phd.mask(6, 2, 2, 3), strict=True):
+        pairs = zip(names, sees, strict=True)
+        kinds = (other[1] if seen else "." for other, seen in pairs)
+        lines.append(f"{name}  " + " ".join(kind.rjust(2) for kind in kinds))
+    assert "```\n" + "\n".join(lines) + "\n```" in PAGE.read_text("utf-8")
