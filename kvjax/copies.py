@@ -77,8 +77,11 @@ class Copies:
         return (is_own | is_near) & (m >= 0)
 
 
-def check(count: int, window: int, chunk: int) -> None:
-    """Raises ValueError for copies that no model has; the names are a config's."""
+def check(count: Any, window: Any, chunk: Any) -> None:
+    """Raises ValueError for copies that no model has, by the names of a config.
+
+    Whatever a file holds is no copy, but whole numbers.
+    """
     given = {"copies": count, "copy_window": window, "copy_chunk": chunk}
     for name, value in given.items():
         if isinstance(value, bool) or not isinstance(value, int):

@@ -210,7 +210,7 @@ def test_a_step_writes_in_place():
     spec, rows = spec_of(sizes), (sizes[0], SIZE)
     state = jax.eval_shape(lambda: full().finish(full().init(spec)))
     heads = (HEADS[0], HEADS[1], HEADS[1])
-    inputs = [jax.ShapeDtypeStruct((3, h, *rows), jnp.float32) for h in heads]
+    inputs = [jax.ShapeDtypeStruct((4, h, *rows), jnp.float32) for h in heads]
     step = jax.jit(functools.partial(drive.step, full()), donate_argnums=0)
     compiled = step.lower(state, inputs).compile()
     held = compiled.memory_analysis().alias_size_in_bytes
