@@ -210,6 +210,8 @@ class Method(NamedTuple):
         streamed: bytes that a step reads on average of its cache, if all of it or none.
         hooks: what it wants of the driver while a prompt is read, ends or is saved.
         repeats: takes the rows of a model that feeds copies of a token.
+        estimates: a step's output has an estimate of tokens that its `lse` leaves out:
+            it does not merge with attention to others.
     """
 
     init: InitFn
@@ -230,6 +232,7 @@ class Method(NamedTuple):
     streamed: Callable[[CacheSpec, int], int] | None = None
     hooks: Hooks = Hooks()
     repeats: bool = False
+    estimates: bool = False
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""

@@ -25,11 +25,16 @@ def for_model(spec: str, decoder: kvjax.DecoderLM) -> str:
 
 def names_for(decoder: kvjax.DecoderLM) -> list[str]:
     """Returns every method that the model can be decoded under."""
-    found = []
-    for name in registry.names(decoder.alpha):
+    from kvjax import accounting
+
+    names = registry.names(decoder.alpha)
+    if copies.of(decoder) is None:
+        return list(names)
+    found, sizes = [], decoder.cache_spec(1, 64)
+    for name in names:
         spec = for_model(name, decoder)
-        with contextlib.suppress(ValueError):  # what goes into no transform
-            registry.parse(spec)
+        with contextlib.suppress(ValueError):  # not all go into a transform
+            accounting.prompt_bytes(registry.parse(spec), sizes)
             found.append(spec)
     return found
 

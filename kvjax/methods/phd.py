@@ -56,6 +56,12 @@ class Options:
                 f"method.rows={rows} must be 1: {self.method} revises tokens, phd "
                 "repeats one."
             )
+        if self.method.estimates:
+            raise ValueError(
+                f"{self.method} estimates what it does not attend to, which no merge "
+                "with the hidden tokens can weigh: use a method that reads or leaves "
+                "out, such as quest."
+            )
 
 
 @typed
@@ -89,8 +95,9 @@ def phd(method: Method) -> Method:
     Exact when: `method` is: then it is the model as it was trained.
 
     Raises:
-        ValueError: if `method` feeds more rows than one or repeats itself; from `init`,
-            if it keeps anything for each query head when a prompt has ended.
+        ValueError: if `method` feeds more rows than one, repeats itself or estimates
+            what it does not read; from `init`, if it keeps anything for each query
+            head when a prompt has ended.
 
     Source:
         Wu, Yan, Zhang, Lu, Zeng, Wang, Zhou, "Efficient Pretraining Length Scaling",
@@ -187,16 +194,14 @@ def prefill(
     if not isinstance(state, PHDState):
         return options.method.prefill(state, q, k, v, lengths)
     tokens = copies_of(state).tokens(q.shape[2])
-    originals, tail = (
-        tuple(x[:, :, part] for x in (q, k, v))
-        for part in (slice(tokens), slice(tokens, None))
-    )
+    originals = part(q, k, v, slice(tokens))
     inner, out = options.method.prefill(state.inner, *originals, lengths)
     own = state.store
     if own is not None:
-        own = contiguous.extend(own, *originals[1:], lengths)
+        own = contiguous.extend(own, originals[1], originals[2], lengths)
     index = repeated.tail_index(copies_of(state), tokens, lengths)
     state = state._replace(inner=inner, store=own)
+    tail = part(q, k, v, slice(tokens, None))
     state, hidden = read_tail(state, *tail, index, state.length + lengths)
     return state, jnp.concatenate([out, hidden.astype(out.dtype)], axis=2)
 
@@ -358,7 +363,8 @@ def read_again(
     if not isinstance(state, PHDState):
         return of_method(state, q, k, v, lengths)
     tokens = copies_of(state).tokens(q.shape[2])
-    inner, out = of_method(state.inner, *(x[:, :, :tokens] for x in (q, k, v)), lengths)
+    originals = part(q, k, v, slice(tokens))
+    inner, out = of_method(state.inner, *originals, lengths)
     hidden = jnp.zeros_like(q[:, :, tokens:])
     return state._replace(inner=inner), jnp.concatenate([out, hidden], axis=2)
 
@@ -392,6 +398,11 @@ def copies_of(state: PHDState) -> Copies:
     if copies is None:
         raise ValueError(f"{state.spec=} has no copies: it is no spec of phd's state.")
     return copies
+
+
+def part(q: Array, k: Array, v: Array, rows: slice) -> tuple[Array, Array, Array]:
+    """Returns some rows of queries, keys and values."""
+    return q[:, :, rows], k[:, :, rows], v[:, :, rows]
 
 
 def every_token(state: State, spec: CacheSpec) -> Any:

@@ -50,7 +50,7 @@ def test_a_model_that_repeats_tokens_is_trained_and_decoded(run, recipe, tmp_pat
     model = ["--model", out / "model"]
     options = ["--prompt", "line", "--max-new-tokens", "2", "--json"]
     assert json.loads(run("generate", *model, *options))["prompt_tokens"] == 4
-    planned = json.loads(run("plan", *model, "--context", "64", "--json"))
+    planned = json.loads(run("plan", *model, "--context", "256", "--json"))
     names = [row["method"] for row in planned["rows"]]
     assert all(name.startswith("phd+") for name in names)
     assert not any("citrus" in name for name in names)

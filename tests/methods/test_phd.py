@@ -306,6 +306,8 @@ def test_a_prompt_costs_little_more_than_the_vanilla_models():
         ("dense_layers+phd+quest", "goes outermost, as in 'phd.dense_layers.quest'"),
         ("phd+phd+quest", "phd cannot wrap .*, which takes the copies of a token"),
         ("phd+critiprefill+full", "critiprefill goes outermost"),
+        ("phd+topk_completion", "topk_completion.* estimates what it does not attend"),
+        ("phd+dense_layers+subgen:mode=stream", "subgen.* estimates what it does not"),
     ],
 )
 def test_what_does_not_go_together_is_refused(spec, message):

@@ -148,6 +148,7 @@ def topk_completion(
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
         listed=functools.partial(listed, options) if options.lists_tokens else None,
+        estimates=True,
     )
 
 
