@@ -118,8 +118,8 @@ def check_diagnostics(method: Method, decoder: DecoderLM) -> None:
     Raises:
         ValueError: unless there are as many lists as KV heads, or as query heads.
     """
-    rows = method.rows
-    spec = layer_specs(decoder, 1, decoder.context, rows)[0]
+    spec = layer_specs(decoder, 1, decoder.context, method.rows)[0]
+    rows = method.rows if spec.copies is None else spec.copies.count
 
     def step():
         def heads(count):

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
+from kvjax.copies import Copies
+
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +36,7 @@ class CacheSpec:
         alpha: of the model's attention: 1 is softmax, above 1 alpha-entmax.
         storage: a `pallas_kernels.shared.quantized.Storage` of keys and values, or None
             for numbers of `dtype`.
+        copies: of every token, that the model feeds beside it; None feeds none.
     """
 
     batch: int
@@ -49,6 +52,7 @@ class CacheSpec:
     num_layers: int = 0
     alpha: float = 1.0
     storage: Hashable | None = None
+    copies: Copies | None = None
 
     def __post_init__(self):
         for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):

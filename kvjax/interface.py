@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from kvjax import naming
 from kvjax.cache_spec import CacheSpec as CacheSpec
 from kvjax.cache_spec import with_layer as with_layer
+from kvjax.copies import Copies as Copies
 from kvjax.hooks import Hooks as Hooks
 from kvjax.hooks import PrefillAfterFn as PrefillAfterFn
 from kvjax.naming import RECIPES as RECIPES
@@ -224,6 +225,9 @@ class Method(NamedTuple):
         listed: None unless a step reads by lists alone.
         streamed: bytes that a step reads on average of its cache, if all of it or none.
         hooks: what it wants of the driver while a prompt is read, ends or is saved.
+        repeats: takes the rows of a model that feeds copies of a token.
+        estimates: a step's output has an estimate of tokens that its `lse` leaves out:
+            it does not merge with attention to others.
     """
 
     init: InitFn
@@ -244,6 +248,8 @@ class Method(NamedTuple):
     listed: Lists | None = None
     streamed: Callable[[CacheSpec, int], int] | None = None
     hooks: Hooks = Hooks()
+    repeats: bool = False
+    estimates: bool = False
 
     def __repr__(self) -> str:
         """Its spec string, marked as a method's."""

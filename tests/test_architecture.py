@@ -17,7 +17,8 @@ LONGEST_FILE = 500
 # new file in a room of this table needs no line here. A file right under kvjax is a
 # room.
 FLOORS = (
-    ("pallas_kernels", "version", "naming", "hooks", "cache_spec"),
+    ("pallas_kernels", "version", "naming", "hooks", "copies"),
+    ("cache_spec",),
     ("interface", "rope", "files", "text", "interrupts"),
     ("attention",),
     ("stores",),
@@ -38,7 +39,7 @@ KERNELS = ("attention", "stores", "dense", "methods", "cost")
 METHODS = ("kvjax.methods", "kvjax.registry.built_in")
 KNOWS_METHODS = ("registry", "cli", "testing")
 # Models know kvjax by what every model needs, and are known to the top alone.
-OF_MODELS = ("interface", "rope", "files", "text")
+OF_MODELS = ("interface", "rope", "copies", "files", "text")
 WRITTEN = {
     # What is measured, trained or claimed of one method, by its own parts.
     ("kvjax.cost.bench_kernels", "kvjax.methods.entmaxkv"),

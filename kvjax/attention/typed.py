@@ -69,7 +69,7 @@ def noted(note: Callable[..., str | None]) -> Callable[[Factory], Factory]:
 
 
 def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
-    """Returns what a transform made, lossy if what it wraps is.
+    """Returns what a transform made: lossy, or one that estimates, if what it wraps is.
 
     Args:
         name: the transform's.
@@ -100,6 +100,8 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
                 "that decides layer by layer (squeezed with scope=layer), or have the "
                 "transform pass `hooks` on."
             )
+    if any(method.estimates for method in wrapped):
+        made = made._replace(estimates=True)
     is_lossy = any(method.lossy for method in wrapped)
     return lossy(made) if is_lossy and not made.lossy else made
 
@@ -107,6 +109,11 @@ def passed_on(name: str, given: Iterable[Any], made: Method) -> Method:
 def _check_outermost(name: str, given: Iterable[Any]) -> None:
     """Raises ValueError if a method among them must not be wrapped."""
     for method in _methods(given):
+        if method.repeats:
+            raise ValueError(
+                f"{name} cannot wrap {method}, which takes the copies of a token that "
+                f"a model feeds: phd goes outermost, as in 'phd+{name}+quest'."
+            )
         if method.hooks.prefill_after is not None:
             outer = re.split(r"\W", method.spec_text())[0]
             raise ValueError(

@@ -6,6 +6,7 @@ import jax
 
 import kvjax
 from kvjax import files, registry
+from kvjax.cli.methods import for_model
 from kvjax.cli.options import arguments_given, held_out_text, load, with_budget
 from kvjax.cli.progress import show_progress
 from kvjax.cost import bench_decode
@@ -34,6 +35,7 @@ def decode(
     loaded = load(model, dtype)
     if not methods:
         methods = list(METHODS if loaded.decoder.alpha == 1 else ENTMAX_METHODS)
+    methods = [for_model(spec, loaded.decoder) for spec in methods]
     specs = dict.fromkeys(with_budget(spec, budget) for spec in methods)
     if contexts is None:
         contexts = [min(CONTEXT, loaded.decoder.context)]

@@ -11,7 +11,7 @@ import typer
 import kvjax
 from kvjax import files, registry
 from kvjax.attention.choices import check_choice
-from kvjax.cli.methods import print_method_notes
+from kvjax.cli.methods import fitting, for_model, print_method_notes
 from kvjax.cli.options import (
     METHOD_HELP,
     AskChatOption,
@@ -299,6 +299,7 @@ def _families(
     if budgets is None:
         budgets = [max(length // share // STEP * STEP, STEP) for share in SHARES]
     families = []
+    methods = [for_model(method, decoder) for method in methods]
     for method in dict.fromkeys(methods):
         family = []
         for spec in dict.fromkeys(
@@ -321,7 +322,7 @@ def _run(
     from kvjax.evaluation import calibrate as calibration
     from kvjax.evaluation import compare_runs
 
-    full = registry.parse("full")
+    full = fitting("full", model.decoder)
     full_cost = calibration.cost(
         full, model.decoder, inputs.length, settings.new_tokens, settings.by
     )

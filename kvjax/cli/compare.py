@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 import typer
 
 import kvjax
-from kvjax import files, registry
+from kvjax import copies, files, registry
 from kvjax.cli.methods import print_method_notes
 from kvjax.cli.options import (
     METHOD_HELP,
@@ -241,6 +241,7 @@ def _part(call: _Call, name: str | None, before: Mapping[str, Any] | None) -> _P
     from kvjax.evaluation import compare_inputs
 
     decoder = load_decoder(name, call.dtype)
+    copies.refuse(copies.of(decoder), "kvjax compare")
     specs = call.methods or _every(decoder.alpha)
     methods = _methods(specs, call.settings.context, call.budgets)
     fixed, room = _fitted(decoder, name, methods, call.settings, call.batch, before)

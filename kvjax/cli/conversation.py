@@ -6,7 +6,7 @@ import pathlib
 import sys
 
 from kvjax import files, registry
-from kvjax.cli.methods import answering, check_room
+from kvjax.cli.methods import answering, check_room, for_model
 from kvjax.cli.options import load, opening
 from kvjax.cli.prefix import Options, Turn, library, restored
 
@@ -32,6 +32,8 @@ def begun(
     messages = opening(text, system)
     check_room(room, parsed, model, dtype)
     language_model = load(model, dtype)
+    name = for_model(name, language_model.decoder)
+    parsed = registry.parse(name)
     chosen = options(language_model)
     read = conversation.read(
         language_model, parsed, messages, room=room, chunk_size=chunk_size

@@ -10,7 +10,7 @@ import typer
 
 from kvjax import files
 from kvjax.cli import conversation, drafts
-from kvjax.cli.methods import answering
+from kvjax.cli.methods import answering, fitting
 from kvjax.cli.options import (
     METHOD_HELP,
     ChunkOption,
@@ -220,11 +220,12 @@ def _alone(
     from kvjax.decoding.generate import stream
 
     method = "full" if method is None else method
-    parsed = answering(method)
+    answering(method)  # mistakes first
     drafts.check_method()
     whole = text + (instruction or "")
     messages = first_messages(whole, chat, system)
     loaded = load(model, dtype)
+    parsed = fitting(method, loaded.decoder)
     tokens, told = tokenize(loaded, whole, messages), None
     if instruction is not None:
         context = tokenize(loaded, text, first_messages(text, chat, system))
@@ -328,9 +329,10 @@ def score(
 
     from kvjax.decoding.scoring import score as run_score
 
-    parsed = answering(method)
+    answering(method)  # mistakes first
     content = read_text(text)
     language_model = load(model, dtype)
+    parsed = fitting(method, language_model.decoder)
     tokens = tokenize(language_model, content)
     if len(tokens) < 3:
         raise ValueError(

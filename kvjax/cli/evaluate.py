@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from kvjax import files, registry
-from kvjax.cli.methods import answering
+from kvjax import files
+from kvjax.cli.methods import answering, fitting
 from kvjax.cli.options import (
     AnswersOption,
     AskChatOption,
@@ -97,10 +97,11 @@ def evaluate(
         option = "--chat" if chat else "--save-answers"
         raise ValueError(f"--task {task} answers nothing: leave {option} out.")
     positive(context=context, batch=batch, new_tokens=new_tokens)
-    parsed, full = answering(method), registry.parse("full")
+    answering(method)  # mistakes first
     answers.check_free(save_answers)
     content, text_name = given_text(text, model)
     language_model = load(model, dtype)
+    parsed, full = (fitting(m, language_model.decoder) for m in (method, "full"))
     if chat:  # no work before a refusal
         as_chat.turn(language_model.tokenizer, "Any question?")
     keep = answers.keeper(save_answers, language_model.name)

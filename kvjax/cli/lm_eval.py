@@ -13,7 +13,7 @@ import typer
 
 import kvjax
 from kvjax import files
-from kvjax.cli.methods import answering
+from kvjax.cli.methods import answering, fitting
 from kvjax.cli.options import (
     ChunkOption,
     DtypeOption,
@@ -85,7 +85,7 @@ def lm_eval(
     positive(**{name: value for name, value in counts.items() if value is not None})
     if num_fewshot is not None and num_fewshot < 0:
         raise ValueError(f"{num_fewshot=} must be at least 0.")
-    parsed = answering(method)
+    answering(method)  # mistakes first
     about = _metadata(metadata)
     if include_path is not None and not include_path.is_dir():
         raise FileNotFoundError(f"--include-path {include_path} is no folder.")
@@ -99,7 +99,7 @@ def lm_eval(
 
             harness_model = KvjaxLM(
                 language_model,
-                parsed,
+                fitting(method, language_model.decoder),
                 batch_size=batch_size,
                 max_length=max_length,
                 chunk_size=chunk_size,

@@ -1,17 +1,47 @@
 """Methods that commands are given: what to know of their answers, and their room."""
 
+import contextlib
 import sys
 from collections.abc import Iterable
 
 import kvjax
-from kvjax import registry
+from kvjax import copies, registry
 from kvjax.cli.options import load_decoder
+from kvjax.registry import specs
 
 
 def answering(spec: str) -> kvjax.Method:
     """Returns the method of a spec that is to answer; prints what to know of that."""
     print_method_notes([spec])
     return registry.parse(spec)
+
+
+def for_model(spec: str, decoder: kvjax.DecoderLM) -> str:
+    """Returns the spec, behind `phd+` if the model feeds copies of a token."""
+    if copies.of(decoder) is None or "phd" in specs.names(spec):
+        return spec
+    return f"phd+{spec}"
+
+
+def names_for(decoder: kvjax.DecoderLM) -> list[str]:
+    """Returns every method that the model can be decoded under."""
+    from kvjax import accounting
+
+    names = registry.names(decoder.alpha)
+    if copies.of(decoder) is None:
+        return list(names)
+    found, sizes = [], decoder.cache_spec(1, 64)
+    for name in names:
+        spec = for_model(name, decoder)
+        with contextlib.suppress(ValueError):  # not all go into a transform
+            accounting.prompt_bytes(registry.parse(spec), sizes)
+            found.append(spec)
+    return found
+
+
+def fitting(spec: str, decoder: kvjax.DecoderLM) -> kvjax.Method:
+    """Returns the method of a spec for a model, as :func:`for_model` has it."""
+    return registry.parse(for_model(spec, decoder))
 
 
 def print_method_notes(methods: Iterable[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from kvjax import registry
+from kvjax.cli.methods import for_model, names_for
 from kvjax.cli.options import (
     METHOD_HELP,
     MODEL_HELP,
@@ -116,7 +117,7 @@ def plan(
     print_notes(decoder)
     held, read, mlp_width = models.footprint(decoder, packing.get(), name)
     weights = planning.Weights(held, read)
-    given = method or registry.names(decoder.alpha)
+    given = [for_model(spec, decoder) for spec in method or names_for(decoder)]
     specs = [with_budget(spec, b) for spec in given for b in budgets]
     parsed = {spec: registry.parse(spec) for spec in specs}
     rows = []

@@ -11,7 +11,7 @@ import typer
 
 import kvjax
 from kvjax import files, registry
-from kvjax.cli.methods import answering, check_room
+from kvjax.cli.methods import answering, check_room, for_model
 from kvjax.cli.options import (
     ChatOption,
     ChunkOption,
@@ -82,6 +82,8 @@ def prefill(
     prefix.check_new(save)
     check_room(room, parsed, model, dtype)
     language_model = load(model, dtype)
+    method = for_model(method, language_model.decoder)
+    parsed = registry.parse(method)
     start = time.perf_counter()
     if messages is None:
         tokens = tokenize(language_model, text)

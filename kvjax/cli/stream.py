@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from kvjax import files
-from kvjax.cli.methods import answering
+from kvjax.cli.methods import answering, fitting
 from kvjax.cli.options import (
     METHOD_HELP,
     DtypeOption,
@@ -62,7 +62,7 @@ def stream(
     from kvjax.decoding import endless
     from kvjax.decoding.sampling import Sampling, validate
 
-    parsed = answering(method)
+    answering(method)  # mistakes first
     positive(every=every, chunk_size=chunk_size)
     if new_tokens < 0:
         raise ValueError(f"{new_tokens=} must be at least 0.")
@@ -76,6 +76,7 @@ def stream(
     blocks = _blocks(text)
     first = next(blocks, b"")  # a file that is not there is known before the model
     language_model = load(model, dtype)
+    parsed = fitting(method, language_model.decoder)
     endless.check_method(language_model, parsed, method)
 
     def all_blocks():

@@ -124,13 +124,24 @@ def decoder_of(settings: "Config") -> Any:
 
     section = settings.model
     if section.checkpoint is None:
-        return llama.LlamaDecoder(llama.from_hf(section.config or {}, dtype="float32"))
+        config = llama.from_hf(section.config or {}, dtype="float32")
+        return llama.LlamaDecoder(_changed(config, section))
     name = model_name(section.checkpoint)
     decoder: Any = models.load_decoder(name, dtype="float32")
-    if section.alpha is not None:
-        config = dataclasses.replace(decoder.config, attention_alpha=section.alpha)
-        decoder = llama.LlamaDecoder(config)
+    decoder = llama.LlamaDecoder(_changed(decoder.config, section))
     return decoder if settings.lora is None else _beside(decoder, name, settings.lora)
+
+
+def _changed(config: Any, section: Any) -> Any:
+    """Returns a model's config with what the section `model` has otherwise."""
+    wanted = {
+        "attention_alpha": section.alpha,
+        "copies": section.copies,
+        "copy_window": section.copy_window,
+        "copy_chunk": section.copy_chunk,
+    }
+    given = {name: value for name, value in wanted.items() if value is not None}
+    return dataclasses.replace(config, **given)
 
 
 def _beside(decoder: Any, name: str, section: Any) -> Any:

@@ -185,12 +185,14 @@ def plan(
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
     heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
     wide = (2 * decoder.width + 3 * mlp_width + heads) * itemsize
+    fed = spec.copies
+    rows, count = (fed.rows(chunk_size), fed.count) if fed else (chunk_size, 1)
     # Of attention that merges, what is in the host's memory comes in small blocks.
     far = 0 if decoder.alpha == 1 else 1
     layer = max(held.device + far * held.host for held in before)
-    prompt_temporaries = batch * chunk_size * wide + 2 * layer + logits
+    prompt_temporaries = batch * rows * wide + 2 * layer + logits
     # One layer's attention logits twice, in float32, where no kernel keeps them small.
-    decode_temporaries = 2 * 4 * batch * spec.num_q_heads * context + 2 * logits
+    decode_temporaries = 8 * count * batch * spec.num_q_heads * context + 2 * logits
     return Plan(
         weights,
         _on_device(before),

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax import accounting
+from kvjax import accounting, copies
 from kvjax.decoding.sampling import shown
 from kvjax.interface import DecoderLM, LanguageModel, Method, Tokenizer
 from kvjax.text import encoding
@@ -110,6 +110,16 @@ def check_reread(
                     f"{again.chunk}, shorten the prompt, or take a method that reads "
                     "once."
                 )
+
+
+def check_repeats(decoder: DecoderLM, method: Method) -> None:
+    """Raises ValueError unless the method takes the copies that the model feeds."""
+    fed = copies.of(decoder)
+    if fed is not None and not method.repeats:
+        raise ValueError(
+            f"the model feeds {fed.count} copies of a token: use "
+            f"'phd+{method.spec_text()}'."
+        )
 
 
 def check_eos_ids(eos_ids: Collection[int] | None) -> None:

@@ -82,9 +82,8 @@ def go_on(
     if forced is not None:
         given, fed = (*given, *forced), forced.lengths
     most = options.max_new_tokens + int(fed.max())
-    none, all_rows = np.zeros(batch, bool), np.ones(batch, bool)
     with timing.stretch("prompt"):
-        tail = Tail(np.int32(0), none, all_rows, seen)
+        tail = fresh_tail(batch, seen)
         newest, tail, tokens = loop.first(SAMPLED)(
             decoder, params, hidden, window, tail, given
         )
@@ -114,7 +113,7 @@ def go_on(
                 params,
                 states,
                 newest,
-                tail._replace(done=done, finite=all_rows),
+                tail._replace(done=done, finite=np.ones(batch, bool)),
                 given,
                 np.int32(min(options.stream_every, left)),
             )
@@ -174,10 +173,17 @@ def behind(prefilled: Prefilled, forced: Forced | None = None) -> list[list[int]
 class Tail(NamedTuple):
     """The facts that a step remembers of each row, beside states and window."""
 
-    chosen: Int[Array | np.ndarray | np.int32, ""]  # tokens of a row, forced ones too
+    chosen: Int[Array | np.ndarray, "B"]  # tokens, forced ones too
     done: Bool[Array | np.ndarray, "B"]
     finite: Bool[Array | np.ndarray, "B"]  # the logits that chose the newest token were
+    enough: Int[Array | np.int32, ""]  # rows that are done for the steps to end
     seen: Bool[Array | np.ndarray, "B V"] | None  # only under a repetition penalty
+
+
+def fresh_tail(batch: int, seen: Bool[np.ndarray, "B V"] | None) -> Tail:
+    """Returns the tail of rows that chose nothing yet; the steps end with the last."""
+    done = np.zeros(batch, bool)
+    return Tail(np.zeros(batch, np.int32), done, ~done, np.int32(batch), seen)
 
 
 def _sampled(logits, index, tail, given):
@@ -187,15 +193,14 @@ def _sampled(logits, index, tail, given):
     """
     del index
     keys, sampling, eos_ids, *forced = given
-    number, axes = tail.chosen, (0, None)
-    if forced:
-        number, axes = jnp.maximum(tail.chosen - forced[1], 0), (0, 0)
+    number = jnp.maximum(tail.chosen - forced[1], 0) if forced else tail.chosen
     if keys is not None:
-        keys = jax.vmap(jax.random.fold_in, axes)(keys, number)
+        keys = jax.vmap(jax.random.fold_in)(keys, number)
     tokens = sample(keys, logits, tail.seen, sampling)
     ends = (tokens[:, None] == eos_ids).any(-1)
     if forced:
-        told = jnp.take(forced[0], tail.chosen, axis=1, mode="clip")
+        index = tail.chosen[:, None]
+        told = jnp.take_along_axis(forced[0], index, axis=1, mode="clip")[:, 0]
         is_told = tail.chosen < forced[1]
         tokens, ends = jnp.where(is_told, told, tokens), ends & ~is_told
     tokens = jnp.where(tail.done, PAD, tokens)
@@ -203,12 +208,13 @@ def _sampled(logits, index, tail, given):
     seen = tail.seen
     if seen is not None:
         seen = seen.at[jnp.arange(tokens.size), tokens].set(True)
-    return tokens, Tail(tail.chosen + 1, tail.done | ends, finite, seen), tokens
+    tail = Tail(tail.chosen + 1, tail.done | ends, finite, tail.enough, seen)
+    return tokens, tail, tokens
 
 
 def _is_over(tail: Tail) -> Bool[Array, ""]:
-    """Says whether every row is done, or one is broken."""
-    return jnp.logical_or(tail.done.all(), ~tail.finite.all())
+    """Says whether enough rows are done, or one is broken."""
+    return (tail.done.sum() >= tail.enough) | ~tail.finite.all()
 
 
 SAMPLED = loop.Rule(_sampled, _is_over)

@@ -35,8 +35,8 @@ from kvjax.decoding.continuing import (
     SAMPLED,
     Drafts,
     Generation,
-    Tail,
     behind,
+    fresh_tail,
     generations,
     push,
     text_rows,
@@ -88,10 +88,10 @@ def drafter(model: LanguageModel, target: Method, drafts: Drafting) -> Drafter:
     method, other = drafts.method, drafts.model
     theirs = None if other is None else other.decoder
     found = Drafter(model.decoder, target, method, drafts.tokens, theirs)
-    speculative.check_rope(model.decoder)
+    speculative.check_decoder(model.decoder)
     if other is not None:
         check_same_tokens(model, other)
-        speculative.check_rope(other.decoder)
+        speculative.check_decoder(other.decoder)
         if isinstance(method, Method) and method.rewind is None:
             raise ValueError(
                 f"{method} cannot take back what a draft model read: use full or quest "
@@ -221,14 +221,13 @@ def go_on(
     sampling, batch = active(options.sampling), len(prefilled.recent)
     keys = None if sampling.temperature is None else row_keys(options.seed, batch)
     given = passes.Given(keys, sampling, eos_array, np.int32(options.max_new_tokens))
-    none, all_rows = np.zeros(batch, bool), np.ones(batch, bool)
     with timing.stretch("prompt"):
         window, tail, tokens = loop.first(SAMPLED)(
             decoder,
             model.params,
             prefilled.hidden,
             prefilled.recent,
-            Tail(np.int32(0), none, all_rows, seen),
+            fresh_tail(batch, seen),
             (keys, sampling, eos_array),
         )
         pairs = zip(np.asarray(tokens).tolist(), np.asarray(tail.finite), strict=True)
@@ -265,7 +264,7 @@ def go_on(
                 params,
                 caches,
                 window,
-                memory._replace(done=done, finite=all_rows),
+                memory._replace(done=done, finite=np.ones(batch, bool)),
                 given,
             )
             caches, window, memory = found.caches, found.window, found.memory

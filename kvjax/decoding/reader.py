@@ -13,9 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import interface
+from kvjax import copies, interface
 from kvjax.decoding import ending, instructions, loop, timing
-from kvjax.decoding.checks import check_model, check_prompts, token_rows
+from kvjax.decoding.checks import (
+    check_model,
+    check_prompts,
+    check_repeats,
+    token_rows,
+)
 from kvjax.decoding.cutting import PAD as PAD
 from kvjax.decoding.cutting import Chunk, bucket, chunks, cut, recent
 from kvjax.decoding.cutting import chunk_tokens as chunk_tokens
@@ -175,7 +180,12 @@ def no_hidden(decoder: DecoderLM, batch: int) -> Float[Array, "B E"]:
 def empty_states(
     decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
 ) -> tuple[State, ...]:
-    """Returns states of every layer for prompts up to `longest`, in bucketed sizes."""
+    """Returns states of every layer for prompts up to `longest`, in bucketed sizes.
+
+    Raises:
+        ValueError: if the model feeds copies of a token, and the method takes none.
+    """
+    check_repeats(decoder, method)
     return _init(method, layer_specs(decoder, batch, longest, max_new_tokens))
 
 
@@ -247,7 +257,13 @@ def read_and_judge(
         what the judge said of the chunk's tokens: arrays `(B, T)` on the host, T the
         most that a row has in it. What it says of the first token of a prompt, and of
         none, is undefined.
+
+    Raises:
+        ValueError: if a model that feeds copies of a token is to judge a prompt, whose
+            originals predict nothing.
     """
+    if judge is not None:
+        copies.refuse(copies.of(model.decoder), "scores of a prompt")
     run = program(judge)
     for tokens, lengths in parts:
         reading, judged = run(
@@ -283,7 +299,7 @@ def program(judge: Judge | None) -> Any:
 
 def _by_layer(decoder, method, params, states, tokens, lengths):
     """Reads a chunk layer by layer, all by one program where their shapes agree."""
-    states, x, handed = list(states), _embed(decoder, params, tokens), None
+    states, x, handed = list(states), _embed(decoder, params, tokens, lengths), None
     for layer, own in enumerate(decoder.layer_params(params)):
         # Without the layer's number, which would make a program of its own.
         given, states[layer] = with_layer(states[layer], 0), None
@@ -293,8 +309,8 @@ def _by_layer(decoder, method, params, states, tokens, lengths):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _embed(decoder, params, tokens):
-    return decoder.embed(params, tokens)
+def _embed(decoder, params, tokens, lengths):
+    return decoder.embed(params, copies.called(copies.of(decoder), tokens, lengths))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
@@ -319,8 +335,10 @@ def _whole(decoder, method, params, states, tokens, lengths):
 def _normalised(judge):
     """Returns :func:`end_chunk` of a judge, of what the last layer gives."""
 
-    def end(decoder, params, x, *given):
-        return end_chunk(judge, decoder, params, decoder.normalise(params, x), *given)
+    def end(decoder, params, x, newest, tokens, lengths):
+        hidden = decoder.normalise(params, x)
+        hidden = copies.of_tokens(copies.of(decoder), hidden, lengths)
+        return end_chunk(judge, decoder, params, hidden, newest, tokens, lengths)
 
     return jax.jit(end, static_argnums=0)
 

@@ -15,11 +15,19 @@ from jaxtyping import Array
 
 from kvjax.decoding import asking, loop, reader, timing
 from kvjax.decoding.checks import check_counts, check_model, check_prompts, token_rows
+from kvjax.decoding.continuing import (
+    SAMPLED,
+    Generation,
+    Tail,
+    behind,
+    fresh_tail,
+    generations,
+    text_rows,
+)
 from kvjax.decoding.detokenize import TextRow
 from kvjax.decoding.finite import not_finite
-from kvjax.decoding.generate import SAMPLED, Generation, Tail
 from kvjax.decoding.options import Options
-from kvjax.decoding.reader import NO_TOKEN, Prefilled
+from kvjax.decoding.reader import Prefilled
 from kvjax.decoding.sampling import active, keys_of, mentioned
 from kvjax.interface import LanguageModel, Method, State
 from kvjax.registry import as_method
@@ -99,10 +107,10 @@ class _Seat(NamedTuple):
     @property
     def ended(self) -> tuple[int, Generation] | None:
         """The number and what is said, if it has ended."""
-        row = self.row
-        if row.finish_reason is None:
+        if self.row.finish_reason is None:
             return None
-        return self.number, Generation(row.tokens, row.text, row.finish_reason)
+        (said,) = generations([self.row])
+        return self.number, said
 
 
 class _Held(NamedTuple):
@@ -120,8 +128,7 @@ class _Rows:
         self, model: LanguageModel, method: Method, options: Options, batch: int
     ):
         self.model, self.method, self.options = model, method, options
-        self._eos_ids = options.ends(model)
-        self._eos_array = np.array(sorted(self._eos_ids), np.int32)
+        self._eos_ids = np.array(sorted(options.ends(model)), np.int32)
         self._sampling = active(options.sampling)
         self._seats: list[_Seat | None] = [None] * batch
         self._admitted = 0
@@ -147,25 +154,17 @@ class _Rows:
         seen = None
         if self._sampling.repetition_penalty is not None:
             seen = mentioned([tokens], decoder.vocab_size)
-        none, chosen = np.zeros(1, bool), np.zeros(1, np.int32)
         window, tail, said = loop.first(SAMPLED)(
             decoder,
             params,
             read.hidden,
             read.recent,
-            Tail(chosen, none, ~none, np.int32(1), seen),
+            fresh_tail(1, seen),
             self._given([number]),
         )
         if not np.asarray(tail.finite).all():
             raise not_finite(decoder, f"at token 1 of prompt {number}")
-        before = np.asarray(read.recent if read.before is None else read.before)[0]
-        row = TextRow(
-            tokenizer,
-            tuple(self.options.stop),
-            self._eos_ids,
-            self.options.max_new_tokens,
-            [token for token in before.tolist() if token != NO_TOKEN],
-        )
+        (row,) = text_rows(self.model, self.options, behind(read))
         row.push(np.asarray(said).tolist())
         seat = _Seat(number, row)
         if seat.ended is None:
@@ -188,7 +187,7 @@ class _Rows:
         keys = None
         if self._sampling.temperature is not None:
             keys = keys_of(self.options.seed, np.array(numbers))
-        return keys, self._sampling, self._eos_array
+        return keys, self._sampling, self._eos_ids
 
     def _put(
         self, place: int, read: Prefilled, window: Array, seen: Array | None

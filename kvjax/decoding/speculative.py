@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from kvjax import copies
 from kvjax.decoding.finite import is_finite
 from kvjax.interface import DecoderLM, Method, Params, State
 
@@ -79,10 +80,10 @@ def verify(
         and cannot raise (:func:`kvjax.decoding.finite.not_finite` is the error for it).
 
     Raises:
-        ValueError: if the method cannot take tokens back, or the model's rope is
-            `dynamic`: its keys depend on how many come at once.
+        ValueError: if the method cannot take tokens back, the model feeds copies of a
+            token, or its rope is `dynamic`: its keys depend on how many come at once.
     """
-    check_rope(decoder)
+    check_decoder(decoder)
     batch, rows = tokens.shape
     lengths = jnp.full((batch,), rows, jnp.int32)
     states, hidden = decoder.prefill(params, states, tokens, lengths, method)
@@ -97,8 +98,9 @@ def verify(
     )
 
 
-def check_rope(decoder: DecoderLM) -> None:
-    """Raises ValueError if the keys of a chunk are rotated by how many come at once."""
+def check_decoder(decoder: DecoderLM) -> None:
+    """Raises ValueError if a chunk is read otherwise than its tokens one by one."""
+    copies.refuse(copies.of(decoder), "a draft of several tokens")
     if decoder.rope.static_until < math.inf:
         raise ValueError(
             "the model's rope is 'dynamic', which would rotate a draft's keys as no "

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import accounting, dense
+from kvjax import accounting, copies, dense
 from kvjax.attention.selection import is_listed
 from kvjax.decoding import loop
 from kvjax.interface import DecoderLM, Hooks, Method, Params, State
@@ -135,6 +135,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
     reference = in_steps_of(reference, candidate.rows)
 
     def init(spec, weights=None):
+        copies.refuse(spec.copies, "methods side by side")
         first = reference.init(spec)
         if not isinstance(_store(first), contiguous.Contiguous):
             raise ValueError(
@@ -218,6 +219,7 @@ def side_by_side(reference: Method, candidate: Method) -> Method:
         rows=candidate.rows,
         reread=again and again._replace(prefill=read_again),
         hooks=Hooks(settle=over_all and settle),
+        repeats=candidate.repeats,
     )
 
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from kvjax import copies
 from kvjax.decoding.finite import not_finite
 from kvjax.evaluation import compare_inputs
 from kvjax.evaluation.tasks import haystack, needles
@@ -290,6 +291,7 @@ def _weigher(decoder, layer, q, k) -> Callable[[Array], Array]:
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     total = jnp.full((1,), length, jnp.int32)
     q, k = (spec.rope(x, positions, total)[0] for x in (q, k))
+    copies.refuse(spec.copies, "what single heads do")
     q = q.reshape(spec.num_kv_heads, spec.group, length, spec.head_dim)
     scale = np.float32(spec.sm_scale)
 

@@ -165,6 +165,7 @@ def reader(
         renumbers=all(method.renumbers for method in methods),
         reread=again and again._replace(prefill=read_again),
         hooks=_hooks(methods, read_after, is_told),
+        repeats=all(method.repeats for method in methods),
     )
 
 
@@ -234,6 +235,7 @@ def _owners(
         numbers: of each array, equal where they are equal now.
     """
     size = min(chunk_size, spec.capacity)
+    size = size if spec.copies is None else spec.copies.rows(size)
 
     def rows(heads):
         shape = spec.batch, heads, size, spec.head_dim

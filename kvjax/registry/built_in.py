@@ -19,6 +19,7 @@ from kvjax.methods.kvzip import kvzip as kvzip
 from kvjax.methods.layer_budgets import layer_budgets as layer_budgets
 from kvjax.methods.offload import offload as offload
 from kvjax.methods.oracle_topk import oracle_topk as oracle_topk
+from kvjax.methods.phd import phd as phd
 from kvjax.methods.quantize import quantize as quantize
 from kvjax.methods.quest import quest as quest
 from kvjax.methods.random import random as random

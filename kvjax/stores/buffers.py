@@ -373,11 +373,11 @@ def joined(buffers: Sequence[Any], axis: int) -> Any:
 
 
 def write_newest(
-    ring: Float[Array, "B H W D"],
-    rows: Float[Array, "B H T D"],
+    ring: Float[Array, "B H W *D"],
+    rows: Float[Array, "B H T *D"],
     positions: Int[Array, "B T"],
     length: Int[Array, "B"],
-) -> Float[Array, "B H W D"]:
+) -> Float[Array, "B H W *D"]:
     """Writes the rows of the last W of `length` tokens, each in slot position % W.
 
     A slot keeps its newest row: older ones, and padding, are dropped.

@@ -56,6 +56,8 @@ class Model(Section):
         tokenizer: of a model from scratch: a folder with `tokenizer.json`, or "train".
         alpha: attention to go on with, whatever the checkpoint's: 1 is softmax, above 1
             alpha-entmax.
+        copies, copy_window, copy_chunk: of every token, and what they see of each other
+            (PHD-Transformer); the checkpoint's, or those of `config`, if left out.
         dtype: of the weights in `model`; that of the checkpoint, or of `config`, if
             left out. Training itself keeps them in float32.
     """
@@ -64,6 +66,9 @@ class Model(Section):
     config: dict[str, Any] | None = None
     tokenizer: str | None = None
     alpha: Annotated[float, Field(ge=1, allow_inf_nan=False)] | None = None
+    copies: Count | None = None
+    copy_window: CountOrNone | None = None
+    copy_chunk: CountOrNone | None = None
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
 
     @pydantic.model_validator(mode="after")
@@ -402,6 +407,14 @@ class Config(Section):
                 "lora is trained beside the weights of a model, and model.checkpoint "
                 "is not given: name one"
             )
+        if (self.model.copies or 1) > 1:
+            for name in ("lora", "refreshkv"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"model.copies={self.model.copies} trains all weights for an "
+                        f"attention of their own, and {name} does not: give "
+                        f"--set {name}=null"
+                    )
         parts = self.optimizer.accumulate * self.mesh.size
         for index, stage in enumerate(self.stages):
             for length in stage.lengths:

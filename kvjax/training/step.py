@@ -14,11 +14,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax import copies
 from kvjax.interface import CacheSpec, Params, layer_specs
 from kvjax.training import sharding
 from kvjax.training.attention import by_layer, causal_attention
 from kvjax.training.batch import Batch
 from kvjax.training.config import Config, RefreshKV
+from kvjax.training.phd import phd_attention
 from kvjax.training.refreshkv import refresh_attention
 
 # Logits held at once, elements per device; beyond that the loss is computed in chunks.
@@ -210,7 +212,20 @@ def token_losses(
     params = jax.tree.map(lambda leaf: leaf.astype(compute), params)
     num_rows, length = batch.tokens.shape
     ropes = [spec.rope for spec in layer_specs(decoder, num_rows, length)]
-    if setting is None:
+    fed = copies.of(decoder)
+    if fed is not None and setting is not None:
+        raise ValueError(
+            f"refreshkv and {fed.count} copies of a token are each an attention of its "
+            "own: leave one of them out."
+        )
+    if fed is not None:
+        make = functools.partial(
+            phd_attention,
+            copies=fed,
+            segments=batch.segments,
+            positions=batch.positions,
+        )
+    elif setting is None:
         make = functools.partial(
             causal_attention,
             alpha=decoder.alpha,

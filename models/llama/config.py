@@ -12,6 +12,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from kvjax import copies
+from kvjax.interface import Copies
 from kvjax.rope import Rope
 from models.llama import families
 from models.llama.config_keys import check_types, is_number, reject_unknown
@@ -38,6 +40,9 @@ class LlamaConfig:
         sliding_window: window of the checkpoint, tokens, None if it has none. Attention
             here is always over everything: up to `context` tokens that is the same.
         attention_alpha: 1 is softmax, above 1 alpha-entmax attention.
+        copies: of every token, the original among them; 1 is a model without.
+        copy_window, copy_chunk: what a copy sees of the others; see
+            :class:`kvjax.copies.Copies`.
     """
 
     vocab_size: int
@@ -60,6 +65,9 @@ class LlamaConfig:
     sliding_window: int | None = None
     attention_alpha: float = 1.0
     unrotated_layers: tuple[int, ...] = ()
+    copies: int = 1
+    copy_window: int = 0
+    copy_chunk: int = 0
 
     def __post_init__(self):
         alpha = self.attention_alpha
@@ -67,6 +75,19 @@ class LlamaConfig:
             raise ValueError(
                 f"attention_alpha={alpha!r} must be a finite number >= 1; 1 is softmax."
             )
+        copies.check(self.copies, self.copy_window, self.copy_chunk)
+        if self.copies > 1 and alpha != 1:
+            raise ValueError(
+                f"copies={self.copies} needs softmax attention, parts of which merge, "
+                f"not attention_alpha={alpha}: leave one of them out."
+            )
+
+    @property
+    def repeated(self) -> Copies | None:
+        """The copies of every token; None of a model that has tokens alone."""
+        if self.copies == 1:
+            return None
+        return Copies(self.copies, self.copy_window, self.copy_chunk)
 
 
 ARCHITECTURES = {
@@ -79,10 +100,18 @@ ARCHITECTURES = {
 # What is written for entmax attention, after the family's name: libraries that know
 # the family only must refuse the checkpoint, or they would run it with softmax.
 _ENTMAX = "_entmax"
+# Likewise of models that feed copies of a token, which predict from the last of them.
+_PHD = "_phd"
+_COPIES = {
+    "copies": "phd_copies",
+    "copy_window": "phd_window",
+    "copy_chunk": "phd_chunk",
+}
 MODEL_TYPES = (
     *ARCHITECTURES,
     *(family for family in families.FAMILIES if family not in ARCHITECTURES),
     *(family + _ENTMAX for family in ARCHITECTURES),
+    *(family + _PHD for family in ARCHITECTURES),
 )
 _DTYPES = ("float32", "bfloat16", "float16")
 _SIZES = (
@@ -115,6 +144,7 @@ _HANDLED = {
     "original_max_position_embeddings",
     "no_rope_layers",
     "attention_alpha",  # ours: absent is softmax
+    *_COPIES.values(),  # ours: absent is one row a token
 }
 
 
@@ -150,12 +180,19 @@ def from_hf(
             f"model_type={model_type!r} is not supported; supported: "
             f"{', '.join(MODEL_TYPES)}."
         )
-    family = model_type.removesuffix(_ENTMAX)
+    family = model_type.removesuffix(_ENTMAX).removesuffix(_PHD)
     alpha = config.get("attention_alpha")
-    if model_type != family and alpha in (None, 1):
+    if model_type.endswith(_ENTMAX) and alpha in (None, 1):
         raise ValueError(
             f"{model_type=} needs attention_alpha > 1 in config.json, got {alpha}; "
             f"model_type {family!r} is softmax."
+        )
+    repeated = {name: config.get(key) for name, key in _COPIES.items()}
+    repeated = {name: value for name, value in repeated.items() if value is not None}
+    if model_type.endswith(_PHD) and repeated.get("copies", 1) == 1:
+        raise ValueError(
+            f"{model_type=} needs {_COPIES['copies']} > 1 in config.json, got "
+            f"{repeated.get('copies')}; model_type {family!r} has no copies."
         )
     missing = [key for key in _REQUIRED if config.get(key) is None]
     if family != "llama" and config.get("num_key_value_heads") is None:
@@ -230,6 +267,7 @@ def from_hf(
         sliding_window=window,
         attention_alpha=1.0 if alpha is None else alpha,
         unrotated_layers=unrotated,
+        **repeated,
     )
 
 
@@ -259,6 +297,7 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
     Entmax attention is written as `attention_alpha` under a `model_type` of its own,
     `llama_entmax` for a Llama: transformers ignores keys that it does not know, and
     would run such a model with softmax; a model type that it does not know it refuses.
+    So it is with copies of a token, of type `llama_phd`.
 
     Raises:
         ValueError: if `config.family` cannot express it.
@@ -289,6 +328,12 @@ def to_hf(config: LlamaConfig) -> dict[str, Any]:
         ]
         written["model_type"] = family + _ENTMAX
         written["attention_alpha"] = config.attention_alpha
+    if config.copies != 1:
+        written["architectures"] = [
+            ARCHITECTURES[family].replace("ForCausalLM", "PhdForCausalLM")
+        ]
+        written["model_type"] = family + _PHD
+        written |= {key: getattr(config, name) for name, key in _COPIES.items()}
     if rope.kind in ("linear", "dynamic"):
         written["max_position_embeddings"] = rope.original_context
     if rope.kind == "linear":

@@ -18,7 +18,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax.interface import CacheSpec, Method, Params, State
+from kvjax import copies
+from kvjax.interface import CacheSpec, Copies, Method, Params, State
 from kvjax.rope import Rope
 from models.llama import low_rank, packed
 from models.llama.config import LlamaConfig
@@ -223,6 +224,11 @@ class LlamaDecoder:
     def alpha(self) -> float:
         return self.config.attention_alpha
 
+    @property
+    def copies(self) -> Copies | None:
+        """The copies that it feeds beside every token; None if it feeds none."""
+        return self.config.repeated
+
     def init(self, seed: int = 0) -> Params:
         """Makes random parameters, ready to train, as a nested dict of arrays.
 
@@ -250,6 +256,7 @@ class LlamaDecoder:
             max_new_tokens=max_new_tokens,
             layer=layer,
             alpha=self.alpha,
+            copies=self.copies,
         )
 
     def _rope_of(self, layer: int) -> Rope:
@@ -269,9 +276,12 @@ class LlamaDecoder:
         """Returns final hidden states under any `attention(layer, q, k, v) -> out`.
 
         With `remat` a gradient keeps one hidden state a layer and computes the rest of
-        the layer again: less memory, about a third more work.
+        the layer again: less memory, about a third more work. Of a model that feeds
+        copies the attention is of all their rows, and hidden states are the last one's.
         """
-        return self._module(params).hidden(tokens, attention, remat)
+        rows = copies.tiled(self.copies, tokens)
+        hidden = self._module(params).hidden(rows, attention, remat)
+        return copies.last(self.copies, hidden)
 
     def prefill(
         self,
@@ -281,7 +291,10 @@ class LlamaDecoder:
         lengths: Int[Array, "B"],
         method: Method,
     ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
-        """Runs a right-padded chunk of the prompt; rows have `lengths` tokens in it."""
+        """Runs a right-padded chunk of the prompt; rows have `lengths` tokens in it.
+
+        Of a model that feeds copies, a row's newest token has the last one's state.
+        """
         after, handed = list(states), None
 
         def attention(layer, q, k, v):
@@ -291,8 +304,9 @@ class LlamaDecoder:
             )
             return out
 
-        hidden = self._module(params).hidden(tokens, attention)
-        return tuple(after), hidden
+        rows = copies.called(self.copies, tokens, lengths)
+        hidden = self._module(params).hidden(rows, attention)
+        return tuple(after), copies.of_tokens(self.copies, hidden, lengths)
 
     def decode_step(
         self,
@@ -301,7 +315,11 @@ class LlamaDecoder:
         tokens: Int[Array, "B T"],
         method: Method,
     ) -> tuple[tuple[State, ...], Float[Array, "B T E"]]:
-        """Appends `tokens` and attends: one step of the decode loop."""
+        """Appends `tokens` and attends: one step of the decode loop.
+
+        Raises:
+            ValueError: if the model feeds copies of a token, and there are several.
+        """
         after = list(states)
 
         def attention(layer, q, k, v):
@@ -309,8 +327,14 @@ class LlamaDecoder:
             after[layer], out = method.decode_step(appended, q)
             return out
 
-        hidden = self._module(params).hidden(tokens, attention)
-        return tuple(after), hidden
+        if self.copies is not None and tokens.shape[1] > 1:
+            raise ValueError(
+                f"tokens of shape {tokens.shape} must be (B, 1): the model feeds "
+                f"{self.copies.count} copies of a token, one token a step."
+            )
+        rows = copies.tiled(self.copies, tokens)
+        hidden = self._module(params).hidden(rows, attention)
+        return tuple(after), copies.last(self.copies, hidden)
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Returns what goes into the first layer."""

@@ -66,6 +66,9 @@ CASES = {
     ),
     "decode_attention-ring-4K": _case(4096 + 64, held=(1, KV_HEADS)),
     "decode_attention-logits-128K": _case(SHORT, static={"with_logits": True}),
+    # What a model that repeats tokens asks for: the query heads of all K copies.
+    "decode_attention-K3-copies-128K": _case(SHORT, heads=(3 * Q_HEADS, KV_HEADS)),
+    "decode_attention-K16-copies-128K": _case(SHORT, heads=(16 * Q_HEADS, KV_HEADS)),
     "decode_attention-prompt-T1024-128K": _case(SHORT, rows=1024),
     "decode_attention-K8V4-1M": _case(LONG, bits=(8, 4)),
     "decode_attention-int8-1M": _case(LONG, bits=(8, 8)),

@@ -92,6 +92,16 @@ CASES = {
     "page_attention-P64-T8-mask-128K": _case(SHORT, 64, rows=8, masked=True),
     "page_attention-P16-T8-mask-128K": _case(SHORT, 16, rows=8, masked=True),
     "page_attention-P128-T16-mask-128K": _case(SHORT, 128, rows=16, masked=True),
+    # What a model that repeats tokens asks for: the query heads of all K copies.
+    "page_attention-K2-copies-P64-128K": _case(
+        SHORT, 64, heads=(2 * Q_HEADS, KV_HEADS)
+    ),
+    "page_attention-K3-copies-P64-128K": _case(
+        SHORT, 64, heads=(3 * Q_HEADS, KV_HEADS)
+    ),
+    "page_attention-K16-copies-P64-128K": _case(
+        SHORT, 64, heads=(16 * Q_HEADS, KV_HEADS)
+    ),
     # A segment of a prompt, in tiles of rows: what it chose, and itself.
     "page_attention-segment-P128-T512-128K": _case(SHORT, 128, tokens=2560, rows=512),
     "page_attention-surrogate-P64-128K": _completed(SHORT, 64, 16),

@@ -131,6 +131,8 @@ EDGES = {
     for name in (
         "page_attention-P8-T4-D256-f32",
         "page_attention-P24-D64-list-a-query-head",
+        "page_attention-K3-copies-P64-128K",
+        "decode_attention-K16-copies-128K",
         "page_entmax-tau-P24-T4-D64",
         "page_attention-surrogate-of-five-P8-T2-D64",
         "page_attention-K8V4-P32-T4-D256-f32",

@@ -14,6 +14,9 @@ from safetensors.numpy import load_file
 
 import models
 from kvjax import cli
+from kvjax.cli import train
+from kvjax.copies import Copies
+from kvjax.training import config_files
 from models import llama
 
 
@@ -34,6 +37,29 @@ evaluate: {{tokens: 64}}
 log: {{every: 1, tensorboard: false}}
 """)
     return path
+
+
+def test_a_model_that_repeats_tokens_is_trained_and_decoded(run, recipe, tmp_path):
+    """From scratch and from a checkpoint; commands put `phd+` in front."""
+    out, sizes = tmp_path / "run", ["copies=2", "copy_window=4", "copy_chunk=8"]
+    changes = [word for size in sizes for word in ("--set", f"model.{size}")]
+    run("train", "--config", recipe, "--out", out, *changes)
+    config = json.loads((out / "model/config.json").read_text())
+    assert config["model_type"] == "llama_phd"
+    assert [config[f"phd_{key}"] for key in ("copies", "window", "chunk")] == [2, 4, 8]
+    model = ["--model", out / "model"]
+    options = ["--prompt", "line", "--max-new-tokens", "2", "--json"]
+    assert json.loads(run("generate", *model, *options))["prompt_tokens"] == 4
+    planned = json.loads(run("plan", *model, "--context", "256", "--json"))
+    names = [row["method"] for row in planned["rows"]]
+    assert all(name.startswith("phd+") for name in names)
+    assert not any("citrus" in name for name in names)
+    again = config_files.parse(
+        f"model: {{checkpoint: {out / 'model'}, copies: 3}}\n"
+        "stages: [{steps: 1, tokens: 16, lengths: {16: 1}, mixture: {text: 1}}]",
+        "test",
+    )
+    assert train.decoder_of(again).copies == Copies(3, 4, 8)
 
 
 def test_train_makes_a_model_that_the_other_commands_read(run, recipe, tmp_path):

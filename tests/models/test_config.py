@@ -10,6 +10,7 @@ import pytest
 from checkpoints import BASE, CONFIGS, LLAMA3, YARN
 from known_configs import LOADED, REFUSED
 
+from kvjax.copies import Copies
 from kvjax.rope import Rope
 from models.llama import LlamaDecoder, from_hf, notes, to_hf
 
@@ -356,6 +357,49 @@ def test_entmax_is_written_so_that_others_refuse_it(family, tmp_path):
     ],
 )
 def test_wrong_alpha(change, message):
+    with pytest.raises(ValueError, match=message):
+        from_hf(BASE | change)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_copies_are_written_so_that_others_refuse_them(family, tmp_path):
+    """transformers would predict from the first copy."""
+    transformers = pytest.importorskip("transformers")
+    keys = {"phd_copies": 3, "phd_window": 16, "phd_chunk": 32}
+    given = BASE | {"num_key_value_heads": 2, "model_type": f"{family}_phd"} | keys
+    config = from_hf(given)
+    assert LlamaDecoder(config).cache_spec(1, 4).copies == Copies(3, 16, 32)
+    written = to_hf(config)
+    assert written.items() >= keys.items()
+    assert from_hf(written) == config
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    with pytest.raises(ValueError, match=f"{family}_phd"):
+        transformers.AutoConfig.from_pretrained(tmp_path)
+
+    alone = dict(copies=1, copy_window=0, copy_chunk=0)
+    vanilla = dataclasses.replace(config, **alone)
+    as_ever = from_hf(_rest(BASE) | {"num_key_value_heads": 2, "model_type": family})
+    assert vanilla == as_ever
+    assert to_hf(vanilla) == to_hf(as_ever)
+    assert not [key for key in to_hf(vanilla) if key.startswith("phd")]
+    assert LlamaDecoder(vanilla).cache_spec(1, 4).copies is None
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "llama_phd"}, "needs phd_copies > 1 .* got None"),
+        ({"model_type": "llama_phd", "phd_copies": 1}, "needs phd_copies > 1 .* got 1"),
+        ({"phd_copies": 0}, "copies=0 must be at least 1"),
+        ({"phd_copies": 2.0}, "copies=2.0 must be an integer"),
+        ({"phd_copies": 2, "phd_window": -1}, "copy_window=-1 must be at least 0"),
+        ({"phd_copies": 2, "phd_chunk": 1}, "copy_chunk=1 must be at least 2 tokens"),
+        ({"phd_window": 16}, "copy_window=16 needs copies > 1"),
+        ({"phd_chunk": 32}, "copy_chunk=32 needs copies > 1"),
+        ({"phd_copies": 2, "attention_alpha": 1.5}, "copies=2 needs softmax attention"),
+    ],
+)
+def test_wrong_copies(change, message):
     with pytest.raises(ValueError, match=message):
         from_hf(BASE | change)
 

@@ -151,7 +151,7 @@ def test_a_pointer_of_git_lfs(write):
     refuse(path, "is a Git LFS pointer, not the file itself; run `git lfs pull`")
 
 
-@pytest.mark.parametrize("name", ["gemma2", "phi3", "qwen2moe", "bert"])
+@pytest.mark.parametrize("name", ["gemma2", "phi3", "qwen2moe", "bert", "llama_phd"])
 def test_other_architectures(name, write):
     path = write(change={"general.architecture": name})
     refuse(path, f"'{name}' is not supported; supported: llama, qwen2, qwen3")

@@ -55,11 +55,14 @@ def test_widths_and_ragged_rows(head_dim, dtype):
 
 @pytest.mark.parametrize(
     ("heads", "page_size"),
-    [((1, 1), 8), ((8, 1), 24), ((8, 2), 128)],
+    [((1, 1), 8), ((8, 1), 24), ((8, 2), 128), ((24, 2), 24)],
     ids="{}".format,
 )
 def test_groups_and_page_sizes(heads, page_size):
-    """A block of many pages, of one page and a third, and a page above a block."""
+    """A block of many pages, of one page and a third, and a page above a block.
+
+    Groups of twelve are those of four heads in three copies.
+    """
     ids = [[[2, -1, 0, 3, 1, 4, -1]] * heads[1]]
     problem = draw(
         heads=heads,

@@ -122,6 +122,7 @@ def subgen(
             inspect_step=functools.partial(stream.inspect_step, options),
             traffic=functools.partial(stream.traffic, options),
             exact_prompt=True,
+            estimates=True,
         )
     return Method(
         init=kept_prompt.init,

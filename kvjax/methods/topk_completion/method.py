@@ -148,6 +148,7 @@ def topk_completion(
         traffic=functools.partial(traffic, options),
         exact_prompt=True,
         listed=Lists(functools.partial(listed, options)),
+        estimates=True,
     )
 
 

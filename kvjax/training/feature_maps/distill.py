@@ -23,7 +23,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-from kvjax import files
+from kvjax import copies, files
 from kvjax.interface import LanguageModel, layer_specs
 from kvjax.methods.topk_completion.feature_maps import Learned
 from kvjax.methods.topk_completion.map_files import MapFile
@@ -75,6 +75,7 @@ def trace(decoder: Any, params: Any, tokens: Int[Array, "1 S"], queries: int) ->
     """One document through the frozen model, attention exact."""
     length = tokens.shape[1]
     specs = layer_specs(decoder, 1, length)
+    copies.refuse(specs[0].copies, "a feature map")
     attend = by_layer(causal_attention(s.rope, sm_scale=s.sm_scale) for s in specs)
     positions = jnp.arange(length, dtype=jnp.int32)[None]
     total = jnp.full((1,), length, jnp.int32)
