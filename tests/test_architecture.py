@@ -19,7 +19,7 @@ LONGEST_FILE = 500
 FLOORS = (
     ("pallas_kernels", "version", "naming", "hooks", "cache_spec"),
     ("interface", "rope", "files", "text", "interrupts"),
-    ("attention",),
+    ("attention", "parallel"),
     ("stores",),
     ("accounting", "dense"),
     ("methods",),  # each a room of its own
@@ -38,7 +38,7 @@ KERNELS = ("attention", "stores", "dense", "methods", "cost")
 METHODS = ("kvjax.methods", "kvjax.registry.built_in")
 KNOWS_METHODS = ("registry", "cli", "testing")
 # Models know kvjax by what every model needs, and are known to the top alone.
-OF_MODELS = ("interface", "rope", "files", "text")
+OF_MODELS = ("interface", "parallel", "rope", "files", "text")
 WRITTEN = {
     # What is measured, trained or claimed of one method, by its own parts.
     ("kvjax.cost.bench_kernels", "kvjax.methods.entmaxkv"),

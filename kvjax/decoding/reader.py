@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import interface
+from kvjax import interface, parallel
 from kvjax.decoding import ending, instructions, loop, timing
 from kvjax.decoding.checks import check_model, check_prompts, token_rows
 from kvjax.decoding.cutting import PAD as PAD
@@ -169,14 +169,16 @@ def begin(
 
 def no_hidden(decoder: DecoderLM, batch: int) -> Float[Array, "B E"]:
     """Returns what stands for hidden states before the first token of a prompt."""
-    return jnp.zeros((batch, decoder.width), decoder.cache_spec(1, 1).dtype)
+    hidden = jnp.zeros((batch, decoder.width), decoder.cache_spec(1, 1).dtype)
+    return parallel.whole(parallel.of(decoder), hidden)
 
 
 def empty_states(
     decoder: DecoderLM, method: Method, batch: int, longest: int, max_new_tokens: int
 ) -> tuple[State, ...]:
     """Returns states of every layer for prompts up to `longest`, in bucketed sizes."""
-    return _init(method, layer_specs(decoder, batch, longest, max_new_tokens))
+    specs = layer_specs(decoder, batch, longest, max_new_tokens)
+    return _init(parallel.over(method, parallel.of(decoder)), specs)
 
 
 def layer_specs(
@@ -283,6 +285,7 @@ def program(judge: Judge | None) -> Any:
 
 def _by_layer(decoder, method, params, states, tokens, lengths):
     """Reads a chunk layer by layer, all by one program where their shapes agree."""
+    method = parallel.over(method, parallel.of(decoder))
     states, x, handed = list(states), _embed(decoder, params, tokens), None
     for layer, own in enumerate(decoder.layer_params(params)):
         # Without the layer's number, which would make a program of its own.
@@ -312,6 +315,7 @@ def _layer(decoder, method, layer_params, state, x, lengths, below):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _whole(decoder, method, params, states, tokens, lengths):
+    method = parallel.over(method, parallel.of(decoder))
     return decoder.prefill(params, states, tokens, lengths, method)
 
 
@@ -352,7 +356,8 @@ def end_chunk(
         judged = by_position(decoder, judge, params, before, tokens)
     index = jnp.maximum(lengths - 1, 0)[:, None, None]
     last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    return jnp.where((lengths > 0)[:, None], last, newest), judged
+    newest = jnp.where((lengths > 0)[:, None], last, newest)
+    return parallel.everywhere(parallel.of(decoder), (newest, judged))
 
 
 def by_position(
@@ -432,6 +437,7 @@ def ready(
 ) -> Prefilled:
     """Makes prompts whose states are finished ready to decode."""
     newest = jnp.asarray(recent(prompts, method.rows))
+    newest = parallel.beside(finished.hidden, newest)
     before = recent(prompts, CONTEXT, NO_TOKEN)
     return Prefilled(finished.states, finished.hidden, newest, before, specs)
 

@@ -12,15 +12,17 @@ pass over the layers that differ only in the attention they are given.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from kvjax import parallel
 from kvjax.interface import CacheSpec, Method, Params, State
 from kvjax.rope import Rope
-from models.llama import low_rank, packed
+from models.llama import low_rank, packed, split
 from models.llama.config import LlamaConfig
 from models.llama.low_rank import Beside
 from models.llama.packed import Packed
@@ -161,14 +163,19 @@ class Llama(nnx.Module):
         )
 
     def hidden(
-        self, tokens: Int[Array, "B T"], attention: Attention, remat: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        attention: Attention,
+        remat: bool = False,
+        mesh: Any = None,
     ) -> Float[Array, "B T E"]:
         # Layers are unrolled: a cache carried through a scan over layers is copied.
-        x = self.embedding[...][tokens]
+        x = split.rows(mesh, self.embedding[...][tokens])
         for index, layer in enumerate(self.layers):
             run = functools.partial(layer, attend=functools.partial(attention, index))
             with jax.named_scope(f"layer{index}"):
                 x = jax.checkpoint(run)(x) if remat else run(x)
+                x = split.rows(mesh, x)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
@@ -197,6 +204,7 @@ class LlamaDecoder:
     """A :class:`kvjax.interface.DecoderLM`: pure functions of `params`, hashable."""
 
     config: LlamaConfig
+    mesh: Any = None  # `kvjax.parallel.AnyMesh` of the parameters; None: one device
 
     @property
     def num_layers(self) -> int:
@@ -271,7 +279,7 @@ class LlamaDecoder:
         With `remat` a gradient keeps one hidden state a layer and computes the rest of
         the layer again: less memory, about a third more work.
         """
-        return self._module(params).hidden(tokens, attention, remat)
+        return self._module(params).hidden(tokens, attention, remat, self.mesh)
 
     def prefill(
         self,
@@ -291,7 +299,8 @@ class LlamaDecoder:
             )
             return out
 
-        hidden = self._module(params).hidden(tokens, attention)
+        # Attention first: `after` is of its making.
+        hidden = self.hidden(params, tokens, attention)
         return tuple(after), hidden
 
     def decode_step(
@@ -309,12 +318,13 @@ class LlamaDecoder:
             after[layer], out = method.decode_step(appended, q)
             return out
 
-        hidden = self._module(params).hidden(tokens, attention)
+        # Attention first: `after` is of its making.
+        hidden = self.hidden(params, tokens, attention)
         return tuple(after), hidden
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Returns what goes into the first layer."""
-        return params["embedding"][tokens]
+        return split.rows(self.mesh, params["embedding"][tokens])
 
     def layer_params(self, params: Params) -> tuple[Params, ...]:
         """Returns the parameters of each layer, in their order."""
@@ -327,19 +337,27 @@ class LlamaDecoder:
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B T E"]:
         """Runs one layer under any `attend(q, k, v) -> out`."""
-        return nnx.merge(_layer_graph(self.config), layer_params)(x, attend)
+        x = nnx.merge(_layer_graph(self.config), layer_params)(x, attend)
+        return split.rows(self.mesh, x)
 
     def normalise(
         self, params: Params, x: Float[Array, "*B E"]
     ) -> Float[Array, "*B E"]:
         """Returns the final hidden states of what the last layer gives."""
-        return nnx.merge(_norm_graph(self.config), params["norm"])(x)
+        x = nnx.merge(_norm_graph(self.config), params["norm"])(x)
+        return split.rows(self.mesh, x)
 
     def logits(
         self, params: Params, hidden: Float[Array, "*B E"]
     ) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32."""
-        return self._module(params).logits(hidden)
+        return split.logits(self.mesh, self._module(params).logits(hidden))
+
+    def exchanges(self, batch: int) -> tuple[parallel.Exchange, ...]:
+        """Returns what devices tell each other in a step, attention not counted."""
+        return (
+            () if self.mesh is None else split.exchanges(self.mesh, self.config, batch)
+        )
 
     def _module(self, params: Params) -> Llama:
         return nnx.merge(_graph(self.config)[0], params)
