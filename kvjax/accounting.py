@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvjax import parallel
 from kvjax.interface import (
     CacheSpec,
     DecoderLM,
@@ -40,19 +41,26 @@ class Held(NamedTuple):
         return self.device + self.host
 
 
-def held(method: Method, specs: Iterable[CacheSpec]) -> list[tuple[Held, Held]]:
+def held(
+    method: Method, specs: Iterable[CacheSpec], mesh: parallel.AnyMesh | None = None
+) -> list[tuple[Held, Held]]:
     """Returns what each layer holds while the prompt is read, and while decoding.
 
-    Memories are told from types, which are known where states are traced alone.
+    Over a mesh, what each of its devices does. Memories are told from types, which are
+    known where states are traced alone.
     """
     found = []
 
     def trace() -> None:
-        for spec in specs:
+        for layer in specs:
+            spec = layer if mesh is None else parallel.share_of(method, mesh, layer)
             prompt = method.init(spec)
             found.append((_by_memory(prompt), _by_memory(method.finish(prompt))))
 
-    jax.eval_shape(trace)
+    if mesh is None:
+        jax.eval_shape(trace)
+    else:
+        parallel.shapes_of(mesh, trace)
     return found
 
 
@@ -182,8 +190,14 @@ def _held(method, decoder, prompt, generated) -> list[tuple[int, int]]:
 def traffic(
     method: Method, decoder: DecoderLM, length: int, max_new_tokens: int = 0
 ) -> Traffic:
-    """Returns the bytes that all layers read for one token of a row of `length`."""
+    """Returns the bytes that all layers read for one token of a row of `length`.
+
+    Over a mesh, those that each of its devices reads.
+    """
+    mesh = parallel.of(decoder)
     layers = layer_specs(decoder, 1, length, min(max_new_tokens, length))
+    if mesh is not None:
+        layers = [parallel.share_of(method, mesh, spec) for spec in layers]
     parts = [method.traffic(spec, length) for spec in layers]
     return Traffic(*map(sum, zip(*parts, strict=True)))
 

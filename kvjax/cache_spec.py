@@ -11,6 +11,22 @@ from jaxtyping import Array
 from kvjax.copies import Copies
 
 
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """The share of a layer that one device of a mesh has.
+
+    Attributes:
+        axis: the mesh's axis over which the heads lie; what a method does over all of
+            them goes over it (:mod:`kvjax.attention.heads`).
+        heads: parts that the heads are in.
+        rows: parts that the rows are in.
+    """
+
+    axis: str
+    heads: int = 1
+    rows: int = 1
+
+
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class CacheSpec:
@@ -37,6 +53,7 @@ class CacheSpec:
         storage: a `pallas_kernels.shared.quantized.Storage` of keys and values, or None
             for numbers of `dtype`.
         copies: of every token, that the model feeds beside it; None feeds none.
+        share: None for a whole layer. Of a device's, `batch` and heads are its own.
     """
 
     batch: int
@@ -53,6 +70,7 @@ class CacheSpec:
     alpha: float = 1.0
     storage: Hashable | None = None
     copies: Copies | None = None
+    share: Share | None = None
 
     def __post_init__(self):
         for name in ("batch", "num_q_heads", "num_kv_heads", "head_dim", "capacity"):
@@ -87,10 +105,13 @@ def with_layer(state: Any, layer: int) -> Any:
 
     States of layers that differ in the number alone can then share a program.
     """
+    return with_specs(state, lambda spec: dataclasses.replace(spec, layer=layer))
 
-    def of_layer(leaf):
-        if isinstance(leaf, CacheSpec):
-            return dataclasses.replace(leaf, layer=layer)
-        return leaf
 
-    return jax.tree.map(of_layer, state, is_leaf=lambda x: isinstance(x, CacheSpec))
+def with_specs(state: Any, change: Callable[[CacheSpec], CacheSpec]) -> Any:
+    """Returns the state with every spec in it changed."""
+
+    def changed(leaf: Any) -> Any:
+        return change(leaf) if isinstance(leaf, CacheSpec) else leaf
+
+    return jax.tree.map(changed, state, is_leaf=lambda x: isinstance(x, CacheSpec))

@@ -19,7 +19,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from kvjax import naming
 from kvjax.cache_spec import CacheSpec as CacheSpec
+from kvjax.cache_spec import Share as Share
 from kvjax.cache_spec import with_layer as with_layer
+from kvjax.cache_spec import with_specs as with_specs
 from kvjax.copies import Copies as Copies
 from kvjax.hooks import Hooks as Hooks
 from kvjax.hooks import PrefillAfterFn as PrefillAfterFn
@@ -204,7 +206,8 @@ class Method(NamedTuple):
     of calls is `init`, `prefill` once per chunk of the prompt, `finish` once, then
     `append` and `inspect_step` for every token, generated or of a question that comes
     after `finish`. `q` and `k` arrive un-rotated: a method owns its positions. A row's
-    result never depends on the other rows.
+    result never depends on the other rows. Heads may be on other devices: what is one
+    for all of a layer comes of :mod:`kvjax.attention.heads`.
 
     Each function has a type in this module, whose docstring says what it promises. T is
     the chunk in `prefill` and `rows` in a step; out is as q, in q's dtype.

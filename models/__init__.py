@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from kvjax import files
+from kvjax import files, parallel
 from kvjax.interface import DecoderLM, LanguageModel, Params
 from models import embedded, gguf, llama, published
 from models.family import Family, Footprint, Packing, check_packing
@@ -34,6 +34,7 @@ def load(
     device: Any = None,
     weights: Packing = None,
     adapter: str | Path | None = None,
+    mesh: parallel.AnyMesh | str | None = None,
 ) -> LanguageModel:
     """A model from a directory in the Hugging Face layout, a GGUF file, or the hub.
 
@@ -53,6 +54,9 @@ def load(
         adapter: folder of a LoRA adapter in PEFT's layout, which is merged into the
             weights while they are read, before they are cast or packed; after those
             that the name has.
+        mesh: devices to share weights and caches out to, as "tensor=4" or
+            "data=2,tensor=2", or a mesh of :func:`kvjax.parallel.make`; each takes its
+            part of a tensor as it is read. None is one device.
 
     Returns:
         A :class:`kvjax.interface.LanguageModel`. `eos_ids` are those of
@@ -64,8 +68,9 @@ def load(
             model was not fetched (:func:`models.published.fetch`).
         ValueError: if a file is damaged, the model is not supported, weights and
             `config.json` disagree, there is no such embedded model or `weights`,
-            groups of "int4" do not divide a matrix, nothing is "stored", or the adapter
-            is for another model or of a kind that is not supported.
+            groups of "int4" do not divide a matrix, nothing is "stored", the adapter
+            is for another model or of a kind that is not supported, or a mesh asks for
+            devices that are not there or do not divide the model.
         ImportError: if a hub id is given and `huggingface_hub` is not installed, or a
             GGUF file and `gguf` is not.
     """
@@ -79,12 +84,30 @@ def load(
     if weights == "stored":
         _check_stored(name)
     merged = tuple(map(adapters.read, folders))
+    if mesh is not None:
+        if device is not None:
+            raise ValueError(f"{device=} and {mesh=} are two places: give one of them.")
+        placed, device = _over(_load_decoder(name, dtype), mesh)
+        mesh = parallel.of(placed)
     model = _load(name, dtype, device, weights, merged)
     for one in merged:
         decoder = _attending(model.decoder, one.attention_alpha)
         named = f"{model.name}+{str(one.folder).rstrip('/')}"
         model = model._replace(decoder=decoder, name=named)
+    if mesh is not None:
+        model = model._replace(decoder=_over(model.decoder, mesh)[0])
     return model
+
+
+def _over(decoder: Any, mesh: parallel.AnyMesh | str) -> tuple[DecoderLM, Any]:
+    """Returns a decoder on a mesh, and the places of its weights."""
+    mesh = parallel.make(mesh) if isinstance(mesh, str) else mesh
+    family = _family_with(decoder)
+    if family.over is None:
+        raise ValueError(
+            f"{type(decoder).__name__} runs on one device: leave {mesh=} out."
+        )
+    return family.over(decoder, mesh)
 
 
 def split_name(name: str | Path) -> tuple[str | Path, str | None]:
@@ -183,6 +206,7 @@ def load_decoder(
     *,
     dtype: jax.typing.DTypeLike | None = None,
     adapter: str | Path | None = None,
+    mesh: parallel.AnyMesh | None = None,
 ) -> DecoderLM:
     """The decoder alone, from a `config.json` or a GGUF header: no weights are read.
 
@@ -190,6 +214,7 @@ def load_decoder(
         name: as for :func:`load`; or the `config.json` itself, whatever it is called.
         dtype: of weights, activations and cache; None keeps the checkpoint's.
         adapter: as for :func:`load`.
+        mesh: of devices, which need not be there (:func:`kvjax.parallel.imagined`).
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as :func:`load`.
@@ -200,7 +225,7 @@ def load_decoder(
         adapters.read_config(folder.expanduser())
         alpha = adapters.attention_alpha(folder.expanduser())
         decoder = _attending(decoder, alpha)
-    return decoder
+    return decoder if mesh is None else _over(decoder, mesh)[0]
 
 
 def _load_decoder(name: str | Path, dtype) -> DecoderLM:

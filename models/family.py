@@ -51,6 +51,9 @@ class Family(NamedTuple):
         load_adapted: as `load`, with a tuple at the end, each a
             :class:`models.llama.adapters.Adapter` that is merged into the weights; None
             if the family takes none.
+        over: `over(decoder, mesh) -> (decoder, shardings)`: the decoder as it runs on
+            a mesh (:mod:`kvjax.parallel`), and the places of its weights in their
+            structure; None if the family runs on one device alone.
     """
 
     model_types: tuple[str, ...]
@@ -63,6 +66,7 @@ class Family(NamedTuple):
     footprint: Callable[[Any, Packing], Footprint]
     notes: Callable[[Any, Params | None], tuple[str, ...]]
     load_adapted: LoadAdapted | None = None
+    over: Callable[[Any, Any], tuple[DecoderLM, Any]] | None = None
 
 
 def check_packing(weights: str | None) -> None:

@@ -1,4 +1,4 @@
-"""In every test: strict dtypes, checked shapes, two devices, poisoned buffers."""
+"""In every test: strict dtypes, checked shapes, four devices, poisoned buffers."""
 
 import collections
 import gc
@@ -20,7 +20,7 @@ import jax
 import jaxtyping
 import pytest
 
-jax.config.update("jax_num_cpu_devices", 2)
+jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 # Compiling is most of the time of these tiny programs; LLVM's optimiser most of that.
 jax.config.update("jax_disable_most_optimizations", True)

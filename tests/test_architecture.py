@@ -20,7 +20,7 @@ FLOORS = (
     ("pallas_kernels", "version", "naming", "hooks", "copies"),
     ("cache_spec",),
     ("interface", "rope", "files", "text", "interrupts"),
-    ("attention",),
+    ("attention", "parallel"),
     ("stores",),
     ("accounting", "dense"),
     ("methods",),  # each a room of its own
@@ -39,7 +39,7 @@ KERNELS = ("attention", "stores", "dense", "methods", "cost")
 METHODS = ("kvjax.methods", "kvjax.registry.built_in")
 KNOWS_METHODS = ("registry", "cli", "testing")
 # Models know kvjax by what every model needs, and are known to the top alone.
-OF_MODELS = ("interface", "rope", "copies", "files", "text")
+OF_MODELS = ("interface", "parallel", "rope", "copies", "files", "text")
 WRITTEN = {
     # What is measured, trained or claimed of one method, by its own parts.
     ("kvjax.cost.bench_kernels", "kvjax.methods.entmaxkv"),

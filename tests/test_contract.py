@@ -24,6 +24,7 @@ REREADING = "a_second_reading_changes_only_what_it_learns"
 TOLD = "an_instruction_votes_and_is_forgotten"
 HANDING = "what_a_layer_hands_up_has_one_shape"
 DRAFTED = "what_was_drafted_leaves_no_trace"
+SHARED = "devices_share_rows_and_heads"
 EXACT = "is_full_attention_when_the_budget_covers_the_context"
 # Those that need small options of their own: sinks, a window, and pages to search for;
 # clusters of a few tokens.
@@ -47,6 +48,7 @@ def test_every_method_keeps_the_contract(check, name):
     is_idle |= check == HANDING and given.method.hooks.prefill_after is None
     is_idle |= check == EXACT and given.method.lossy
     is_idle |= check == DRAFTED and given.method.rows > 1
+    is_idle |= check == SHARED and name == "offload"
     assert contract.keeps(given, check) != is_idle
 
 
@@ -115,6 +117,11 @@ def boasts(state, out, diagnostics):
 @inspecting
 def looks_aside(state, out, diagnostics):
     return state, out + 0.01 * out.mean(0), diagnostics
+
+
+@inspecting
+def looks_at_all_heads(state, out, diagnostics):
+    return state, out + 0.01 * out.mean(1, keepdims=True), diagnostics
 
 
 @inspecting
@@ -298,6 +305,7 @@ def idle(*, how_many: int = 4096) -> Method:
         (told("close", cuts_again), TOLD, "a context that was closed: changed"),
         (told("settle", keeps_its_shape), TOLD, "settle leaves another state"),
         (looks_aside, "rows_do_not_see_each_other", "a row that stayed"),
+        (looks_at_all_heads, SHARED, "step 0 over data=2,tens"),
         (counts_all, "a_prompt_that_ended_serves_many_questions", "outputs"),
         (remembers_in_common, DRAFTED, "of shape .1,. changes with steps"),
         (takes_too_little_back, DRAFTED, "outputs of step 0, rewound"),

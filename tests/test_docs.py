@@ -197,7 +197,7 @@ def test_python_of_a_page_runs(page, tmp_path):
         assert done.returncode == 0, done.stderr
         assert done.stdout.strip()
         if "check_method(" in code:
-            # But on two devices, of a second reading, a question, what is handed up.
+            # But of several devices, a second reading, a question, what is handed up.
             passed = ast.literal_eval(done.stdout)
             assert len(passed) == len(contract.CHECKS) - 4
 

@@ -15,6 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int, UInt
 
+from kvjax.attention.heads import count, own
+from kvjax.interface import CacheSpec
+
 GENERATOR = "threefry2x32"
 CHUNK = 256  # tokens whose numbers exist at once
 UNIFORM, WEIGHTED = 0, 1  # the two races of a token, which draw apart
@@ -44,13 +47,19 @@ def bits(
     race: int,
     heads: int,
     slots: int,
+    spec: CacheSpec | None = None,
 ) -> UInt[Array, "B H N K"]:
-    """Draws 32 bits for each token, KV head and slot; the key is not used up."""
+    """Draws 32 bits for each token, KV head and slot; the key is not used up.
+
+    With the spec of a device's share, its heads' part of what the layer's draw.
+    """
+    every = heads if spec is None else count(spec, heads)
 
     def one(key: UInt[Array, "2"], position: Int[Array, ""]) -> UInt[Array, "H K"]:
         wrapped = jax.random.wrap_key_data(key, impl=GENERATOR)
         of_token = jax.random.fold_in(jax.random.fold_in(wrapped, position), race)
-        return jax.random.bits(of_token, (heads, slots), jnp.uint32)
+        drawn = jax.random.bits(of_token, (every, slots), jnp.uint32)
+        return drawn if spec is None else own(spec, drawn)
 
     drawn = jax.vmap(jax.vmap(one, (None, 0)))(key, positions)
     return drawn.swapaxes(1, 2)
@@ -72,7 +81,10 @@ def exponentials(
 
 
 def race_weighted(
-    key: UInt[Array, "B 2"], weights: Float[Array, "B H S"], slots: int
+    key: UInt[Array, "B 2"],
+    weights: Float[Array, "B H S"],
+    slots: int,
+    spec: CacheSpec | None = None,
 ) -> Winners:
     """Draws a token for every slot, each position with the chance of its weight."""
     batch, heads, size = weights.shape
@@ -80,7 +92,7 @@ def race_weighted(
     def step(won: Winners, positions: Int[Array, "N"]) -> Winners:
         at = jnp.broadcast_to(positions, (batch, *positions.shape))
         some = lax.dynamic_slice_in_dim(weights, positions[0], len(positions), 2)
-        times = exponentials(bits(key, at, WEIGHTED, heads, slots), some)
+        times = exponentials(bits(key, at, WEIGHTED, heads, slots, spec), some)
         first = positions[times.argmin(2)]
         return _earlier(won, Winners(first, times.min(2)))
 
@@ -96,6 +108,7 @@ def race_uniform(
     labels: Int[Array, "B H S"],
     centres: Int[Array, "B H M"],
     per_cluster: int,
+    spec: CacheSpec | None = None,
 ) -> Winners:
     """Draws `per_cluster` tokens of each cluster, all with the same chance.
 
@@ -104,6 +117,7 @@ def race_uniform(
         labels: the cluster of the token at each position, -1 = none.
         centres: a token of each cluster, that stands where nobody wins.
         per_cluster: slots K of a cluster.
+        spec: as :func:`bits`.
 
     Returns:
         Positions and bits `(B, Hkv, M, K)`.
@@ -121,7 +135,7 @@ def race_uniform(
         at = jnp.broadcast_to(positions, (batch, *positions.shape))
         label = lax.dynamic_slice_in_dim(labels, positions[0], len(positions), 2)
         label = jnp.where(label < 0, clusters, label)
-        drawn = bits(key, at, UNIFORM, heads, per_cluster)
+        drawn = bits(key, at, UNIFORM, heads, per_cluster, spec)
         least = per_head(label, drawn)
         own = jnp.minimum(label, clusters - 1)[..., None]
         is_least = drawn == jnp.take_along_axis(least, own, axis=2)

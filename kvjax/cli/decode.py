@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from kvjax import files
-from kvjax.cli import conversation, drafts
+from kvjax.cli import conversation, drafts, mesh
 from kvjax.cli.methods import answering, fitting
 from kvjax.cli.options import (
     METHOD_HELP,
@@ -260,6 +260,12 @@ def _check_instruction(instruction, resume, save) -> None:
 
 def _check_conversation(chat, resume, save, room, system) -> None:
     """Raises ValueError for options that have nothing to say to each other."""
+    if mesh.over_mesh.get() is not None and (resume or save) is not None:
+        option = "--save" if resume is None else "--resume"
+        raise ValueError(
+            f"--mesh {mesh.over_mesh.get()} splits a cache over devices, and {option} "
+            "keeps it in one piece: leave either out."
+        )
     if save is not None and not chat:
         raise ValueError("--save keeps a conversation: add --chat.")
     if room is not None and save is None and not (chat and resume is not None):

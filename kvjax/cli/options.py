@@ -16,6 +16,7 @@ import typer
 
 import kvjax
 from kvjax import files, registry
+from kvjax.cli import mesh
 from kvjax.cli.compiled import keep_compiled_code
 from kvjax.registry import specs
 from kvjax.text import encoding
@@ -151,7 +152,7 @@ NewTokensOption = Annotated[
 def with_model_options(command: Callable) -> Callable:
     """Adds `--yes` and `--adapter` to a command that takes a model.
 
-    Also `--weights`, if it takes a dtype.
+    Also `--weights`, if it takes a dtype, and `--mesh`, if it runs over one.
     """
     signature = inspect.signature(command)
     if "model" not in signature.parameters:
@@ -162,9 +163,12 @@ def with_model_options(command: Callable) -> Callable:
     }
     if "dtype" in signature.parameters:
         added |= {"weights": (WeightsOption, None, packing)}
+    if command.__name__ in mesh.COMMANDS:
+        added |= {"mesh": (mesh.MeshOption, None, mesh.over_mesh)}
 
     @functools.wraps(command)
     def run(**arguments):
+        mesh.over_mesh.set(None)
         for name, (_, _, variable) in added.items():
             variable.set(arguments.pop(name))
         if packing.get() not in (None, "int8", "int4", "stored"):
@@ -172,6 +176,7 @@ def with_model_options(command: Callable) -> Callable:
                 f"--weights {packing.get()} must be int8, int4 or stored; leave it out "
                 "for floats."
             )
+        mesh.check(mesh.over_mesh.get())
         return command(**arguments)
 
     parameters = [
@@ -290,6 +295,7 @@ def load(model: str | None, dtype: str | None) -> kvjax.LanguageModel:
         dtype=checked_dtype(dtype),
         weights=packing.get(),
         adapter=merged.get(),
+        mesh=mesh.over_mesh.get(),
     )
     print_notes(loaded.decoder, loaded.params)
     return loaded

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from kvjax import registry
+from kvjax import parallel, registry
 from kvjax.cli.methods import for_model, names_for
 from kvjax.cli.options import (
     METHOD_HELP,
@@ -74,6 +74,14 @@ def plan(
         list[str] | None,
         typer.Option("--set", help="key=value of that config; may be repeated."),
     ] = None,
+    mesh: Annotated[
+        str | None,
+        typer.Option(
+            "--mesh",
+            help="Devices that share weights and caches, as data=2,tensor=4; they need "
+            "not be there. Bytes are then those of each.",
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Memory of a model at a context, method by method, and which devices it fits.
@@ -86,7 +94,7 @@ def plan(
         of_decoding = {"method": method, "context": context, "budget": budget}
         of_decoding |= {"new_tokens": new_tokens, "batch": batch}
         of_decoding |= {"chunk_size": chunk_size, "dtype": dtype}
-        of_decoding |= {"link_gbps": link_gbps}
+        of_decoding |= {"link_gbps": link_gbps, "mesh": mesh}
         _refuse(of_decoding, "--train")
         if packing.get() is not None:
             raise ValueError("--weights has no meaning beside --train: leave it out.")
@@ -112,8 +120,9 @@ def plan(
     devices = planning.devices(device or planning.DEVICES)
     for one in devices.values():
         planning.room(one, margin)  # mistakes first
+    over = None if mesh is None else parallel.imagined(mesh)
     name = model_name(model)
-    decoder = models.load_decoder(name, dtype=dtype, adapter=merged.get())
+    decoder = models.load_decoder(name, dtype=dtype, adapter=merged.get(), mesh=over)
     print_notes(decoder)
     held, read, mlp_width = models.footprint(decoder, packing.get(), name)
     weights = planning.Weights(held, read)
@@ -144,6 +153,7 @@ def plan(
         "model_context": decoder.context,
         "new_tokens": new_tokens,
         "batch": batch,
+        "mesh": mesh,
         "chunk_size": chunk_size,
         "weights": weights.held,
         "weights_read": weights.read,
@@ -183,6 +193,7 @@ def _row(spec, found, devices, margin, link) -> dict:
         "prompt_pairs_share": found.prompt_share,
         "host_memory": found.host,
         "link_per_step_at_most": found.link,
+        "sent_per_step": found.sent,
         "devices": {
             name: {
                 "fits": planning.fits(found, device, margin),
@@ -207,6 +218,7 @@ def _print(document) -> None:
     is_offloaded = any(row["host_memory"] for row in document["rows"])
     if is_offloaded:
         headings += ["host\nGB", "link\nGB"]
+    headings += ["sent\nGB"] * (document["mesh"] is not None)
     for name, device in document["devices"].items():
         headings.append(f"{name}\n{device['memory'] / 1e9:.1f}")
     specs, shared = terminal.shared_options([row["method"] for row in document["rows"]])
@@ -229,6 +241,11 @@ def _print(document) -> None:
                     planning.gigabytes(row[key])
                     for key in ("host_memory", "link_per_step_at_most")
                     if is_offloaded
+                ),
+                *(
+                    planning.gigabytes(row["sent_per_step"])
+                    for _ in [document["mesh"]]
+                    if document["mesh"] is not None
                 ),
                 *(
                     _rate(at["most_tokens_per_second"]) if at["fits"] else "-"
@@ -270,6 +287,11 @@ def _notes(document) -> list[str]:
             f"at most, at {document['link_gbps']:g} GB/s (--link-gbps) before the "
             "step goes on: the rates are those of steps that find nothing on the "
             "device."
+        )
+    if document["mesh"] is not None:
+        lines.append(
+            f"Each device of {document['mesh']}: bytes are its own, rates those of all "
+            "together. sent: by it to the others in a step, whose time is not counted."
         )
     if document["context"] > document["model_context"]:
         lines.append(

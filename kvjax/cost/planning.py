@@ -8,13 +8,13 @@ arithmetic is not counted.
 
 import math
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from kvjax import accounting
+from kvjax import accounting, parallel
 from kvjax.decoding.reader import layer_specs
-from kvjax.interface import DecoderLM, Method
+from kvjax.interface import CacheSpec, DecoderLM, Method
 
 
 class Device(NamedTuple):
@@ -95,7 +95,7 @@ class Weights(NamedTuple):
 class Plan(NamedTuple):
     """Bytes of one model under one method, all rows and layers together.
 
-    States are what the device holds of them.
+    States are what the device holds of them; over a mesh, each of its devices.
     """
 
     weights: Weights
@@ -110,6 +110,7 @@ class Plan(NamedTuple):
     host: int = 0  # of states at most, in the host's memory
     link: int = 0  # that a step reads from there, if the device has none of it
     prompt_share: float = 1.0  # of the query-key pairs of a prompt, those attended to
+    sent: int = 0  # by a step to the other devices of a mesh
 
     @property
     def step_bytes(self) -> int:
@@ -166,7 +167,11 @@ def plan(
         raise ValueError(f"{new_tokens=} must be in [1, {context=}).")
     prompt = context - new_tokens
     specs = layer_specs(decoder, batch, prompt, new_tokens)
-    before, after = zip(*accounting.held(method, specs), strict=True)
+    mesh, own = parallel.of(decoder), specs[0]
+    if mesh is not None:
+        own = parallel.share_of(method, mesh, own)
+        mlp_width = -(-mlp_width // parallel.ways(mesh))
+    before, after = zip(*accounting.held(method, specs, mesh), strict=True)
     # Layer by layer: those before are small already, one is held in both shapes, and
     # what it has in the host's memory is on the device meanwhile.
     ending = max(
@@ -178,21 +183,20 @@ def plan(
     chunk_size = -(-chunk_size // granule) * granule
     if method.reread is not None:
         chunk_size = max(chunk_size, min(method.reread.chunk, context))
-    spec = decoder.cache_spec(batch, context, new_tokens)
-    itemsize = jnp.dtype(spec.dtype).itemsize
-    logits = 4 * batch * decoder.vocab_size
+    itemsize = jnp.dtype(own.dtype).itemsize
+    logits = 4 * own.batch * decoder.vocab_size
     # A chunk's hidden states and heads; and XLA copies a layer's cache up to twice for
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
-    heads = (spec.num_q_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    heads = (own.num_q_heads + 2 * own.num_kv_heads) * own.head_dim
     wide = (2 * decoder.width + 3 * mlp_width + heads) * itemsize
-    fed = spec.copies
+    fed = own.copies
     rows, count = (fed.rows(chunk_size), fed.count) if fed else (chunk_size, 1)
     # Of attention that merges, what is in the host's memory comes in small blocks.
     far = 0 if decoder.alpha == 1 else 1
     layer = max(held.device + far * held.host for held in before)
-    prompt_temporaries = batch * rows * wide + 2 * layer + logits
+    prompt_temporaries = own.batch * rows * wide + 2 * layer + logits
     # One layer's attention logits twice, in float32, where no kernel keeps them small.
-    decode_temporaries = 8 * count * batch * spec.num_q_heads * context + 2 * logits
+    decode_temporaries = 8 * count * own.batch * own.num_q_heads * context + 2 * logits
     return Plan(
         weights,
         _on_device(before),
@@ -200,13 +204,28 @@ def plan(
         _on_device(after),
         prompt_temporaries,
         decode_temporaries,
-        batch * read.kv,
-        batch * read.metadata,
+        rows * read.kv,
+        rows * read.metadata,
         batch,
         max(sum(x.host for x in held) for held in (before, after)),
-        batch * read.link,
+        rows * read.link,
         accounting.prompt_share(method, decoder, prompt),
+        sum(one.sent for one in exchanges(decoder, method, specs)),
     )
+
+
+def exchanges(
+    decoder: Any, method: Method, specs: Iterable[CacheSpec]
+) -> list[parallel.Exchange]:
+    """Returns what the devices of a mesh tell each other in a step; of one, nothing."""
+    mesh = parallel.of(decoder)
+    if mesh is None:
+        return []
+    specs = list(specs)
+    found = list(decoder.exchanges(specs[0].batch))
+    for spec in specs:
+        found += parallel.exchanged(method, mesh, spec)
+    return found
 
 
 def _on_device(held: Iterable[accounting.Held]) -> int:

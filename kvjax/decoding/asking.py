@@ -20,7 +20,14 @@ from kvjax.decoding.checks import check_model, check_vocabulary, token_rows
 from kvjax.decoding.generate import Forced, Generation
 from kvjax.decoding.options import Options
 from kvjax.decoding.reader import PAD, Prefilled
-from kvjax.interface import CacheSpec, LanguageModel, Method, State, with_layer
+from kvjax.interface import (
+    CacheSpec,
+    LanguageModel,
+    Method,
+    State,
+    with_layer,
+    with_specs,
+)
 from kvjax.registry import as_method
 
 
@@ -274,14 +281,16 @@ def _layout(
     return Layout(tuple(have_rows), fits)
 
 
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, CacheSpec)
-
-
 def _of_rows(state: State, count: int) -> State:
     """Returns the state with every spec in it of so many rows."""
 
-    def of_rows(leaf):
-        return dataclasses.replace(leaf, batch=count) if _is_spec(leaf) else leaf
+    def of_rows(spec: CacheSpec) -> CacheSpec:
+        parts = 1 if spec.share is None else spec.share.rows
+        if count % parts:
+            raise ValueError(
+                f"{count} rows do not go over data={parts} devices, as those that were "
+                "read did: ask a multiple."
+            )
+        return dataclasses.replace(spec, batch=count // parts)
 
-    return jax.tree.map(of_rows, state, is_leaf=_is_spec)
+    return with_specs(state, of_rows)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from kvjax import accounting, copies
+from kvjax import accounting, copies, parallel
 from kvjax.decoding.sampling import shown
 from kvjax.interface import DecoderLM, LanguageModel, Method, Tokenizer
 from kvjax.text import encoding
@@ -161,11 +161,22 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed={shown(seed)} must be an integer in [0, 2**32).")
 
 
-def check_model(model: LanguageModel) -> None:
-    """Raises ValueError for what is no loaded model, such as its name."""
+def check_model(model: LanguageModel, *, on_one_device: str = "") -> None:
+    """Raises ValueError for what is no loaded model, such as its name.
+
+    Args:
+        on_one_device: what is done with the model, if that takes no mesh.
+    """
     if not isinstance(model, LanguageModel):
         raise ValueError(
             f"model={shown(model)} must be a LanguageModel: load it with models.load."
+        )
+    mesh = parallel.of(model.decoder)
+    if on_one_device and mesh is not None:
+        sizes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+        raise ValueError(
+            f"{on_one_device} runs on one device, and the model is on a mesh of "
+            f"{sizes}: load it without `mesh`."
         )
 
 

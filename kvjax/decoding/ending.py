@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 
+from kvjax import parallel
 from kvjax.interface import Method, State, with_layer
 
 
@@ -24,12 +25,15 @@ def finish_layer(method: Method, state: State, layer: int) -> State:
     """Ends the prompts in one layer, which is not settled yet."""
     # Without the layer's number one program serves all. Not donated: shapes may
     # change, and a buffer passed through is not copied.
+    method = parallel.of_state(method, state)
     return with_layer(_finish(method, with_layer(state, 0)), layer)
 
 
 def settled(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
     """Lets the method decide what it does over all layers of ended prompts."""
-    return states if method.hooks.settle is None else _settle(method, states)
+    if method.hooks.settle is None:
+        return states
+    return _settle(parallel.of_state(method, states[0]), states)
 
 
 def seal_layers(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
@@ -38,7 +42,8 @@ def seal_layers(method: Method, states: tuple[State, ...]) -> tuple[State, ...]:
         return states
     sealed = list(states)
     for layer in range(len(sealed)):
-        state = _seal(method, with_layer(sealed[layer], 0))
+        one = parallel.of_state(method, sealed[layer])
+        state = _seal(one, with_layer(sealed[layer], 0))
         sealed[layer] = with_layer(state, layer)
     return tuple(sealed)
 

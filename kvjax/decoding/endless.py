@@ -180,7 +180,7 @@ def read(
             finite, or, once at its end, the text has no tokens.
     """
     method = as_method(method)
-    check_model(model)
+    check_model(model, on_one_device="an endless text")
     check_method(model, method)
     options = Options(chunk_size=chunk_size)
     check_counts(room=room)
@@ -270,7 +270,7 @@ def extend(
             f"{max_new_tokens=} exceeds the room={text.room} that the text was read "
             "with, and this method holds each generated token: read it with more."
         )
-    check_model(model)
+    check_model(model, on_one_device="an endless text")
     reading = reader.Reading(text.states, text.hidden)
     prefilled = reader.ended(model, method, reading, [text.newest])
     return go_on(model, method, prefilled, wanted, text.seen)

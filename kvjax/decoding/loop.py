@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from kvjax import parallel
 from kvjax.interface import DecoderLM, Method, Params, State
 
 
@@ -63,7 +64,8 @@ def choose_first(
     """
     logits = decoder.logits(params, hidden)
     tokens, memory, out = rule.choose(logits, jnp.int32(0), memory, given)
-    return pushed(window, tokens), memory, out
+    begun = pushed(window, tokens), memory, out
+    return parallel.everywhere(parallel.of(decoder), begun)
 
 
 def take_steps(
@@ -79,14 +81,21 @@ def take_steps(
     limit: Int[Array, ""],
 ) -> Steps:
     """Takes up to `limit <= size` steps, each on the tokens that the last one chose."""
+    mesh = parallel.of(decoder)
+    method = parallel.over(method, mesh)
     batch, spec = window.shape[0], decoder.cache_spec(1, 1)
     hidden = jax.ShapeDtypeStruct((batch, decoder.width), spec.dtype)
+
+    def watched(before, after):
+        if rule.watch is None:
+            return ()
+        return rule.watch(parallel.inside(before), parallel.inside(after))
 
     def look(hidden, before, after):
         """Returns what a step keeps: for its shapes the model is not traced again."""
         logits = decoder.logits(params, hidden)
         out = rule.choose(logits, jnp.int32(0), memory, given)[2]
-        return out, () if rule.watch is None else rule.watch(before, after)
+        return out, watched(before, after)
 
     shapes = jax.eval_shape(look, hidden, states, states)
     kept = jax.tree.map(lambda x: jnp.zeros((size, *x.shape), x.dtype), shapes)
@@ -101,15 +110,18 @@ def take_steps(
         states, hidden = decoder.decode_step(params, carry.states, carry.window, method)
         logits = decoder.logits(params, hidden[:, -1])
         tokens, memory, out = rule.choose(logits, carry.taken, carry.memory, given)
-        seen = () if rule.watch is None else rule.watch(carry.states, states)
+        seen = watched(carry.states, states)
         kept = jax.tree.map(
             lambda x, new: x.at[carry.taken].set(new), carry.kept, (out, seen)
         )
-        window = pushed(carry.window, tokens)
-        return Steps(states, window, memory, kept, carry.taken + 1)
+        rest = pushed(carry.window, tokens), memory, kept, carry.taken + 1
+        return Steps(states, *parallel.everywhere(mesh, rest))
 
     begun = Steps(states, window, memory, kept, jnp.int32(0))
-    return jax.lax.while_loop(running, step, begun)
+    taken = jax.lax.while_loop(running, step, begun)
+    # As it was given, for the next call to run the same program.
+    rest = parallel.everywhere(mesh, tuple(taken)[1:])
+    return Steps(parallel.in_parts(taken.states), *rest)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from kvjax import copies, interface
+from kvjax import copies, interface, parallel
 from kvjax.decoding import ending, instructions, loop, timing
 from kvjax.decoding.checks import (
     check_model,
@@ -174,7 +174,8 @@ def begin(
 
 def no_hidden(decoder: DecoderLM, batch: int) -> Float[Array, "B E"]:
     """Returns what stands for hidden states before the first token of a prompt."""
-    return jnp.zeros((batch, decoder.width), decoder.cache_spec(1, 1).dtype)
+    hidden = jnp.zeros((batch, decoder.width), decoder.cache_spec(1, 1).dtype)
+    return parallel.whole(parallel.of(decoder), hidden)
 
 
 def empty_states(
@@ -186,7 +187,8 @@ def empty_states(
         ValueError: if the model feeds copies of a token, and the method takes none.
     """
     check_repeats(decoder, method)
-    return _init(method, layer_specs(decoder, batch, longest, max_new_tokens))
+    specs = layer_specs(decoder, batch, longest, max_new_tokens)
+    return _init(parallel.over(method, parallel.of(decoder)), specs)
 
 
 def layer_specs(
@@ -299,6 +301,7 @@ def program(judge: Judge | None) -> Any:
 
 def _by_layer(decoder, method, params, states, tokens, lengths):
     """Reads a chunk layer by layer, all by one program where their shapes agree."""
+    method = parallel.over(method, parallel.of(decoder))
     states, x, handed = list(states), _embed(decoder, params, tokens, lengths), None
     for layer, own in enumerate(decoder.layer_params(params)):
         # Without the layer's number, which would make a program of its own.
@@ -328,6 +331,7 @@ def _layer(decoder, method, layer_params, state, x, lengths, below):
 
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
 def _whole(decoder, method, params, states, tokens, lengths):
+    method = parallel.over(method, parallel.of(decoder))
     return decoder.prefill(params, states, tokens, lengths, method)
 
 
@@ -370,7 +374,8 @@ def end_chunk(
         judged = by_position(decoder, judge, params, before, tokens)
     index = jnp.maximum(lengths - 1, 0)[:, None, None]
     last = jnp.take_along_axis(hidden, index, axis=1)[:, 0]
-    return jnp.where((lengths > 0)[:, None], last, newest), judged
+    newest = jnp.where((lengths > 0)[:, None], last, newest)
+    return parallel.everywhere(parallel.of(decoder), (newest, judged))
 
 
 def by_position(
@@ -450,6 +455,7 @@ def ready(
 ) -> Prefilled:
     """Makes prompts whose states are finished ready to decode."""
     newest = jnp.asarray(recent(prompts, method.rows))
+    newest = parallel.beside(finished.hidden, newest)
     before = recent(prompts, CONTEXT, NO_TOKEN)
     return Prefilled(finished.states, finished.hidden, newest, before, specs)
 

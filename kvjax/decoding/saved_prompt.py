@@ -95,7 +95,7 @@ def read(
         ValueError: as :func:`kvjax.decoding.generate.generate`.
     """
     method = as_method(method)
-    check_model(model)
+    check_model(model, on_one_device="a saved prompt")
     check_counts(room=room)
     options = Options(max_new_tokens=room, chunk_size=chunk_size)
     prompts = token_rows(prompts, model.tokenizer)
@@ -125,7 +125,7 @@ def finish(model: LanguageModel, method: Method | str, prefix: Prefix) -> Prefix
     """
     if prefix.is_finished:
         return prefix
-    check_model(model)
+    check_model(model, on_one_device="a saved prompt")
     reading = Reading(prefix.states, prefix.hidden)
     finished = reader.finish(model, as_method(method), reading, prefix.prompts)
     return prefix._replace(states=finished.states, is_finished=True)
@@ -167,7 +167,7 @@ def extend(
             or the model's rope is `dynamic`: its keys depend on the whole prompt.
     """
     method = as_method(method)
-    check_model(model)
+    check_model(model, on_one_device="a saved prompt")
     options = Options(chunk_size=chunk_size)
     more = rows_of(more, "more")
     if len(more) != len(prefix.prompts):
@@ -266,7 +266,7 @@ def stream(
         options["max_new_tokens"] = max_new_tokens
         return stream_answers(model, method, prefix, nothing, **options)
     method = as_method(method)
-    check_model(model)
+    check_model(model, on_one_device="a saved prompt")
     if max_new_tokens is None:
         left = tokens_left(model, method, prefix)
         max_new_tokens = NEW_TOKENS if left is None else max(left, 1)
@@ -327,7 +327,7 @@ def stream_answers(
 ) -> Generator[tuple[int, str], None, list[Generation]]:
     """Yields `(question, new text)` while :func:`ask` decodes; returns what it does."""
     method = as_method(method)
-    check_model(model)
+    check_model(model, on_one_device="a saved prompt")
     if not prefix.is_finished:
         raise ValueError(
             "the prefix has not ended, and more of a prompt is read, not appended: use "

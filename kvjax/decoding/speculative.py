@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from kvjax import copies
+from kvjax import copies, parallel
 from kvjax.decoding.finite import is_finite
 from kvjax.interface import DecoderLM, Method, Params, State
 
@@ -52,7 +52,12 @@ def rewind(
             "this method cannot take tokens back: it has no `rewind`. Use full, quest, "
             "or retro and dense_layers around them."
         )
-    return tuple(method.rewind(state, count, most) for state in states)
+    back = [parallel.of_state(method, state).rewind for state in states]
+    return tuple(
+        one(state, count, most)
+        for one, state in zip(back, states, strict=True)
+        if one is not None
+    )
 
 
 def verify(

@@ -196,7 +196,7 @@ def divergences(
     Raises:
         ValueError: as :func:`kvjax.decoding.reader.prefill`.
     """
-    check_model(model)
+    check_model(model, on_one_device="calibration")
     size = min(batch, len(prompts))
     longest = max(map(len, prompts)) - new_tokens
     found: list[float] = []

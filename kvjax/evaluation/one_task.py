@@ -130,7 +130,7 @@ def run(
     """
     if not rows and (task != OWN or not questions):
         check_task(task)
-    check_model(model)
+    check_model(model, on_one_device="an evaluation")
     check_counts(context=context, n=n, batch=batch, chunk_size=chunk_size)
     check_counts(new_tokens=new_tokens)
     check_seed(seed)

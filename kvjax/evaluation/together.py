@@ -344,7 +344,7 @@ def read(
     Raises:
         ValueError: as there.
     """
-    check_model(model)
+    check_model(model, on_one_device="reading for several methods")
     prompts, chosen = token_rows(prompts), Options(**options)
     check_prompts(model, as_one(methods), prompts, chosen.max_new_tokens)
     return read_checked(model, methods, prompts, chosen)

@@ -66,7 +66,7 @@ class KvjaxLM(TemplateLM):
         progress: Progress = ignore,
     ):
         super().__init__()
-        check_model(model)
+        check_model(model, on_one_device="lm-eval")
         check_counts(
             batch_size=batch_size, max_gen_toks=max_gen_toks, chunk_size=chunk_size
         )

@@ -44,6 +44,8 @@ class Duo(NamedTuple):
     retrieval: Any  # the method's state of these; None if there is none
     streaming: Streaming | None  # of the others
 
+    HEADS_TOGETHER = True  # which is of which kind differs from device to device
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

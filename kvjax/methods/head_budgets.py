@@ -38,6 +38,8 @@ class SharedSlots(NamedTuple):
     positions: Int[Array, "B 1 N"]  # -1 = empty
     length: Int[Array, "B"]  # tokens seen, not slots used
 
+    HEADS_TOGETHER = True
+
 
 @dataclasses.dataclass(frozen=True)
 class Options:

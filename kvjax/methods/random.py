@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt
 
+from kvjax.attention import heads
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Method, Traffic
@@ -130,8 +131,9 @@ def importance(options: Options, state: RandomPrompt) -> Float[Array, "B Hkv S"]
     store = state.store
     # (B, 1, 1), (Hkv, 1), (S,): what a draw depends on, mixed in turn.
     row = mix(jnp.asarray(options.seed, jnp.uint32), state.layer[:, None, None])
-    heads = jnp.arange(store.spec.num_kv_heads, dtype=jnp.int32)[:, None]
-    head = mix(mix(row, heads), store.length[:, None, None])
+    number = jnp.arange(store.spec.num_kv_heads, dtype=jnp.int32)[:, None]
+    number += heads.first(store.spec)
+    head = mix(mix(row, number), store.length[:, None, None])
     drawn = mix(head, jnp.arange(store.spec.capacity, dtype=jnp.int32))
     # What float32 holds exactly.
     scores = (drawn >> 8).astype(jnp.float32) * jnp.float32(2**-24)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.attention import selection
+from kvjax.attention import heads, selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Lists, Method, Traffic
@@ -289,8 +289,7 @@ def choose(
     if not parts.chosen:
         return state, is_due  # sinks and window have room for the whole cache
     if options.threshold is not None:
-        flat = (x.reshape(x.shape[0], -1) for x in (q, state.query))
-        is_due &= selection.cosine(*flat) < options.threshold
+        is_due &= cosine(spec, q[:, :, 0], state.query) < options.threshold
     by_row = is_due[:, None, None]
     # While the budget holds everything there is nothing to choose.
     place = parts.sinks + jnp.arange(parts.chosen, dtype=jnp.int32)
@@ -306,6 +305,18 @@ def choose(
     return state._replace(chosen=chosen, query=query), is_due
 
 
+def cosine(
+    spec: CacheSpec, query: Float[Array, "B Hq D"], reference: Float[Array, "B Hq D"]
+) -> Float[Array, "B"]:
+    """Returns the cosine between the queries of all heads as one vector, in float32."""
+    query, reference = (x.astype(jnp.float32) for x in (query, reference))
+    pairs = ((query, reference), (query, query), (reference, reference))
+    products = jnp.stack([(x * y).sum(-1) for x, y in pairs], axis=-1)
+    product, squared, other = jnp.moveaxis(heads.total(spec, products), -1, 0)
+    norms = jnp.sqrt(squared) * jnp.sqrt(other)
+    return product / jnp.maximum(norms, jnp.finfo(jnp.float32).tiny)
+
+
 def vote(
     options: Options, state: TokenSelectState, q: Float[Array, "B Hq 1 D"]
 ) -> Int[Array, "B 1 K"]:
@@ -319,6 +330,6 @@ def vote(
     is_between &= slots >= parts.sinks
     # Finite, so that a row with nothing between has votes too.
     logits = jnp.where(is_between, logits, jnp.finfo(logits.dtype).min)
-    votes = jax.nn.softmax(logits, axis=-1).sum(1, keepdims=True)
+    votes = heads.total(state.spec, jax.nn.softmax(logits, axis=-1))[:, None]
     best = selection.top_slots(votes, parts.chosen, is_between)
     return selection.in_order(best)

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.attention import selection
+from kvjax.attention import heads, selection
 from kvjax.attention.partials import softmax_only, weighted_attention
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
@@ -115,7 +115,7 @@ def finish(budget: int, state: TovaPrompt) -> TovaState:
         store.length[:, None] - 1,
         sm_scale=store.spec.sm_scale,
     )
-    weights = jax.nn.softmax(logits, axis=-1).mean(1)
+    weights = heads.mean(store.spec, jax.nn.softmax(logits, axis=-1))
     slots = jnp.arange(store.spec.capacity, dtype=jnp.int32)
     is_held = slots < store.length[:, None, None]
     positions = selection.in_order(selection.top_slots(weights, budget, is_held))
@@ -145,7 +145,8 @@ def inspect_step(
     shape = (spec.batch, spec.num_kv_heads, kept.positions.shape[-1])
     attended = jnp.broadcast_to(kept.positions, shape)
     diagnostics = step.diagnose(attended, lse, kept.length)
-    return TovaState(kept, weights.mean(1)), out.astype(q.dtype), diagnostics
+    weights = heads.mean(spec, weights)
+    return TovaState(kept, weights), out.astype(q.dtype), diagnostics
 
 
 def traffic(budget: int, spec: CacheSpec, length: int) -> Traffic:

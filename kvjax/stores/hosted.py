@@ -34,6 +34,8 @@ class Hosted(NamedTuple):
 
     rows: Float[Rows, "B Hkv *N D"]
 
+    ONE_DEVICE = "a cache beyond the device's memory"
+
     @property
     def shape(self) -> tuple[int, ...]:
         return self.rows.shape

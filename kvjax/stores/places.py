@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.attention import selection
+from kvjax.attention import heads, selection
 from kvjax.attention.partials import Partial
 from kvjax.interface import CacheSpec
 from kvjax.stores import buffers
@@ -171,7 +171,7 @@ def received(spec: CacheSpec, places: Places, behind: Behind) -> Float[Array, "B
         sm_scale=spec.sm_scale,
         group_reduce="mean",
     )
-    return weights.mean(1, keepdims=True)
+    return heads.mean(spec, weights)[:, None]
 
 
 def settle(

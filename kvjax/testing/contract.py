@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import accounting
 from kvjax.interface import Diagnostics, Method, Traffic
@@ -29,6 +28,7 @@ from kvjax.testing.ended import (
 )
 from kvjax.testing.handing_up import what_a_layer_hands_up_has_one_shape
 from kvjax.testing.instruction import an_instruction_votes_and_is_forgotten
+from kvjax.testing.meshes import devices_share_rows_and_heads
 from kvjax.testing.second_reading import a_second_reading_changes_only_what_it_learns
 from kvjax.testing.streams import (
     Chunks,
@@ -370,35 +370,6 @@ def a_step_writes_in_place(subject: Subject) -> None:
     expect(aliased == held, f"of {held} bytes of a donated state {aliased} are reused.")
 
 
-def sharded_over_two_devices_is_the_same(subject: Subject) -> None:
-    """Each device decodes its rows; what it holds stays where it is."""
-    devices = np.array(jax.devices("cpu")[:2])
-    if len(devices) < 2:
-        # Before JAX is used, jax.config.update("jax_num_cpu_devices", 2) makes two.
-        raise NothingToCheckError
-    mesh = jax.sharding.Mesh(devices, ("data",))
-
-    def split(x):
-        axes = ("data",) + (None,) * (x.ndim - 1)
-        return jax.device_put(x, NamedSharding(mesh, PartitionSpec(*axes)))
-
-    state, _ = subject.prefill()
-    state = jax.tree.map(split, subject.jitted_finish(state))
-    before = jax.tree.map(lambda leaf: leaf.sharding, state)
-    q, k, v = (split(np.asarray(x[0])) for x in subject.step_inputs())
-    step = jax.jit(functools.partial(streams.step, subject.method))
-    state, (out, diagnostics) = step(state, (q, k, v))
-    expect_same(out[:, :, -1], subject.baseline.out[0], "outputs")
-    attended = subject.baseline.diagnostics.attended[0]
-    expect_same(diagnostics.attended, attended, "attended")
-    leaves = zip(jax.tree.leaves(state), jax.tree.leaves(before), strict=True)
-    for leaf, sharding in leaves:
-        expect(
-            leaf.sharding.is_equivalent_to(sharding, leaf.ndim),
-            f"an array of the state moved: {sharding} became {leaf.sharding}.",
-        )
-
-
 def a_spec_is_static_and_a_state_is_arrays_only(subject: Subject) -> None:
     """Checks what jit needs of both."""
     state, spec = subject.method.init(subject.spec), subject.spec
@@ -447,6 +418,6 @@ CHECKS |= {
         what_was_drafted_leaves_no_trace,
         bytes_are_known_before_anything_is_allocated,
         a_step_writes_in_place,
-        sharded_over_two_devices_is_the_same,
+        devices_share_rows_and_heads,
     )
 }

@@ -7,9 +7,18 @@ from typing import Any
 
 import jax
 
+from kvjax import parallel
 from kvjax.interface import Params
 from models.family import Config, Family, Footprint, Packing
-from models.llama import families, merged, packed, tensors, tokenizer, weights
+from models.llama import (
+    families,
+    merged,
+    packed,
+    split,
+    tensors,
+    tokenizer,
+    weights,
+)
 from models.llama.adapters import Adapter
 from models.llama.config import MODEL_TYPES, LlamaConfig, from_hf, notes, to_hf
 from models.llama.lora import AdaptedDecoder
@@ -56,6 +65,17 @@ def load(
     return decoder, weights.load(opened, decoder.config, device, packing)
 
 
+def over(decoder: LlamaDecoder, mesh: parallel.AnyMesh) -> tuple[LlamaDecoder, Params]:
+    """Returns the decoder as it runs on a mesh, and the places of its weights.
+
+    Raises:
+        ValueError: if the mesh's devices do not divide heads or matrices.
+    """
+    mesh = parallel.fitted(mesh, decoder.config.num_kv_heads)
+    places = split.shardings(mesh, decoder.param_shapes())
+    return dataclasses.replace(decoder, mesh=mesh), places
+
+
 def save(
     params: Params, decoder: LlamaDecoder, directory: Path, max_shard_bytes: int
 ) -> dict[str, Any]:
@@ -66,16 +86,17 @@ def save(
 
 
 def footprint(decoder: LlamaDecoder, packing: Packing = None) -> Footprint:
-    """Returns bytes of the weights, from the sizes of the model alone."""
+    """Returns bytes of the weights, on each device, from the model's sizes alone."""
     # Layers are alike: two models of one and two of them say it all, in a tenth of
     # the time that flax takes to make the shapes of 32.
     one, two = (
-        LlamaDecoder(dataclasses.replace(decoder.config, num_layers=layers))
-        for layers in (1, 2)
+        dataclasses.replace(decoder.config, num_layers=layers) for layers in (1, 2)
     )
-    shapes = weights.packed_shapes(one.config, packing)
-    layer = _num_bytes(weights.packed_shapes(two.config, packing)) - _num_bytes(shapes)
-    found = measure(shapes, decoder.config)
+    shapes = [weights.packed_shapes(config, packing) for config in (one, two)]
+    if decoder.mesh is not None:
+        shapes = [split.of_device(decoder.mesh, x) for x in shapes]
+    layer = _num_bytes(shapes[1]) - _num_bytes(shapes[0])
+    found = measure(shapes[0], decoder.config)
     more = (decoder.num_layers - 1) * layer
     return found._replace(held=found.held + more, read=found.read + more)
 
@@ -98,6 +119,7 @@ FAMILY = Family(
     load_decoder=load_decoder,
     load=load,
     load_adapted=load,
+    over=over,
     save=save,
     load_tokenizer=tokenizer.load,
     save_tokenizer=tokenizer.save,

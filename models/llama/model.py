@@ -12,16 +12,17 @@ pass over the layers that differ only in the attention they are given.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from kvjax import copies
+from kvjax import copies, parallel
 from kvjax.interface import CacheSpec, Copies, Method, Params, State
 from kvjax.rope import Rope
-from models.llama import low_rank, packed
+from models.llama import low_rank, packed, split
 from models.llama.config import LlamaConfig
 from models.llama.low_rank import Beside
 from models.llama.packed import Packed
@@ -162,14 +163,19 @@ class Llama(nnx.Module):
         )
 
     def hidden(
-        self, tokens: Int[Array, "B T"], attention: Attention, remat: bool = False
+        self,
+        tokens: Int[Array, "B T"],
+        attention: Attention,
+        remat: bool = False,
+        mesh: Any = None,
     ) -> Float[Array, "B T E"]:
         # Layers are unrolled: a cache carried through a scan over layers is copied.
-        x = self.embedding[...][tokens]
+        x = split.rows(mesh, self.embedding[...][tokens])
         for index, layer in enumerate(self.layers):
             run = functools.partial(layer, attend=functools.partial(attention, index))
             with jax.named_scope(f"layer{index}"):
                 x = jax.checkpoint(run)(x) if remat else run(x)
+                x = split.rows(mesh, x)
         return self.norm(x)
 
     def logits(self, hidden: Float[Array, "*B E"]) -> Float[Array, "*B V"]:
@@ -198,6 +204,7 @@ class LlamaDecoder:
     """A :class:`kvjax.interface.DecoderLM`: pure functions of `params`, hashable."""
 
     config: LlamaConfig
+    mesh: Any = None  # `kvjax.parallel.AnyMesh` of the parameters; None: one device
 
     @property
     def num_layers(self) -> int:
@@ -280,7 +287,7 @@ class LlamaDecoder:
         copies the attention is of all their rows, and hidden states are the last one's.
         """
         rows = copies.tiled(self.copies, tokens)
-        hidden = self._module(params).hidden(rows, attention, remat)
+        hidden = self._module(params).hidden(rows, attention, remat, self.mesh)
         return copies.last(self.copies, hidden)
 
     def prefill(
@@ -305,7 +312,7 @@ class LlamaDecoder:
             return out
 
         rows = copies.called(self.copies, tokens, lengths)
-        hidden = self._module(params).hidden(rows, attention)
+        hidden = self._module(params).hidden(rows, attention, False, self.mesh)
         return tuple(after), copies.of_tokens(self.copies, hidden, lengths)
 
     def decode_step(
@@ -332,13 +339,13 @@ class LlamaDecoder:
                 f"tokens of shape {tokens.shape} must be (B, 1): the model feeds "
                 f"{self.copies.count} copies of a token, one token a step."
             )
-        rows = copies.tiled(self.copies, tokens)
-        hidden = self._module(params).hidden(rows, attention)
-        return tuple(after), copies.last(self.copies, hidden)
+        # Attention first: `after` is of its making.
+        hidden = self.hidden(params, tokens, attention)
+        return tuple(after), hidden
 
     def embed(self, params: Params, tokens: Int[Array, "B T"]) -> Float[Array, "B T E"]:
         """Returns what goes into the first layer."""
-        return params["embedding"][tokens]
+        return split.rows(self.mesh, params["embedding"][tokens])
 
     def layer_params(self, params: Params) -> tuple[Params, ...]:
         """Returns the parameters of each layer, in their order."""
@@ -351,19 +358,27 @@ class LlamaDecoder:
         attend: Callable[[Array, Array, Array], Array],
     ) -> Float[Array, "B T E"]:
         """Runs one layer under any `attend(q, k, v) -> out`."""
-        return nnx.merge(_layer_graph(self.config), layer_params)(x, attend)
+        x = nnx.merge(_layer_graph(self.config), layer_params)(x, attend)
+        return split.rows(self.mesh, x)
 
     def normalise(
         self, params: Params, x: Float[Array, "*B E"]
     ) -> Float[Array, "*B E"]:
         """Returns the final hidden states of what the last layer gives."""
-        return nnx.merge(_norm_graph(self.config), params["norm"])(x)
+        x = nnx.merge(_norm_graph(self.config), params["norm"])(x)
+        return split.rows(self.mesh, x)
 
     def logits(
         self, params: Params, hidden: Float[Array, "*B E"]
     ) -> Float[Array, "*B V"]:
         """Returns next-token logits in float32."""
-        return self._module(params).logits(hidden)
+        return split.logits(self.mesh, self._module(params).logits(hidden))
+
+    def exchanges(self, batch: int) -> tuple[parallel.Exchange, ...]:
+        """Returns what devices tell each other in a step, attention not counted."""
+        return (
+            () if self.mesh is None else split.exchanges(self.mesh, self.config, batch)
+        )
 
     def _module(self, params: Params) -> Llama:
         return nnx.merge(_graph(self.config)[0], params)

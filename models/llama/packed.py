@@ -4,6 +4,7 @@ A packed matrix stands in the tree of parameters where the float `kernel` stood.
 made once, while a checkpoint is read; a product makes floats of it a part at a time.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -116,6 +117,19 @@ def notes(params: Params) -> tuple[str, ...]:
 def _packed(params: Params) -> list[Packed]:
     nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, Packed))
     return [node for node in nodes if isinstance(node, Packed)]
+
+
+def check_parts(inputs: int, place: Any, name: str) -> None:
+    """Raises ValueError if devices would have parts of a group of inputs."""
+    if not isinstance(place, jax.sharding.NamedSharding) or not place.spec:
+        return
+    axes, groups = place.spec[0] or (), inputs // GROUP
+    parts = math.prod(place.mesh.shape[axis] for axis in axes)
+    if groups % parts:
+        raise ValueError(
+            f"tensor={parts} does not divide the {groups} groups of {GROUP} inputs of "
+            f"{name}: give fewer devices, or leave `weights` out."
+        )
 
 
 def check_inputs(inputs: int, weights: Packing | Format, name: str) -> None:

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from kvjax import files
 from kvjax.interface import Params
@@ -167,7 +168,10 @@ def load(
                 f"config.json asks for {entry.shape}; one of the two is wrong."
             )
         packed.check_inputs(entry.shape[-1], kind, entry.name)
-        convert = _converter(placement(entry.path), entry.is_kernel, kind)
+        place = placement(entry.path)
+        if kind is not None:
+            packed.check_parts(entry.shape[-1], place, entry.name)
+        convert = _converter(place, entry.is_kernel, kind)
         value, finite = convert(raw, entry.target.dtype)
         if not finite:
             raise ValueError(
@@ -323,6 +327,10 @@ def _converter(sharding: jax.sharding.Sharding | None, transposed: bool, kind: K
     def on_device(raw: np.ndarray | Blocks, dtype: Any):
         if not isinstance(raw, Blocks) and raw.dtype == np.float64:  # wider than JAX
             raw = raw.astype(np.float32)
+        if isinstance(sharding, NamedSharding) and isinstance(raw, np.ndarray):
+            # Each device gets its part alone of what the file has.
+            axes = reversed(sharding.spec) if transposed else sharding.spec
+            raw = jax.device_put(raw, sharding.update(spec=PartitionSpec(*axes)))
         value, finite = jitted(raw, dtype)
         # Waits for the device, so that no second tensor is read meanwhile.
         return value, bool(finite)

@@ -306,22 +306,24 @@ def test_packed_weights_count_their_scales(capsys, weights, bits):
     assert f"({weights}, the rest bfloat16)" in printed.out
 
 
-PAGE = pathlib.Path(__file__).parents[2] / "docs/eight_billion.md"
+DOCS = pathlib.Path(__file__).parents[2] / "docs"
+# The pages with plans, and how many each has.
+PAGES = {DOCS / "eight_billion.md": 5, DOCS / "parallel.md": 1}
 
 
-def shown() -> list[tuple[str, str]]:
-    """The plans of the page, each with what it is said to print."""
+def shown(page: pathlib.Path) -> list[tuple[str, str]]:
+    """The plans of a page, each with what it is said to print."""
     blocks = re.findall(
         r"```sh\n(kvjax plan .*?)\n```\n\n```text\n(.*?)```\n",
-        PAGE.read_text("utf-8"),
+        page.read_text("utf-8"),
         re.DOTALL,
     )
-    assert len(blocks) == 5
+    assert len(blocks) == PAGES[page]
     return blocks
 
 
 def printed_by(command: str, print_to) -> str:
-    """`python tests/cost/test_planning.py` puts it into the page."""
+    """`python tests/cost/test_planning.py` puts it into its page."""
     _, *arguments = command.split()
     arguments = [str(CONFIG) if "/" in word else word for word in arguments]
     assert cli.run(arguments) == 0
@@ -329,19 +331,21 @@ def printed_by(command: str, print_to) -> str:
     return "\n".join(lines).strip("\n") + "\n"
 
 
-def test_the_page_shows_what_is_printed(capsys):
-    for command, said in shown():
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_a_page_shows_what_is_printed(page, capsys):
+    for command, said in shown(page):
         assert printed_by(command, lambda: capsys.readouterr().out) == said
 
 
 if __name__ == "__main__":
-    page = PAGE.read_text("utf-8")
-    for command, said in shown():
-        with contextlib.redirect_stdout(io.StringIO()) as out:
-            new = printed_by(command, out.getvalue)
-        begin = f"```sh\n{command}\n```\n\n```text\n"
-        page = page.replace(begin + said, begin + new)
-    PAGE.write_text(page, "utf-8")
+    for place in PAGES:
+        page = place.read_text("utf-8")
+        for command, said in shown(place):
+            with contextlib.redirect_stdout(io.StringIO()) as out:
+                new = printed_by(command, out.getvalue)
+            begin = f"```sh\n{command}\n```\n\n```text\n"
+            page = page.replace(begin + said, begin + new)
+        place.write_text(page, "utf-8")
 
 
 def test_a_prompt_that_is_read_in_part_says_so(capsys):

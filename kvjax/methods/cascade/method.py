@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention import heads
 from kvjax.attention.choices import check_choice
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
@@ -90,9 +91,17 @@ class Options:
         self, received: Float[Array, "B Hq S"], spec: CacheSpec
     ) -> Float[Array, "B Hkv S"]:
         """Reduces attention received over the heads that keep the same tokens."""
-        return schedule.reduce_heads(
-            received, spec.num_kv_heads, self.head_reduction, self.homogeneous_heads
+        if self.homogeneous_heads:  # one number for the heads of all devices
+            received = heads.gathered(spec, received)
+        reduced = schedule.reduce_heads(
+            received,
+            heads.count(spec, spec.num_kv_heads)
+            if self.homogeneous_heads
+            else spec.num_kv_heads,
+            self.head_reduction,
+            self.homogeneous_heads,
         )
+        return reduced[:, : spec.num_kv_heads]
 
 
 @typed

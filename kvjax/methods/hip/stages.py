@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention import heads
 from kvjax.interface import CacheSpec, Diagnostics
 from kvjax.methods.hip import page_lists
 from kvjax.methods.hip.options import Options, Stage
@@ -219,7 +220,7 @@ def chunk_scores(
     rounds = (most - 1).bit_length()
     found = starts, size, products(starts)
     *_, best = lax.fori_loop(0, rounds, halve, found)
-    return best.max(1, keepdims=True)
+    return heads.largest(spec, best)[:, None]
 
 
 def list_pages(

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-from kvjax.attention import selection
+from kvjax.attention import heads, selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, Traffic
@@ -210,7 +210,7 @@ def finish(options: Options, state: RefreshKVPrompt) -> RefreshKVState:
     logits = decode_logits(rotated, store.k, positions, sm_scale=spec.sm_scale)
     chosen = select(options, store, logits)
     kept = kept_slots.take(store, chosen)
-    reference = mean_query(options, state.query, rotated)
+    reference = mean_query(options, store.spec, state.query, rotated)
     reference = jnp.where(store.length[:, None] > 0, reference, 0.0)
     return RefreshKVState(
         store,
@@ -259,7 +259,7 @@ def inspect_step(
     """Attends to the small cache, or to everything in rows that need a full step."""
     store, spec = state.store, state.store.spec
     rotated, positions = contiguous.rotate_queries(spec, q, store.length)
-    query = mean_query(options, q, rotated)
+    query = mean_query(options, store.spec, q, rotated)
     full = is_full(options, state, query)
     # Caches go into the branches and only small arrays come out: a cache that came
     # out of one would be copied.
@@ -415,12 +415,13 @@ def is_full(
 
 def mean_query(
     options: Options,
+    spec: CacheSpec,
     q: Float[Array, "B Hq 1 D"],
     rotated: Float[Array, "B Hq 1 D"],
 ) -> Float[Array, "B D"]:
     """The mean over heads of the query that `qc` compares, float32."""
     compared = rotated if options.qc_rope == "post" else q
-    return compared[:, :, 0].astype(jnp.float32).mean(1)
+    return heads.mean(spec, compared[:, :, 0].astype(jnp.float32))
 
 
 def select(

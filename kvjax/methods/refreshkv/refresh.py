@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from kvjax.attention import heads
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Diagnostics, Method, SelectFn, Traffic
 from kvjax.methods.refreshkv import policy
@@ -159,7 +160,7 @@ def inspect_step(
     store = state.store
     page_size = store.pages.shape[3]
     rotated, _ = contiguous.rotate_queries(store.spec, q, store.length)
-    query = rotated[:, :, 0].astype(jnp.float32).mean(1)
+    query = heads.mean(store.spec, rotated[:, :, 0].astype(jnp.float32))
     due = is_due(options, state, query)
     by_row = due[:, None, None]
     chosen = lax.cond(

@@ -1,13 +1,15 @@
 """At a prompt's end: its fixed tokens in the order of clusters, and the thresholds."""
 
 import functools
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.attention import clustering, selection
+from kvjax.attention import clustering, heads, selection
+from kvjax.interface import CacheSpec
 from kvjax.methods.squeezed.options import Options
 from kvjax.stores import buffers, contiguous
 
@@ -183,14 +185,13 @@ def settle(
     """
     quantile = functools.partial(_quantile, options)
     if options.unread:
-        pairs = [(state.scores, state.size) for state in states]
-        threshold = quantile(pairs, options.unread)
+        layers = [(state.store.spec, state) for state in states]
+        threshold = quantile(layers, options.unread)
         states = tuple(state._replace(threshold=threshold) for state in states)
-    coarse = [state.coarse for state in states if state.coarse is not None]
+    coarse = [(state.store.spec, state.coarse) for state in states if state.coarse]
     if not options.coarse_unread or not coarse:
         return states
-    pairs = [(above.scores, above.size) for above in coarse]
-    threshold = quantile(pairs, options.coarse_unread)
+    threshold = quantile(coarse, options.coarse_unread)
     return tuple(
         state._replace(coarse=state.coarse and with_threshold(state.coarse, threshold))
         for state in states
@@ -202,15 +203,24 @@ def with_threshold(coarse: Coarse, threshold: Float[Array, "B"]) -> Coarse:
     return coarse._replace(threshold=threshold)
 
 
-def _quantile(options: Options, pairs: list, share: float) -> Float[Array, "B"]:
-    """Returns a quantile over the tokens of all lists: each has its cluster's score."""
+def _quantile(
+    options: Options, layers: Sequence[tuple[CacheSpec, Any]], share: float
+) -> Float[Array, "B"]:
+    """Returns a quantile over the tokens of all lists: each has its cluster's score.
+
+    Args:
+        layers: clusters with `scores` and `size`, and the spec that says whose heads.
+    """
 
     def flat(x: Array) -> Array:
         return x.reshape(x.shape[0], -1)
 
-    scores = jnp.concatenate([flat(scores) for scores, _ in pairs], axis=1)
-    size = [
-        flat(jnp.repeat(size, scores.shape[1] // size.shape[1], axis=1))
-        for scores, size in pairs
-    ]
-    return clustering.weighted_quantile(scores, jnp.concatenate(size, axis=1), share)
+    scores, sizes = [], []
+    for spec, clusters in layers:
+        scored, size = (
+            heads.gathered(spec, x) for x in (clusters.scores, clusters.size)
+        )
+        scores.append(flat(scored))
+        sizes.append(flat(jnp.repeat(size, scored.shape[1] // size.shape[1], axis=1)))
+    joined = (jnp.concatenate(x, axis=1) for x in (scores, sizes))
+    return clustering.weighted_quantile(*joined, share)

@@ -153,10 +153,10 @@ def fold_prompt(
         is_far = between & (clusters.squared > options.delta**2)
         crowded = is_far.sum(-1, dtype=jnp.int32)
     drawn = reservoirs.race_uniform(
-        key, clusters.labels, clusters.centres, sizes.per_cluster
+        key, clusters.labels, clusters.centres, sizes.per_cluster, store.spec
     )
     weights = jnp.where(between, squared_norm(values), 0.0)
-    by_norm = reservoirs.race_weighted(key, weights, sizes.samples)
+    by_norm = reservoirs.race_weighted(key, weights, sizes.samples, store.spec)
     flat = (*keys.shape[:2], sizes.clusters * sizes.per_cluster)
     value_k, value_u = paired(
         buffers.gather(keys, by_norm.positions),
@@ -199,13 +199,13 @@ def append(
     place = in_ring(sizes, leaves)[:, None, None]
     old_k, old_v = (buffers.gather(rows, place) for rows in (state.k, state.v))
     is_due = leaves >= sizes.sinks
-    folded = fold(options, sizes, state.folded, old_k, old_v, leaves, is_due)
+    folded = fold(options, spec, state.folded, old_k, old_v, leaves, is_due)
     return state._replace(folded=folded)
 
 
 def fold(
     options: Options,
-    sizes: Sizes,
+    spec: CacheSpec,
     folded: Folded,
     k: Float[Array, "B Hkv 1 D"],
     v: Float[Array, "B Hkv 1 D"],
@@ -213,6 +213,7 @@ def fold(
     is_due: Bool[Array, "B"],
 ) -> Folded:
     """Folds one token of each row that is due, as if the prompt had had it."""
+    sizes = options.split(spec)
     due = jnp.broadcast_to(is_due[:, None], folded.mass.shape)
     is_used = folded.counts > 0
     near, squared = centres.nearest(k, folded.centres, is_used)
@@ -225,13 +226,14 @@ def fold(
     # The chance of a slot to become this key is 1 / n_i, and 1 of a cluster it founds.
     at = jnp.maximum(position, 0)[:, None]
     heads, per = k.shape[1], sizes.per_cluster
-    drawn = reservoirs.bits(folded.key, at, reservoirs.UNIFORM, heads, per)[:, :, 0]
+    draw = functools.partial(reservoirs.bits, folded.key, at, heads=heads, spec=spec)
+    drawn = draw(reservoirs.UNIFORM, slots=per)[:, :, 0]
     slots = cluster[..., None] * per + jnp.arange(per, dtype=jnp.int32)
     held = jnp.take_along_axis(folded.sample_race, slots, axis=2)
     wins = due[..., None] & (founds[..., None] | (drawn < held))
     # That of a value's is |v|^2 / mu, this token's in it.
     weight = squared_norm(v)
-    numbers = reservoirs.bits(folded.key, at, reservoirs.WEIGHTED, heads, sizes.samples)
+    numbers = draw(reservoirs.WEIGHTED, slots=sizes.samples)
     times = reservoirs.exponentials(numbers, weight)[:, :, 0]
     wins_value = due[..., None] & (times < folded.value_race)
     every = jnp.broadcast_to(jnp.arange(sizes.samples, dtype=jnp.int32), times.shape)

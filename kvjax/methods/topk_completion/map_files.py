@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvjax import files
+from kvjax.attention import heads
 from kvjax.interface import CacheSpec
 from kvjax.methods.topk_completion.feature_maps import NAMES, Learned, Mlp
 
@@ -159,15 +160,16 @@ def check(
     Raises:
         ValueError: naming both shapes.
     """
-    if gain is not None and gain.shape != (spec.num_q_heads,):
+    num_q_heads = heads.count(spec, spec.num_q_heads)
+    if gain is not None and gain.shape != (num_q_heads,):
         raise ValueError(
             f"the feature map was calibrated for {gain.shape[0]} query heads and the "
-            f"model has {spec.num_q_heads}: it was made for another model."
+            f"model has {num_q_heads}: it was made for another model."
         )
     if weights is None:
         return
     sizes = weights.queries.w_in.shape[:3]
-    wanted = (spec.num_kv_heads, spec.group, spec.head_dim)
+    wanted = (heads.count(spec, spec.num_kv_heads), spec.group, spec.head_dim)
     if sizes != wanted:
         raise ValueError(
             f"the feature map is for (KV heads, group, head dim) {sizes} and the model "

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from kvjax.attention import selection
+from kvjax.attention import heads, selection
 from kvjax.attention.partials import softmax_only
 from kvjax.attention.typed import typed
 from kvjax.interface import CacheSpec, Lists, Method, Traffic
@@ -159,7 +159,7 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> CompletionPr
         from_file, gain = options.file.layer(spec.layer)
         weights = from_file if weights is None else weights
         map_files.check(options.file, weights, gain, spec)
-        gain = None if gain is None else jnp.asarray(gain, jnp.float32)
+        gain = None if gain is None else heads.own(spec, jnp.asarray(gain, jnp.float32))
     sizes = allot(options, spec, weights)
     if options.selector == "oracle":
         store = contiguous.contiguous(spec)
@@ -168,7 +168,7 @@ def init(options: Options, spec: CacheSpec, weights: Any = None) -> CompletionPr
     if sizes.estimator is None:
         return CompletionPrompt(store, None, None, None)
     if weights is not None:
-        weights = jax.tree.map(jnp.asarray, weights)
+        weights = jax.tree.map(lambda x: heads.own(spec, jnp.asarray(x)), weights)
     queries = None
     if not options.is_learned or sizes.outliers:
         shape = (spec.batch, spec.num_q_heads, options.calibration, spec.head_dim)
@@ -229,8 +229,8 @@ def append(
     estimator = allot(options, store.spec, learned_weights(state.params)).estimator
     if estimator is None:
         return state
-    heads = store.spec.num_kv_heads
-    where = jnp.broadcast_to(end[:, None, None], (end.shape[0], heads, 1))
+    shape = (end.shape[0], store.spec.num_kv_heads, 1)
+    where = jnp.broadcast_to(end[:, None, None], shape)
     valid = jnp.broadcast_to(is_due[:, None, None], where.shape)
     store, k, v = slots_or_pages.fetch(store, jnp.where(valid, where, -1))
     if not options.is_learned:  # a map that was fitted to no token stands for none
