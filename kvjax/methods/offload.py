@@ -99,12 +99,13 @@ def offload(
         ours. Kernels for accelerators walk through the pages of a list in the order in
         which they lie: results are then those without it but for rounding. A page is
         moved when a step lists it, not before: what the step before listed, all that a
-        guess has to go by, the device has already. Of TokenSelect (arXiv:2411.02886) and
-        top-k with completion (arXiv:2604.05438), which score all keys, only values are
-        moved; RefreshKV (arXiv:2411.05787) keeps its full cache anywhere. What comes in
-        blocks, a prompt that has at most 64 queries a KV head in a chunk and a full
-        step, is summed in another order beyond 512 tokens, and a full step of 4 bits at
-        any length: to rounding. Run on CPUs, and compiled for TPUs and GPUs alone.
+        guess has to go by, the device has already. Of TokenSelect (arXiv:2411.02886)
+        and top-k with completion (arXiv:2604.05438), which score all keys, only values
+        are moved; RefreshKV (arXiv:2411.05787) keeps its full cache anywhere. What
+        comes in blocks, a prompt that has at most 64 queries a KV head in a chunk and a
+        full step, is summed in another order beyond 512 tokens, and a full step of 4
+        bits at any length: to rounding. Run on CPUs, and compiled for TPUs and GPUs
+        alone.
 
     Example:
         >>> method = kvjax.offload(kvjax.quest(budget=256))

@@ -100,23 +100,23 @@ def test_tokens_that_share_words_move_together(spec, dtype, together):
     ],
 )
 def test_several_blocks_are_one_cache(options, of_keys, of_values, monkeypatch):
-    """To rounding, with the same tokens chosen; a last block of 55 - 48."""
-    spec = f"refreshkv:schedule=fixed,stride=4,{options}"
+    """To rounding, with the same tokens chosen; a last chunk of 55 - 52."""
+    spec = f"refreshkv:schedule=fixed,stride=2,{options}"
     method = parsed(spec)
-    monkeypatch.setattr(streamed_module, "BLOCK", 8)
-    monkeypatch.setattr(streamed_module, "CHUNK", 16)
+    monkeypatch.setattr(streamed_module, "BLOCK", 2)
+    monkeypatch.setattr(streamed_module, "CHUNK", 4)
     run, expected = both(method)
     np.testing.assert_allclose(run.out, expected.out, rtol=2e-5, atol=2e-6)
     for name in ("attended", "refreshed", "exact"):
         np.testing.assert_array_equal(
             getattr(run.diagnostics, name), getattr(expected.diagnostics, name)
         )
-    # Full are steps 4, 8 and 12. The longest row has 44, 48, where a chunk ends, and 52
-    # tokens in blocks of 8, the last of all has 7; a full step brings what it chose.
-    tokens = 48 + 48 + CAPACITY
+    # Every other step is full. The longest row has 42, 44, ... 54 tokens then, that end
+    # with a chunk of 4 or within it, and come in blocks of 2; then those that it chose.
+    tokens = sum(range(42, 55, 2))
     for rows, times in ((run.state.store.k, of_keys), (run.state.store.v, of_values)):
         assert rows.unit == ROW
-        assert (total(rows.moved) == times * tokens + 3 * BUDGET).all()
+        assert (total(rows.moved) == times * tokens + 7 * BUDGET).all()
         np.testing.assert_array_equal(rows.asked, rows.moved)
 
 
