@@ -100,18 +100,39 @@ def tiny_model(*, seed: int = 0, deviation: float = 0.24, **overrides) -> Langua
     return LanguageModel(decoder, params, ByteTokenizer(), (EOS,), "tiny")
 
 
+@jax.jit
+def rotated(x):
+    """Heads `(B, H, T, D)` turned at their places in a text, by a rope as it comes."""
+    positions = jnp.arange(x.shape[2], dtype=jnp.int32)[None]
+    return Rope(x.shape[3])(x, positions)
+
+
 def dense(layer, q, k, v):
     """Causal attention in float64, sharing no code with the library's but the rope."""
     del layer
-    positions = jnp.arange(q.shape[2], dtype=jnp.int32)[None]
-    rope = Rope(q.shape[3])
-    q, k = (np.asarray(rope(x, positions), np.float64) for x in (q, k))
+    q, k = (np.asarray(rotated(x), np.float64) for x in (q, k))
     k, v = (np.repeat(x, q.shape[1] // x.shape[1], axis=1) for x in (k, np.asarray(v)))
     logits = np.einsum("bhtd,bhsd->bhts", q, k) / np.sqrt(q.shape[3])
     logits = np.where(np.tril(np.ones(logits.shape[2:], bool)), logits, -np.inf)
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return jnp.asarray(np.einsum("bhts,bhsd->bhtd", weights, v), jnp.float32)
+    out = np.einsum("bhts,bhsd->bhtd", weights, v)
+    return jax.device_put(out.astype(np.float32))
+
+
+ROOM = 152  # tokens
+
+
+def whole(model: LanguageModel, tokens, attention=dense) -> np.ndarray:
+    """Hidden states `(ROOM, E)` of a text in one forward pass; its own come first.
+
+    What stands behind it changes none of them, and each operation is compiled once
+    whatever the length.
+    """
+    padded = np.zeros((1, ROOM), np.int32)
+    padded[0, : len(tokens)] = tokens
+    tokens = jax.device_put(padded)
+    return np.asarray(model.decoder.hidden(model.params, tokens, attention))[0]
 
 
 def byte_tokenizer() -> HFTokenizer:

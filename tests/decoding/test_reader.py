@@ -3,10 +3,9 @@
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SMALL, dense, tiny_model
+from tiny import SMALL, tiny_model, whole
 
 import kvjax
 from kvjax import interface, registry
@@ -89,10 +88,10 @@ def test_prompts_are_read_alike_by_layers_and_as_a_whole(spec):
 def test_prefill_ends_at_each_rows_last_token():
     done = prefill(MODEL, kvjax.full(), PROMPTS, max_new_tokens=4, chunk_size=16)
     for row, prompt in enumerate(PROMPTS):
-        hidden = MODEL.decoder.hidden(MODEL.params, jnp.array([prompt]), dense)
-        np.testing.assert_allclose(done.hidden[row], hidden[0, -1], atol=2e-4)
-        assert done.recent[row].tolist() == prompt[-1:]
-    assert [int(n) for n in done.states[0].length] == [len(p) for p in PROMPTS]
+        hidden = whole(MODEL, prompt)[len(prompt) - 1]
+        np.testing.assert_allclose(np.asarray(done.hidden)[row], hidden, atol=2e-4)
+        assert np.asarray(done.recent)[row].tolist() == prompt[-1:]
+    assert np.asarray(done.states[0].length).tolist() == [len(p) for p in PROMPTS]
 
 
 def test_dynamic_rope_gets_a_long_prompt_in_one_chunk():

@@ -4,10 +4,9 @@ import collections
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SMALL, ByteTokenizer, dense, tiny_model
+from tiny import SMALL, ByteTokenizer, dense, rotated, tiny_model, whole
 
 import kvjax
 from kvjax import registry
@@ -44,24 +43,22 @@ def scores_by_hand(model, prompt, chunk=CHUNK, words=WORDS):
     decoder, length = model.decoder, len(prompt)
     spec = decoder.cache_spec(1, 1)
     scores = np.zeros((decoder.num_layers, spec.num_kv_heads, length))
-    rope = Rope(spec.head_dim)
     for start in range(0, length, chunk):
         text = [*prompt, *words, *prompt[start : start + chunk]]
 
-        def attention(layer, q, k, v):
-            positions = jnp.arange(q.shape[2], dtype=jnp.int32)[None]
-            turned, keys = (np.asarray(rope(x, positions), np.float64) for x in (q, k))
+        def attention(layer, q, k, v, end=len(text)):
+            turned, keys = (np.asarray(rotated(x), np.float64) for x in (q, k))
             keys = np.repeat(keys, spec.group, axis=1)
             logits = np.einsum("bhtd,bhsd->bhts", turned, keys) * spec.head_dim**-0.5
             logits = np.where(np.tril(np.ones(logits.shape[2:], bool)), logits, -np.inf)
             weights = np.exp(logits - logits.max(-1, keepdims=True))
             weights /= weights.sum(-1, keepdims=True)
-            most = weights[0, :, length:, :length].max(1)
+            most = weights[0, :, length:end, :length].max(1)
             most = most.reshape(spec.num_kv_heads, spec.group, -1).max(1)
             scores[layer] = np.maximum(scores[layer], most)
             return dense(layer, q, k, v)
 
-        decoder.hidden(model.params, jnp.asarray([text], jnp.int32), attention)
+        whole(model, text, attention)
     return scores
 
 

@@ -1,10 +1,9 @@
 """Log-probabilities against a whole forward pass; prefill and decode agree."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import SMALL, dense, tiny_model
+from tiny import SMALL, tiny_model, whole
 
 import kvjax
 from kvjax import registry
@@ -22,9 +21,9 @@ def expected():
     """Logits `(n, V)`, log-probabilities `(n - 1)` of each row, softmax in float64."""
     rows = []
     for tokens in TOKENS:
-        hidden = MODEL.decoder.hidden(MODEL.params, jnp.array([tokens]), dense)
-        logits = MODEL.decoder.logits(MODEL.params, hidden)[0]
-        logits = np.asarray(logits, np.float64)
+        hidden = jax.device_put(whole(MODEL, tokens))
+        logits = MODEL.decoder.logits(MODEL.params, hidden)
+        logits = np.asarray(logits, np.float64)[: len(tokens)]
         top = logits.max(-1, keepdims=True)
         norm = top + np.log(np.exp(logits - top).sum(-1, keepdims=True))
         chosen = np.take_along_axis(

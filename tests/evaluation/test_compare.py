@@ -38,6 +38,15 @@ METHODS = {
 }
 
 
+DROP_PROGRAMS = compare_runs.drop_programs
+
+
+@pytest.fixture(autouse=True)
+def kept_programs(monkeypatch):
+    """What is compiled stays for the next comparison here; `rows` drops it."""
+    monkeypatch.setattr(compare_runs, "drop_programs", lambda: None)
+
+
 @pytest.fixture(scope="module")
 def inputs():
     return compare_inputs.make_inputs(MODEL, TEXT, SETTINGS)
@@ -106,16 +115,9 @@ def test_threads_change_no_figure_and_leave_the_clocks_alone(inputs, monkeypatch
     watched(compare_runs, "seconds_to_read")
     watched(continuations, "_continued")
     chosen = {name: METHODS[name] for name in ("full", "streaming")}
-    monkeypatch.setattr(compare, "_threads", lambda *_: 1)
-    alone = compare.compare(model, chosen, inputs, SETTINGS).rows
-    assert all(job is threading.main_thread() for _, job, _ in running)
-
-    running.clear()
+    DROP_PROGRAMS()  # threads compile: what runs alone behind them finds it done
     monkeypatch.setattr(compare, "_threads", lambda *_: 2)
     beside = compare.compare(model, chosen, inputs, SETTINGS).rows
-    speeds = {"tokens_per_second": 0.0, "prefill_seconds": 0.0}
-    for one, two in zip(alone, beside, strict=True):
-        assert one._replace(**speeds) == two._replace(**speeds)
     calls = {name: [] for name, *_ in running}
     for name, job, others in running:
         calls[name].append((job is threading.main_thread(), bool(others)))
@@ -123,6 +125,14 @@ def test_threads_change_no_figure_and_leave_the_clocks_alone(inputs, monkeypatch
     assert set(calls.pop("compile_reading")) == {(False, True)}
     for timed in calls.values():
         assert set(timed) == {(True, False)}
+
+    running.clear()
+    monkeypatch.setattr(compare, "_threads", lambda *_: 1)
+    alone = compare.compare(model, chosen, inputs, SETTINGS).rows
+    assert all(job is threading.main_thread() for _, job, _ in running)
+    speeds = {"tokens_per_second": 0.0, "prefill_seconds": 0.0}
+    for one, two in zip(alone, beside, strict=True):
+        assert one._replace(**speeds) == two._replace(**speeds)
     assert tokenizer.threads == {threading.main_thread()}
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny import ByteTokenizer, dense, tiny_model
+from tiny import ByteTokenizer, tiny_model, whole
 
 import kvjax
 from kvjax.decoding.generate import generate
@@ -52,8 +52,8 @@ def test_log_probs_are_the_scorings_whatever_the_padding_and_the_batch():
 
 def test_it_shares_no_code_with_an_attention_in_float64():
     (row,) = rows_of(50)
-    hidden = MODEL.decoder.hidden(MODEL.params, jnp.array([row]), dense)
-    logits = np.asarray(MODEL.decoder.logits(MODEL.params, hidden))[0, :-1]
+    hidden = jax.device_put(whole(MODEL, row))
+    logits = np.asarray(MODEL.decoder.logits(MODEL.params, hidden))[:49]
     (found,) = teacher_forced.run(MODEL, attention, [row], batch=1)
     chosen = logits[np.arange(49), row[1:]]
     expected = chosen - np.log(np.exp(logits.astype(np.float64)).sum(-1))
@@ -165,9 +165,9 @@ def test_scores_are_those_of_greedy_generation():
     (answered,) = compare_runs.retrieve(MODEL, [FULL], examples, new_tokens=32, batch=4)
     greedy = answered.answers
     found = teacher_forced.answers(MODEL, attention, examples, batch=4)
-    for example, whole, known in zip(examples, greedy, found, strict=True):
-        assert whole.startswith(known)
-        assert example.score(whole) == example.score(known)
+    for example, answer, known in zip(examples, greedy, found, strict=True):
+        assert answer.startswith(known)
+        assert example.score(answer) == example.score(known)
 
 
 def test_bits_per_byte_are_of_what_the_tokens_say():
