@@ -222,5 +222,5 @@ def _quantile(
         )
         scores.append(flat(scored))
         sizes.append(flat(jnp.repeat(size, scored.shape[1] // size.shape[1], axis=1)))
-    score, size = (jnp.concatenate(x, axis=1) for x in (scores, sizes))
-    return clustering.weighted_quantile(score, size, share)
+    every, counts = (jnp.concatenate(x, axis=1) for x in (scores, sizes))
+    return clustering.weighted_quantile(every, counts, share)
