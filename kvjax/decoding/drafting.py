@@ -87,6 +87,8 @@ def drafter(model: LanguageModel, target: Method, drafts: Drafting) -> Drafter:
         )
     method, other = drafts.method, drafts.model
     theirs = None if other is None else other.decoder
+    for one in filter(None, (model, other)):
+        checks.check_model(one, on_one_device="drafting")
     found = Drafter(model.decoder, target, method, drafts.tokens, theirs)
     speculative.check_decoder(model.decoder)
     if other is not None:

@@ -68,7 +68,7 @@ def serve_rows(
             on the number of rows.
     """
     method = as_method(method)
-    check_model(model)
+    check_model(model, on_one_device="a batch whose rows change")
     check_counts(batch=batch)
     if isinstance(prompts, Sequence) and not isinstance(prompts, str):
         known = token_rows(prompts, model.tokenizer)
