@@ -52,7 +52,7 @@ def exchanged(method: Method, mesh: AnyMesh, spec: CacheSpec) -> tuple[Exchange,
     own = share_of(method, mesh, spec)
     if own.share is None or own.share.heads == 1:
         return ()
-    rows = method.rows
+    rows = method.rows if own.copies is None else own.copies.count
 
     def heads(count: int) -> jax.Array:
         return jnp.zeros((own.batch, count, rows, own.head_dim), own.dtype)

@@ -47,9 +47,11 @@ def exchanges(
     Each half of a layer ends in a sum of hidden states, `(B, E)`. The embedding is a
     sum too and the logits are gathered, or the other way round where it is split by the
     elements of each token. Where KV heads are copied, queries are gathered.
+    All copies of a token go through the layers, and one is turned into logits.
     """
     parts, rows = parallel.ways(mesh), mesh.shape[ROWS]
     own = batch if batch % rows else batch // rows
+    fed = own * config.copies
     dtype = jnp.dtype(config.dtype).itemsize
     hidden = config.width * dtype
     found = []
@@ -64,15 +66,15 @@ def exchanges(
     shape = config.vocab_size, config.width
     split = _axis(("embedding",), shape, parts)
     if split is not None:
-        add("all-gather" if split else "all-reduce", own * hidden)
-    add("all-reduce", own * hidden, 2 * config.num_layers)
+        add("all-gather" if split else "all-reduce", fed * hidden)
+    add("all-reduce", fed * hidden, 2 * config.num_layers)
     if not config.tied_embeddings:
         split = 0 if config.vocab_size % parts == 0 else None
     if split is not None:
         add("all-reduce" if split else "all-gather", 4 * batch * config.vocab_size)
     if (copies := mesh.shape[COPIES]) > 1:
         heads = config.num_q_heads // mesh.shape[HEADS] * config.head_dim
-        queries = parallel.Exchange("all-gather", own * heads * dtype, copies)
+        queries = parallel.Exchange("all-gather", fed * heads * dtype, copies)
         found += [queries] * config.num_layers
     return tuple(found)
 

@@ -48,16 +48,22 @@ def test_tokens_are_those_of_one_device(model):
 
 @pytest.mark.parametrize(
     ("mesh", "sizes"),
-    [("tensor=4", {}), ("data=2,tensor=2", {"vocab_size": 261, "num_layers": 1})],
+    [
+        ("tensor=4", {}),
+        ("data=2,tensor=2", {"vocab_size": 261, "num_layers": 1}),
+        ("tensor=4", {"copies": 3, "copy_window": 4, "num_layers": 1}),
+        ("data=2,tensor=2", {"copies": 2, "num_layers": 1}),
+    ],
 )
 def test_a_step_tells_what_the_plan_counts(mesh, sizes):
     """To the byte: no page, key or value among it.
 
-    KV heads are on two devices each; or a vocabulary is split by its elements.
+    KV heads are on two devices each; or a vocabulary is split by its elements; or each
+    token has copies.
     """
     spread = over(tiny_model(**{"num_layers": 2} | sizes), mesh)
     decoder, rule = spread.decoder, scoring._rule(False)
-    method, states = kvjax.parse(METHOD), None
+    method = kvjax.parse("phd+" * (decoder.copies is not None) + METHOD)
     states = jax.eval_shape(
         lambda: reader.finish_layers(
             method, reader.empty_states(decoder, method, 2, 32, 8)
