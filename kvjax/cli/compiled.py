@@ -32,11 +32,12 @@ def keep_compiled_code() -> None:
 def shorten(folder: pathlib.Path, most: int) -> None:
     """Removes files, those used least lately first, until they take `most` bytes.
 
+    Folders stay, such as that of a GPU's tuning, and files that cannot be removed.
     Here and not by JAX's own bound, which looks at every entry whenever it writes one,
     and needs a package for it.
     """
     entries, total = [], 0
-    for path in folder.iterdir():
+    for path in filter(pathlib.Path.is_file, folder.iterdir()):
         with contextlib.suppress(FileNotFoundError):  # another process was faster
             about = path.stat()
             # Where no reading is noted, the time of writing.
@@ -45,5 +46,6 @@ def shorten(folder: pathlib.Path, most: int) -> None:
     for _, size, path in sorted(entries):
         if total <= most:
             return
-        path.unlink(missing_ok=True)
-        total -= size
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+            total -= size

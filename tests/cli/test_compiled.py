@@ -17,8 +17,10 @@ def test_what_was_used_least_lately_goes_first(tmp_path):
     assert len(list(tmp_path.iterdir())) == 5
     compiled.shorten(tmp_path, 299)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+    (tmp_path / "folder").mkdir()
+    os.utime(tmp_path / "folder", (0, 0))
     compiled.shorten(tmp_path, 0)
-    assert not list(tmp_path.iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
 def test_it_is_shortened_when_it_is_turned_on(tmp_path, monkeypatch):
