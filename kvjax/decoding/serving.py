@@ -63,14 +63,15 @@ def serve_rows(
         :class:`kvjax.decoding.generate.Generation`: in the order in which they end.
 
     Raises:
+        TypeError: if `prompts` is one text.
         ValueError: as :func:`kvjax.decoding.generate.generate`; if prompts that come
             one by one have no `longest`, or one is longer; if the method's sizes depend
-            on the number of rows.
+            on the number of rows; if the model is on a mesh.
     """
     method = as_method(method)
     check_model(model, on_one_device="a batch whose rows change")
     check_counts(batch=batch)
-    if isinstance(prompts, Sequence) and not isinstance(prompts, str):
+    if isinstance(prompts, Sequence):
         known = token_rows(prompts, model.tokenizer)
         check_prompts(model, method, known, Options(**options).max_new_tokens)
         longest = max(longest, *map(len, known))

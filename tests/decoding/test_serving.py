@@ -111,6 +111,8 @@ def test_what_cannot_be_served_is_refused():
     # Of a list, before any work.
     with pytest.raises(ValueError, match="row 1 holds token id 999"):
         serve_rows(MODEL, "full", [[1], [999]])
+    with pytest.raises(TypeError, match="prompts is one text: put it in a list"):
+        serve_rows(MODEL, "full", "abc", longest=9)
     with pytest.raises(ValueError, match="prompts is empty"):
         serve_rows(MODEL, "full", [])
     assert list(serve_rows(MODEL, "full", iter([]), longest=3)) == []
