@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kvjax import files
+from kvjax import copies, files
 from kvjax.cli import conversation, drafts, mesh
 from kvjax.cli.methods import answering, fitting
 from kvjax.cli.options import (
@@ -352,8 +352,14 @@ def score(
             f"{prefill=} must be in [1, {len(tokens) - 2}]: the text has {len(tokens)} "
             "tokens, and at least one must be fed and one predicted after the prompt."
         )
+    predicts = copies.of(language_model.decoder) is None  # a prompt its own tokens
     scores = run_score(
-        language_model, parsed, [tokens], prefill=prefill, chunk_size=chunk_size
+        language_model,
+        parsed,
+        [tokens],
+        prefill=prefill,
+        chunk_size=chunk_size,
+        prompt_scores=predicts,
     )
     log_probs = scores.log_probs[0]
     decoded = log_probs[prefill:]
@@ -370,7 +376,8 @@ def score(
         listed = {"token_ids": tokens, "log_probs": log_probs.tolist()}
         print(json.dumps(files.json_ready(summary | listed), indent=2))
         return
+    of_prompt = f": {summary['perplexity_of_prompt']:.4f}" if predicts else ""
     print(
         f"perplexity {summary['perplexity']:.4f} over {len(decoded)} tokens decoded "
-        f"under {method} (prompt of {prefill}: {summary['perplexity_of_prompt']:.4f})"
+        f"under {method} (prompt of {prefill}{of_prompt})"
     )

@@ -50,6 +50,11 @@ def test_a_model_that_repeats_tokens_is_trained_and_decoded(run, recipe, tmp_pat
     model = ["--model", out / "model"]
     options = ["--prompt", "line", "--max-new-tokens", "2", "--json"]
     assert json.loads(run("generate", *model, *options))["prompt_tokens"] == 4
+    text = tmp_path / "text.txt"
+    text.write_text("line 3 is about d. line 4 is not.")
+    scored = json.loads(run("score", *model, "--text", text, "--json"))
+    assert scored["perplexity"] > 1
+    assert scored["perplexity_of_prompt"] is None
     planned = json.loads(run("plan", *model, "--context", "256", "--json"))
     names = [row["method"] for row in planned["rows"]]
     assert all(name.startswith("phd+") for name in names)
