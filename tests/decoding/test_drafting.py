@@ -76,6 +76,14 @@ def test_greedy_text_is_that_of_single_steps(draft):
         assert any(row.drafts.accepted < row.drafts.drafted for row in rows)
 
 
+def test_rows_in_a_hosts_memory_draft():
+    """Of a batch each keeps its own, though a host chooses nothing."""
+    rows = drafted("offload:cache=0+token_select:budget=8")
+    assert [row.tokens for row in rows] == example()[2]
+    check_counts(rows)
+    assert len({row.drafts.accepted for row in rows}) > 1
+
+
 def test_a_trained_model_says_the_same():
     """Over 256 tokens behind four passages; none differs."""
     model = models.load("embedded-softmax")
@@ -332,6 +340,9 @@ def test_what_cannot_be_drafted_is_refused_in_one_line():
     fails("the draft model tiny has another vocabulary", draft_model=other)
     larger = tiny_model(num_layers=1, vocab_size=300)
     fails("of 300 tokens, than tiny, of 260", draft_model=larger)
+    # Its tokenizer decodes no token of the larger one's end.
+    smaller = tiny_model(num_layers=1, vocab_size=6)._replace(tokenizer=Six())
+    fails("of 6 tokens, than tiny, of 260", draft_model=smaller)
     late = Drafting(method=registry.parse("h2o"))
     read = reader.prefill(model, "full", [[1, 2]], max_new_tokens=4)
     with pytest.raises(ValueError, match="a draft begins with the prompt"):
