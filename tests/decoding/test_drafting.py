@@ -349,6 +349,8 @@ def test_what_cannot_be_drafted_is_refused_in_one_line():
         next(continued(model, "full", read, max_new_tokens=4, drafting=late))
     fails("'least=x' in 'lookup:least=x' must be one of", draft="lookup:least=x")
     fails("least=9 must be at most longest=8", draft="lookup:least=9")
+    fails("longest=65 must be at most 64", draft="lookup:longest=65")
+    fails("option 'least' is given twice", draft="lookup:least=2,least=3")
     fails("needs no draft model", draft="lookup", draft_model=model)
     revised = registry.parse("retro+quest")._replace(rewind=None)
     fails("reads 2 rows a step", draft=revised)
