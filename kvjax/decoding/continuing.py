@@ -22,11 +22,16 @@ from kvjax.interface import LanguageModel, Method
 
 
 class Drafts(NamedTuple):
-    """The drafts of one row, and what came of them."""
+    """The drafts of one row, and what came of them.
+
+    Of a row that a stop string ended, passes before the host looked are among them.
+    """
 
     drafted: int  # tokens
     accepted: int  # of these
-    passes: int  # that checked them; each gave one token more than it accepted
+    # That checked them; each gave one token more than it accepted, unless an accepted
+    # one ended the row.
+    passes: int
     bytes_per_token: float = 0.0  # of caches, read to draft and to check
 
     @property

@@ -267,12 +267,16 @@ def follow(
 def chosen(is_new: Bool[Array, "B"], new: State, old: State) -> State:
     """Returns the new state of some rows and the old one of the others.
 
-    The first axis of a state's arrays are the rows, but for weights, which stay.
+    The first axis of a state's arrays are the rows, but for weights, which stay. What
+    lies in the host's memory comes to be chosen, one layer at a time.
     """
 
     def one(new: Array, old: Array) -> Array:
         if new is old:
             return new
-        return jnp.where(is_new.reshape(-1, *[1] * (new.ndim - 1)), new, old)
+        memory = jax.typeof(old).memory_space
+        rows = is_new.reshape(-1, *[1] * (new.ndim - 1))
+        here = (jax.device_put(x, jax.memory.Space.Device) for x in (new, old))
+        return jax.device_put(jnp.where(rows, *here), memory)
 
     return jax.tree.map(one, new, old)

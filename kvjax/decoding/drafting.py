@@ -113,7 +113,7 @@ def check_same_tokens(model: LanguageModel, other: LanguageModel) -> None:
     Of large vocabularies some are looked at.
     """
     sizes = model.decoder.vocab_size, other.decoder.vocab_size
-    ids = np.unique(np.linspace(0, sizes[0] - 1, PROBES).astype(int)).tolist()
+    ids = np.unique(np.linspace(0, min(sizes) - 1, PROBES).astype(int)).tolist()
     texts = [[one.tokenizer.decode([token]) for token in ids] for one in (model, other)]
     if sizes[0] != sizes[1] or texts[0] != texts[1]:
         raise ValueError(

@@ -16,6 +16,7 @@ from kvjax.decoding.checks import check_counts
 from kvjax.registry import specs
 
 NAME = "lookup"
+LONGEST = 64  # tokens of a run: each is a comparison of all the text in every pass
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Lookup:
 
     def __post_init__(self) -> None:
         check_counts(longest=self.longest, least=self.least)
+        if self.longest > LONGEST:
+            raise ValueError(f"longest={self.longest} must be at most {LONGEST}.")
         if self.least > self.longest:
             raise ValueError(
                 f"least={self.least} must be at most longest={self.longest}."
@@ -56,6 +59,8 @@ def parse(spec: str) -> Lookup | None:
                 f"{option!r} in {spec!r} must be one of {', '.join(known)} and a whole "
                 "number, as least=2."
             )
+        if key.strip() in given:
+            raise ValueError(f"option {key.strip()!r} is given twice in {spec!r}.")
         given[key.strip()] = int(value)
     return Lookup(**given)
 

@@ -90,6 +90,20 @@ class LlamaConfig:
         return Copies(self.copies, self.copy_window, self.copy_chunk)
 
 
+def described(config: LlamaConfig) -> str:
+    """Returns the text by which saved prompts know a model's sizes.
+
+    Fields that came later are in it where they say something, so that prompts of
+    before go on.
+    """
+    shown = [
+        f"{field.name}={getattr(config, field.name)!r}"
+        for field in dataclasses.fields(config)
+        if field.name not in _COPIES or getattr(config, field.name) != field.default
+    ]
+    return f"LlamaConfig({', '.join(shown)})"
+
+
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",

@@ -23,7 +23,7 @@ from kvjax import copies, parallel
 from kvjax.interface import CacheSpec, Copies, Method, Params, State
 from kvjax.rope import Rope
 from models.llama import low_rank, packed, split
-from models.llama.config import LlamaConfig
+from models.llama.config import LlamaConfig, described
 from models.llama.low_rank import Beside
 from models.llama.packed import Packed
 
@@ -205,6 +205,11 @@ class LlamaDecoder:
 
     config: LlamaConfig
     mesh: Any = None  # `kvjax.parallel.AnyMesh` of the parameters; None: one device
+
+    def __repr__(self) -> str:
+        """Saved prompts know it by this text; they are of one device."""
+        over = "" if self.mesh is None else f", mesh={self.mesh!r}"
+        return f"LlamaDecoder(config={described(self.config)}{over})"
 
     @property
     def num_layers(self) -> int:

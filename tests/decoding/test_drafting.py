@@ -76,6 +76,14 @@ def test_greedy_text_is_that_of_single_steps(draft):
         assert any(row.drafts.accepted < row.drafts.drafted for row in rows)
 
 
+def test_rows_in_a_hosts_memory_draft():
+    """Of a batch each keeps its own, though a host chooses nothing."""
+    rows = drafted("offload:cache=0+token_select:budget=8")
+    assert [row.tokens for row in rows] == example()[2]
+    check_counts(rows)
+    assert len({row.drafts.accepted for row in rows}) > 1
+
+
 def test_a_trained_model_says_the_same():
     """Over 256 tokens behind four passages; none differs."""
     model = models.load("embedded-softmax")
@@ -332,12 +340,17 @@ def test_what_cannot_be_drafted_is_refused_in_one_line():
     fails("the draft model tiny has another vocabulary", draft_model=other)
     larger = tiny_model(num_layers=1, vocab_size=300)
     fails("of 300 tokens, than tiny, of 260", draft_model=larger)
+    # Its tokenizer decodes no token of the larger one's end.
+    smaller = tiny_model(num_layers=1, vocab_size=6)._replace(tokenizer=Six())
+    fails("of 6 tokens, than tiny, of 260", draft_model=smaller)
     late = Drafting(method=registry.parse("h2o"))
     read = reader.prefill(model, "full", [[1, 2]], max_new_tokens=4)
     with pytest.raises(ValueError, match="a draft begins with the prompt"):
         next(continued(model, "full", read, max_new_tokens=4, drafting=late))
     fails("'least=x' in 'lookup:least=x' must be one of", draft="lookup:least=x")
     fails("least=9 must be at most longest=8", draft="lookup:least=9")
+    fails("longest=65 must be at most 64", draft="lookup:longest=65")
+    fails("option 'least' is given twice", draft="lookup:least=2,least=3")
     fails("needs no draft model", draft="lookup", draft_model=model)
     revised = registry.parse("retro+quest")._replace(rewind=None)
     fails("reads 2 rows a step", draft=revised)

@@ -77,6 +77,16 @@ def test_both_spellings_are_one(kind):
     assert old.rope.theta == 100.0
 
 
+def test_saved_prompts_of_before_know_the_decoder():
+    """By its text of 2026-11-30: what came later is in it where it says something."""
+    config = dataclasses.replace(from_hf(BASE), rope=Rope(8))
+    text = repr(LlamaDecoder(config))
+    assert text.startswith("LlamaDecoder(config=LlamaConfig(vocab_size=")
+    assert text.endswith("attention_alpha=1.0, unrotated_layers=()))")
+    repeated = dataclasses.replace(config, copies=2)
+    assert repr(LlamaDecoder(repeated)).endswith("unrotated_layers=(), copies=2))")
+
+
 def test_type_and_rope_type_are_one():
     scaling = {key: value for key, value in YARN.items() if key != "rope_type"}
     assert from_hf(BASE | {"rope_scaling": scaling | {"type": "yarn"}}) == from_hf(
