@@ -327,7 +327,7 @@ def times_keys(q: Float[Array, "R D"], keys: Quantized) -> Float[Array, "R N"]:
     in full: what they take off may be most of a product.
     """
     (part,) = keys.layout.parts
-    scales = _wide(keys.scales)
+    scales = _wide(keys.scales)[:, : part.scales]
     if part.bits == 8:
         return _against(q, _signed(keys.codes)) * scales[:, 0]
     steps, offsets = jnp.split(scales, 2, axis=-1)
@@ -355,7 +355,7 @@ def weighted_sum(
     lost of a number, as of floats, and not of its distance from the offset.
     """
     (part,) = values.layout.parts
-    scales = _wide(values.scales)
+    scales = _wide(values.scales)[:, : part.scales]
     if part.bits == 8:
         return (weights * scales[:, 0]) @ _signed(values.codes)
     steps, offsets = jnp.split(scales, 2, axis=-1)
