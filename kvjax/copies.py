@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -113,7 +114,9 @@ def refuse(fed: Copies | None, what: str) -> None:
         )
 
 
-def tiled(copies: Copies | None, tokens: Int[Array, "B T"]) -> Int[Array, "B N"]:
+def tiled(
+    copies: Copies | None, tokens: Int[Array | np.ndarray, "B T"]
+) -> Int[Array | np.ndarray, "B N"]:
     """Returns tokens and all of their copies, copy-major: N = K * T."""
     return tokens if copies is None else jnp.tile(tokens, (1, copies.count))
 

@@ -184,7 +184,7 @@ def plan(
     if method.reread is not None:
         chunk_size = max(chunk_size, min(method.reread.chunk, context))
     itemsize = jnp.dtype(own.dtype).itemsize
-    logits = 4 * own.batch * decoder.vocab_size
+    logits = 4 * batch * decoder.vocab_size  # whole on every device
     # A chunk's hidden states and heads; and XLA copies a layer's cache up to twice for
     # the scatter of a chunk (626 to 1,164 MB of 537 on v5e: NOTES).
     heads = (own.num_q_heads + 2 * own.num_kv_heads) * own.head_dim

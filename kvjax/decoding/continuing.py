@@ -219,7 +219,8 @@ def _sampled(logits, index, tail, given):
 
 def _is_over(tail: Tail) -> Bool[Array, ""]:
     """Says whether enough rows are done, or one is broken."""
-    return (tail.done.sum() >= tail.enough) | ~tail.finite.all()
+    done = tail.done.sum(dtype=jnp.int32)
+    return (done >= tail.enough) | ~tail.finite.all()
 
 
 SAMPLED = loop.Rule(_sampled, _is_over)

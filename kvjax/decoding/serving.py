@@ -243,11 +243,13 @@ class _Rows:
         for place, seat in enumerate(self._seats):
             if seat is None:
                 continue
-            if not finite[place]:
-                count = len(seat.row.tokens) + block.shape[1]
+            count = len(seat.row.tokens) + block.shape[1]
+            new = block[place] if finite[place] else block[place, :-1]
+            seat.row.push(new.tolist())
+            # What comes behind a row's end is nobody's.
+            if seat.ended is None and not finite[place]:
                 where = f"at token {count} of prompt {seat.number}"
                 raise not_finite(self.model.decoder, where)
-            seat.row.push(block[place].tolist())
             if seat.ended is not None:
                 self._seats[place] = None
                 yield seat.ended

@@ -34,7 +34,6 @@ from pallas_kernels.shared.tpu_operands import (
     operand,
     stored_dtype,
     unsupported_rows,
-    unsupported_scales,
 )
 
 MAX_ROWS = 128  # query rows a KV head at once; more are a prompt's, in tiles
@@ -74,8 +73,6 @@ def _unsupported_codes(k, v, rows):
         width = stored.codes.shape[3]
         if width % 32:  # bytes in a tile
             return f"{width} bytes of codes a row must be a multiple of 32"
-        if reason := unsupported_scales(stored):
-            return reason
     if k.shape[2] % LANES:
         # Scales lie in columns.
         return f"{k.shape[2]} slots of quantised rows must be a multiple of {LANES}"

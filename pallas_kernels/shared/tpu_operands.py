@@ -268,18 +268,6 @@ def stored_dtype(rows: Rows) -> str:
     return str(rows.codes.dtype if isinstance(rows, Quantized) else rows.dtype)
 
 
-def unsupported_scales(rows: Quantized) -> str | None:
-    """Says why scales cannot be read in columns, or None.
-
-    In other numbers XLA does not lay them out token by token. Single ones it puts side
-    by side, in fast memory where they fit.
-    """
-    number = rows.scales.shape[-1]
-    if number % SUBLANES and number not in (1, 2, 4):
-        return f"{number} scales a row must be 1, 2, 4 or a multiple of {SUBLANES}"
-    return None
-
-
 def unsupported_rows(rows: int, *formats: Format) -> str | None:
     """Says why so many query rows cannot be there once for each group, or None."""
     groups = max(part.size // part.group for part in formats)

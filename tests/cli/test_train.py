@@ -106,7 +106,8 @@ def test_a_tokenizer_of_a_run_that_never_began_is_not_taken(run, recipe, tmp_pat
     other.write_text("aaaa bbbb " * 200)
     with pytest.raises(AssertionError):  # the tokenizer comes before the mistake
         run("train", "--config", recipe, "--out", second, *changes,
-            "--set", f"data.corpus={other}", "--set", "mesh.data=4")  # fmt: skip
+            "--set", f"data.corpus={other}", "--set", "stages.0.tokens=128",
+            "--set", "mesh.data=8")  # fmt: skip
     assert (second / "tokenizer").is_dir()
     for out in (first, second):
         run("train", "--config", recipe, "--out", out, *changes)

@@ -279,7 +279,10 @@ def test_a_run_goes_on_when_the_library_knows_more_of_models(whole, monkeypatch)
             "65 targets exceed the 64",
         ),
         (["stages.0.mixture={counts: 1}"], "there is no source 'counts'; sources are"),
-        (["mesh.data=4"], "needs 4 devices, and there are 2 of kind cpu"),
+        (
+            ["mesh.data=8", "stages.0.tokens=512", "stages.1.tokens=512"],
+            "needs 8 devices, and there are 4 of kind cpu",
+        ),
         (
             ["checkpoint.best=noise@16/accuracy"],
             "noise@16/accuracy cannot be measured: noise@16 has no answers",

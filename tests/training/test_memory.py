@@ -81,7 +81,7 @@ def test_every_shape_of_every_stage_is_there_the_largest_first():
 
 
 def test_a_mesh_of_devices_that_are_not_here_is_refused():
-    with pytest.raises(ValueError, match=r"mesh\.data=3 \* mesh\.fsdp=1 needs 3"):
+    with pytest.raises(ValueError, match=r"mesh\.data=5 \* mesh\.fsdp=1 needs 5"):
         memory.step_memory(
-            MODEL.decoder, config(mesh={"data": 3}, stage={"tokens": 192})
+            MODEL.decoder, config(mesh={"data": 5}, stage={"tokens": 320})
         )
